@@ -1,0 +1,1 @@
+"""Model + calibration data → artifact. Imports torch, transformers, safetensors, numpy and Pillow only."""

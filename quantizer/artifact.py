@@ -1,0 +1,239 @@
+"""The artifact on disk: the truth that every format is written from.
+
+    artifact/
+      manifest.json              schema, source model and its hashes, recipe, one entry a linear (grid and metrics)
+      layer-00000.safetensors    one file a decoder layer: codes, scales, zero_points, g_idx, and changed biases
+      float-00001.safetensors    every tensor that is not quantized, bytes as in the source checkpoint
+      source/                    config.json, tokenizer and processor files, as they are
+
+Each file is written to a temporary name and renamed when whole; manifest.json comes last, so a folder with a manifest is
+complete and one without is a run to resume. Codes are stored in the original column order with one byte each: packing
+belongs to the formats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vlmq_export.errors import ArtifactError
+from vlmq_export.quantizer.checkpoint import Checkpoint, read_header
+from vlmq_export.quantizer.config import QuantConfig
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_FLOAT_SHARD_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """The integers of one linear: `weight = scales[:, g_idx] * (codes − zero_points[:, g_idx])`.
+
+    `g_idx[k]` is the group of input column k in the original order. `bias` is the source bias rounded to float16,
+    which is what every runtime will add.
+    """
+
+    name: str  # hub name of the module: model.layers.0.self_attn.q_proj
+    codes: torch.Tensor  # uint8 [out, in]
+    scales: torch.Tensor  # float16 [out, groups]
+    zero_points: torch.Tensor  # uint8 [out, groups]
+    g_idx: torch.Tensor  # int32 [in]
+    bias: torch.Tensor | None  # float16 [out]
+    bits: int
+    group_size: int  # −1: per output channel
+    symmetric: bool
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def natural_order(self) -> bool:
+        """Whether groups are contiguous in the original column order, so that no `g_idx` is needed."""
+        return bool((self.g_idx[1:] >= self.g_idx[:-1]).all())
+
+    def decode(self) -> torch.Tensor:
+        """float32 [out, in]; exact but for the one rounding of the product."""
+        group = self.g_idx.long()
+        return self.scales.float()[:, group] * (self.codes.float() - self.zero_points.float()[:, group])
+
+
+@dataclass
+class ModuleRecord:
+    """What the manifest says of one linear."""
+
+    name: str
+    layer: int
+    bits: int
+    group_size: int
+    symmetric: bool
+    out_features: int
+    in_features: int
+    bias: bool
+    metrics: dict = field(default_factory=dict)  # loss, relative error, damp used, fallback, seconds
+
+
+@dataclass
+class Manifest:
+    schema: int
+    version: str  # of vlmq-export
+    name: str  # of the model, for file names and cards
+    model_type: str
+    source: dict[str, str]  # file → sha256 of the source checkpoint
+    config: dict  # QuantConfig as a dict
+    calibration: dict  # rows used, dropped, tokens, and the file's hash
+    modules: list[ModuleRecord]
+    phases: dict = field(default_factory=dict)  # seconds a phase, peak memory
+
+
+def write_atomic(path: Path, write) -> None:
+    """Call write(temporary sibling) and rename it to `path`, mode 0644, when whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # safetensors creates its files with mode 0600
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_atomic(path, lambda t: t.write_text(json.dumps(value, indent=1) + "\n", "utf-8"))
+
+
+def layer_file(index: int) -> str:
+    return f"layer-{index:05d}.safetensors"
+
+
+def write_layer(folder: Path, index: int, linears: Iterable[QuantizedLinear], records: Iterable[ModuleRecord]) -> None:
+    """One decoder layer with its records in the header: what a resumed run needs is in the one file."""
+    tensors: dict[str, torch.Tensor] = {}
+    for q in linears:
+        tensors |= {f"{q.name}.codes": q.codes, f"{q.name}.scales": q.scales}
+        tensors |= {f"{q.name}.zero_points": q.zero_points, f"{q.name}.g_idx": q.g_idx}
+        if q.bias is not None:
+            tensors[f"{q.name}.bias"] = q.bias
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
+    metadata = {"records": json.dumps([asdict(r) for r in records])}
+    write_atomic(folder / layer_file(index), lambda t: save_file(tensors, t, metadata=metadata))
+
+
+def read_layer_records(folder: Path, index: int) -> list[ModuleRecord]:
+    with safe_open(folder / layer_file(index), framework="pt") as f:
+        return [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
+
+
+def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None:
+    """Copy every tensor that is not quantized, in its source dtype, in shards of about 2 GiB."""
+    shards: list[list[str]] = [[]]
+    room = _FLOAT_SHARD_BYTES
+    for name in names:
+        size = checkpoint.tensors[name].nbytes
+        if shards[-1] and size > room:
+            shards.append([])
+            room = _FLOAT_SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    for i, shard in enumerate(shards, start=1):
+        tensors = {name: checkpoint.tensor(name).clone() for name in shard}
+        write_atomic(folder / f"float-{i:05d}.safetensors", lambda t, tensors=tensors: save_file(tensors, t))
+
+
+def write_source(folder: Path, checkpoint: Checkpoint) -> None:
+    target = folder / "source"
+    target.mkdir(parents=True, exist_ok=True)
+    for file in [checkpoint.path / "config.json", *checkpoint.companions]:
+        shutil.copyfile(file, target / file.name)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_json(folder / MANIFEST, asdict(manifest))
+
+
+class Artifact:
+    """A whole artifact, read lazily. Raises ArtifactError when something is missing or does not fit together."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        manifest = self.path / MANIFEST
+        if not manifest.is_file():
+            raise ArtifactError(f"{path}: no {MANIFEST}; not an artifact, or one whose run was stopped (try --resume)")
+        try:
+            raw = json.loads(manifest.read_text("utf-8"))
+            if raw["schema"] != SCHEMA:
+                raise ArtifactError(f"{manifest}: schema {raw['schema']}, this version reads {SCHEMA}; quantize again")
+            raw["modules"] = [ModuleRecord(**m) for m in raw["modules"]]
+            self.manifest = Manifest(**raw)
+            self.config = QuantConfig(**self.manifest.config)
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+            raise ArtifactError(f"{manifest}: damaged ({e!r}); quantize again") from None
+        self.records = {m.name: m for m in self.manifest.modules}
+        self._where = self._index()
+
+    def _index(self) -> dict[str, Path]:
+        layers = sorted({m.layer for m in self.manifest.modules})
+        files = [self.path / layer_file(i) for i in layers]
+        missing = [f.name for f in files if not f.is_file()]
+        floats = sorted(self.path.glob("float-*.safetensors"))
+        if missing or not floats:
+            raise ArtifactError(f"{self.path}: incomplete, {', '.join(missing) or 'float tensors'} missing")
+        self._float_names: list[str] = []
+        where: dict[str, Path] = {}
+        for file in [*files, *floats]:
+            names = list(read_header(file))
+            where |= dict.fromkeys(names, file)
+            if file.name.startswith("float-"):
+                self._float_names += names
+        return where
+
+    @property
+    def source(self) -> Path:
+        """Folder with the source's config.json, tokenizer and processor files."""
+        return self.path / "source"
+
+    @cached_property
+    def source_config(self) -> dict:
+        return json.loads((self.source / "config.json").read_text("utf-8"))
+
+    def _read(self, key: str) -> torch.Tensor:
+        try:
+            with safe_open(self._where[key], framework="pt") as f:
+                return f.get_tensor(key)
+        except (KeyError, SafetensorError, OSError) as e:
+            raise ArtifactError(f"{self.path}: cannot read {key} ({e}); the artifact is damaged") from None
+
+    def linear_names(self) -> list[str]:
+        """Hub names of the quantized modules, in layer order."""
+        return list(self.records)
+
+    def linear(self, name: str) -> QuantizedLinear:
+        r = self.records[name]
+        parts = {k: self._read(f"{name}.{k}") for k in ("codes", "scales", "zero_points", "g_idx")}
+        bias = self._read(f"{name}.bias") if r.bias else None
+        return QuantizedLinear(name, **parts, bias=bias, bits=r.bits, group_size=r.group_size, symmetric=r.symmetric)
+
+    def linears(self) -> Iterator[QuantizedLinear]:
+        return (self.linear(name) for name in self.linear_names())
+
+    def float_names(self) -> list[str]:
+        """Hub names of every tensor that is not a quantized weight nor a quantized module's bias."""
+        return self._float_names
+
+    def float_tensor(self, name: str) -> torch.Tensor:
+        """Source dtype and bytes."""
+        return self._read(name)

@@ -1,0 +1,62 @@
+"""Where each VLM family keeps its decoder layers, projections and vision tokens. Nothing else knows a family by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmq_export.errors import CheckpointError
+
+# Linears that share one input, in the order in which they are quantized (true-sequential, methods.md §1.3).
+DECODER_GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry a family. `prefixes` maps the hub's tensor names to the module tree of transformers 5."""
+
+    model_type: str
+    layers: str  # hub prefix of the decoder layers
+    prefixes: tuple[tuple[str, str], ...]  # (hub, module), first match wins
+    groups: tuple[tuple[str, ...], ...] = DECODER_GROUPS
+    seq_len: int = 512  # the paper's truncation for this family
+
+    def linear_names(self, layers: int) -> list[str]:
+        """Hub names of the modules to quantize, in layer order, then in the order of `groups`."""
+        return [f"{self.layers}{i}.{p}" for i in range(layers) for group in self.groups for p in group]
+
+    def module_name(self, hub: str) -> str:
+        """Name in the module tree of a hub tensor or module name."""
+        for old, new in self.prefixes:
+            if hub.startswith(old):
+                return new + hub.removeprefix(old)
+        return hub
+
+
+_QWEN = (("visual.", "model.visual."), ("model.", "model.language_model."))
+
+FAMILIES = {
+    f.model_type: f
+    for f in (
+        Family("qwen2_vl", layers="model.layers.", prefixes=_QWEN),
+        Family("qwen2_5_vl", layers="model.layers.", prefixes=_QWEN),
+    )
+}
+
+
+def family_of(config: dict) -> Family:
+    """The family of a source config. Raises CheckpointError listing what is supported."""
+    model_type = str(config.get("model_type", "missing"))
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise CheckpointError(f"model_type {model_type} in config.json is not supported; supported: {known}")
+    return FAMILIES[model_type]
+
+
+def text_config(config: dict) -> dict:
+    """The language model's own settings, nested (transformers 5) or flat (published Qwen2-VL configs)."""
+    return config.get("text_config") or config

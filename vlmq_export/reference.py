@@ -1,0 +1,166 @@
+"""The fake-quantized reference that every runtime is held against.
+
+The model is loaded fresh in float32 by transformers; the artifact's integers are decoded here, from the safetensors
+files, by code that shares nothing with the writers in `formats/` nor with `quantizer/`'s own decoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample
+
+
+class Weights:
+    """Hub tensor name → what the shipped model must decode to, read from an artifact folder (or a source for floats)."""
+
+    def __init__(self, artifact: Path, source: Path | None = None):
+        self._files: dict[str, Path] = {}
+        for file in [*sorted(artifact.glob("float-*.safetensors")), *sorted(artifact.glob("layer-*.safetensors"))]:
+            with safe_open(file, framework="pt") as f:
+                self._files |= dict.fromkeys(f.keys(), file)
+        self.linears = [k.removesuffix(".codes") for k in self._files if k.endswith(".codes")]
+        packed = {f"{n}.{part}" for n in self.linears for part in ("codes", "scales", "zero_points", "g_idx")}
+        self.floats = [k for k in self._files if k not in packed]
+        if source is not None:  # floats from the source itself, not from the artifact's copies
+            for file in sorted(source.glob("*.safetensors")):
+                with safe_open(file, framework="pt") as f:
+                    rounded = {f"{n}.bias" for n in self.linears}
+                    self._files |= {k: file for k in f.keys() if k in self.floats and k not in rounded}  # noqa: SIM118
+
+    def names(self) -> list[str]:
+        """Every parameter of the model once, by hub name."""
+        return [*self.floats, *(f"{n}.weight" for n in self.linears)]
+
+    def tensor(self, key: str) -> torch.Tensor:
+        with safe_open(self._files[key], framework="pt") as f:
+            return f.get_tensor(key)
+
+    def array(self, name: str) -> np.ndarray:
+        """float32, decoded if quantized: scale · (code − zero_point), one rounding."""
+        module = name.removesuffix(".weight")
+        if f"{module}.codes" not in self._files:
+            return self.tensor(name).to(torch.float32).numpy()
+        part = {k: self.tensor(f"{module}.{k}").numpy() for k in ("codes", "scales", "zero_points", "g_idx")}
+        steps = part["codes"].astype(np.int16) - part["zero_points"].astype(np.int16)[:, part["g_idx"]]
+        return steps.astype(np.float32) * part["scales"].astype(np.float32)[:, part["g_idx"]]
+
+    def items(self) -> Iterator[tuple[str, np.ndarray]]:
+        return ((name, self.array(name)) for name in self.names())
+
+    @cached_property
+    def count(self) -> int:
+        """Number of weights of the model."""
+        total = 0
+        for name in self.names():
+            key = name if name in self._files else f"{name.removesuffix('.weight')}.codes"
+            with safe_open(self._files[key], framework="pt") as f:
+                total += int(np.prod(f.get_slice(key).get_shape()))
+        return total
+
+
+class Reference:
+    """The reference model with its held-out prompts. Everything is computed once and kept."""
+
+    def __init__(self, artifact: Path, rows: list[Row], source: Path | None = None):
+        """`rows`: held-out conversations with images; the last assistant turn is the expected answer."""
+        self.artifact = artifact
+        self.weights = Weights(artifact, source)
+        self.folder = artifact / "source"
+        self.config: dict = json.loads((self.folder / "config.json").read_text("utf-8"))
+        self.preprocessor = Preprocessor(self.folder)
+        self.rows = rows
+        self._logits: dict[str, np.ndarray] = {}
+        self._answers: dict[str, list[int]] = {}
+
+    @cached_property
+    def prompts(self) -> list[Sample]:
+        """One sample a row: image, question and generation prompt, without the answer."""
+        return [self.preprocessor.sample(row, prompt_only=True) for row in self.rows]
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Number of real vocabulary rows; the embedding may be padded beyond them."""
+        text = self.config.get("text_config") or self.config
+        return min(int(text["vocab_size"]), len(self.preprocessor.tokenizer))
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        file = self.folder / "generation_config.json"
+        eos = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+        eos = self.preprocessor.tokenizer.eos_token_id if eos is None else eos
+        return frozenset(eos if isinstance(eos, list) else [eos])
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """transformers' own class in float32 with the decoded weights; name conversion is transformers' own too."""
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(self.folder)
+        cls = getattr(transformers, config.architectures[0])
+        state = {name: torch.from_numpy(array) for name, array in self.weights.items()}
+        model, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True)
+        wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+        if wrong:
+            raise RuntimeError(f"transformers could not place {len(wrong)} tensors of the artifact, first {wrong[0]}")
+        return model.eval()
+
+    @torch.no_grad()
+    def logits(self, prompt: Sample) -> np.ndarray:
+        """float32 [S, vocabulary], every position of the prompt."""
+        if prompt.id not in self._logits:
+            out = self.model(**prompt.model_inputs(), use_cache=False).logits[0, :, : self.vocabulary]
+            self._logits[prompt.id] = out.numpy()
+        return self._logits[prompt.id]
+
+    @torch.no_grad()
+    def vision_features(self, prompt: Sample) -> np.ndarray:
+        """float32 [image tokens, hidden] of all images in order."""
+        out = self.model.model.get_image_features(prompt.pixel_values, prompt.image_grid_thw)
+        features = out.pooler_output if hasattr(out, "pooler_output") else out
+        return torch.cat(list(features)).numpy() if not torch.is_tensor(features) else features.numpy()
+
+    def position_ids(self, prompt: Sample) -> np.ndarray:
+        """int64 [3, 1, S]: temporal, height and width positions of M-RoPE."""
+        inputs = prompt.model_inputs()
+        ids, _ = self.model.model.get_rope_index(
+            inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs.get("image_grid_thw"), attention_mask=inputs["attention_mask"],
+        )  # fmt: skip
+        return ids.numpy()
+
+    @torch.no_grad()
+    def answer(self, prompt: Sample, limit: int = 16) -> list[int]:
+        """Greedy token ids up to and without the stop token."""
+        if prompt.id not in self._answers:
+            inputs = prompt.model_inputs()
+            ids = self.model.generate(
+                **inputs, max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=sorted(self.stop_ids),
+                pad_token_id=min(self.stop_ids),
+            )  # fmt: skip
+            new = ids[0, inputs["input_ids"].shape[1] :].tolist()
+            self._answers[prompt.id] = new[: next((i for i, t in enumerate(new) if t in self.stop_ids), len(new))]
+        return self._answers[prompt.id]
+
+    @contextmanager
+    def language_norm_eps(self, eps: float):
+        """The reference with another RMS epsilon in the language model's norms: what llama.cpp's qwen2vl computes."""
+        norms = [m for m in self.model.model.language_model.modules() if hasattr(m, "variance_epsilon")]
+        before = [m.variance_epsilon for m in norms]
+        kept, self._logits, answers, self._answers = self._logits, {}, self._answers, {}
+        try:
+            for m in norms:
+                m.variance_epsilon = eps
+            yield self
+        finally:
+            for m, value in zip(norms, before):
+                m.variance_epsilon = value
+            self._logits, self._answers = kept, answers
