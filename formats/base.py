@@ -58,6 +58,7 @@ class FormatOptions:
     name: str = "model"  # base of file names
     gptq_version: str = "v1"  # v1 | v2
     gptq_names: str = "hub"  # hub | module
+    gptq_shard_bytes: int = 5 * 10**9  # transformers' own default
     onnx_accuracy_level: int = 0
     mmproj_dtype: str = "f16"  # f16 | f32
 

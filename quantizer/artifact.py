@@ -234,6 +234,11 @@ class Artifact:
         """Hub names of every tensor that is not a quantized weight nor a quantized module's bias."""
         return self._float_names
 
+    def float_info(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """(hub name, shape, dtype in safetensors' spelling) of the same tensors."""
+        for file in sorted(self.path.glob("float-*.safetensors")):
+            yield from ((name, tuple(i["shape"]), i["dtype"]) for name, i in read_header(file).items())
+
     def float_tensor(self, name: str) -> torch.Tensor:
         """Source dtype and bytes."""
         return self._read(name)

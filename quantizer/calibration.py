@@ -55,7 +55,11 @@ class Sample:
     def model_inputs(self, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
         """Keyword arguments of the Hugging Face model, batch of one."""
         ids = self.input_ids[None]
-        kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": self.vision[None].long()}
+        kwargs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": self.vision[None].long(),
+        }
         if self.pixel_values is not None:
             kwargs |= {"pixel_values": self.pixel_values, "image_grid_thw": self.image_grid_thw}
         return {k: v.to(device) for k, v in kwargs.items()}
@@ -184,7 +188,9 @@ class Preprocessor:
                 raise CheckpointError(f"{folder}: {file} is missing; copy it from the original model")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         if not self.tokenizer.chat_template:
-            raise CheckpointError(f"{folder}: the tokenizer has no chat template; copy chat_template.json from the model")
+            raise CheckpointError(
+                f"{folder}: the tokenizer has no chat template; copy chat_template.json from the model"
+            )
         try:
             self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (TypeError, ImportError):  # transformers before the backend argument
@@ -230,7 +236,9 @@ class Preprocessor:
             pixel_values, grid = features["pixel_values"].float(), features["image_grid_thw"].long()
             counts = iter((grid.prod(-1) // self.image_processor.merge_size**2).tolist())
             if text.count(self.image_token) != len(images):
-                raise CalibrationError(f"{row.id}: the chat template kept {text.count(self.image_token)} of {len(images)} images")
+                raise CalibrationError(
+                    f"{row.id}: the chat template kept {text.count(self.image_token)} of {len(images)} images"
+                )
             expanded = re.sub(re.escape(self.image_token), lambda m: m.group() * next(counts), text)
         ids = torch.tensor(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
         answer = torch.zeros(len(ids), dtype=torch.bool)

@@ -140,17 +140,26 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: " + "; ".join(problems))
         return tensors
 
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of one tensor. Raises CheckpointError naming it if it is missing."""
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is missing; the model type or the folder is not what it says"
+            )
+        return self.tensors[name]
+
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in its source dtype. Raises CheckpointError naming it if it is missing or not finite."""
-        info = self.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing; the model type or the folder is not what it says")
+        info = self.info(name)
         try:
             with safe_open(self.path / info.file, framework="pt") as f:
                 value = f.get_tensor(name)
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{info.file}: cannot read {name} ({e}); copy the file again") from None
-        if value.is_floating_point() and not torch.isfinite(value.float() if value.element_size() == 1 else value).all():
+        if (
+            value.is_floating_point()
+            and not torch.isfinite(value.float() if value.element_size() == 1 else value).all()
+        ):
             bad = int((~torch.isfinite(value)).sum())
             raise CheckpointError(f"{info.file}: {name} has {bad} NaN or infinite values; this checkpoint is damaged")
         return value

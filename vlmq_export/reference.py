@@ -73,6 +73,7 @@ class Reference:
     def __init__(self, artifact: Path, rows: list[Row], source: Path | None = None):
         """`rows`: held-out conversations with images; the last assistant turn is the expected answer."""
         self.artifact = artifact
+        self.source = source
         self.weights = Weights(artifact, source)
         self.folder = artifact / "source"
         self.config: dict = json.loads((self.folder / "config.json").read_text("utf-8"))
@@ -107,7 +108,9 @@ class Reference:
         config = transformers.AutoConfig.from_pretrained(self.folder)
         cls = getattr(transformers, config.architectures[0])
         state = {name: torch.from_numpy(array) for name, array in self.weights.items()}
-        model, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True)
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
         wrong = [*info["missing_keys"], *info["unexpected_keys"]]
         if wrong:
             raise RuntimeError(f"transformers could not place {len(wrong)} tensors of the artifact, first {wrong[0]}")

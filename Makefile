@@ -1,0 +1,39 @@
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+# Runtimes that this environment declares present: a check or test that does not find one fails instead of being skipped.
+export VLMQ_REQUIRE ?= gptq,onnx,gguf
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo setup test test-slow lint format clean
+
+demo: setup  ## set up, then quantize the bundled reference VLM, write all three formats and prove them
+	$(BIN)/vlmq-export --format gptq --format onnx --format gguf --bits 4 --out out/reference --overwrite
+
+setup: .venv/installed
+
+# torch first: gptqmodel's own requirement on torch cannot be met by every build, so it and its like come without dependencies.
+.venv/installed: pyproject.toml requirements/no-deps.txt requirements/runtimes.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --no-deps -r requirements/no-deps.txt
+	$(BIN)/pip install --quiet $(TORCH) -r requirements/runtimes.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+test: setup  ## everything that must pass, under 15 minutes on 2 cores
+	$(BIN)/pytest -m "not slow"
+
+test-slow: setup  ## the rest: kill points, long training, big shapes
+	$(BIN)/pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf out build *.egg-info

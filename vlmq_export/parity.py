@@ -1,0 +1,100 @@
+"""Run every format's checks against the reference; the result is what parity.json holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from vlmq_export import __version__, formats
+from vlmq_export.errors import FormatError, VlmqError
+from vlmq_export.formats.base import Check, CheckSettings, FormatOptions
+from vlmq_export.quantizer.artifact import write_json
+from vlmq_export.reference import Reference
+
+log = logging.getLogger("vlmq_export")
+PARITY_FILE = "parity.json"
+REQUIRE = "VLMQ_REQUIRE"  # runtimes that this environment declares present: gptq,onnx,gguf
+_PACKAGES = ("torch", "transformers", "gptqmodel", "optimum", "onnx", "onnxruntime", "mobius-onnx", "gguf", "xllamacpp")
+
+
+@dataclass
+class Parity:
+    """What parity.json holds. `verified` is true when every check ran in some format and none failed."""
+
+    verified: bool
+    checks: list[Check]
+    reference: dict  # where the weights came from, how many, which prompts
+    seconds: dict[str, float] = field(default_factory=dict)  # a format
+    environment: dict = field(default_factory=dict)
+    version: str = __version__
+
+    def failures(self) -> list[Check]:
+        return [c for c in self.checks if c.status == "failed"]
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Parity:
+        try:
+            raw = json.loads(path.read_text("utf-8"))
+            return cls(**(raw | {"checks": [Check(**c) for c in raw["checks"]]}))
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as e:
+            raise FormatError(f"{path}: cannot be read as a parity report ({e}); run verify again") from None
+
+
+def environment() -> dict:
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {"python": platform.python_version(), "machine": platform.machine(), "packages": packages}
+
+
+def required_runtimes() -> set[str]:
+    return {name.strip() for name in os.environ.get(REQUIRE, "").split(",") if name.strip()}
+
+
+def check_formats(
+    folders: dict[str, Path],
+    reference: Reference,
+    options: FormatOptions,
+    settings: CheckSettings,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Parity:
+    """Levels L1-L3 of every format in `folders`. A format whose check breaks down counts as failed, by name."""
+    checks: list[Check] = []
+    seconds: dict[str, float] = {}
+    required = required_runtimes()
+    for done, (name, folder) in enumerate(folders.items()):
+        progress(f"verify {name}", done, len(folders))
+        start = time.perf_counter()
+        try:
+            rows = formats.get(name).check(folder, reference, options, settings)
+        except VlmqError as e:
+            rows = [Check(name, "L1", "files read back", "failed", detail=str(e))]
+        if name in required:  # the environment says that this runtime is here: not running it is a failure
+            for row in rows:
+                if row.status == "not run":
+                    row.status, row.detail = "failed", f"not run, but {REQUIRE} declares {name} present: {row.detail}"
+        checks += rows
+        seconds[name] = round(time.perf_counter() - start, 1)
+    progress("verify", len(folders), len(folders))
+    ran = {c.format for c in checks if c.status == "passed"}
+    verified = ran == set(folders) and not any(c.status in ("failed", "not run") for c in checks)
+    described = {
+        "weights": reference.weights.count,
+        "weights_from": "source checkpoint and artifact" if reference.source else "artifact",
+        "images": min(settings.images, len(reference.rows)),
+        "questions": min(settings.questions, len(reference.rows)),
+    }
+    return Parity(verified, checks, described, seconds, environment())

@@ -1,0 +1,303 @@
+"""recipe → calibrate → quantize → artifact → export → verify → report: the stages of one run, in that order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from vlmq_export import bundled, checksums, formats, report
+from vlmq_export.errors import CheckpointError, FormatError, UsageError, VlmqError
+from vlmq_export.formats.base import Check, CheckSettings
+from vlmq_export.parity import PARITY_FILE, Parity, check_formats
+from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_run
+from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
+from vlmq_export.quantizer.calibration import Preprocessor, Sample, read_rows, truncate
+from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
+from vlmq_export.quantizer.families import family_of
+from vlmq_export.recipe import RECIPE_FILE, Recipe, load_recipe
+from vlmq_export.reference import Reference
+
+log = logging.getLogger("vlmq_export")
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+@dataclass
+class Hooks:
+    """How a run talks to whoever started it."""
+
+    progress: Progress = lambda *_: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass
+class Result:
+    """What a run left behind."""
+
+    out: Path
+    plan: RunPlan
+    parity: Parity | None = None
+    notes: dict[str, list[str]] = field(default_factory=dict)  # format → lines for log and card
+    seconds: dict[str, float] = field(default_factory=dict)  # stage → wall time
+
+    @contextmanager
+    def timed(self, stage: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(time.perf_counter() - start, 1)
+
+
+def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks: Hooks | None = None) -> Result:
+    """The whole job. Everything that can be refused is refused before the first weight is read."""
+    hooks = hooks or Hooks()
+    if not recipe.format:
+        raise UsageError("no --format given; choose one or more of gptq, onnx, gguf")
+    model = locate_model(recipe.model)
+    artifact = Artifact(model) if (model / MANIFEST).is_file() else None
+    checkpoint = None if artifact else Checkpoint(model)
+    plan = plan_of(recipe, checkpoint, artifact)
+    if plan.refusals:
+        raise UsageError("; ".join(plan.refusals))
+    for name in (f.value for f in recipe.format):
+        if lacking := formats.get(name).missing():
+            raise UsageError(f"--format {name} needs {lacking}; pip install 'vlmq-export[{name}]'")
+    rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
+    samples, dropped = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks.progress)
+    out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
+    if out.resolve() == model.resolve() or model.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"--out {out} holds the model itself; choose another folder")
+    with claimed(out, recipe, overwrite=overwrite, resume=resume):
+        result = Result(out, plan)
+        write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
+        with result.timed("quantize"):
+            if checkpoint is not None:
+                _quantize(recipe, checkpoint, samples, dropped, out / "artifact", resume, hooks)
+            elif artifact is not None and not (out / "artifact").exists():
+                _publish(out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True))
+        _export(recipe, out, result, hooks)
+        source = model if checkpoint else None
+        finish(out, recipe, result, rows, source, hooks)
+    return result
+
+
+def dry_run(recipe: Recipe) -> RunPlan:
+    """What `run` would do, from config and headers alone; refusals are in the plan, not raised."""
+    model = locate_model(recipe.model)
+    if (model / MANIFEST).is_file():
+        return plan_of(recipe, None, Artifact(model))
+    return plan_of(recipe, Checkpoint(model), None)
+
+
+def verify(
+    out: Path, *, verify_data: Path | None = None, image_root: Path | None = None, hooks: Hooks | None = None
+) -> Result:
+    """Run the parity checks again on what an earlier run wrote."""
+    hooks = hooks or Hooks()
+    if not (out / RECIPE_FILE).is_file():
+        raise UsageError(f"{out}: no {RECIPE_FILE} here; give the --out folder of an earlier run")
+    recipe = load_recipe(out / RECIPE_FILE, {})
+    artifact = Artifact(out / "artifact")
+    result = Result(out, plan_run(artifact_plan(artifact), recipe))
+    rows = read_rows(verify_data or recipe.verify_data or bundled.HELDOUT, image_root or recipe.image_root)
+    source = same_source(recipe.model, artifact)
+    finish(out, recipe, result, rows, source, hooks, changed=checksums.changed_files(out), verify=True)
+    return result
+
+
+def locate_model(model: str | None) -> Path:
+    """A local folder, the bundled model, or a snapshot of a hub id where the network allows."""
+    if model is None:
+        return bundled.REFERENCE_VLM
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such model folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        first = str(e).strip().splitlines()[0]
+        raise CheckpointError(f"{model}: neither a local folder nor to be had from the hub ({first})") from None
+
+
+def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | None) -> RunPlan:
+    if artifact is not None:
+        return plan_run(artifact_plan(artifact), recipe)
+    assert checkpoint is not None
+    name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
+    return plan_run(model_plan(checkpoint, recipe.quant_config(), name), recipe)
+
+
+def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> tuple[list[Sample], dict]:
+    """The samples of the recipe, and what the manifest says of them."""
+    if recipe.method.value == "rtn":
+        return [], {"rows": 0}
+    path = recipe.calibration or bundled.CALIBRATION
+    if recipe.calibration is None and recipe.model is not None:
+        log.warning("calibrating on the bundled drawn images; give --calibration for images like those of your users")
+    rows = read_rows(path, recipe.image_root)[: recipe.samples]
+    seq_len = recipe.seq_len or family_of(checkpoint.config).seq_len
+    preprocessor = Preprocessor(checkpoint.path)
+    samples, dropped = [], 0
+    for done, row in enumerate(rows):
+        progress("read samples", done, len(rows))
+        sample = truncate(preprocessor.sample(row), seq_len)
+        if sample is None:
+            dropped += 1
+        else:
+            samples.append(sample)
+    progress("read samples", len(rows), len(rows))
+    if not samples:
+        raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
+    if dropped:
+        log.warning("%d of %d samples dropped: --seq-len %d would cut their vision tokens", dropped, len(rows), seq_len)
+    tokens = sum(len(s.input_ids) for s in samples)
+    vision = sum(int(s.vision.sum()) for s in samples)
+    described = {
+        "file": path.name, "sha256": sha256_file(path), "rows": len(samples), "dropped": dropped, "seq_len": seq_len,
+        "tokens": tokens, "vision_tokens": vision,
+    }  # fmt: skip
+    return samples, described
+
+
+@contextmanager
+def claimed(out: Path, recipe: Recipe, *, overwrite: bool, resume: bool):
+    """The output folder, this process its only writer. An existing one is kept, resumed or replaced as asked."""
+    ours = (out / RECIPE_FILE).is_file()
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; choose another name")
+    if out.is_dir() and any(out.iterdir()):
+        if not ours:
+            raise UsageError(f"--out {out} holds files that vlmq-export did not write; choose another folder")
+        if not overwrite and not resume:
+            raise UsageError(f"--out {out} exists; --resume continues it, --overwrite replaces it")
+        if resume:
+            _same_recipe(recipe, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"--out {out} is being written by another process") from None
+    except OSError as e:
+        raise UsageError(f"--out {out} cannot be written ({e.strerror})") from None
+    try:
+        if ours and overwrite:
+            for path in out.iterdir():
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+    finally:
+        lock.release()
+        (out / ".lock").unlink(missing_ok=True)
+
+
+def _same_recipe(recipe: Recipe, out: Path) -> None:
+    """Resuming under another recipe would mix two runs in one folder."""
+    before = load_recipe(out / RECIPE_FILE, {}).model_dump(mode="json")
+    now = recipe.model_dump(mode="json")
+    differ = [f"{k} was {before[k]}, now {now[k]}" for k in now if k != "out" and before[k] != now[k]]
+    if differ:
+        raise UsageError(f"--resume {out}: the recipe differs ({'; '.join(differ)}); use --overwrite or another --out")
+
+
+def _quantize(
+    recipe: Recipe, checkpoint: Checkpoint, samples, dropped, folder: Path, resume: bool, hooks: Hooks
+) -> None:
+    from vlmq_export.quantizer.quantize import quantize
+
+    name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
+    quantize(
+        checkpoint, samples, recipe.quant_config(), folder, name=name, calibration=dropped, device=recipe.device.value,
+        resume=resume, progress=hooks.progress, should_stop=hooks.should_stop,
+    )  # fmt: skip
+
+
+def _publish(target: Path, write: Callable[[Path], object]) -> object:
+    """Call write(temporary sibling folder) and rename it to `target` when whole."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    for stale in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(stale)
+    try:
+        temporary.mkdir()
+        value = write(temporary)
+        temporary.rename(target)
+        return value
+    except OSError as e:
+        raise FormatError(f"{target}: cannot be written ({e.strerror}); free space or choose another --out") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _export(recipe: Recipe, out: Path, result: Result, hooks: Hooks) -> None:
+    artifact = Artifact(out / "artifact")
+    options = recipe.format_options(artifact.manifest.name)
+    names = [f.value for f in recipe.format]
+    for done, name in enumerate(names):
+        hooks.progress(f"write {name}", done, len(names))
+        with result.timed(f"write {name}"):
+            if (out / name).is_dir():
+                continue  # resumed: renamed only when whole
+            module = formats.get(name)
+            result.notes[name] = _publish(out / name, lambda folder, m=module: m.write(artifact, folder, options))
+    for name, notes in result.notes.items():
+        for note in notes:
+            log.info("%s: %s", name, note)
+
+
+def same_source(model: str | None, artifact: Artifact) -> Path | None:
+    """The source folder if it is still at hand and still what was quantized; else None."""
+    try:
+        path = locate_model(model)
+        checkpoint = Checkpoint(path)
+        return path if checkpoint.fingerprint() == artifact.manifest.source else None
+    except VlmqError:
+        return None
+
+
+def finish(
+    out: Path, recipe: Recipe, result: Result, rows, source, hooks, *, changed=None, verify: bool | None = None
+) -> None:
+    """Verify if asked, then write parity.json, report, card and checksums."""
+    artifact = Artifact(out / "artifact")
+    options = recipe.format_options(artifact.manifest.name)
+    folders = {f.value: out / f.value for f in recipe.format}
+    if verify if verify is not None else recipe.verify:
+        settings = CheckSettings(threads=os.cpu_count() or 1)
+        with result.timed("verify"):
+            reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source)
+            result.parity = check_formats(folders, reference, options, settings, hooks.progress)
+        if changed is not None:
+            result.parity.checks.insert(0, _checksum_row(changed))
+            result.parity.verified &= not changed
+        result.parity.write(out / PARITY_FILE)
+    report.write(out, recipe, artifact, result)
+    checksums.write_sums(out)
+
+
+def _checksum_row(changed: list[str]) -> Check:
+    status = "failed" if changed else "passed"
+    return Check(
+        "all",
+        "L0",
+        "files as written (SHA-256)",
+        status,
+        float(len(changed)),
+        0.0,
+        "files",
+        worst=", ".join(changed[:8]),
+    )

@@ -1,0 +1,66 @@
+"""What a run would do, from config.json and safetensors headers alone: no weight, image or sample is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmq_export import formats
+from vlmq_export.formats.base import FormatPlan, LinearSpec, ModelPlan, TensorSpec
+from vlmq_export.quantizer.artifact import Artifact
+from vlmq_export.quantizer.checkpoint import Checkpoint
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.families import family_of, text_config
+from vlmq_export.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    model: ModelPlan
+    formats: dict[str, FormatPlan]
+
+    @property
+    def refusals(self) -> list[str]:
+        """Everything that cannot be, one line each: the grid's own limits first, then each format's."""
+        return [
+            *group_refusals(self.model),
+            *(f"{n}: {why}" for n, plan in self.formats.items() for why in plan.refusals),
+        ]
+
+
+def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelPlan:
+    """Raises CheckpointError for a model that is not supported or lacks a tensor."""
+    family = family_of(checkpoint.config)
+    layers = int(text_config(checkpoint.config)["num_hidden_layers"])
+    linears = []
+    for linear in family.linear_names(layers):
+        shape = checkpoint.info(f"{linear}.weight").shape
+        linears.append(LinearSpec(linear, shape[0], shape[1], f"{linear}.bias" in checkpoint.tensors))
+    taken = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
+    floats = [TensorSpec(t.name, t.shape, t.dtype) for t in checkpoint.tensors.values() if t.name not in taken]
+    return ModelPlan(name, checkpoint.model_type, checkpoint.config, linears, floats, config)
+
+
+def artifact_plan(artifact: Artifact) -> ModelPlan:
+    """The same description of a model that is quantized already."""
+    m = artifact.manifest
+    linears = [LinearSpec(r.name, r.out_features, r.in_features, r.bias) for r in m.modules]
+    floats = [TensorSpec(*info) for info in artifact.float_info()]
+    return ModelPlan(m.name, m.model_type, artifact.source_config, linears, floats, artifact.config)
+
+
+def group_refusals(model: ModelPlan) -> list[str]:
+    size = model.config.group_size
+    bad = [x for x in model.linears if size != -1 and x.in_features % size]
+    if not bad:
+        return []
+    widths = sorted({x.in_features for x in bad})
+    fit = [g for g in (128, 64, 32) if all(x.in_features % g == 0 for x in model.linears)]
+    return [
+        f"--group-size {size} does not divide {', '.join(map(str, widths))} input columns (first {bad[0].name}); "
+        f"use {' or '.join(map(str, [*fit[:1], -1]))}"
+    ]
+
+
+def plan_run(model: ModelPlan, recipe: Recipe) -> RunPlan:
+    options = recipe.format_options(model.name)
+    return RunPlan(model, {f.value: formats.get(f.value).plan(model, options) for f in recipe.format})

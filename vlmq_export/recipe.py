@@ -1,0 +1,148 @@
+"""Recipe: one validated description of a run, from flags, from YAML, or both (flags win)."""
+
+from __future__ import annotations
+
+import difflib
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlmq_export.errors import UsageError
+from vlmq_export.formats.base import FormatOptions
+from vlmq_export.quantizer.config import QuantConfig
+
+RECIPE_FILE = "recipe.yaml"
+
+
+class FormatName(StrEnum):
+    gptq = "gptq"
+    onnx = "onnx"
+    gguf = "gguf"
+
+
+class Method(StrEnum):
+    rtn = "rtn"
+    gptq = "gptq"
+    gptaq = "gptaq"
+    vlmq = "vlmq"
+    vlmq_l2 = "vlmq-l2"
+    vlmq_gptq = "vlmq-gptq"
+
+
+class ActOrder(StrEnum):
+    off = "off"
+    static = "static"
+    gar = "gar"
+    dynamic = "dynamic"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class GptqVersion(StrEnum):
+    v1 = "v1"
+    v2 = "v2"
+
+
+class GptqNames(StrEnum):
+    hub = "hub"
+    module = "module"
+
+
+class MmprojType(StrEnum):
+    f16 = "f16"
+    f32 = "f32"
+
+
+class Recipe(BaseModel):
+    """Keys are the command's long options with underscores. `model: null` is the bundled reference VLM."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = None
+    format: list[FormatName] = Field(default_factory=list)
+    bits: int = 4
+    group_size: int = 128
+    sym: bool | None = None  # None: symmetric at 8 bits, asymmetric below
+    method: Method = Method.vlmq
+    act_order: ActOrder = ActOrder.gar
+    calibration: Path | None = None  # None: the bundled set
+    image_root: Path | None = None
+    samples: Annotated[int, Field(ge=1)] = 512
+    seq_len: Annotated[int, Field(ge=8)] | None = None  # None: the paper's for the family
+    seed: int = 0
+    verify_data: Path | None = None  # None: the bundled held-out set
+    verify: bool = True
+    device: Device = Device.auto
+    out: Path | None = None
+    gptq_version: GptqVersion = GptqVersion.v1
+    gptq_names: GptqNames = GptqNames.hub
+    accuracy_level: Annotated[int, Field(ge=0, le=4)] = 0
+    mmproj: MmprojType = MmprojType.f16
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"--bits {self.bits}: the runtimes decode 2, 3, 4 or 8 bits")
+        if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
+            raise ValueError(f"--group-size {self.group_size}: a multiple of 16, or -1 for one scale an output channel")
+        if len(set(self.format)) != len(self.format):
+            raise ValueError("--format is given twice with the same value")
+        return self
+
+    @property
+    def symmetric(self) -> bool:
+        return self.bits == 8 if self.sym is None else self.sym
+
+    def quant_config(self) -> QuantConfig:
+        return QuantConfig(
+            method=self.method.value, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric,
+            act_order=self.act_order.value, seed=self.seed,
+        )  # fmt: skip
+
+    def format_options(self, name: str) -> FormatOptions:
+        return FormatOptions(
+            name=name, gptq_version=self.gptq_version.value, gptq_names=self.gptq_names.value,
+            onnx_accuracy_level=self.accuracy_level, mmproj_dtype=self.mmproj.value,
+        )  # fmt: skip
+
+    def label(self) -> str:
+        """Short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
+        group = "" if self.group_size == -1 else f"g{self.group_size}"
+        sym = "-sym" if self.symmetric and self.bits != 8 else ""
+        return f"w{self.bits}{group}{sym}-{self.method}"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+    """The recipe file's keys overlaid with the flags that were given. Raises UsageError with one line."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text("utf-8")) or {}
+        except OSError as e:
+            raise UsageError(f"--recipe {path}: {e.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise UsageError(f"--recipe {path}: not YAML: {' '.join(str(e).split())}") from None
+        if not isinstance(values, dict):
+            raise UsageError(f"--recipe {path}: keys and values are expected, got a {type(values).__name__}")
+        values = {str(k).replace("-", "_"): v for k, v in values.items()}
+        for key in values:
+            if key not in Recipe.model_fields:
+                close = difflib.get_close_matches(key, Recipe.model_fields, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(Recipe.model_fields)}"
+                raise UsageError(f"--recipe {path}: unknown key {key}{hint}")
+    try:
+        return Recipe.model_validate(values | flags)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = "--" + ".".join(str(p) for p in first["loc"]).replace("_", "-") + ": " if first["loc"] else ""
+        raise UsageError(where + first["msg"].removeprefix("Value error, ")) from None

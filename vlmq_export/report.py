@@ -1,0 +1,99 @@
+"""What a person reads afterwards: report.html and the model card, both from the same facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import jinja2
+
+from vlmq_export import __version__
+from vlmq_export.formats.base import Check
+from vlmq_export.quantizer.artifact import Artifact, ModuleRecord, write_atomic
+from vlmq_export.recipe import Recipe
+
+RUN_WITH = {
+    "gptq": 'AutoModelForImageTextToText.from_pretrained("gptq", device_map="auto")  # transformers + optimum + gptqmodel',
+    "onnx": "vision.onnx → embedding.onnx → text.onnx in ONNX Runtime, in that order",
+    "gguf": "llama-mtmd-cli -m gguf/{text} --mmproj gguf/{mmproj} --image photo.png -p 'What is shown?'",
+}
+
+
+def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
+    """report.html and README.md in `out`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vlmq_export"), autoescape=jinja2.select_autoescape(["html", "html.j2"]),
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"figure": figure, "mib": lambda n: f"{n / 2**20:,.1f} MiB"}
+    facts = {
+        "name": artifact.manifest.name,
+        "version": __version__,
+        "recipe": recipe,
+        "yaml": _public_yaml(recipe),
+        "manifest": artifact.manifest,
+        "layers": layer_errors(artifact.manifest.modules),
+        "result": result,
+        "parity": result.parity,
+        "sizes": {f.value: _size(out / f.value) for f in recipe.format},
+        "plans": result.plan.formats,
+        "run_with": {f.value: _run_with(f.value, out) for f in recipe.format},
+    }
+    for template, target in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
+        text = environment.get_template(template).render(facts)
+        write_atomic(out / target, lambda t, text=text: t.write_text(text, "utf-8"))
+
+
+def figure(value: float | None) -> str:
+    """A figure as a person reads it: 0, 32, 98.8, 1.3e-06."""
+    if value is None:
+        return ""
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.1e}"
+
+
+def table_rows(checks: Iterable[Check]) -> list[tuple[str, ...]]:
+    """format, level, what, figure, gate, compared, status: the parity table, for terminal and pages."""
+    return [
+        (c.format, c.level, c.name, f"{figure(c.value)} {c.unit}".strip(), f"≤ {figure(c.gate)}" if c.gate is not None else "",
+         f"{c.compared:,}" if c.compared is not None else "", c.status)
+        for c in checks
+    ]  # fmt: skip
+
+
+def layer_errors(records: list[ModuleRecord]) -> list[dict]:
+    """One entry a decoder layer: its linears with their relative weighted error and its bar's width in per cent."""
+    errors = {r.name: float(r.metrics.get("relative_error", 0.0)) for r in records}
+    worst = max(errors.values(), default=0.0) or 1.0
+    layers: dict[int, list[dict]] = {}
+    for r in records:
+        entry = {
+            "name": ".".join(r.name.split(".")[-2:]),
+            "error": errors[r.name],
+            "width": 100 * errors[r.name] / worst,
+        }
+        layers.setdefault(r.layer, []).append(entry | {"fallback": r.metrics.get("fallback")})
+    return [{"index": index, "linears": linears} for index, linears in layers.items()]
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _public_yaml(recipe: Recipe) -> str:
+    """The recipe without the folders of whoever ran it."""
+    public = {
+        k: Path(v).name
+        for k in ("model", "calibration", "image_root", "verify_data", "out")
+        if (v := getattr(recipe, k))
+    }
+    return recipe.model_copy(update=public).to_yaml()
+
+
+def _run_with(name: str, out: Path) -> str:
+    if name != "gguf":
+        return RUN_WITH[name]
+    files = sorted((out / "gguf").glob("*.gguf"), key=lambda p: p.name.startswith("mmproj"))
+    text, mmproj = (files[0].name, files[-1].name) if files else ("model.gguf", "mmproj.gguf")
+    return RUN_WITH[name].format(text=text, mmproj=mmproj)

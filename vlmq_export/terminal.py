@@ -1,0 +1,128 @@
+"""What the commands print: tables on stdout, progress and log on stderr, readable at 80 columns and without colour."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vlmq_export.formats.base import Inspection
+from vlmq_export.parity import Parity
+from vlmq_export.plan import RunPlan
+from vlmq_export.report import table_rows
+
+out = Console()
+err = Console(stderr=True)
+_STATUS = {"passed": "green", "failed": "bold red", "not run": "yellow", "info": "dim"}
+
+
+def set_up_logging(verbosity: int, quiet: bool) -> None:
+    level = logging.ERROR if quiet else logging.DEBUG if verbosity else logging.INFO
+    handler = RichHandler(
+        console=err, show_path=False, show_time=False, show_level=level <= logging.DEBUG, markup=False
+    )
+    logger = logging.getLogger("vlmq_export")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+class Stages:
+    """A progress bar a stage on a terminal; one line a finished stage when piped."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.bar = None if quiet or not err.is_terminal else Progress(
+            TextColumn("{task.description:<16}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=err, transient=True,
+        )  # fmt: skip
+        self.tasks: dict[str, object] = {}
+        self.started: dict[str, float] = {}
+
+    def __enter__(self) -> Stages:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.started.setdefault(stage, time.monotonic())
+        if self.bar:
+            if stage not in self.tasks:
+                self.tasks[stage] = self.bar.add_task(stage, total=total)
+            self.bar.update(self.tasks[stage], completed=done, total=total)
+        elif not self.quiet and done == total and total:
+            err.print(f"{stage}: {total} in {time.monotonic() - self.started[stage]:.1f} s", highlight=False)
+
+
+def print_plan(plan: RunPlan) -> None:
+    m = plan.model
+    weights = sum(s.out_features * s.in_features for s in m.linears)
+    kept = sum(t.numel for t in m.floats)
+    out.print(f"{m.name} ({m.model_type}): {len(m.linears)} linears, {weights:,} weights to quantize", highlight=False)
+    out.print(f"{len(m.floats)} tensors, {kept:,} weights stay in their dtype", highlight=False)
+    kinds: dict[tuple[str, int, int], int] = {}
+    for x in m.linears:
+        key = (".".join(x.name.split(".")[-2:]), x.out_features, x.in_features)
+        kinds[key] = kinds.get(key, 0) + 1
+    modules = Table("modules", "count", "out", "in", box=None, pad_edge=False)
+    for (kind, rows, columns), count in kinds.items():
+        modules.add_row(kind, str(count), str(rows), str(columns))
+    out.print(modules)
+    table = Table("format", "bits per weight", "size", box=None, pad_edge=False)
+    for name, f in plan.formats.items():
+        refused = bool(f.refusals)
+        table.add_row(
+            name,
+            "refused" if refused else f"{f.bits_per_weight:.3f}",
+            "" if refused else f"{f.size_bytes / 2**20:,.1f} MiB",
+        )
+    out.print(table)
+    for name, f in plan.formats.items():
+        for note in f.notes:
+            out.print(f"{name}: {note}", highlight=False)
+    for line in plan.refusals:
+        out.print(f"refused: {line}", style="bold red", highlight=False)
+
+
+def print_parity(parity: Parity) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("format", "check"):
+        table.add_column(column, overflow="fold")
+    for column in ("figure", "gate"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    for (fmt, level, name, figure, gate, compared, status), c in zip(table_rows(parity.checks), parity.checks):
+        what = f"{level} {name}" + (f", {compared}" if compared else "")
+        table.add_row(fmt, what, figure, gate, f"[{_STATUS[c.status]}]{status}[/]")
+    out.print(table)
+    for c in parity.failures():
+        out.print(
+            f"failed: {c.format} {c.level} {c.name}: {c.worst or c.detail}",
+            style="bold red",
+            highlight=False,
+            markup=False,
+        )
+
+
+def print_inspection(found: Inspection) -> None:
+    out.print(found.kind, highlight=False)
+    for key, value in found.metadata.items():
+        text = " ".join(str(value).split())
+        out.print(f"  {key}: {text if len(text) <= 120 else text[:117] + '...'}", highlight=False, markup=False)
+    table = Table("tensor", "shape", "type", "bytes", box=None, pad_edge=False)
+    for t in found.tensors:
+        table.add_row(t.name, "×".join(map(str, t.shape)), t.type, f"{t.nbytes:,}")
+    out.print(table)
+    total = sum(t.nbytes for t in found.tensors)
+    out.print(
+        f"{len(found.tensors)} tensors, {total / 2**20:,.1f} MiB, {found.bits_per_weight:.3f} bits per quantized weight",
+        highlight=False,
+    )
