@@ -1,0 +1,156 @@
+"""The command as a user meets it: exit codes, one-line errors, nothing half-written."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from vlmq_export import bundled
+from vlmq_export.cli import app
+
+
+def call(*args: object):
+    """Run the command in this process; returns (exit code, stdout, stderr)."""
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(*args: object, code: int) -> str:
+    """One line on stderr, nothing on stdout, and the exit code."""
+    got, out, err = call(*args)
+    assert got == code, err
+    assert out == "" and len(err.strip().splitlines()) == 1, err
+    return err
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of the reference checkpoint to damage."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in bundled.REFERENCE_VLM.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        ([], 2, "--format"),
+        (["--format", "gguf", "--bits", "5"], 2, "--bits 5"),
+        (["--format", "gguf", "--bits", "8", "--asym"], 2, "8"),
+        (["--format", "gguf", "--act-order", "dynamic"], 2, "act-order"),
+        (["--format", "gguf", "--group-size", "384"], 2, "--group-size 384 does not divide"),
+        (["nowhere", "--format", "gguf"], 1, "nowhere"),
+        (["--format", "gguf", "--overwrite", "--resume"], 2, "exclude"),
+        (["--format", "gguf", "--recipe", "gone.yaml"], 2, "gone.yaml"),
+        (["--format", "gguf", "--calibration", "gone.json"], 1, "gone.json"),
+        (["--format", "gguf", "--verify-data", "gone.json"], 1, "gone.json"),
+        (["verify", "gone"], 2, "gone"),
+        (["inspect", "gone"], 2, "gone"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(tmp_path, monkeypatch, args, code, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(*args, code=code)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_option_is_a_usage_error():
+    code, _, err = call("--formt", "gguf")
+    assert code == 2 and "--formt" in err
+
+
+def test_an_unsupported_model_is_named(model, tmp_path):
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    err = refused(model, "--format", "gguf", "--out", tmp_path / "out", code=1)
+    assert "llama" in err and "qwen2_5_vl" in err
+
+
+def test_a_truncated_model_is_named(model, tmp_path):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in refused(model, "--format", "gguf", "--out", tmp_path / "out", code=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_processor_file_is_named(model, tmp_path):
+    (model / "preprocessor_config.json").unlink()
+    err = refused(model, "--format", "gguf", "--calibration", bundled.CALIBRATION, "--out", tmp_path / "out", code=1)
+    assert "preprocessor_config.json" in err
+
+
+def test_an_output_folder_that_exists_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("do not delete")
+    for flag in ([], ["--overwrite"], ["--resume"]):
+        assert "did not write" in refused("--format", "gguf", "--samples", 1, "--out", out, *flag, code=2)
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+
+
+def test_the_model_folder_is_never_the_output(model):
+    assert "holds the model" in refused(model, "--format", "gptq", "--samples", 1, "--out", model, code=2)
+
+
+def test_dry_run_reads_headers_only(model, tmp_path, monkeypatch):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4096] + b"\xff" * 4096)  # NaN everywhere at the end
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(model, "--format", "gptq", "--format", "onnx", "--format", "gguf", "--dry-run", "--json")
+    plan = json.loads(out)
+    assert code == 0 and plan["refused"] == []
+    assert set(plan["formats"]) == {"gptq", "onnx", "gguf"}
+    assert plan["formats"]["gguf"]["bits_per_weight"] == pytest.approx(5.0)  # Q4_1: the home of portable 4-bit groups
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_dry_run_lists_what_would_be_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("--format", "gguf", "--bits", 8, "--asym", "--dry-run")
+    assert code == 2 and "refused" in out
+
+
+def test_low_bit_groups_cost_more_in_gguf_and_the_dry_run_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("--format", "gguf", "--bits", 2, "--dry-run", "--json")
+    gguf = json.loads(out)["formats"]["gguf"]
+    assert code == 0 and gguf["bits_per_weight"] == pytest.approx(4.5)
+    assert any("--group-size" in note for note in gguf["notes"])
+
+
+def test_version_and_help():
+    code, out, _ = call("--version")
+    assert code == 0 and out.startswith("vlmq-export ")
+    code, out, _ = call("--help")
+    assert code == 0 and "--act-order" in out and "verify" in out
+
+
+def test_nothing_generic_is_a_top_level_module(tmp_path):
+    """`formats`, `tools` and `quantizer` belong to the checkout, never to a user's site-packages."""
+    probe = (
+        "import importlib.util as u, vlmq_export.formats.gguf, vlmq_export.quantizer;"
+        "print([n for n in ('formats', 'quantizer', 'tools', 'runtime_tests') if u.find_spec(n)])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_quantizer_needs_no_package_beyond_the_gpu_image(tmp_path):
+    """It must run where only torch, transformers, safetensors, numpy and Pillow are installed."""
+    probe = (
+        "import sys\n"
+        "banned = {'pydantic', 'typer', 'rich', 'yaml', 'onnx', 'gguf', 'jinja2', 'filelock_'}\n"
+        "class Ban:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in banned: raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Ban())\n"
+        "import vlmq_export.quantizer.quantize, vlmq_export.quantizer.calibration\n"
+    )
+    subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, check=True, capture_output=True)
