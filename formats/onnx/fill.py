@@ -1,0 +1,128 @@
+"""The graph pass: every quantized linear becomes one MatMulNBits, every other parameter its values.
+
+In mobius' graphs a linear is `Transpose(X.weight) → MatMul (→ Add X.bias)`; the first two nodes are replaced and the
+addition stays. Constants are lazy: a tensor is read from the artifact when its file is written.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.onnx.packing import NBits, pack_linear
+from vlmq_export.quantizer.artifact import Artifact
+
+DOMAIN = "com.microsoft"
+
+
+def fill(model: ir.Model, artifact: Artifact, accuracy_level: int) -> list[str]:
+    """Put the artifact into one graph. Returns the linears that it holds.
+
+    Raises FormatError for a parameter that the artifact lacks or a linear that is not where it should be.
+    """
+    graph = model.graph
+    quantized = {f"{name}.weight": name for name in artifact.linear_names()}
+    floats = set(artifact.float_names())
+    done = []
+    for value in list(graph.initializers.values()):
+        name = value.name or ""
+        if value.const_value is not None:
+            continue
+        if name in quantized:
+            _replace_linear(model, value, _packed(artifact, quantized[name]), quantized[name], accuracy_level)
+            done.append(quantized[name])
+        elif name.removesuffix(".bias") in artifact.records:
+            bias = artifact.linear(name.removesuffix(".bias")).bias
+            if bias is None:
+                raise FormatError(f"the graph adds {name}, which the artifact does not have; quantize again")
+            value.const_value = ir.Tensor(bias.float().numpy(), name=name)
+        else:
+            stored = "model.embed_tokens.weight" if name == "lm_head.weight" and name not in floats else name
+            if stored not in floats:
+                raise FormatError(f"the graph needs {name}, which the artifact does not have; quantize again")
+            value.const_value = _lazy(artifact, stored, value, name)
+    if DOMAIN not in model.opset_imports:
+        model.opset_imports[DOMAIN] = 1
+    return done
+
+
+def _lazy(artifact: Artifact, stored: str, value: ir.Value, name: str) -> ir.LazyTensor:
+    shape = value.shape
+    assert shape is not None
+
+    def read() -> ir.Tensor:
+        array = artifact.float_tensor(stored).float().numpy()
+        if list(array.shape) != list(shape):
+            raise FormatError(
+                f"{name} has shape {list(array.shape)}, the graph expects {list(shape)}; the config is not this model's"
+            )
+        return ir.Tensor(array, name=name)
+
+    return ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(shape), name=name)
+
+
+def _packed(artifact: Artifact, name: str) -> NBits:
+    q = artifact.linear(name)
+    parts = (q.codes, q.scales, q.zero_points, q.g_idx)
+    return pack_linear(*(p.numpy() for p in parts), q.bits, q.group_size)
+
+
+def _replace_linear(model: ir.Model, weight: ir.Value, packed: NBits, name: str, accuracy_level: int) -> None:
+    """Transpose(weight) → MatMul becomes [Gather(A, order) →] MatMulNBits."""
+    graph = model.graph
+    transposes = [n for n in weight.consumers() if n.op_type == "Transpose"]
+    products = [n for t in transposes for n in t.outputs[0].consumers() if n.op_type == "MatMul"]
+    if len(transposes) != 1 or len(products) != 1 or len(list(weight.consumers())) != 1:
+        raise FormatError(
+            f"{name} is not one Transpose and one MatMul in the graph; this mobius version is not supported"
+        )
+    transpose, product = transposes[0], products[0]
+    assert weight.shape is not None
+    out_features, in_features = (int(d) for d in weight.shape)  # type: ignore[call-overload]
+    if packed.weight.shape[0] != out_features or packed.scales.shape[1] != -(-in_features // packed.block_size):
+        raise FormatError(f"{name} is {out_features}×{in_features} in the graph, not what the artifact holds")
+
+    activations = product.inputs[0]
+    new: list[ir.Node] = []
+    if packed.order is not None:  # g_idx is never written: ONNX Runtime computes it wrong
+        gather = ir.Node(
+            "", "Gather", [activations, _constant(graph, f"{name}.order", packed.order)], [ir.AttrInt64("axis", -1)]
+        )
+        gather.outputs[0].name = f"{name}.gathered"
+        activations = gather.outputs[0]
+        new.append(gather)
+    node = ir.Node(
+        DOMAIN,
+        "MatMulNBits",
+        [
+            activations,
+            _constant(graph, f"{name}.qweight", packed.weight),
+            _constant(graph, f"{name}.scales", packed.scales),
+            _constant(graph, f"{name}.zero_points", packed.zero_points),
+        ],
+        [
+            ir.AttrInt64("K", in_features),
+            ir.AttrInt64("N", out_features),
+            ir.AttrInt64("bits", packed.bits),
+            ir.AttrInt64("block_size", packed.block_size),
+            ir.AttrInt64("accuracy_level", accuracy_level),
+        ],
+        version=1,
+        name=name,
+    )
+    new.append(node)
+    old = product.outputs[0]
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"{name}.product", old.type, old.shape
+    graph.insert_before(product, new)
+    old.replace_all_uses_with(node.outputs[0])
+    graph.remove(product, safe=True)
+    graph.remove(transpose, safe=True)
+    graph.initializers.pop(weight.name or "")
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    graph.initializers[name] = value
+    return value

@@ -1,0 +1,80 @@
+"""Float graphs of a VLM without weights, from mobius, with every parameter under its hub name.
+
+mobius computes every index (windows, M-RoPE, feature positions) inside the graphs, so that any image size, batch and
+past length runs. It knows nothing of quantization: `fill` puts the integers in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+import onnx_ir as ir
+
+from vlmq_export.errors import FormatError
+
+# our file name → mobius' component; the prefixes turn mobius' parameter names into the hub's
+GRAPHS = {"vision": "vision_encoder", "embedding": "embedding", "text": "decoder"}
+_HUB_NAMES = (
+    ("decoder.model.", "model."),
+    ("decoder.lm_head.", "lm_head."),
+    ("vision_encoder.visual.merger.mlp_", "visual.merger.mlp."),
+    ("vision_encoder.visual.", "visual."),
+    ("embedding.", "model."),
+)
+IR_VERSION = 11  # ONNX Runtime 1.31 loads up to 13
+
+
+# Qwen2-VL's vision MLP, which mobius names as Qwen2.5-VL's
+_OTHER_SPELLINGS = ((".mlp.up_proj.", ".mlp.fc1."), (".mlp.down_proj.", ".mlp.fc2."))
+
+
+def hub_name(name: str, known: Collection[str]) -> str:
+    """Hub name of a mobius parameter, one of `known` if it can be; anything else keeps its own."""
+    for prefix, hub in _HUB_NAMES:
+        if name.startswith(prefix):
+            name = hub + name.removeprefix(prefix)
+            break
+    for ours, theirs in _OTHER_SPELLINGS:
+        if name not in known and name.replace(ours, theirs) in known:
+            return name.replace(ours, theirs)
+    return name
+
+
+def float_graphs(source: Path, known: Collection[str]) -> dict[str, ir.Model]:
+    """The three graphs of the model in `source` (config.json), parameters typed and shaped but empty.
+
+    `known` are the checkpoint's tensor names; parameters get theirs.
+
+    Raises FormatError when mobius cannot build this architecture.
+    """
+    import transformers
+    from mobius import build_from_module, registry
+    from mobius.__main__ import _config_from_hf, _default_task_for_model  # what `mobius build --config` does
+
+    whole = transformers.AutoConfig.from_pretrained(source)
+    try:
+        config = _config_from_hf(getattr(whole, "text_config", whole), parent_config=whole)
+        config = dataclasses.replace(config, dtype=ir.DataType.FLOAT)
+        module = registry.get(whole.model_type)(config)
+        package = build_from_module(module, config, task=_default_task_for_model(whole.model_type))
+        graphs = {name: package[component] for name, component in GRAPHS.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise FormatError(
+            f"mobius cannot build ONNX graphs for {whole.model_type} ({e!r}); leave out --format onnx"
+        ) from None
+    for name, model in graphs.items():
+        model.graph.name = name
+        model.ir_version = IR_VERSION
+        for value in list(model.graph.initializers.values()):
+            if value.const_value is None:
+                rename(model.graph, value, hub_name(value.name or "", known))
+    return graphs
+
+
+def rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    """Give an initializer another name; the graph finds initializers by it."""
+    graph.initializers.pop(value.name or "")
+    value.name = name
+    graph.initializers[name] = value

@@ -1,0 +1,51 @@
+"""What ONNX would cost, and what it cannot hold, from shapes alone."""
+
+from __future__ import annotations
+
+from vlmq_export.formats.base import FormatOptions, FormatPlan, ModelPlan
+from vlmq_export.formats.onnx.packing import block_size_for, container_bits
+from vlmq_export.quantizer.config import QuantConfig
+
+_GRAPH_BYTES = 2_000  # a node or so a linear, and its share of the rest
+
+
+def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
+    config = model.config
+    refusals = []
+    if config.bits not in (2, 3, 4, 8):
+        refusals.append(
+            f"--bits {config.bits}: ONNX Runtime's MatMulNBits decodes 2, 4 and 8 bits (3 in the 4-bit container)"
+        )
+    if block_size_for(config.group_size) is None:
+        refusals.append(
+            f"--group-size {config.group_size}: MatMulNBits takes blocks of 16 to 256; use a multiple of 16"
+        )
+    if not 0 <= options.onnx_accuracy_level <= 4:
+        refusals.append(f"--accuracy-level {options.onnx_accuracy_level}: 0 (float32) to 4 (int8 activations)")
+    if refusals:
+        return FormatPlan(0.0, 0, refusals)
+    block, bits = block_size_for(config.group_size), container_bits(config.bits)
+    assert block is not None
+    weights = stored = 0
+    for x in model.linears:
+        blocks = -(-x.in_features // block)
+        weights += x.out_features * x.in_features
+        stored += x.out_features * (blocks * block * bits // 8 + 4 * blocks + -(-blocks * bits // 8) + 4 * x.bias)
+        if config.act_order == "dynamic" and config.group_size != -1:
+            stored += 8 * x.in_features
+    floats = sum(4 * t.numel for t in model.floats)
+    embedding = next((4 * t.numel for t in model.floats if t.name.endswith("embed_tokens.weight")), 0)
+    tied = not any(t.name == "lm_head.weight" for t in model.floats)
+    size = stored + floats + (embedding if tied else 0) + _GRAPH_BYTES * len(model.linears)
+    return FormatPlan(8 * stored / weights, size, [], notes_for(config))
+
+
+def notes_for(config: QuantConfig) -> list[str]:
+    notes = ["vision tower, embeddings, norms and output head are float32, scales too: what the CPU kernels compute in"]
+    if config.bits == 3:
+        notes.append("3-bit codes lie in the 4-bit container, at the size of 4 bits; no runtime decodes three")
+    if config.group_size == -1:
+        notes.append("one scale a channel is written as blocks of 256 with the scale repeated")
+    if config.act_order == "dynamic" and config.group_size != -1:
+        notes.append("each quantized linear gathers its inputs in the order of the groups; g_idx is never written")
+    return notes

@@ -1,0 +1,47 @@
+"""artifact → vision.onnx, embedding.onnx, text.onnx, each with one data file, and what must lie beside them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.base import FormatOptions
+from vlmq_export.formats.onnx.fill import fill
+from vlmq_export.formats.onnx.genai import write_genai
+from vlmq_export.formats.onnx.graphs import float_graphs
+from vlmq_export.formats.onnx.planning import notes_for
+from vlmq_export.quantizer.artifact import Artifact
+
+log = logging.getLogger("vlmq_export")
+_INLINE_BYTES = 1024  # smaller constants stay in the protobuf
+
+
+def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
+    """The whole VLM into an empty folder. Returns notes for log and card; raises FormatError on any miss."""
+    found: list[str] = []
+    known = {*artifact.float_names(), *(f"{n}.{part}" for n in artifact.linear_names() for part in ("weight", "bias"))}
+    for name, model in float_graphs(artifact.source, known).items():
+        found += fill(model, artifact, options.onnx_accuracy_level)
+        save(model, folder / f"{name}.onnx")
+    missing = set(artifact.linear_names()) - set(found)
+    if missing or len(found) != len(artifact.linear_names()):
+        raise FormatError(
+            f"{len(missing)} quantized linears have no node in the graphs, first {min(missing, default='twice')}"
+        )
+    for file in sorted(artifact.source.iterdir()):
+        shutil.copyfile(file, folder / file.name)
+    notes = notes_for(artifact.config)
+    return [*notes, *write_genai(artifact, folder)]
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """One graph and its data file, both new, both readable by everyone."""
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)  # never append to an old one
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
+    for file in (path, data):
+        file.chmod(0o644)
