@@ -1,0 +1,164 @@
+"""Train the reference VLM from scratch: one step, its schedule, and its saved state.
+
+loss = cross-entropy of the answer + w · localisation
+
+The localisation loss makes the vision tower learn to see before the decoder learns to ask: a linear head on every merged
+vision token (28 × 28 pixels) names the characters, keys, colours and shapes that stand there. Its weight w falls to
+zero over training, and the head is thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from numpy.random import RandomState
+from safetensors import safe_open
+from torch.nn import functional
+
+from tools.reference_vlm import drawing
+from tools.reference_vlm.model import load_initial_weights, make_batch, make_config, make_model, replace_tensors
+
+TRAINING_SEED = 3  # 1 and 2 are make_data's calibration and held-out streams
+WARM_UP_STEPS = 150
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a resumed training must share with the one it continues."""
+
+    arch: str = "qwen2_5_vl"
+    seed: int = 0
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the schedule prescribes at one moment of training."""
+
+    learning_rate: float
+    easy: float  # chance of a one-character drawing
+    localisation: float  # weight of the localisation loss
+    size: tuple[int, int]  # of this step's images: one size a batch, so nothing is padded but the text
+
+
+def schedule(settings: Settings, step: int, progress: float) -> Phase:
+    """The phase at `progress` (0..1): easy and small drawings first, then all sizes in turn and nothing easy."""
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return Phase(
+        learning_rate=settings.learning_rate * min(1.0, (step + 1) / WARM_UP_STEPS) * (0.97 * cosine + 0.03),
+        easy=max(0.0, 0.9 - 3 * progress),
+        localisation=max(0.0, 1 - progress / 0.8),
+        size=drawing.SIZES[0] if progress < 0.3 else drawing.SIZES[step % len(drawing.SIZES)],
+    )
+
+
+class Trainer:
+    """The model, the localisation head and their optimizer, `step_count` steps in."""
+
+    def __init__(self, settings: Settings, tokenizer, *, init: Path | None = None):
+        torch.manual_seed(settings.seed)
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.model = make_model(make_config(settings.arch, tokenizer)).train()
+        self.head = torch.nn.Linear(self.model.config.text_config.hidden_size, len(drawing.NAMES))
+        self.step_count = 0
+        self.seconds = 0.0  # spent training, over all resumptions
+        self.taken = load_initial_weights(self.model, init) if init else None
+        parameters = self._parameters().values()
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.98),
+        )
+        self._vision_tokens = None
+        self.model.model.visual.register_forward_hook(self._keep_vision_tokens)
+
+    def step(self, progress: float) -> tuple[float, float]:
+        """Draw a batch, take one optimizer step; returns (answer loss, localisation loss).
+
+        The drawings depend on (seed, step) alone: a resumed training sees what an unbroken one would have seen.
+        """
+        phase = schedule(self.settings, self.step_count, progress)
+        rng = RandomState([TRAINING_SEED, self.settings.seed, self.step_count])
+        rows = [draw(rng, phase) for _ in range(self.settings.batch_size)]
+        return self.step_on(rows, phase)
+
+    def step_on(self, rows: list[drawing.Drawing], phase: Phase) -> tuple[float, float]:
+        """One optimizer step on given drawings."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = phase.learning_rate
+        answer = self.model(**make_batch(self.tokenizer, [(row.image, row.question, row.answer) for row in rows])).loss
+        named = self.head(self._vision_tokens)  # [vision tokens, names]
+        target = torch.cat([cells(row) for row in rows])
+        localisation = functional.binary_cross_entropy_with_logits(named, target, reduction="none").sum(1).mean()
+        (answer + phase.localisation * localisation).backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters().values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_count += 1
+        return answer.item(), localisation.item()
+
+    def save(self, path: Path) -> None:
+        """Write the whole training state: float32 weights and moments, and what no tensor holds as JSON."""
+        tensors = {}
+        for name, parameter in self._parameters().items():
+            tensors[f"weight.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value
+        told = {"settings": asdict(self.settings), "step_count": self.step_count, "seconds": self.seconds}
+        replace_tensors(path, tensors, {"training": json.dumps(told)})
+
+    def load(self, path: Path) -> None:
+        """Continue from a saved state; refuses one of other settings."""
+        with safe_open(path, "pt") as file:
+            told = json.loads(file.metadata()["training"])
+            if told["settings"] != asdict(self.settings):
+                raise ValueError(f"{path} was trained with {told['settings']}, not with {asdict(self.settings)}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, parameter in self._parameters().items():
+            parameter.data.copy_(tensors[f"weight.{name}"])
+            state = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if state["step"] is not None:
+                self.optimizer.state[parameter] = state
+        self.step_count, self.seconds = told["step_count"], told["seconds"]
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        head = {f"localisation.{name}": parameter for name, parameter in self.head.named_parameters()}
+        return dict(self.model.named_parameters()) | head
+
+    def _keep_vision_tokens(self, module, inputs, output) -> None:
+        self._vision_tokens = output.pooler_output  # [vision tokens, 256]
+
+
+def draw(rng: RandomState, phase: Phase) -> drawing.Drawing:
+    """One training drawing of the phase's size and ease."""
+    return drawing.TASKS[drawing.pick_task(rng)](rng, *phase.size, easy=phase.easy)
+
+
+def cells(row: drawing.Drawing) -> torch.Tensor:
+    """What stands in each merged vision token of a drawing: 0/1 [vision tokens, names], row by row."""
+    columns, rows = row.image.width // 28, row.image.height // 28
+    target = torch.zeros(rows, columns, len(drawing.NAMES))
+    for name, x, y in row.labels:
+        across = min(max(int(x // 28), 0), columns - 1)
+        down = min(max(int(y // 28), 0), rows - 1)
+        target[down, across, drawing.NAMES.index(name)] = 1
+    return target.flatten(0, 1)
+
+
+def tokenizer_texts(count: int = 3000):
+    """What a fresh tokenizer is trained on: questions, the chat's own words, and the colours (an answer is spelled)."""
+    for row in range(count):
+        rng = RandomState([TRAINING_SEED, row])
+        question, answer = drawing.TASKS[drawing.pick_task(rng)](rng, 112, 112)[1:3]
+        yield from (question, "user\n", "assistant\n")
+        if answer in drawing.COLOURS:
+            yield answer
