@@ -5,8 +5,9 @@ from __future__ import annotations
 from vlmq_export.formats.base import FormatOptions, FormatPlan, ModelPlan
 from vlmq_export.formats.onnx.packing import block_size_for, container_bits
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.families import text_config
 
-_GRAPH_BYTES = 2_000  # a node or so a linear, and its share of the rest
+_GRAPH_BYTES = 9_000  # protobuf a linear: its node, names, and its share of the other nodes
 
 
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
@@ -36,7 +37,10 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     floats = sum(4 * t.numel for t in model.floats)
     embedding = next((4 * t.numel for t in model.floats if t.name.endswith("embed_tokens.weight")), 0)
     tied = not any(t.name == "lm_head.weight" for t in model.floats)
-    size = stored + floats + (embedding if tied else 0) + _GRAPH_BYTES * len(model.linears)
+    text = text_config(model.source_config)
+    head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    rope = 4 * text["max_position_embeddings"] * head  # cosines and sines of every position
+    size = stored + floats + (embedding if tied else 0) + rope + _GRAPH_BYTES * len(model.linears)
     return FormatPlan(8 * stored / weights, size, [], notes_for(config))
 
 

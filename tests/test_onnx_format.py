@@ -1,0 +1,167 @@
+"""What is written for ONNX Runtime, without running it: bits, bytes, containment."""
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.artifacts import GRIDS, rtn_artifact
+from vlmq_export.errors import FormatError
+from vlmq_export.formats import onnx as onnx_format
+from vlmq_export.formats.base import FormatOptions
+from vlmq_export.formats.onnx.packing import block_size_for, pack_bits, pack_linear
+from vlmq_export.formats.onnx.read import Linear, OnnxFolder
+from vlmq_export.plan import artifact_plan
+from vlmq_export.reference import Weights
+
+
+def slow_decode(codes, scales, zeros, g_idx):
+    """Weight by weight, as the sentence reads: scale · (code − zero-point) of the column's group."""
+    out = np.empty(codes.shape, np.float32)
+    for n in range(codes.shape[0]):
+        for k in range(codes.shape[1]):
+            g = g_idx[k]
+            out[n, k] = np.float32(scales[n, g]) * np.float32(int(codes[n, k]) - int(zeros[n, g]))
+    return out
+
+
+@given(st.sampled_from([2, 4, 8]), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_packing_is_a_stream_from_the_low_bit(bits, count, seed):
+    values = np.random.default_rng(seed).integers(0, 2**bits, count, dtype=np.uint8)
+    stream = sum(int(v) << (i * bits) for i, v in enumerate(values))
+    expected = stream.to_bytes(-(-count * bits // 8), "little")
+    assert pack_bits(values, bits).tobytes() == expected
+
+
+def test_golden_bytes():
+    assert pack_bits(np.array([1, 2, 3, 4, 5], np.uint8), 4).tobytes() == bytes([0x21, 0x43, 0x05])
+    assert pack_bits(np.array([0, 1, 2, 3, 1], np.uint8), 2).tobytes() == bytes([0xE4, 0x01])
+
+
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]), group=st.sampled_from([-1, 16, 32, 48, 96, 128, 512]), groups=st.integers(1, 3),
+    permuted=st.booleans(), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_a_packed_linear_decodes_to_the_same_weights(bits, group, groups, permuted, seed):
+    rng = np.random.default_rng(seed)
+    columns = 300 if group == -1 else group * groups
+    groups = 1 if group == -1 else groups
+    codes = rng.integers(0, 2**bits, (5, columns), dtype=np.uint8)
+    zeros = rng.integers(0, 2**bits, (5, groups), dtype=np.uint8)
+    scales = rng.uniform(1e-4, 1, (5, groups)).astype(np.float16)
+    g_idx = (np.arange(columns) // (columns // groups)).astype(np.int32)
+    if permuted:
+        g_idx = rng.permutation(g_idx)
+    p = pack_linear(codes, scales, zeros, g_idx, bits, group)
+    linear = Linear("x", p.bits, p.block_size, p.weight, p.scales, p.zero_points, p.order, columns, 0)
+    assert np.array_equal(linear.decode(), slow_decode(codes, scales, zeros, g_idx))
+
+
+def test_blocks_of_every_group_size():
+    assert [block_size_for(g) for g in (-1, 16, 32, 48, 96, 128, 256, 512, 1024)] == [
+        256,
+        16,
+        32,
+        16,
+        32,
+        128,
+        256,
+        256,
+        256,
+    ]
+    assert block_size_for(40) is None
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    artifact = rtn_artifact(tmp_path_factory.mktemp("artifact"), GRIDS["w3g128"])
+    folder = tmp_path_factory.mktemp("onnx")
+    onnx_format.write(artifact, folder, FormatOptions(onnx_accuracy_level=4))
+    return artifact, folder
+
+
+def test_every_linear_is_one_node_and_says_its_level(written):
+    artifact, folder = written
+    graph = onnx.load(folder / "text.onnx", load_external_data=False).graph
+    nodes = [n for n in graph.node if n.op_type == "MatMulNBits"]
+    assert sorted(n.name for n in nodes) == sorted(artifact.linear_names())
+    for node in nodes:
+        attributes = {a.name: a.i for a in node.attribute}
+        assert attributes["accuracy_level"] == 4 and attributes["bits"] == 4  # three bits in the container of four
+        assert len(node.input) == 4 and node.input[3]  # zero-points always, g_idx never
+
+
+def test_our_reader_finds_every_weight(written):
+    artifact, folder = written
+    read, weights = OnnxFolder(folder), Weights(artifact.path)
+    for name, want in weights.items():
+        got = read.weight(name)
+        assert got is not None and np.array_equal(got, want), name
+
+
+def test_the_plan_tells_the_size_before(written):
+    artifact, folder = written
+    plan = onnx_format.plan(artifact_plan(artifact), FormatOptions())
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    assert plan.refusals == [] and plan.size_bytes == pytest.approx(size, rel=0.05)
+    assert any("4-bit container" in n for n in plan.notes)
+    found = onnx_format.inspect(folder)
+    assert found.bits_per_weight == pytest.approx(plan.bits_per_weight, rel=0.02)
+
+
+def test_files_can_be_read_by_everyone_and_writing_again_does_not_append(written, tmp_path):
+    artifact, folder = written
+    onnx_format.write(artifact, tmp_path, FormatOptions(onnx_accuracy_level=4))
+    onnx_format.write(artifact, tmp_path, FormatOptions(onnx_accuracy_level=4))
+    for name in ("vision", "embedding", "text"):
+        for file in (f"{name}.onnx", f"{name}.onnx.data"):
+            assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+            assert (tmp_path / file).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.fixture
+def copy(written, tmp_path):
+    for file in written[1].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def redirect(folder, location):
+    """Point every external tensor of text.onnx at `location`."""
+    model = onnx.load(folder / "text.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    (folder / "text.onnx").write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("location", ["../text.onnx.data", "/etc/passwd", "a/../../x", ""])
+def test_data_outside_the_folder_is_refused(copy, location):
+    redirect(copy, location)
+    with pytest.raises(FormatError, match="outside the folder"):
+        OnnxFolder(copy)
+
+
+def test_damaged_files_are_named(copy):
+    data = copy / "text.onnx.data"
+    whole = data.read_bytes()
+    for damaged in (whole[:-1], whole + b"\0"):  # ONNX Runtime itself accepts the longer one
+        data.write_bytes(damaged)
+        with pytest.raises(FormatError, match=r"text\.onnx\.data"):
+            OnnxFolder(copy)
+    data.unlink()
+    with pytest.raises(FormatError, match="missing"):
+        OnnxFolder(copy)
+    (copy / "vision.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(FormatError, match=r"vision\.onnx"):
+        OnnxFolder(copy)
+
+
+def test_a_symbolic_link_is_refused(copy, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "data"
+    (copy / "text.onnx.data").rename(elsewhere)
+    (copy / "text.onnx.data").symlink_to(elsewhere)
+    with pytest.raises(FormatError, match="outside the folder"):
+        OnnxFolder(copy)
