@@ -76,7 +76,7 @@ def check_formats(
     seconds: dict[str, float] = {}
     required = required_runtimes()
     for done, (name, folder) in enumerate(folders.items()):
-        progress(f"verify {name}", done, len(folders))
+        progress("verify", done, len(folders))
         start = time.perf_counter()
         try:
             rows = formats.get(name).check(folder, reference, options, settings)

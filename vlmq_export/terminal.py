@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 
 from rich.console import Console
@@ -29,6 +30,16 @@ def set_up_logging(verbosity: int, quiet: bool) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Bars and notices of libraries do not belong into our log: set before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' "Loading weights"
+    for name in ("torchao", "torch.utils._pytree", "mobius", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Stages:
