@@ -1,0 +1,330 @@
+"""The proof of a GGUF export in llama.cpp itself, on the CPU.
+
+    L1  every weight of both files, by three readers, bit for bit; metadata and names complete
+    L2  every product of the real run against the emulated activation rounding, worst row ≤ 3e-7
+    L3  the float32 twin of the shipped file ≤ 5e-6 on text and on images fed as the reference's vision features, where
+        names, biases and rope show; and the shipped file with images through mtmd, where activations are rounded to
+        8 bits and only a sanity bound is possible
+
+A perfect block-type file is 1e-2 away from a float32 model in its logits and a wrong scale moves them by 1e-5, so no
+bound on the shipped file's logits could find it: L1, L2 and the twin carry the proof.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vlmq_export.errors import FormatError, MissingRuntime
+from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, compare_weights, relative_error
+from vlmq_export.formats.gguf import emulate, runner
+from vlmq_export.reference import Reference
+
+# Each ten times or more above what a right file gives and below what one wrong fp16 scale gives (formats/gguf §6).
+E_ROW = 3e-7  # right: 5e-8; one scale by one ulp: 3e-6 at 1024 columns
+TWIN = 5e-6  # right: 1e-6
+EMBEDDING = {"f32": 2e-3, "f16": 2.5e-3}  # right: 6e-4 from fp16 pixels and a tanh GELU table; f16 weights add 5e-4
+SHIPPED = 5e-2  # right: 2e-2 to 3e-2, by 8-bit activations alone
+ANSWER = 16  # most tokens of a greedy answer
+TEXT_PROMPTS = 8
+SMALL = 2**28  # bytes: llama.cpp's threads spin at every barrier, and on models below this cost more than they give
+
+L1_READERS = "weights by {}"
+_LATER = (("L2", "every product"), ("L3", "shipped file through mtmd"), ("L3", "float32 twin"))
+
+
+def check(folder: Path, reference: Reference, options: FormatOptions, settings: CheckSettings) -> list[Check]:
+    """All rows. What cannot run says so; a file that llama.cpp refuses is a failed row, never an exception."""
+    from vlmq_export.formats.gguf import missing
+
+    if absent := missing():
+        rows = [("L1", "weights"), *_LATER]
+        return [
+            Check.not_run("gguf", level, name, f"{absent} not installed; pip install 'vlmq-export[gguf]'")
+            for level, name in rows
+        ]
+    try:
+        files = _Files.open(Path(folder), reference)
+        rows = [_complete(files, reference), *_weights(files, reference)]
+    except FormatError as e:
+        return [_failed("L1", "files", str(e))]
+    with tempfile.TemporaryDirectory(prefix="vlmq-gguf-") as scratch:
+        for step, later in ((_shipped, _LATER[:2]), (_twin, _LATER[2:])):
+            place = Path(scratch) / step.__name__
+            place.mkdir()
+            try:
+                rows += step(files, reference, settings, place)
+            except MissingRuntime as e:
+                rows += [Check.not_run("gguf", level, name, str(e)) for level, name in later]
+            except (runner.RunFailed, FormatError) as e:
+                rows += [_failed(level, name, str(e)) for level, name in later]
+    return rows
+
+
+def _failed(level: str, name: str, why: str) -> Check:
+    return Check("gguf", level, name, "failed", detail=why)
+
+
+@dataclass(frozen=True)
+class _Files:
+    text: Path
+    mmproj: Path
+    hub: dict[str, str]  # GGUF name → hub name, text model only
+    types: dict[str, str]  # GGUF name → type, both files
+    mmproj_dtype: str  # of its linears
+
+    @classmethod
+    def open(cls, folder: Path, reference: Reference) -> _Files:
+        from vlmq_export.formats.gguf.names import text_to_hub
+        from vlmq_export.formats.gguf.read import GGUFFile, find_files
+
+        text, mmproj = find_files(folder)
+        vision = {name: t.type for name, t in GGUFFile(mmproj).tensors.items()}
+        types = {name: t.type for name, t in GGUFFile(text).tensors.items()} | vision
+        return cls(text, mmproj, text_to_hub(reference.config), types, "f16" if "F16" in vision.values() else "f32")
+
+    def threads(self, settings: CheckSettings) -> int:
+        return settings.threads if self.text.stat().st_size >= SMALL else 1
+
+
+# --- L1 ---------------------------------------------------------------------------------------------------------------
+
+
+def _complete(files: _Files, reference: Reference) -> Check:
+    from vlmq_export.formats.gguf.complete import complete
+
+    problems = [p for f in (files.text, files.mmproj) for p in complete(f, reference.config, reference.folder)]
+    what = "what llama.cpp misses silently: biases, rope base, tokenizer, shapes"
+    return Check.at_most(
+        "gguf",
+        "L1",
+        "metadata and names complete",
+        len(problems),
+        0,
+        unit="problems",
+        detail=what,
+        worst="; ".join(problems[:4]),
+    )
+
+
+def _weights(files: _Files, reference: Reference) -> Iterator[Check]:
+    from vlmq_export.formats.gguf import read
+
+    readers = {
+        "gguf-py": read.decode_gguf_py,
+        "llama.cpp's own decoder": read.decode_libggml,
+        "our reader": read.decode_ours,
+    }
+    detail = "linears of the mmproj against the source cast to float16" if files.mmproj_dtype == "f16" else ""
+    for name, reader in readers.items():
+        pairs = _Pairs(files, reference, reader)
+        try:
+            yield compare_weights(
+                "gguf",
+                L1_READERS.format(name),
+                pairs.expected(),
+                pairs.found.get,
+                count=reference.weights.count,
+                detail=detail,
+            )
+        except MissingRuntime as e:
+            yield Check.not_run("gguf", "L1", L1_READERS.format(name), str(e))
+        except FormatError as e:
+            yield _failed("L1", L1_READERS.format(name), str(e))
+
+
+class _Pairs:
+    """What a reader finds beside what it should, one tensor at a time in the file's order; absent ones come last."""
+
+    def __init__(self, files: _Files, reference: Reference, reader: Callable):
+        self.files, self.reference, self.reader = files, reference, reader
+        self.found: dict[str, np.ndarray] = {}  # the tensor that `expected` is at, by the name that it yields
+
+    def expected(self) -> Iterator[tuple[str, np.ndarray]]:
+        from vlmq_export.formats.gguf.names import expected_mmproj
+
+        weights = self.reference.weights
+        # A tied output matrix is the embedding itself: a checkpoint that stores it twice has one tensor in the file.
+        left = set(weights.names())
+        for name, got in self.reader(self.files.text):
+            hubs = [self.files.hub.get(name)]
+            if name == "token_embd.weight" and "output.weight" not in self.files.hub:
+                hubs.append("lm_head.weight")
+            for hub in left.intersection(hubs):
+                yield from self._pair(hub, got, weights.array(hub))
+            left.difference_update(hubs)
+        vision = dict(expected_mmproj(weights, self.reference.config, self.files.mmproj_dtype))
+        for name, got in self.reader(self.files.mmproj):
+            if name in vision:
+                yield from self._pair(name, got, vision.pop(name))
+        yield from vision.items()
+        yield from ((hub, weights.array(hub)) for hub in sorted(left) if not hub.startswith("visual."))
+
+    def _pair(self, name: str, got: np.ndarray, want: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        self.found[name] = got
+        yield name, want
+        del self.found[name]
+
+
+# --- L2, and L3 of the shipped file: one child ------------------------------------------------------------------------
+
+
+def _shipped(files: _Files, reference: Reference, settings: CheckSettings, scratch: Path) -> list[Check]:
+    samples = reference.prompts[: max(settings.questions, settings.images)]
+    compared = samples[: settings.images]
+    watched = [
+        runner.exact_prompt(reference, s, scratch, f"watched-{s.id}")
+        for s in (runner.text_only(reference, samples[0]), samples[0])
+    ]
+    watched.append(runner.mtmd_prompt(samples[0], scratch, "watched"))
+    prompts = [{**p, "logits": True, "capture": True} for p in watched]
+    for i, s in enumerate(samples):
+        prompts.append(runner.mtmd_prompt(s, scratch, f"image-{i}", logits=i < len(compared), answer=ANSWER))
+    run = runner.run(scratch, files.text, files.mmproj, prompts, reference, files.threads(settings), ANSWER)
+    return [*_products(files, reference, run), *_mtmd(files, reference, run, samples, compared, offset=len(watched))]
+
+
+def _products(files: _Files, reference: Reference, run: runner.Run) -> Iterator[Check]:
+    from vlmq_export.formats.gguf.names import expected_mmproj
+
+    text = [name for name in run.captured if name in files.hub]
+    yield _row_errors(
+        files,
+        reference,
+        run,
+        "language model",
+        ((n, files.hub[n], reference.weights.array(files.hub[n])) for n in text),
+    )
+    vision = expected_mmproj(reference.weights, reference.config, files.mmproj_dtype)
+    yield _row_errors(files, reference, run, "vision tower", ((n, n, w) for n, w in vision if n in run.captured))
+    vision = [
+        n for n, w in expected_mmproj(reference.weights, reference.config) if w.ndim == 2 and n.endswith(".weight")
+    ]
+    seen = {files.hub[name].removesuffix(".weight") for name in text}
+    lost = [n for n in reference.weights.linears if n not in seen] + [n for n in vision if n not in run.captured]
+    yield Check.at_most(
+        "gguf", "L2", "linears seen in the run", len(lost), 0, unit="missing",
+        compared=len(reference.weights.linears) + len(vision), worst=", ".join(lost[:4]),
+    )  # fmt: skip
+
+
+def _row_errors(files: _Files, reference: Reference, run: runner.Run, part: str, weights: Iterator) -> Check:
+    """`weights`: (GGUF name, name to report, what it must decode to [out, in])."""
+    errors = {}
+    for name, said, weight in weights:
+        x, y = run.product(name)
+        kind = emulate.ACTIVATIONS[files.types[name]]
+        offset = _offset(reference, said) if kind == "Q8_1" else None
+        e = emulate.row_error(y, emulate.product(x, weight, kind, offset), x, weight)
+        errors[f"{said} row {int(e.argmax())}"] = float(e.max())
+    name, value = _worst(errors)
+    above = [n for n in sorted(errors, key=errors.get, reverse=True) if not errors[n] <= E_ROW]
+    return Check.at_most(
+        "gguf", "L2", f"every product of the {part}", value, E_ROW, unit="worst row", compared=len(errors),
+        worst=", ".join(above[:8]) or name,
+        detail="‖Δ row‖ / (‖w row‖ · ‖X‖) against the emulated activation rounding, on text and on an image",
+    )  # fmt: skip
+
+
+def _offset(reference: Reference, hub: str) -> np.ndarray:
+    """m of w = d·q + m for every block of 32 columns: −scale · zero_point, float32 [out, in/32]."""
+    part = {
+        k: reference.weights.tensor(f"{hub.removesuffix('.weight')}.{k}").numpy()
+        for k in ("scales", "zero_points", "g_idx")
+    }
+    group = part["g_idx"][::32]
+    return -part["scales"].astype(np.float32)[:, group] * part["zero_points"].astype(np.float32)[:, group]
+
+
+def _mtmd(
+    files: _Files, reference: Reference, run: runner.Run, samples: list, compared: list, offset: int
+) -> Iterator[Check]:
+    results = run.prompts[offset:]
+    ids = [np.where(s.vision.numpy(), -1, s.input_ids.numpy()).tolist() for s in samples]
+    wrong = [s.id for s, r, want in zip(samples, results, ids) if r["ids"] != want]
+    yield Check.at_most(
+        "gguf", "L3", "prompts tokenized by llama.cpp", len(wrong), 0, unit="different", compared=len(samples),
+        worst=", ".join(wrong[:4]), detail="token ids and number of image tokens, through mtmd",
+    )  # fmt: skip
+    features, logits = {}, {}
+    for i, sample in enumerate(compared):
+        features[sample.id] = _error(run.array(results[i]["image"]), reference.vision_features(sample))
+        text = ~sample.vision.numpy()
+        logits[sample.id] = _error(run.logits(offset + i)[:, : reference.vocabulary], reference.logits(sample)[text])
+    name, value = _worst(features)
+    yield Check.at_most(
+        "gguf", "L3", "image embeddings of mtmd", value, EMBEDDING[files.mmproj_dtype], unit="rel", compared=len(compared),
+        worst=name, detail="llama.cpp rounds pixels to fp16 and takes GELU from a table: 2e-3, and 5e-4 for an f16 mmproj",
+    )  # fmt: skip
+    name, value = _worst(logits)
+    yield Check.at_most(
+        "gguf", "L3", "shipped file through mtmd, median logits", float(np.median(list(logits.values()))), SHIPPED, unit="rel",
+        compared=len(compared), worst=f"{name} ({value:.1e})", detail="sanity only: activations are rounded to 8 bits",
+    )  # fmt: skip
+    different = [s.id for s, r in zip(samples, results) if r["answer"] != reference.answer(s, ANSWER)]
+    yield Check(
+        "gguf", "L3", "greedy answers of the shipped file equal", "info", 1 - len(different) / len(samples), None, "share",
+        len(samples), f"{len(samples) - len(different)} of {len(samples)} equal", ", ".join(different[:4]),
+    )  # fmt: skip
+
+
+# --- L3 of the twin ---------------------------------------------------------------------------------------------------
+
+
+def _twin(files: _Files, reference: Reference, settings: CheckSettings, scratch: Path) -> Iterator[Check]:
+    from vlmq_export.formats.gguf.twin import write_twin
+
+    twin = scratch / "twin.gguf"
+    write_twin(files.text, twin)
+    images = reference.prompts[: settings.images]
+    texts = [runner.text_only(reference, s) for s in images[:TEXT_PROMPTS]]
+    samples = [*texts, *images]
+    prompts = [
+        runner.exact_prompt(reference, s, scratch, f"p{i}", logits=True, answer=ANSWER) for i, s in enumerate(samples)
+    ]
+    run = runner.run(scratch, twin, None, prompts, reference, files.threads(settings), ANSWER)
+    answers = {s.id: r["answer"] for s, r in zip(samples, run.prompts)}
+
+    def errors() -> dict[str, float]:
+        return {
+            s.id: _error(run.logits(i)[:, : reference.vocabulary], reference.logits(s)) for i, s in enumerate(samples)
+        }
+
+    def different() -> list[str]:
+        return [s.id for s in images if answers[s.id] != reference.answer(s, ANSWER)]
+
+    with reference.language_norm_eps(run.eps):
+        adjusted, wrong = errors(), different()
+    said = f"reference with the RMS epsilon that llama.cpp's load log prints ({run.eps:g})"
+    for kind, some in (("text prompts", texts), ("image prompts, reference's vision features", images)):
+        name, value = _worst({s.id: adjusted[s.id] for s in some})
+        yield Check.at_most(
+            "gguf", "L3", f"float32 twin, {kind}", value, TWIN, unit="rel", compared=len(some), worst=name, detail=said
+        )
+    yield Check.at_most(
+        "gguf", "L3", "greedy answers of the twin", len(wrong), 0, unit="different", compared=len(images),
+        worst=", ".join(wrong[:4]), detail=said,
+    )  # fmt: skip
+    name, value = _worst(errors())
+    plain = different()
+    yield Check(
+        "gguf", "L3", "float32 twin against the unmodified reference", "info", value, None, "rel", len(samples),
+        f"the epsilon that llama.cpp ignores; {len(images) - len(plain)} of {len(images)} greedy answers equal", name,
+    )  # fmt: skip
+
+
+def _error(got: np.ndarray, want: np.ndarray) -> float:
+    """Relative error, infinite where not even the shapes agree."""
+    return relative_error(got, want) if got.shape == want.shape else float("inf")
+
+
+def _worst(errors: dict[str, float]) -> tuple[str, float]:
+    """NaN is worst of all, and nothing compared is NaN."""
+    if not errors:
+        return "nothing was compared", float("nan")
+    name = max(errors, key=lambda n: (np.isnan(errors[n]), errors[n]))
+    return name, errors[name]

@@ -1,0 +1,135 @@
+"""Block types back to float32, as the formats' per-element formulas say: element e lies in byte(e) at shift(e).
+
+Written apart from the packers in `types.py`, from the other end: a packer moves whole runs, a decoder says where each
+element is. Every product here is exact in float32, so one rounding at most remains, and the result is bit-equal to
+ggml's and gguf-py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.gguf.types import GGMLType
+
+_CHUNK = 2**16  # elements decoded at once: the intermediates stay in the cache
+E = np.arange(256)  # element of a super-block
+J = E[:32]  # element of a block of 32
+
+
+def _bits(b: np.ndarray, byte: np.ndarray, shift: np.ndarray, mask: int) -> np.ndarray:
+    """uint8 [n, nbytes] → uint8 [n, len(byte)]."""
+    return b[:, byte] >> shift.astype(np.uint8) & np.uint8(mask)
+
+
+def _half(b: np.ndarray, at: int) -> np.ndarray:
+    """float32 [n, 1] of the float16 at a byte."""
+    return np.ascontiguousarray(b[:, at : at + 2]).view("<f2").astype(np.float32)
+
+
+def _f32(x: np.ndarray, minus: int = 0) -> np.ndarray:
+    return x.astype(np.float32) - np.float32(minus)
+
+
+def _nibbles(b: np.ndarray, start: int) -> np.ndarray:
+    return _bits(b, start + J % 16, J // 16 * 4, 15)
+
+
+def _five(b: np.ndarray, high: int, low: int) -> np.ndarray:
+    return _nibbles(b, low) | _bits(b, high + J // 8, J % 8, 1) << 4
+
+
+def _crumbs(b: np.ndarray, start: int) -> np.ndarray:
+    return _bits(b, start + 32 * (E // 128) + E % 32, E % 128 // 32 * 2, 3)
+
+
+def _wide_nibbles(b: np.ndarray, start: int) -> np.ndarray:
+    return _bits(b, start + 32 * (E // 64) + E % 32, E % 64 // 32 * 4, 15)
+
+
+def _pairs(b: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """The eight 6-bit scales and mins of Q4_K and Q5_K, [n, 8] each, from twelve bytes."""
+    s = b[:, start : start + 12]
+    scales, mins = [], []
+    for j in range(8):
+        if j < 4:
+            scales.append(s[:, j] & 63)
+            mins.append(s[:, j + 4] & 63)
+        else:
+            scales.append(s[:, j + 4] & 15 | s[:, j - 4] >> 6 << 4)
+            mins.append(s[:, j + 4] >> 4 | s[:, j] >> 6 << 4)
+    return np.stack(scales, 1), np.stack(mins, 1)
+
+
+def _affine_k(b: np.ndarray, d: int, dmin: int, scales: np.ndarray, mins: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """(d · scale) · q − dmin · min."""
+    each = 256 // scales.shape[1]
+    factor = np.repeat(_half(b, d) * _f32(scales), each, axis=1)
+    return factor * _f32(q) - np.repeat(_half(b, dmin) * _f32(mins), each, axis=1)
+
+
+def _q2_k(b: np.ndarray) -> np.ndarray:
+    return _affine_k(b, 80, 82, b[:, :16] & 15, b[:, :16] >> 4, _crumbs(b, 16))
+
+
+def _q3_k(b: np.ndarray) -> np.ndarray:
+    i = np.arange(16)
+    scales = _bits(b, 96 + i % 8, i // 8 * 4, 15) | _bits(b, 104 + i % 4, i // 4 * 2, 3) << 4
+    q = _crumbs(b, 32) | _bits(b, E % 32, E // 32, 1) << 2
+    return np.repeat(_half(b, 108) * _f32(scales, 32), 16, axis=1) * _f32(q, 4)
+
+
+def _q4_k(b: np.ndarray) -> np.ndarray:
+    return _affine_k(b, 0, 2, *_pairs(b, 4), _wide_nibbles(b, 16))
+
+
+def _q5_k(b: np.ndarray) -> np.ndarray:
+    return _affine_k(b, 0, 2, *_pairs(b, 4), _wide_nibbles(b, 48) | _bits(b, 16 + E % 32, E // 32, 1) << 4)
+
+
+def _q6_k(b: np.ndarray) -> np.ndarray:
+    n, k, l = E // 128, E % 128 // 32, E % 32
+    q = _bits(b, 64 * n + 32 * (k % 2) + l, k // 2 * 4, 15) | _bits(b, 128 + 32 * n + l, 2 * k, 3) << 4
+    scales = np.ascontiguousarray(b[:, 192:208]).view(np.int8)
+    return np.repeat(_half(b, 208) * _f32(scales), 16, axis=1) * _f32(q, 32)
+
+
+def _q2_0(b: np.ndarray) -> np.ndarray:
+    e = E[:64]
+    return _half(b, 0) * _f32(_bits(b, 2 + e // 4, e % 4 * 2, 3), 1)
+
+
+DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # uint8 [n, nbytes] → float32 [n, block]
+    "Q4_0": lambda b: _half(b, 0) * _f32(_nibbles(b, 2), 8),
+    "Q4_1": lambda b: _half(b, 0) * _f32(_nibbles(b, 4)) + _half(b, 2),
+    "Q5_0": lambda b: _half(b, 0) * _f32(_five(b, 2, 6), 16),
+    "Q5_1": lambda b: _half(b, 0) * _f32(_five(b, 4, 8)) + _half(b, 2),
+    "Q8_0": lambda b: _half(b, 0) * _f32(np.ascontiguousarray(b[:, 2:]).view(np.int8)),
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "TQ2_0": lambda b: _half(b, 64) * _f32(_crumbs(b, 0), 1),
+    "Q2_0": _q2_0,
+}
+_PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "|i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+
+
+def decode(raw: np.ndarray, kind: GGMLType, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 bytes of a tensor → float32 array of `shape`. Raises FormatError for a type that is not affine."""
+    if kind.name in _PLAIN:
+        return raw.view(_PLAIN[kind.name]).astype(np.float32).reshape(shape)
+    if kind.name == "BF16":  # the upper half of a float32
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    if kind.name not in DECODERS:
+        raise FormatError(f"tensors of type {kind.name} are not decoded here; only float and affine block types are")
+    blocks = raw.reshape(-1, kind.nbytes)
+    out = np.empty((len(blocks), kind.block), np.float32)
+    step = _CHUNK // kind.block
+    with np.errstate(all="ignore"):  # a damaged scale may be infinite or NaN: what comes of it is for the caller to see
+        for i in range(0, len(blocks), step):
+            out[i : i + step] = DECODERS[kind.name](blocks[i : i + step])
+    return out.reshape(shape)

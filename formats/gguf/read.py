@@ -1,0 +1,143 @@
+"""What is in a GGUF file, by three readers that share nothing but the bytes: ours, gguf-py, and llama.cpp's own library.
+
+Every file passes our parser (`container.py`) first: the other two hang on or abort over files that it refuses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.gguf.container import Container, TensorInfo, parse
+from vlmq_export.formats.gguf.decode import decode
+from vlmq_export.formats.gguf.llama import library_path
+from vlmq_export.formats.gguf.types import TYPES
+
+
+class GGUFFile:
+    """A GGUF v3 file, mapped and checked. Raises FormatError for one that is damaged, naming what and where."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FormatError(f"{path}: no such file")
+        with self.path.open("rb") as f:
+            if not self.path.stat().st_size:
+                raise FormatError(f"{self.path.name}: empty file; export it again")
+            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        container: Container = parse(self.path, self._map)
+        self.metadata = container.metadata
+        self.types = container.types  # key → GGUF value type
+        self.tensors: dict[str, TensorInfo] = container.tensors
+
+    def raw(self, name: str) -> np.ndarray:
+        """uint8 [nbytes], not copied."""
+        t = self.tensors[name]
+        return np.frombuffer(self._map, np.uint8, t.nbytes, t.offset)
+
+    def array(self, name: str) -> np.ndarray:
+        """float32, in torch's shape, decoded by our own decoder."""
+        t = self.tensors[name]
+        return decode(self.raw(name), TYPES[t.type], t.shape)
+
+    def items(self) -> Iterator[tuple[str, np.ndarray]]:
+        return ((name, self.array(name)) for name in self.tensors)
+
+
+def find_files(folder: str | Path) -> tuple[Path, Path]:
+    """(text model, mmproj) of an exported folder. Raises FormatError unless there is exactly one of each."""
+    files = sorted(Path(folder).glob("*.gguf"))
+    vision = [f for f in files if f.name.startswith("mmproj-")]
+    text = [f for f in files if f not in vision]
+    if len(text) != 1 or len(vision) != 1:
+        raise FormatError(
+            f"{folder}: {len(text)} text models and {len(vision)} mmproj files where one of each is expected"
+        )
+    return text[0], vision[0]
+
+
+def decode_ours(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+    """(GGUF name, float32 array) of every tensor by our own reader."""
+    return GGUFFile(path).items()
+
+
+def decode_gguf_py(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+    """(GGUF name, float32 array) of every tensor by gguf-py's reader and decoders."""
+    GGUFFile(path)
+    import gguf
+
+    for tensor in gguf.GGUFReader(str(path)).tensors:
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        yield str(tensor.name), np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
+
+
+def decode_libggml(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+    """(GGUF name, float32 array) of every tensor by llama.cpp's own library: its parser, and the functions that decode
+    rows for its kernels. Raises MissingRuntime without xllamacpp."""
+    shapes = {name: t.shape for name, t in GGUFFile(path).tensors.items()}
+    lib = _libggml()
+    context = lib.gguf_init_from_file(str(path).encode(), _InitParams(True, None))
+    if not context:
+        raise FormatError(f"{Path(path).name}: llama.cpp's own parser refuses this file; export it again")
+    try:
+        data = np.memmap(path, np.uint8, "r")
+        start = lib.gguf_get_data_offset(context)
+        for i in range(lib.gguf_get_n_tensors(context)):
+            name = lib.gguf_get_tensor_name(context, i).decode()
+            ne = lib.gguf_get_tensor_ne(context, i)[:4]  # padded with ones
+            shape = tuple(reversed(ne[: len(shapes[name])]))
+            at, size = start + lib.gguf_get_tensor_offset(context, i), lib.gguf_get_tensor_size(context, i)
+            flat = _to_float(lib, lib.gguf_get_tensor_type(context, i), data[at : at + size], math.prod(ne))
+            yield name, flat.reshape(shape)
+    finally:
+        lib.gguf_free(context)
+
+
+# ggml type id → the exported function (const void * row, float * out, int64_t n).
+_ROW_FUNCTIONS = {
+    1: "ggml_fp16_to_fp32_row", 30: "ggml_bf16_to_fp32_row", 2: "dequantize_row_q4_0", 3: "dequantize_row_q4_1",
+    6: "dequantize_row_q5_0", 7: "dequantize_row_q5_1", 8: "dequantize_row_q8_0", 10: "dequantize_row_q2_K",
+    11: "dequantize_row_q3_K", 12: "dequantize_row_q4_K", 13: "dequantize_row_q5_K", 14: "dequantize_row_q6_K",
+    35: "dequantize_row_tq2_0", 42: "dequantize_row_q2_0",
+}  # fmt: skip
+
+
+def _to_float(lib: ctypes.CDLL, kind: int, raw: np.ndarray, n: int) -> np.ndarray:
+    out = np.empty(n, np.float32)
+    if kind == 0:
+        out.view(np.uint8)[:] = raw
+    elif kind in _ROW_FUNCTIONS:
+        row = np.ascontiguousarray(raw)
+        getattr(lib, _ROW_FUNCTIONS[kind])(row.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p), n)
+    else:
+        raise FormatError(f"tensors of ggml type {kind} are not decoded through the library here")
+    return out
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+@cache
+def _libggml() -> ctypes.CDLL:
+    """The shared object inside xllamacpp's wheel, without starting anything of it."""
+    lib = ctypes.CDLL(str(library_path()))
+    void, i64, size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
+    for name, result, arguments in (
+        ("gguf_init_from_file", void, (ctypes.c_char_p, _InitParams)), ("gguf_free", None, (void,)),
+        ("gguf_get_data_offset", size, (void,)), ("gguf_get_n_tensors", i64, (void,)),
+        ("gguf_get_tensor_name", ctypes.c_char_p, (void, i64)), ("gguf_get_tensor_type", ctypes.c_int, (void, i64)),
+        ("gguf_get_tensor_offset", size, (void, i64)), ("gguf_get_tensor_size", size, (void, i64)),
+        ("gguf_get_tensor_ne", ctypes.POINTER(i64), (void, i64)),
+        *((function, None, (void, void, i64)) for function in _ROW_FUNCTIONS.values()),
+    ):  # fmt: skip
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
