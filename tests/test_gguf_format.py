@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gguf as gguf_py
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.artifacts import rtn_artifact
+from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export import bundled, formats
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.base import FormatOptions, LinearSpec, ModelPlan, TensorSpec
@@ -34,82 +37,18 @@ from vlmq_export.formats.gguf.types import TYPES
 from vlmq_export.plan import artifact_plan
 from vlmq_export.quantizer.artifact import (
     Artifact,
-    Manifest,
-    ModuleRecord,
-    QuantizedLinear,
-    write_floats,
-    write_layer,
-    write_manifest,
-    write_source,
 )
-from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.families import family_of, text_config
 from vlmq_export.reference import Weights
 
-gguf_py = pytest.importorskip("gguf")
 gguf = formats.get("gguf")
 ROOT = Path(__file__).resolve().parents[1]
 SIZE_TOLERANCE = 0.03  # of the planned size: metadata and padding are estimated
 
 
-def rtn_artifact(source: Path, folder: Path, config: QuantConfig, name: str = "tiny-vlm") -> Artifact:
-    """A plain round-to-nearest artifact; 4-bit asymmetric scales are portable (a significand of 7 bits)."""
-    checkpoint = Checkpoint(source)
-    family, floats = family_of(checkpoint.config), dict.fromkeys(checkpoint.tensors)
-    folder.mkdir(parents=True, exist_ok=True)
-    layers, records = int(text_config(checkpoint.config)["num_hidden_layers"]), []
-    for layer in range(layers):
-        linears, own = [], []
-        for module in family.linear_names(layers):
-            if not module.startswith(f"{family.layers}{layer}."):
-                continue
-            w = checkpoint.tensor(f"{module}.weight").float()
-            columns, top = config.group_columns(w.shape[1]), 2**config.bits - 1
-            x = w.view(w.shape[0], -1, columns)
-            if config.symmetric:
-                scales = (2 * x.abs().amax(-1) / top).clamp_min(1e-6).half()
-                zeros = torch.full(scales.shape, 2 ** (config.bits - 1))
-            else:
-                low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
-                scales = ((high - low) / top).clamp_min(1e-6).half()
-                if config.bits == 4:
-                    m, e = torch.frexp(scales.float())
-                    scales = torch.ldexp((m * 128).ceil() / 128, e).half()
-                zeros = (-low / scales.float()).round().clamp(1, top)
-            codes = (
-                (x / scales.float()[..., None] + zeros[..., None]).round().clamp(0, top).view(w.shape).to(torch.uint8)
-            )
-            bias = f"{module}.bias" in checkpoint.tensors
-            g_idx = (torch.arange(w.shape[1]) // columns).int()
-            if config.act_order == "dynamic":
-                g_idx = g_idx.flip(0)
-            linears.append(
-                QuantizedLinear(
-                    module, codes, scales, zeros.to(torch.uint8), g_idx,
-                    checkpoint.tensor(f"{module}.bias").half() if bias else None, config.bits, config.group_size, config.symmetric,
-                )
-            )  # fmt: skip
-            own.append(ModuleRecord(module, layer, config.bits, config.group_size, config.symmetric, *w.shape, bias))
-            for part in ("weight", "bias"):
-                floats.pop(f"{module}.{part}", None)
-        write_layer(folder, layer, linears, own)
-        records += own
-    write_floats(folder, checkpoint, list(floats))
-    write_source(folder, checkpoint)
-    settings = config.to_dict()
-    manifest = Manifest(1, "0", name, checkpoint.model_type, checkpoint.fingerprint(), settings, {}, records)
-    write_manifest(folder, manifest)
-    return Artifact(folder)
-
-
 @pytest.fixture(scope="session")
 def qwen2_vl(tmp_path_factory) -> Path:
     """A random Qwen2-VL checkpoint: flat config.json, output matrix of its own."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))  # tools/ is not packaged
-    from tools.reference_vlm.model import make_random_checkpoint
-
     return make_random_checkpoint(tmp_path_factory.mktemp("qwen2_vl"), "qwen2_vl", layers=2, depth=3, tied=False)
 
 
@@ -145,7 +84,7 @@ def artifacts(tmp_path_factory, qwen2_vl):
     def get(tag: str, source: Path = bundled.REFERENCE_VLM) -> Artifact:
         key = f"{tag}-{source.name}"
         if key not in made:
-            made[key] = rtn_artifact(source, tmp_path_factory.mktemp(key), GRIDS[tag])
+            made[key] = rtn_artifact(tmp_path_factory.mktemp(key), GRIDS[tag], source)
         return made[key]
 
     return get
@@ -185,7 +124,6 @@ def assert_vision(path: Path, artifact: Artifact, reader, dtype: str) -> None:
 
 @pytest.mark.parametrize("tag", GRIDS)
 def test_three_readers_find_the_artifacts_weights(tag, artifacts, tmp_path):
-    pytest.importorskip("xllamacpp")
     artifact = artifacts(tag)
     plan = gguf.plan(artifact_plan(artifact), FormatOptions(name="tiny-vlm"))
     assert not plan.refusals and plan.bits_per_weight == BITS[tag]
@@ -202,7 +140,6 @@ def test_three_readers_find_the_artifacts_weights(tag, artifacts, tmp_path):
 
 
 def test_a_flat_config_and_an_output_matrix_of_its_own(artifacts, qwen2_vl, tmp_path):
-    pytest.importorskip("xllamacpp")
     artifact = artifacts("w4g128", qwen2_vl)
     assert not text_params(artifact.source_config).tied and "lm_head.weight" in artifact.float_names()
     gguf.write(artifact, tmp_path, FormatOptions(name="tiny-vlm", mmproj_dtype="f32"))
@@ -280,7 +217,7 @@ def test_float_dtypes_of_the_source_are_kept(artifacts, qwen2_vl, tmp_path):
         shutil.copytree(qwen2_vl, source)
         tensors = load_file(source / "model.safetensors")
         save_file({k: v.to(dtype) for k, v in tensors.items()}, source / "model.safetensors", {"format": "pt"})
-        artifact = rtn_artifact(source, tmp_path / f"artifact-{kind}", GRIDS["w4g128"])
+        artifact = rtn_artifact(tmp_path / f"artifact-{kind}", GRIDS["w4g128"], source)
         path = tmp_path / f"{kind}.gguf"
         write_text(artifact, path, FormatOptions())
         types = {n: t.type for n, t in read.GGUFFile(path).tensors.items()}
@@ -630,7 +567,7 @@ def test_refusals_are_raised_before_anything_is_written(tmp_path):
         (QuantConfig(bits=8, group_size=128), "--sym"),
         (QuantConfig(act_order="dynamic"), "--act-order"),
     ):
-        artifact = rtn_artifact(bundled.REFERENCE_VLM, tmp_path / f"a{config.bits}", config)
+        artifact = rtn_artifact(tmp_path / f"a{config.bits}", config)
         with pytest.raises(FormatError, match=said):
             gguf.write(artifact, tmp_path / "out", FormatOptions())
     assert not (tmp_path / "out").exists()

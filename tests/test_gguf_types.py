@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import struct
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,6 @@ from vlmq_export.formats.gguf.types import PACKERS, TYPES, Blocks, pack_blocks
 from vlmq_export.quantizer.artifact import QuantizedLinear
 from vlmq_export.quantizer.config import QuantConfig
 
-gguf = pytest.importorskip("gguf")
 AFFINE = sorted(DECODERS)
 SUBS = {"Q2_K": 16, "Q3_K": 16, "Q4_K": 8}
 SCALE_LIMIT = {"Q2_K": 16, "Q3_K": 64, "Q4_K": 64}
@@ -29,7 +29,6 @@ OFFSET = ("Q4_1", "Q2_K", "Q4_K")
 
 
 def library() -> ctypes.CDLL:
-    pytest.importorskip("xllamacpp")
     from vlmq_export.formats.gguf.read import _libggml
 
     return _libggml()

@@ -21,8 +21,6 @@ from numpy.random import RandomState
 from PIL import Image
 from safetensors import safe_open
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # tools/ is not packaged

@@ -1,0 +1,107 @@
+"""Slow, independent float64 references for the quantizer's kernels: explicit inverses, one row or column at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def fit_group(values: np.ndarray, bits: int, symmetric: bool, portable: bool = False) -> tuple[float, int]:
+    """(float16 scale, zero-point) of one group of finite weights of ordinary size."""
+    top = 2**bits - 1
+    if symmetric:
+        scale, zero = 2 * np.abs(values).max() / top, 2 ** (bits - 1)
+        return (float(np.float16(scale)) if scale else 1.0), zero
+    low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+    scale = max((high - low) / top, high / (top - 0.5)) or 1.0
+    if portable:
+        exponent = np.floor(np.log2(scale))
+        scale = np.ceil(scale / 2 ** (exponent - 6)) * 2 ** (exponent - 6)
+    scale = float(np.float16(scale))
+    return scale, int(np.clip(np.round(-low / scale), 1, top))
+
+
+def nearest(value: float, scale: float, zero: int, bits: int) -> int:
+    return int(np.clip(np.round(value / scale) + zero, 0, 2**bits - 1))
+
+
+def brain_surgeon(
+    weights: np.ndarray,  # [out, in]
+    hessian: np.ndarray,  # damped, [in, in]
+    bits: int,
+    group: int,
+    *,
+    order: np.ndarray | None = None,
+    drift: np.ndarray | None = None,  # D: adds GPTAQ's term (its Eq. 4, neuron by neuron)
+    alpha: float = 0.0,
+    inside: int | None = None,  # block within which the term uses the value before rounding; beyond it the rounded one
+    static: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Optimal Brain Quantization in a fixed order, the inverse of the remaining Hessian recomputed at every step.
+
+    Returns codes [out, in], scales [out, groups], zero-points [out, groups]; columns in the original order, groups
+    consecutive in loop order unless `static`.
+    """
+    rows, n = weights.shape
+    order = np.arange(n) if order is None else order
+    w = weights.astype(np.float64)[:, order]
+    a = hessian.astype(np.float64)[np.ix_(order, order)]
+    d = None if drift is None else drift.astype(np.float64)[np.ix_(order, order)]
+    codes = np.zeros((rows, n), np.int64)
+    scales, zeros = np.zeros((rows, n // group)), np.zeros((rows, n // group), np.int64)
+    if static:
+        for r in range(rows):
+            for g in range(n // group):
+                scales[r, g], zeros[r, g] = fit_group(
+                    weights[r, g * group : (g + 1) * group].astype(np.float64), bits, False
+                )
+    pending = np.zeros_like(w)  # the term's contribution beyond the block, due at the block's end
+    for q in range(n):
+        if inside and q % inside == 0:
+            w, pending = w + pending, np.zeros_like(w)
+        inverse = np.linalg.inv(a[q:, q:])
+        for r in range(rows):
+            g = order[q] // group if static else q // group
+            if q % group == 0 and not static:
+                scales[r, g], zeros[r, g] = fit_group(w[r, q : q + group], bits, False)
+            codes[r, q] = nearest(w[r, q], scales[r, g], zeros[r, g], bits)
+            rounded = scales[r, g] * (codes[r, q] - zeros[r, g])
+            before = w[r, q]
+            w[r, q:] += (rounded - before) / inverse[0, 0] * inverse[0]
+            if d is not None and q + 1 < n:
+                row = alpha * d[q, q + 1 :] @ np.linalg.inv(a[q + 1 :, q + 1 :])
+                end = n if inside is None else min(n, (q // inside + 1) * inside)
+                w[r, q + 1 : end] += before * row[: end - q - 1]
+                pending[r, end:] += rounded * row[end - q - 1 :]
+    original = np.empty_like(codes)
+    original[:, order] = codes
+    return original, scales, zeros
+
+
+def attention_gradients(
+    layer, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: dict
+) -> dict[str, torch.Tensor]:
+    """Brute force: the whole graph of ‖Attn(X) − Attn(X̃)‖² with gradients retained at every projection's output."""
+    outputs = {}
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+    def keep(name):
+        def hook(_module, _inputs, output):
+            output.retain_grad()
+            outputs[name] = output
+
+        return hook
+
+    def block(x):
+        return x + layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0]
+
+    with torch.enable_grad():
+        target = block(hidden_full).detach()
+        handles = [layer.get_submodule(n).register_forward_hook(keep(n)) for n in names]
+        try:
+            loss = (block(hidden.detach().clone().requires_grad_()) - target).square().sum()
+        finally:
+            for handle in handles:
+                handle.remove()
+        loss.backward()
+    return {n: outputs[n].grad for n in names}

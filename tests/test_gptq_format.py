@@ -1,0 +1,463 @@
+"""GPTQ folders without a runtime: bytes, names, shards, refusals, and what our reader says of damage."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from vlmq_export.errors import FormatError
+from vlmq_export.formats import get
+from vlmq_export.formats.base import CheckSettings, FormatOptions, LinearSpec, ModelPlan, TensorSpec, compare_weights
+from vlmq_export.formats.gptq import autogptq, inspect, plan, runtime, write
+from vlmq_export.formats.gptq.check import own_decoder
+from vlmq_export.formats.gptq.packing import pack, pack_codes, pack_zeros
+from vlmq_export.formats.gptq.read import GptqFolder, read, unpack
+from vlmq_export.quantizer.artifact import (
+    SCHEMA,
+    Artifact,
+    Manifest,
+    ModuleRecord,
+    QuantizedLinear,
+    write_layer,
+    write_manifest,
+)
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.reference import Weights
+
+LAYERS, OUT, IN = 3, 64, 96
+OPTIONS = FormatOptions()
+
+
+def slow_pack(column: list[int], bits: int) -> list[int]:
+    """The format's definition, in Python integers: one number, cut into 32-bit words, read as signed."""
+    stream = sum(value << (i * bits) for i, value in enumerate(column))
+    words = [(stream >> (32 * w)) & 0xFFFFFFFF for w in range(len(column) * bits // 32)]
+    return [w - 2**32 if w >= 2**31 else w for w in words]
+
+
+def make_artifact(folder: Path, bits=4, group_size=32, symmetric=False, permuted=False, low=1) -> Artifact:
+    """Random integers under the names of a Qwen2.5-VL, and odd float tensors; zero-points from `low` up."""
+    (folder / "source").mkdir(parents=True)
+    config = {
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "ünusual": {"kept": 1e-06},
+    }
+    (folder / "source" / "config.json").write_text(json.dumps(config), "utf-8")
+    (folder / "source" / "tokenizer.json").write_text('{"as": "it is"}', "utf-8")
+    rng = torch.Generator().manual_seed(bits)
+    quant = QuantConfig(
+        method="rtn", bits=bits, group_size=group_size, symmetric=symmetric, act_order="dynamic" if permuted else "off"
+    )
+    groups, records = quant.groups(IN), []
+    for i in range(LAYERS):
+        linears, mine = [], []
+        for kind in ("self_attn.q_proj", "mlp.down_proj"):
+            name = f"model.layers.{i}.{kind}"
+            g_idx = torch.arange(IN, dtype=torch.int32) // quant.group_columns(IN)
+            zeros = torch.randint(low, 2**bits, (OUT, groups), generator=rng, dtype=torch.uint8)
+            linear = QuantizedLinear(
+                name,
+                torch.randint(0, 2**bits, (OUT, IN), generator=rng, dtype=torch.uint8),
+                (torch.rand(OUT, groups, generator=rng) + 0.01).half(),
+                torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros,
+                g_idx[torch.randperm(IN, generator=rng)] if permuted else g_idx,
+                torch.randn(OUT, generator=rng).half() if kind.endswith("q_proj") else None,
+                bits, group_size, symmetric,
+            )  # fmt: skip
+            linears.append(linear)
+            mine.append(ModuleRecord(name, i, bits, group_size, symmetric, OUT, IN, linear.bias is not None))
+        write_layer(folder, i, linears, mine)
+        records += mine
+    floats = {
+        "model.embed_tokens.weight": torch.randn(5, 7, generator=rng).bfloat16(),
+        "model.norm.weight": torch.randn(7, generator=rng),
+        "visual.patch_embed.proj.weight": torch.randn(3, 1, 5, generator=rng).bfloat16(),
+        "lm_head.weight": torch.randn(5, 7, generator=rng).half(),
+    }
+    save_file(floats, folder / "float-00001.safetensors")
+    write_manifest(folder, Manifest(SCHEMA, "0", "tiny", "qwen2_5_vl", {}, quant.to_dict(), {}, records))
+    return Artifact(folder)
+
+
+def written(tmp_path: Path, options: FormatOptions = OPTIONS, **kw) -> tuple[Artifact, Path]:
+    artifact = make_artifact(tmp_path / "artifact", **kw)
+    folder = tmp_path / "gptq"
+    folder.mkdir()
+    write(artifact, folder, options)
+    return artifact, folder
+
+
+def edit_json(path: Path, change) -> None:
+    value = json.loads(path.read_text("utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), "utf-8")
+
+
+# --- packing -----------------------------------------------------------------------------------------------------------
+
+# Values 0, 1, 2, … modulo 2^bits, 32 of them: computed by hand from the layout.
+GOLDEN = {
+    2: [0xE4E4E4E4, 0xE4E4E4E4],
+    3: [0x88FAC688, 0xC688FAC6, 0xFAC688FA],
+    4: [0x76543210, 0xFEDCBA98, 0x76543210, 0xFEDCBA98],
+    8: [0x03020100, 0x07060504, 0x0B0A0908, 0x0F0E0D0C, 0x13121110, 0x17161514, 0x1B1A1918, 0x1F1E1D1C],
+}
+
+
+@pytest.mark.parametrize("bits", GOLDEN)
+def test_golden_words(bits):
+    values = (torch.arange(32) % 2**bits).to(torch.uint8)[:, None]
+    assert pack(values, bits)[:, 0].numpy().astype(np.uint32).tolist() == GOLDEN[bits]
+    assert (
+        unpack(np.array(GOLDEN[bits], np.uint32).astype(np.int32)[:, None], bits)[:, 0].tolist()
+        == values[:, 0].tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "v1", "v2"),
+    [(2, 0x55555555, 0xAAAAAAAA), (4, 0x77777777, 0x88888888), (8, 0x7F7F7F7F, 0x80808080)],
+)
+def test_symmetric_zero_words(bits, v1, v2):
+    zeros = torch.full((32, 1), 2 ** (bits - 1), dtype=torch.uint8)
+    assert set(pack_zeros(zeros, bits, "v1").numpy().astype(np.uint32).ravel().tolist()) == {v1}
+    assert set(pack_zeros(zeros, bits, "v2").numpy().astype(np.uint32).ravel().tolist()) == {v2}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from([2, 3, 4, 8]), st.integers(1, 3), st.integers(1, 5))
+def test_pack_agrees_with_the_definition(data, bits, blocks, width):
+    row = st.lists(st.integers(0, 2**bits - 1), min_size=width, max_size=width)
+    values = data.draw(st.lists(row, min_size=32 * blocks, max_size=32 * blocks))
+    words = pack(torch.tensor(values, dtype=torch.uint8), bits)
+    columns = list(zip(*values, strict=True))
+    assert words.T.tolist() == [slow_pack(list(c), bits) for c in columns]
+    assert unpack(words.numpy(), bits).tolist() == values
+
+
+def test_unpack_in_chunks(monkeypatch):
+    monkeypatch.setattr("vlmq_export.formats.gptq.read._CHUNK", 100)  # fewer columns than there are
+    codes = torch.randint(0, 8, (17, 64), dtype=torch.uint8)
+    assert np.array_equal(unpack(pack_codes(codes, 3).numpy(), 3).T, codes.numpy())
+
+
+def test_a_value_too_large_is_not_packed():
+    with pytest.raises(ValueError, match="in 3 bits"):
+        pack(torch.full((32, 1), 8, dtype=torch.uint8), 3)
+
+
+# --- write and read back -----------------------------------------------------------------------------------------------
+
+GRIDS = [
+    {"bits": 4, "group_size": 32}, {"bits": 4, "group_size": -1}, {"bits": 4, "group_size": 32, "permuted": True},
+    {"bits": 3, "group_size": 32}, {"bits": 3, "group_size": -1, "symmetric": True}, {"bits": 3, "group_size": 16, "permuted": True},
+    {"bits": 2, "group_size": 32}, {"bits": 2, "group_size": -1}, {"bits": 8, "group_size": 32, "symmetric": True},
+    {"bits": 8, "group_size": -1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_round_trip(tmp_path, grid, version):
+    artifact, folder = written(tmp_path, replace(OPTIONS, gptq_version=version), **grid)
+    weights, opened = Weights(artifact.path), GptqFolder(folder)
+    row = compare_weights("gptq", "own", weights.items(), opened.array, count=weights.count)
+    assert (row.status, row.compared) == ("passed", LAYERS * (2 * OUT * IN + OUT) + 35 + 7 + 15 + 35)
+    assert set(opened.weight_names()) == set(weights.names()) == set(read(folder))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_stored_tensors_by_the_slow_oracle(tmp_path, bits):
+    artifact, folder = written(tmp_path, bits=bits, permuted=True)
+    q, tensors = artifact.linear("model.layers.1.mlp.down_proj"), load_file(folder / "model.safetensors")
+    stored = {part: tensors[f"{q.name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
+    for n in (0, 31, OUT - 1):
+        assert stored["qweight"][:, n].tolist() == slow_pack(q.codes[n].tolist(), bits)
+    for g in range(IN // 32):
+        assert stored["qzeros"][g].tolist() == slow_pack([z - 1 for z in q.zero_points[:, g].tolist()], bits)
+    assert torch.equal(stored["scales"], q.scales.T) and stored["scales"].dtype == torch.float16
+    assert torch.equal(stored["g_idx"], q.g_idx) and stored["g_idx"].dtype == torch.int32
+    assert f"{q.name}.bias" not in tensors and tensors["model.layers.1.self_attn.q_proj.bias"].dtype == torch.float16
+
+
+def test_folder_is_the_source_plus_quantization(tmp_path):
+    artifact, folder = written(tmp_path)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    quantization = config.pop("quantization_config")
+    assert config == artifact.source_config and list(config) == list(artifact.source_config)
+    assert json.loads((folder / "quantize_config.json").read_text("utf-8")) == quantization
+    assert quantization["checkpoint_format"] == "gptq" and quantization["desc_act"] is False
+    assert "gptqmodel:7.7.0" in quantization["meta"]["quantizer"]
+    assert (folder / "tokenizer.json").read_bytes() == (artifact.source / "tokenizer.json").read_bytes()
+    assert {oct(p.stat().st_mode & 0o777) for p in folder.iterdir()} == {"0o644"}
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "quantize_config.json",
+        "tokenizer.json",
+        "model.safetensors",
+    }
+    tensors = load_file(folder / "model.safetensors")
+    for name in artifact.float_names():
+        want = artifact.float_tensor(name)
+        assert tensors[name].dtype == want.dtype and torch.equal(tensors[name], want)
+    with safe_open(folder / "model.safetensors", framework="pt") as f:
+        assert f.metadata() == {"format": "pt"}
+
+
+def test_same_artifact_same_bytes(tmp_path):
+    artifact, folder = written(tmp_path, permuted=True)
+    again = tmp_path / "again"
+    again.mkdir()
+    write(artifact, again, OPTIONS)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
+
+
+@pytest.mark.parametrize(("grid", "permuted"), [({"group_size": 32}, True), ({"group_size": -1}, False)])
+def test_desc_act_says_that_g_idx_is_permuted(tmp_path, grid, permuted):
+    """With one group there is nothing to permute, whatever the order of the column loop was."""
+    _, folder = written(tmp_path, permuted=True, **grid)
+    assert GptqFolder(folder).quantization["desc_act"] is permuted
+
+
+def test_module_names(tmp_path):
+    artifact, folder = written(tmp_path, replace(OPTIONS, gptq_names="module"))
+    names = set(load_file(folder / "model.safetensors"))
+    assert "model.language_model.layers.0.self_attn.q_proj.qweight" in names
+    assert {"model.visual.patch_embed.proj.weight", "model.language_model.norm.weight", "lm_head.weight"} <= names
+    weights, opened = Weights(artifact.path), GptqFolder(folder)
+    assert compare_weights("gptq", "own", weights.items(), opened.array, count=weights.count).status == "passed"
+    assert set(opened.weight_names()) == set(weights.names())
+
+
+@pytest.mark.parametrize("names", ["hub", "module"])
+def test_shards(tmp_path, names):
+    artifact, folder = written(tmp_path, replace(OPTIONS, gptq_shard_bytes=10_000, gptq_names=names))
+    index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    tensors = {name: t for shard in shards for name, t in load_file(shard).items()}
+    assert len(shards) > 2 and set(index["weight_map"]) == set(tensors)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert not (folder / "model.safetensors").exists()
+    weights = Weights(artifact.path)
+    assert (
+        compare_weights("gptq", "own", weights.items(), GptqFolder(folder).array, count=weights.count).status
+        == "passed"
+    )
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def rewrite(artifact: Artifact, **parts) -> Artifact:
+    """The artifact with the first layer's down_proj changed."""
+    names = [m.name for m in artifact.manifest.modules if m.layer == 0]
+    linears = [artifact.linear(n) for n in names]
+    linears[1] = replace(linears[1], **{k: change(getattr(linears[1], k).clone()) for k, change in parts.items()})
+    write_layer(artifact.path, 0, linears, [artifact.records[n] for n in names])
+    return Artifact(artifact.path)
+
+
+def put(value, at=(0, 0)):
+    def change(tensor):
+        tensor[at] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("grid", "parts", "message"),
+    [
+        ({}, {"zero_points": put(0)}, "zero-point of 0"),
+        ({}, {"zero_points": put(16)}, "zero-points over 15"),
+        ({}, {"codes": put(16)}, "codes over 15"),
+        ({}, {"scales": put(float("nan"))}, "not finite"),
+        ({}, {"g_idx": put(3, 0)}, "g_idx entries outside 0..2"),
+        ({"symmetric": True}, {"zero_points": put(7)}, "other than the symmetric 8"),
+    ],
+)
+def test_a_damaged_artifact_is_not_written(tmp_path, grid, parts, message):
+    artifact = rewrite(make_artifact(tmp_path / "artifact", **grid), **parts)
+    folder = tmp_path / "gptq"
+    folder.mkdir()
+    with pytest.raises(FormatError, match=message) as error:
+        write(artifact, folder, OPTIONS)
+    assert "model.layers.0.mlp.down_proj" in str(error.value) and "\n" not in str(error.value)
+    assert not list(folder.iterdir())
+
+
+def test_zero_point_of_zero_is_fine_in_v2(tmp_path):
+    artifact = make_artifact(tmp_path / "artifact", low=0)
+    (tmp_path / "gptq").mkdir()
+    write(artifact, tmp_path / "gptq", replace(OPTIONS, gptq_version="v2"))
+    weights = Weights(artifact.path)
+    assert (
+        compare_weights("gptq", "", weights.items(), GptqFolder(tmp_path / "gptq").array, count=weights.count).status
+        == "passed"
+    )
+
+
+def model_plan(config: QuantConfig, shape=(128, 256)) -> ModelPlan:
+    linears = [LinearSpec("model.layers.0.mlp.down_proj", *shape, True)]
+    floats = [TensorSpec("model.norm.weight", (256,), "BF16")]
+    return ModelPlan("m", "qwen2_vl", {"model_type": "qwen2_vl"}, linears, floats, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "options", "word"),
+    [
+        ({"bits": 5}, (128, 256), {}, "--bits 5"),
+        ({"group_size": 48}, (128, 96), {}, "--group-size 48"),
+        ({"group_size": 2048}, (128, 4096), {}, "--group-size 2048"),
+        ({"group_size": 128}, (128, 192), {}, "does not divide in_features 192"),
+        ({"group_size": -1}, (100, 256), {}, "out_features 100"),
+        ({"group_size": -1}, (128, 250), {}, "in_features 250"),
+        ({}, (128, 256), {"gptq_version": "v3"}, "--gptq-version v3"),
+        ({}, (128, 256), {"gptq_names": "onnx"}, "--gptq-names onnx"),
+    ],
+)
+def test_plan_refuses(config, shape, options, word):
+    refusals = plan(model_plan(QuantConfig(**config), shape), replace(OPTIONS, **options)).refusals
+    assert len(refusals) == 1 and word in refusals[0] and "\n" not in refusals[0]
+
+
+def test_plan_counts_what_is_written(tmp_path):
+    artifact, folder = written(tmp_path, bits=3)
+    m = artifact.manifest
+    described = ModelPlan(
+        m.name,
+        m.model_type,
+        artifact.source_config,
+        m.modules,
+        [TensorSpec(*i) for i in artifact.float_info()],
+        artifact.config,
+    )
+    planned = plan(described, OPTIONS)
+    data = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
+    assert planned.size_bytes == data
+    # 3 bits, per group of 32 a scale of 16 bits and a zero-point of 3, per column an int32 of g_idx shared by 64 rows
+    assert planned.bits_per_weight == pytest.approx(3 + 19 / 32 + 32 / OUT)
+    assert inspect(folder).bits_per_weight == pytest.approx(planned.bits_per_weight)
+
+
+def test_plan_names_dropped_fast_paths():
+    fast = plan(model_plan(QuantConfig(symmetric=True, act_order="off")), replace(OPTIONS, gptq_names="module"))
+    assert fast.notes == []
+    slow = " ".join(
+        plan(model_plan(QuantConfig(group_size=-1, act_order="dynamic")), replace(OPTIONS, gptq_version="v2")).notes
+    )
+    assert "not Marlin" in slow and "gptq_torch" in slow and "gptq_v2" in slow and "g_idx" not in slow
+    assert "g_idx" in " ".join(plan(model_plan(QuantConfig(act_order="dynamic")), OPTIONS).notes)
+
+
+# --- reader on damaged folders -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("version", "label"), [("v1", "gptq_v2"), ("v2", "gptq")])
+def test_mislabelled_symmetric_file(tmp_path, bits, version, label):
+    _, folder = written(tmp_path, replace(OPTIONS, gptq_version=version), bits=bits, symmetric=True)
+    edit_json(folder / "config.json", lambda c: c["quantization_config"].update(checkpoint_format=label))
+    with pytest.raises(FormatError, match=f"are those of {version}"):
+        read(folder)
+
+
+def test_shard_outside_the_folder_is_not_read(tmp_path):
+    _, folder = written(tmp_path, replace(OPTIONS, gptq_shard_bytes=10_000))
+    outside = tmp_path / "elsewhere.safetensors"
+    index = folder / "model.safetensors.index.json"
+    before = index.read_text("utf-8")
+    first = next(iter(sorted(folder.glob("model-*.safetensors"))))
+    outside.write_bytes(first.read_bytes())
+
+    def point_to(name):
+        edit_json(
+            index,
+            lambda i: i.update(weight_map={k: name if v == first.name else v for k, v in i["weight_map"].items()}),
+        )
+
+    for name in ("../elsewhere.safetensors", str(outside)):
+        point_to(name)
+        with pytest.raises(FormatError, match="outside the folder"):
+            GptqFolder(folder)
+        index.write_text(before, "utf-8")
+    first.unlink()
+    first.symlink_to(outside)
+    with pytest.raises(FormatError, match="outside the folder"):
+        GptqFolder(folder)
+    first.unlink()
+    with pytest.raises(FormatError, match="is missing"):
+        GptqFolder(folder)
+
+
+def test_damaged_files_are_one_line_errors(tmp_path):
+    _, folder = written(tmp_path)
+    file, config = folder / "model.safetensors", folder / "config.json"
+    whole, text = file.read_bytes(), config.read_text("utf-8")
+    for content in (whole[:-1], whole[:4], b"\xff" * 64, b"\x08" + bytes(7) + b"[[[[[[[["):
+        file.write_bytes(content)
+        with pytest.raises(FormatError, match=r"model\.safetensors") as error:
+            GptqFolder(folder)
+        assert "\n" not in str(error.value)
+    file.write_bytes(whole)
+    for content in ("{", "[]", "{}", '{"quantization_config": {"quant_method": "awq"}}'):
+        config.write_text(content, "utf-8")
+        with pytest.raises(FormatError, match=r"config\.json"):
+            GptqFolder(folder)
+    config.write_text(text, "utf-8")
+    edit_json(config, lambda c: c["quantization_config"].update(bits=5))
+    with pytest.raises(FormatError, match="5 bits"):
+        GptqFolder(folder)
+
+
+def test_missing_extra_and_misfit_tensors(tmp_path):
+    artifact, folder = written(tmp_path)
+    reference = _Reference(artifact)
+    tensors = load_file(folder / "model.safetensors")
+    lacking = {k: v for k, v in tensors.items() if k != "model.norm.weight"}
+    save_file(lacking, folder / "model.safetensors")
+    row = own_decoder(GptqFolder(folder), reference)
+    assert row.status == "failed" and "model.norm.weight (missing)" in row.worst
+    save_file(tensors | {"model.layers.0.mlp.down_proj.bias": torch.zeros(OUT)}, folder / "model.safetensors")
+    row = own_decoder(GptqFolder(folder), reference)
+    assert row.status == "failed" and "model.layers.0.mlp.down_proj.bias (not in the model)" in row.worst
+    save_file(
+        tensors | {"model.layers.2.mlp.down_proj.g_idx": torch.full((IN,), 9).int()}, folder / "model.safetensors"
+    )
+    row = own_decoder(GptqFolder(folder), reference)
+    assert row.status == "failed" and "model.layers.2.mlp.down_proj" in row.detail
+
+
+class _Reference:
+    def __init__(self, artifact: Artifact):
+        self.weights = Weights(artifact.path)
+
+
+# --- inspect, and a check without its runtime ----------------------------------------------------------------------------
+
+
+def test_inspect(tmp_path):
+    _, folder = written(tmp_path, bits=8, symmetric=True)
+    found = inspect(folder / "model.safetensors")
+    assert found.kind == "GPTQ v1 safetensors" and found.metadata["bits"] == "8" and found.metadata["sym"] == "true"
+    assert len(found.tensors) == LAYERS * 9 + 4
+    with pytest.raises(FormatError):
+        inspect(tmp_path)
+
+
+def test_not_installed_is_not_run(tmp_path, monkeypatch):
+    artifact, folder = written(tmp_path)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None if name == "gptqmodel" else True)
+    monkeypatch.setattr(autogptq, "source_file", lambda: None)
+    assert get("gptq").missing() == "gptqmodel"
+    rows = get("gptq").check(folder, _Reference(artifact), OPTIONS, CheckSettings())
+    assert [r.status for r in rows] == ["passed"] + ["not run"] * 5
+    assert all("not installed" in r.detail for r in rows[1:])

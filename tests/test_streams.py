@@ -1,0 +1,182 @@
+"""The walk over decoder layers computes what the model itself computes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tools.reference_vlm.model import make_random_checkpoint
+from vlmq_export import bundled
+from vlmq_export.quantizer import streams
+from vlmq_export.quantizer.calibration import Preprocessor, read_rows
+from vlmq_export.quantizer.checkpoint import Checkpoint
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.families import DECODER_GROUPS, family_of
+from vlmq_export.quantizer.layer import quantize_layer
+from vlmq_export.quantizer.model import load_model
+from vlmq_export.quantizer.streams import advance, decoder_inputs, full_pass, linear_input, run_layer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    preprocessor = Preprocessor(bundled.REFERENCE_VLM)
+    return [preprocessor.sample(row) for row in read_rows(bundled.CALIBRATION)[:24]]
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
+def folder(request, tmp_path_factory):
+    if request.param == "qwen2_5_vl":
+        return bundled.REFERENCE_VLM
+    return make_random_checkpoint(tmp_path_factory.mktemp("random"), arch="qwen2_vl", layers=2, depth=3)
+
+
+@pytest.fixture
+def walk(folder):
+    """A model freshly loaded, with its decoder layers."""
+    checkpoint = Checkpoint(folder)
+    model = load_model(checkpoint, CPU)
+    family = family_of(checkpoint.config)
+    return model, list(model.get_submodule(family.module_name(family.layers).rstrip(".")))
+
+
+def find(batches, groups, sample):
+    """(batch, row) where a sample of `groups` travels."""
+    return next((b, group.index(sample)) for b, group in zip(batches, groups) if sample in group)
+
+
+class Same(list):
+    """Samples compare by identity."""
+
+    def __contains__(self, item):
+        return any(item is x for x in self)
+
+    def index(self, item):
+        return next(i for i, x in enumerate(self) if x is item)
+
+
+def grouped(samples):
+    return [Same(g) for g in streams._equal_lengths(samples)]
+
+
+@torch.no_grad()
+def test_layers_walked_one_by_one_are_the_model(walk, samples):
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples, two_streams=True, device=CPU)
+    for layer in layers:
+        assert advance(layer, batches, full_pass(layer, [], batches)) == 0
+    for sample in samples[:6]:
+        batch, row = find(batches, grouped(samples), sample)
+        logits = model.lm_head(model.model.language_model.norm(batch.quantized[row]))
+        expected = model(**sample.model_inputs(), use_cache=False).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(batch.quantized, batch.full)
+
+
+def test_batches_have_no_padding_and_lose_nobody(samples, monkeypatch):
+    monkeypatch.setattr(streams, "BATCH_TOKENS", 90)
+    groups = grouped(samples)
+    assert sorted(id(s) for g in groups for s in g) == sorted(id(s) for s in samples)
+    for group in groups:
+        assert len({len(s.input_ids) for s in group}) == 1
+        assert len(group) * len(group[0].input_ids) <= 90
+    monkeypatch.setattr(streams, "BATCH_TOKENS", 1)
+    assert all(len(g) == 1 for g in streams._equal_lengths(samples))
+
+
+@torch.no_grad()
+def test_linear_input_is_the_input_and_the_pass_ends_there(walk, samples):
+    model, layers = walk
+    layer = layers[1]
+    (batch, *_) = decoder_inputs(model, layers[0], samples[:4], two_streams=False, device=CPU)
+    ran = []
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        layer.get_submodule(name).register_forward_hook(lambda _m, _i, _o, name=name: ran.append(name))
+    inner = linear_input(layer, "self_attn.q_proj", batch.quantized, batch.kwargs)
+    assert ran == [] and torch.equal(inner, layer.input_layernorm(batch.quantized))
+    gate = linear_input(layer, "mlp.gate_proj", batch.quantized, batch.kwargs)
+    assert ran == ["self_attn.o_proj"]
+    assert torch.equal(gate, linear_input(layer, "mlp.up_proj", batch.quantized, batch.kwargs))
+    assert not any(m._forward_pre_hooks for m in layer.modules())
+
+
+def test_text_only_samples_travel_with_the_others(walk, samples):
+    model, layers = walk
+    text = dataclasses.replace(
+        samples[0], input_ids=torch.arange(5, 5 + len(samples[1].input_ids)), pixel_values=None, image_grid_thw=None,
+        vision=torch.zeros(len(samples[1].input_ids), dtype=torch.bool),
+    )  # fmt: skip
+    (batch,) = decoder_inputs(model, layers[0], [text, samples[1]], two_streams=False, device=CPU)
+    for row, sample in enumerate((text, samples[1])):
+        (alone,) = decoder_inputs(model, layers[0], [sample], two_streams=False, device=CPU)
+        torch.testing.assert_close(batch.quantized[row], alone.quantized[0], rtol=1e-5, atol=1e-5)
+        for part, own in zip(batch.kwargs["position_embeddings"], alone.kwargs["position_embeddings"]):
+            torch.testing.assert_close(part[row], own[0])
+
+
+def test_a_sample_with_nan_is_left_out_and_counted_once(walk, samples):
+    model, layers = walk
+    broken = dataclasses.replace(samples[3], pixel_values=torch.full_like(samples[3].pixel_values, float("nan")))
+    chosen = [*samples[:3], broken, *samples[4:8]]
+    batches = decoder_inputs(model, layers[0], chosen, two_streams=True, device=CPU)
+    assert sum(b.drop_non_finite() for b in batches) == 1
+    assert sum(int(b.valid.sum()) for b in batches) == 7
+    for layer in layers[:2]:
+        config = QuantConfig(method="vlmq", bits=3)
+        full = full_pass(layer, [g[0] for g in DECODER_GROUPS], batches)
+        for linear, metrics in quantize_layer(layer, "l.", DECODER_GROUPS, batches, full, config):
+            assert bool(torch.isfinite(linear.scales).all())
+            assert metrics["tokens"] == sum(len(s.input_ids) for s in chosen if s is not broken)
+            assert not metrics["fallback"]
+        assert advance(layer, batches, full) == 0
+
+
+@torch.no_grad()
+def test_the_quantized_stream_runs_on_what_will_be_on_disk(walk, samples):
+    """After a layer is solved its weights are the decoded integers, its biases rounded to float16."""
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples[:8], two_streams=True, device=CPU)
+    before = [b.quantized for b in batches]
+    source = {n: p.clone() for n, p in layers[0].named_parameters()}
+    full = full_pass(layers[0], [g[0] for g in DECODER_GROUPS], batches)
+    solved = quantize_layer(layers[0], "l.", DECODER_GROUPS, batches, full, QuantConfig(method="gptaq", bits=3))
+    changed = set()
+    for linear, _ in solved:
+        name = linear.name.removeprefix("l.")
+        module = layers[0].get_submodule(name)
+        assert torch.equal(module.weight, linear.decode())
+        changed |= {f"{name}.weight", f"{name}.bias"}
+        if module.bias is not None:
+            assert torch.equal(module.bias, source[f"{name}.bias"].half().float())
+    assert [q.name.removeprefix("l.") for q, _ in solved] == [n for g in DECODER_GROUPS for n in g]
+    for name, value in layers[0].named_parameters():
+        assert name in changed or torch.equal(value, source[name])
+    advance(layers[0], batches, full)
+    for batch, hidden in zip(batches, before):
+        assert torch.equal(batch.quantized, run_layer(layers[0], hidden, batch.kwargs))
+        assert not torch.equal(batch.quantized, batch.full)
+
+
+def test_groups_see_what_the_groups_before_them_did(walk, samples):
+    """True-sequential: o_proj's input comes from attention with quantized q, k, v."""
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples[:8], two_streams=True, device=CPU)
+    full = full_pass(layers[0], [g[0] for g in DECODER_GROUPS], batches)
+    seen = {}
+    from vlmq_export.quantizer import layer as module
+
+    def spy(layer, shared, *args):
+        sums = collect(layer, shared, *args)
+        seen[shared[0][0]] = sums[0]
+        return sums
+
+    collect = module.collect
+    module.collect = spy
+    try:
+        quantize_layer(layers[0], "l.", DECODER_GROUPS, batches, full, QuantConfig(method="gptaq", bits=2))
+    finally:
+        module.collect = collect
+    assert float(seen["self_attn.q_proj"].drift.abs().max()) == 0  # first layer: the streams are still equal
+    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        assert float(seen[name].drift.abs().max()) > 0
