@@ -1,0 +1,286 @@
+"""GPTQ folders in the runtimes that read them: transformers + gptqmodel, GPTQModel.load, AutoGPTQ's decoder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tools.reference_vlm.model import make_random_checkpoint
+from vlmq_export import bundled
+from vlmq_export.formats.base import CheckSettings, FormatOptions
+from vlmq_export.formats.gptq import check, missing, write
+from vlmq_export.formats.gptq.check import KERNEL_GATE, autogptq_decoder, exact_rows, own_decoder
+from vlmq_export.formats.gptq.read import GptqFolder
+from vlmq_export.formats.gptq.runtime import Request, RuntimeFailed, run, save_prompts
+from vlmq_export.parity import required_runtimes
+from vlmq_export.quantizer.artifact import (
+    SCHEMA,
+    Artifact,
+    Manifest,
+    ModuleRecord,
+    QuantizedLinear,
+    write_floats,
+    write_layer,
+    write_manifest,
+    write_source,
+)
+from vlmq_export.quantizer.calibration import read_rows
+from vlmq_export.quantizer.checkpoint import Checkpoint
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.families import family_of, text_config
+from vlmq_export.reference import Reference
+
+IMAGES = 4
+SETTINGS = CheckSettings(images=IMAGES, threads=2)
+
+pytestmark = pytest.mark.skipif(
+    bool(missing()) and "gptq" not in required_runtimes(), reason=f"{missing()} not installed and not declared present"
+)
+
+
+def rtn_artifact(source: Path, out: Path, *, bits=4, group_size=128, symmetric=False, permuted=False) -> Artifact:
+    """Round-to-nearest, group by group; with `permuted`, groups are drawn from the columns at random."""
+    out.mkdir(parents=True)
+    checkpoint = Checkpoint(source)
+    family, layers = family_of(checkpoint.config), int(text_config(checkpoint.config)["num_hidden_layers"])
+    config = QuantConfig(
+        method="rtn", bits=bits, group_size=group_size, symmetric=symmetric, act_order="dynamic" if permuted else "off"
+    )
+    top, rng, records = 2**bits - 1, torch.Generator().manual_seed(0), []
+    for i in range(layers):
+        linears, mine = [], []
+        for name in (n for n in family.linear_names(layers) if n.startswith(f"{family.layers}{i}.")):
+            weight = checkpoint.tensor(f"{name}.weight").float()
+            n, k = weight.shape
+            order = torch.randperm(k, generator=rng) if permuted else torch.arange(k)
+            x = weight[:, order].view(n, config.groups(k), -1)  # [N, G, columns]
+            low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
+            if symmetric:
+                scales = (2 * x.abs().amax(-1) / top).half()
+                zeros = torch.full_like(low, 2 ** (bits - 1))
+            else:
+                scales = ((high - low) / top).half()
+                zeros = (-low / scales.float()).round().clamp(1, top)
+            codes = (x / scales.float()[..., None] + zeros[..., None]).round().clamp(0, top).view(n, k)
+            back = order.argsort()
+            g_idx = (torch.arange(k) // config.group_columns(k))[back].int()
+            bias = checkpoint.tensor(f"{name}.bias").half() if f"{name}.bias" in checkpoint.tensors else None
+            linears.append(
+                QuantizedLinear(
+                    name,
+                    codes[:, back].to(torch.uint8),
+                    scales,
+                    zeros.to(torch.uint8),
+                    g_idx,
+                    bias,
+                    bits,
+                    group_size,
+                    symmetric,
+                )
+            )
+            mine.append(ModuleRecord(name, i, bits, group_size, symmetric, n, k, bias is not None))
+        write_layer(out, i, linears, mine)
+        records += mine
+    taken = {f"{r.name}.{part}" for r in records for part in ("weight", "bias")}
+    write_floats(out, checkpoint, [n for n in checkpoint.tensors if n not in taken])
+    write_source(out, checkpoint)
+    manifest = Manifest(
+        SCHEMA, "0", "reference", checkpoint.model_type, checkpoint.fingerprint(), config.to_dict(), {}, records
+    )
+    write_manifest(out, manifest)
+    return Artifact(out)
+
+
+def exported(folder: Path, artifact: Artifact, **options) -> Path:
+    folder.mkdir()
+    write(artifact, folder, FormatOptions(**options))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory) -> Artifact:
+    """4 bits, groups of 128 with a permuted g_idx: what exercises every tensor of the format."""
+    return rtn_artifact(bundled.REFERENCE_VLM, tmp_path_factory.mktemp("artifact") / "a", permuted=True)
+
+
+@pytest.fixture(scope="module")
+def reference(artifact) -> Reference:
+    return Reference(artifact.path, read_rows(bundled.HELDOUT)[:IMAGES])
+
+
+@pytest.fixture(scope="module")
+def folder(artifact, tmp_path_factory) -> Path:
+    return exported(tmp_path_factory.mktemp("gptq") / "gptq", artifact)
+
+
+def by_level(rows) -> list[str]:
+    return [f"{r.level} {r.status}" for r in rows]
+
+
+def test_runtime_is_here():
+    assert missing() is None
+
+
+def test_every_level_on_the_reference_model(folder, reference):
+    rows = check(folder, reference, FormatOptions(), SETTINGS)
+    assert by_level(rows) == [
+        "L1 passed",
+        "L1 passed",
+        "L1 passed",
+        "L2 passed",
+        "L3 passed",
+        "L3 passed",
+        "L3 info",
+    ], rows
+    assert rows[0].compared == rows[2].compared == reference.weights.count
+    assert rows[3].compared == len(reference.weights.linears)
+    assert rows[4].value <= 1e-5 and "TorchLinear" in rows[4].detail
+    assert rows[6].value <= KERNEL_GATE and "picks: Torch" in rows[6].name
+
+
+def test_qwen2_vl_with_a_kernel_that_refuses(tmp_path):
+    """The other architecture, its config.json flat as published; v2, sharded, module names, 4 bits per channel.
+
+    There GPTQModel's own choice on CPU stops with a RuntimeError, which is reported; the file is proven all the same.
+    """
+    source = make_random_checkpoint(tmp_path / "model", arch="qwen2_vl")
+    artifact = rtn_artifact(source, tmp_path / "artifact", group_size=-1)
+    out = exported(tmp_path / "gptq", artifact, gptq_version="v2", gptq_names="module", gptq_shard_bytes=1_000_000)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    rows = check(out, Reference(artifact.path, read_rows(bundled.HELDOUT)[:2]), FormatOptions(), SETTINGS)
+    expected = ["L1 passed", "L1 info", "L1 passed", "L2 passed", "L3 passed", "L3 passed", "L3 info"]
+    assert by_level(rows) == expected, rows
+    if rows[6].value is None:  # which kernel is picked depends on the processor
+        assert "RuntimeError" in rows[6].detail and "gptq_torch" in rows[6].detail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"bits": 2, "group_size": -1},
+        {"bits": 3, "permuted": True},
+        {"bits": 3, "group_size": -1, "symmetric": True},
+        {"bits": 8, "symmetric": True},
+    ],
+    ids=str,
+)
+def test_every_level_on_other_grids(tmp_path, grid):
+    artifact = rtn_artifact(bundled.REFERENCE_VLM, tmp_path / "artifact", **grid)
+    out = exported(tmp_path / "gptq", artifact)
+    rows = check(out, Reference(artifact.path, read_rows(bundled.HELDOUT)[:2]), FormatOptions(), SETTINGS)
+    assert by_level(rows)[:6] == ["L1 passed"] * 3 + ["L2 passed", "L3 passed", "L3 passed"], rows
+
+
+LOAD_BY_GPTQMODEL = """
+import json, sys
+import numpy as np, torch
+from safetensors.torch import load_file
+from gptqmodel import BACKEND, GPTQModel
+from gptqmodel.models.definitions.base_qwen2_vl import BaseQwen2VLGPTQ
+BaseQwen2VLGPTQ.require_load_processor = False  # the combined processor needs torchvision; weights are what is tested
+folder, prompt, out = sys.argv[1:]
+model = GPTQModel.load(folder, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
+inputs = load_file(prompt)
+inputs["pixel_values"] = inputs["pixel_values"].half()
+with torch.no_grad():
+    np.save(out, model(**inputs, use_cache=False).logits[0].float().numpy())
+"""
+
+
+def test_gptqmodel_loads_module_names(tmp_path, artifact, reference):
+    out = exported(tmp_path / "gptq", artifact, gptq_names="module")
+    prompt = reference.prompts[0]
+    (file,) = save_prompts([prompt], tmp_path)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "TORCHDYNAMO_DISABLE": "1"}
+    command = [sys.executable, "-c", LOAD_BY_GPTQMODEL, str(out), file, str(tmp_path / "logits.npy")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    got, want = np.load(tmp_path / "logits.npy")[:, : reference.vocabulary], reference.logits(prompt)
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) <= KERNEL_GATE
+
+
+# --- faults: nothing but the decoded weights tells ---------------------------------------------------------------------
+
+
+def faulty_copy(folder: Path, copy: Path, layer: int, part: str, seed: int) -> tuple[Path, str]:
+    """The folder with one random element of one random linear of `layer` changed by the least step; and its name."""
+    shutil.copytree(folder, copy)
+    rng = np.random.default_rng(seed)
+    tensors = load_file(copy / "model.safetensors")
+    modules = sorted(
+        n.removesuffix(".qweight") for n in tensors if n.startswith(f"model.layers.{layer}.") and n.endswith(".qweight")
+    )
+    module = modules[rng.integers(len(modules))]
+    values = tensors[f"{module}.{part}"].numpy()  # shares memory
+    at = tuple(int(rng.integers(s)) for s in values.shape)
+    if part == "scales":
+        values[at] = np.nextafter(values[at], np.float16(np.inf))
+    elif part == "g_idx":
+        values[at] = 1 - values[at] if values.max() == 1 else (values[at] + 1) % (values.max() + 1)
+    elif part == "qzeros":  # one zero-point of the word by one
+        shift = 4 * int(rng.integers(8))
+        field = int(values[at]) >> shift & 15
+        words = values.view(np.uint32)
+        words[at] = int(words[at]) - (field << shift) + ((field ^ 1) << shift)
+    else:
+        values.view(np.uint32)[at] ^= np.uint32(1 << int(rng.integers(32)))
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy, f"{module}.weight"
+
+
+@pytest.mark.parametrize("part", ["scales", "qzeros", "qweight", "g_idx"])
+@pytest.mark.parametrize("layer", [0, 3, 5])
+def test_fault_is_caught_by_our_decoder(folder, reference, tmp_path, layer, part):
+    copy, name = faulty_copy(folder, tmp_path / "faulty", layer, part, seed=layer)
+    row = own_decoder(GptqFolder(copy), reference)
+    assert row.status == "failed" and row.worst.startswith(name) and row.worst.count("(") == 1
+    assert row.compared == reference.weights.count and row.value >= 1
+
+
+def test_fault_is_caught_by_the_runtimes_own_decoders(folder, reference, tmp_path):
+    copy, name = faulty_copy(folder, tmp_path / "faulty", 3, "scales", seed=1)
+    opened = GptqFolder(copy)
+    row = autogptq_decoder(opened, reference)
+    assert row.status == "failed" and row.worst.startswith(name)
+    request = Request(
+        str(copy), str(tmp_path / "out"), opened.bits, save_prompts(reference.prompts[:1], tmp_path), reference.vocabulary,
+        16, sorted(reference.stop_ids), SETTINGS.threads, backend="gptq_torch", exact=True,
+    )  # fmt: skip
+    row = next(exact_rows(run(request), opened, reference))
+    assert row.status == "failed" and row.worst.startswith(name) and row.compared == reference.weights.count
+
+
+def test_a_float_weight_off_by_one_bit_is_caught(folder, reference, tmp_path):
+    copy = tmp_path / "faulty"
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    name = "visual.blocks.2.mlp.down_proj.weight"
+    tensors[name].view(torch.int16)[3, 5] ^= 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    row = own_decoder(GptqFolder(copy), reference)
+    assert row.status == "failed" and row.worst == f"{name} (1)"
+
+
+def test_a_runtime_that_dies_is_one_line(folder, reference, tmp_path):
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text("utf-8"))
+    config["text_config"]["num_hidden_layers"] = 7  # a layer that no file holds
+    config["text_config"]["layer_types"].append("full_attention")
+    (copy / "config.json").write_text(json.dumps(config), "utf-8")
+    request = Request(str(copy), str(tmp_path / "out"), 4, [], reference.vocabulary, 16, [0], 1, backend="gptq_torch")
+    with pytest.raises(RuntimeFailed) as error:
+        run(request)
+    assert "\n" not in str(error.value)
+    assert "could not place" in str(error.value) and "layers.6." in str(error.value)
+    with pytest.raises(RuntimeFailed, match="not done after"):
+        run(replace(request, out=str(tmp_path / "late")), timeout=0.05)
