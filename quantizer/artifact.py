@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vlmq_export.errors import ArtifactError
+from vlmq_export.errors import ArtifactError, CheckpointError
 from vlmq_export.quantizer.checkpoint import Checkpoint, read_header
 from vlmq_export.quantizer.config import QuantConfig
 
@@ -136,6 +136,26 @@ def write_layer(folder: Path, index: int, linears: Iterable[QuantizedLinear], re
 def read_layer_records(folder: Path, index: int) -> list[ModuleRecord]:
     with safe_open(folder / layer_file(index), framework="pt") as f:
         return [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
+
+
+def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
+    """The linears of one published layer, before there is a manifest. Raises ArtifactError when it is damaged."""
+    file = folder / layer_file(index)
+    try:
+        read_header(file)
+        with safe_open(file, framework="pt") as f:
+            records = [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
+            return [
+                QuantizedLinear(
+                    r.name,
+                    *(f.get_tensor(f"{r.name}.{part}") for part in ("codes", "scales", "zero_points", "g_idx")),
+                    f.get_tensor(f"{r.name}.bias") if r.bias else None,
+                    r.bits, r.group_size, r.symmetric,
+                )
+                for r in records
+            ]  # fmt: skip
+    except (CheckpointError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
 def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None:

@@ -77,8 +77,7 @@ def write(model, artifact: Artifact) -> None:
 # --- what comes out ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("folder", ["small", "reference"])
+@pytest.mark.parametrize(("method", "folder"), [*((m, "small") for m in METHODS), ("vlmq", "reference")])
 def test_every_method_makes_a_whole_artifact(method, folder, small, samples, tmp_path):
     source = small if folder == "small" else bundled.REFERENCE_VLM
     config = QuantConfig(method=method, bits=3, group_size=64)
@@ -222,17 +221,18 @@ quantize(Checkpoint(bundled.REFERENCE_VLM), samples, config, Path(sys.argv[1]), 
 def test_kill_9_at_a_random_moment_and_resume_gives_the_same_bytes(unkilled, samples, tmp_path):
     folder = tmp_path / "a"
     seed = int.from_bytes(os.urandom(2), "little")
-    for attempt in range(1):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert child.stdout.readline().strip() == "ready"
-        published = random.Random(seed + attempt).randrange(1, 4)  # wait for this many layers, then a little
-        while len(list(folder.glob("layer-*"))) < published and child.poll() is None:
-            time.sleep(0.002)
-        time.sleep(random.Random(seed - attempt).random() * 0.2)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() in (-signal.SIGKILL, 0)
+    moment = random.Random(seed)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert child.stdout.readline().strip() == "ready"
+    published = moment.randrange(0, 5)  # wait for this many layers, then a little
+    begun = folder / "run.json"
+    while (not begun.exists() or len(list(folder.glob("layer-*"))) < published) and child.poll() is None:
+        time.sleep(0.002)
+    time.sleep(moment.random() * 0.3)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, f"the run ended before it could be killed, seed {seed}"
     (folder / ".layer-00003.safetensors.12345.tmp").write_bytes(b"half a layer")
     run(bundled.REFERENCE_VLM, samples[:12], folder, RECIPE, resume=True)
     assert files(folder) == files(unkilled), f"seed {seed}"
@@ -329,9 +329,7 @@ def test_samples_with_nan_are_counted_and_all_of_them_refused(small, samples, tm
 
 def test_refusals_before_any_work(small, samples, tmp_path):
     shapes = [dataclasses.make_dataclass("Shape", ["name", "in_features"])("model.layers.0.mlp.down_proj", 320)]
-    with pytest.raises(
-        UsageError, match="group size 128 does not divide the 320 inputs of model.layers.0.mlp.down_proj"
-    ):
+    with pytest.raises(UsageError, match="group size 128 does not divide the 320 inputs"):
         check_shapes(shapes, QuantConfig(group_size=128))
     check_shapes(shapes, QuantConfig(group_size=64))
     check_shapes(shapes, QuantConfig(group_size=-1))

@@ -1,0 +1,81 @@
+"""One importance factor per token and attention projection (VLMQ, arXiv 2508.03351; methods.md §1.2, Eq. 8-11).
+
+The local loss compares the attention block, residual included, on the two streams, with full-precision weights in both:
+
+    L = ‖Attn(X) − Attn(X̃)‖²_F        Attn(X) = X + MHSA(norm(X))
+
+g_n is the mean absolute gradient of L over the channels of token n at the projection's output (ℓ1), or its ℓ2 norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# As named in every supported family; the paper weighs these four and leaves the MLP alone.
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+
+def attention_block(layer: nn.Module, hidden: torch.Tensor, kwargs: Mapping) -> torch.Tensor:
+    """hidden + MHSA(input_layernorm(hidden)), [batch, tokens, hidden]."""
+    return hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)[0]
+
+
+def output_gradients(
+    layer: nn.Module, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: Mapping
+) -> dict[str, torch.Tensor]:
+    """∂L/∂Z at the output Z of each projection: name → float32 [batch, tokens, out].
+
+    L is a sum over tokens and channels, so samples do not weigh on each other. o_proj's output enters L additively: its
+    gradient is 2·(Attn(X) − Attn(X̃)), without a backward pass. The parameters are left alone.
+    """
+    leaves: dict[str, torch.Tensor] = {}
+    with torch.enable_grad(), ExitStack() as stack:
+        for name in PROJECTIONS[:-1]:
+            stack.enter_context(_leaf_output(layer.get_submodule(name), leaves, name))
+        # The fused backward adds in no fixed order on CUDA; this one does, and a resumed run must match.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        target = attention_block(layer, hidden_full, kwargs).detach()
+        student = attention_block(layer, hidden, kwargs)
+        error = 2 * (student.detach() - target)
+        gradients = torch.autograd.grad(student, list(leaves.values()), grad_outputs=error)
+    return dict(zip(leaves, gradients)) | {PROJECTIONS[-1]: error}
+
+
+@contextmanager
+def _leaf_output(module: nn.Module, leaves: dict[str, torch.Tensor], name: str):
+    """Make the module's latest output a leaf of the graph and remember it."""
+
+    def hook(_module, _inputs, output: torch.Tensor) -> torch.Tensor:
+        leaves[name] = output.detach().requires_grad_()
+        return leaves[name]
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def token_factors(gradient: torch.Tensor, norm: str) -> torch.Tensor:
+    """g, float32 [..., tokens], of a gradient [..., tokens, channels]: `l1` mean |P| or `l2` ‖P‖₂ over channels."""
+    return gradient.abs().mean(-1) if norm == "l1" else gradient.norm(dim=-1)
+
+
+def normalized(factors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The factors of one projection over all samples, scaled to mean(g²) = 1 (D1); all ones if the largest is 0 (D3).
+
+    The scale of g has no influence on the integers; this one keeps float32 sums in range.
+    """
+    factors = list(factors)
+    largest = max((float(g.max()) for g in factors if g.numel()), default=0.0)
+    if largest == 0:
+        return [torch.ones_like(g) for g in factors]
+    total = sum(float((g.double() / largest).square().sum()) for g in factors)
+    count = sum(g.numel() for g in factors)
+    scale = (count / total) ** 0.5 / largest
+    return [(g.double() * scale).float() for g in factors]

@@ -1,0 +1,66 @@
+"""The source model as transformers runs it: device, arithmetic, loading."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from vlmq_export.errors import CheckpointError, UsageError
+from vlmq_export.quantizer.checkpoint import Checkpoint
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises UsageError where it was asked for and is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {device} is not known; choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def exact_arithmetic():
+    """float32 products as float32: TensorFloat-32 off, which vision towers' convolutions use by default on CUDA."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """transformers' own class in float32, without gradients. Raises CheckpointError for weights that do not fit it."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    cls = getattr(transformers, (config.architectures or ["missing"])[0], None)
+    if cls is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json names no class that transformers {transformers.__version__} has"
+        )
+    with _no_progress_bar(transformers):
+        model, info = cls.from_pretrained(
+            checkpoint.path, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(wrong)} tensors do not fit the model, first {sorted(map(str, wrong))[0]}"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _no_progress_bar(transformers):
+    """The run shows its own."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()

@@ -1,0 +1,245 @@
+"""The stage's entry point: a checkpoint and samples in, an artifact folder out, layer by layer and resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from vlmq_export._version import __version__
+from vlmq_export.errors import ArtifactError, CalibrationError, Interrupted, UsageError
+from vlmq_export.quantizer.artifact import (
+    MANIFEST,
+    SCHEMA,
+    Manifest,
+    ModuleRecord,
+    QuantizedLinear,
+    layer_file,
+    read_layer,
+    read_layer_records,
+    write_floats,
+    write_json,
+    write_layer,
+    write_manifest,
+    write_source,
+)  # fmt: skip
+from vlmq_export.quantizer.calibration import Sample
+from vlmq_export.quantizer.checkpoint import Checkpoint
+from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
+from vlmq_export.quantizer.families import family_of, text_config
+from vlmq_export.quantizer.layer import quantize_layer
+from vlmq_export.quantizer.methods import method_named
+from vlmq_export.quantizer.model import exact_arithmetic, load_model, pick_device
+from vlmq_export.quantizer.streams import Batch, advance, decoder_inputs, full_pass, put
+
+log = logging.getLogger("vlmq_export")
+RUN = "run.json"  # what this folder is a run of: a resumed run must ask for the same
+TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
+Progress = Callable[[str, int, int], None]
+
+
+class Shape(Protocol):
+    """Of a linear to quantize."""
+
+    name: str
+    in_features: int
+
+
+def check_shapes(linears: Iterable[Shape], config: QuantConfig) -> None:
+    """Raises UsageError for a recipe that cannot be solved on these linears; from headers alone."""
+    method_named(config.method)
+    if config.bits not in BITS:
+        raise UsageError(f"bits {config.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
+    if config.act_order not in ACT_ORDERS:
+        raise UsageError(f"act order {config.act_order} is not known; choose one of {', '.join(ACT_ORDERS)}")
+    if config.group_size != -1 and config.group_size < 1:
+        raise UsageError(
+            f"group size {config.group_size} is not possible; give a number of columns, or -1 for per-channel"
+        )
+    odd = [l for l in linears if l.in_features % config.group_columns(l.in_features)]
+    if odd:
+        raise UsageError(
+            f"group size {config.group_size} does not divide the {odd[0].in_features} inputs of {odd[0].name}"
+            f" ({len(odd)} linears); choose a divisor, or -1 for per-channel"
+        )
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    config: QuantConfig,
+    folder: Path,
+    *,
+    name: str,
+    calibration: dict,
+    device: str = "auto",
+    resume: bool = False,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> None:
+    """Write the artifact of `checkpoint` into `folder`; a folder with a manifest is whole.
+
+    `calibration` is what the manifest says of the samples. With `resume`, layers that are on disk are not solved again
+    and the folder ends with the bytes of a run that was never stopped (same device and number of threads).
+
+    Raises UsageError, CheckpointError and CalibrationError before heavy work where it can; ArtifactError when the folder
+    belongs to another run; Interrupted after a layer was published and `should_stop()` is true.
+    """
+    progress = progress or (lambda *_: None)
+    should_stop = should_stop or (lambda: False)
+    method, family, target = method_named(config.method), family_of(checkpoint.config), pick_device(device)
+    count = int(text_config(checkpoint.config)["num_hidden_layers"])
+    check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
+    if method.calibrated and not samples:
+        raise CalibrationError(f"method {config.method} needs calibration samples; give some, or use --method rtn")
+    done = _claim(folder, _identity(checkpoint, samples, config, calibration, target), resume)
+    if (folder / MANIFEST).is_file():
+        return
+    clock = Clock()
+    with clock("floats"):
+        write_source(folder, checkpoint)
+        write_floats(folder, checkpoint, _float_names(checkpoint, family.linear_names(count)))
+    with clock("load"):
+        model = load_model(checkpoint, target)
+    layers = [model.get_submodule(family.module_name(f"{family.layers}{i}")) for i in range(count)]
+    leads = [group[0] for group in family.groups] if method.drift != "plain" else []
+    batches: list[Batch] = []
+    lost = 0
+    with exact_arithmetic():
+        if method.calibrated:
+            with clock("prefix"):
+                batches = decoder_inputs(model, layers[0], samples, two_streams=method.two_streams, device=target)
+                lost = sum(batch.drop_non_finite() for batch in batches)
+        for i, layer in enumerate(layers):
+            progress("quantize", i, count)
+            if method.calibrated and not any(bool(b.valid.any()) for b in batches):
+                raise CalibrationError(
+                    f"no sample has finite activations at layer {i}; the model or the images are damaged"
+                )
+            with clock("layers"):
+                solved = i < done
+                full = full_pass(layer, [] if solved else leads, batches)
+                if solved:
+                    _restore(layer, folder, i, f"{family.layers}{i}.")
+                else:
+                    for part in [t for t in checkpoint.tensors if t.startswith(f"{family.layers}{i}.")]:
+                        checkpoint.tensor(part)  # raises where the checkpoint is damaged, with the name
+                    linears = quantize_layer(layer, f"{family.layers}{i}.", family.groups, batches, full, config)
+                    write_layer(folder, i, [q for q, _ in linears], [_record(q, i, metrics) for q, metrics in linears])
+                lost += advance(layer, batches, full)
+            if not solved and i + 1 < count and should_stop():
+                raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
+    progress("quantize", count, count)
+    if method.calibrated:
+        calibration = calibration | {"non_finite": lost}
+    if lost:
+        log.warning("%d of %d samples left out: their activations are not finite", lost, len(samples))
+    modules = [record for i in range(count) for record in read_layer_records(folder, i)]
+    _warn_of_fallbacks(modules)
+    write_json(folder / TIMING, clock.seconds)
+    manifest = Manifest(
+        SCHEMA, __version__, name, checkpoint.model_type, checkpoint.fingerprint(), config.to_dict(), calibration, modules
+    )  # fmt: skip
+    write_manifest(folder, manifest)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    name: str
+    in_features: int
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 3)
+
+
+def _float_names(checkpoint: Checkpoint, linears: Sequence[str]) -> list[str]:
+    """Tensors that are copied as they are."""
+    taken = {f"{n}.{part}" for n in linears for part in ("weight", "bias")}
+    return [name for name in checkpoint.tensors if name not in taken]
+
+
+def _identity(
+    checkpoint: Checkpoint, samples: Sequence[Sample], config: QuantConfig, calibration: dict, device: torch.device
+) -> dict:
+    """What decides the bytes of a run, as JSON."""
+    import transformers
+
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.input_ids.numpy().tobytes())
+        if sample.pixel_values is not None:
+            digest.update(sample.pixel_values.numpy().tobytes())
+    identity = {
+        "schema": SCHEMA, "vlmq-export": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "config": config.to_dict(),
+        "source": checkpoint.fingerprint(), "calibration": calibration, "samples": digest.hexdigest(),
+    }  # fmt: skip
+    return json.loads(json.dumps(identity))
+
+
+def _claim(folder: Path, identity: dict, resume: bool) -> int:
+    """Make the folder this run's; how many layers it already holds. Raises ArtifactError if it is another run's."""
+    file = folder / RUN
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise ArtifactError(f"{folder} holds files of an earlier run; resume it or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink()
+    if not file.is_file():
+        if any(folder.iterdir()):
+            raise ArtifactError(f"{folder} has no {RUN}, so it cannot be resumed; choose another folder")
+        write_json(file, identity)
+        return 0
+    try:
+        before = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ArtifactError(f"{file}: damaged ({e}); start again in another folder") from None
+    if changed := [key for key in identity if before.get(key) != identity[key]]:
+        raise ArtifactError(f"{folder} was begun with another {' and '.join(changed)}; give the same, or start again")
+    layers = 0
+    while (folder / layer_file(layers)).is_file():
+        layers += 1
+    return layers
+
+
+def _restore(layer: nn.Module, folder: Path, index: int, prefix: str) -> None:
+    """Give a layer what an earlier run solved."""
+    for linear in read_layer(folder, index):
+        put(layer, linear.name.removeprefix(prefix), linear)
+
+
+def _record(q: QuantizedLinear, layer: int, metrics: dict) -> ModuleRecord:
+    return ModuleRecord(
+        q.name, layer, q.bits, q.group_size, q.symmetric, q.out_features, q.in_features, q.bias is not None, metrics
+    )  # fmt: skip
+
+
+def _warn_of_fallbacks(modules: Sequence[ModuleRecord]) -> None:
+    fallen = [m.name for m in modules if m.metrics.get("fallback")]
+    if fallen:
+        log.warning(
+            "%d linears rounded to nearest, their Hessian is not definite, first %s; use more samples",
+            len(fallen),
+            fallen[0],
+        )

@@ -1,0 +1,168 @@
+"""The walk over decoder layers with a full-precision and a quantized stream (methods.md §1.3, Algorithm 1).
+
+Samples of equal length travel together, so nothing is ever padded. The streams are lists of such batches; both start
+from the same decoder inputs, which one pass through vision tower and embeddings gives.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vlmq_export.quantizer.artifact import QuantizedLinear
+from vlmq_export.quantizer.calibration import Sample
+
+BATCH_TOKENS = 4096
+
+
+@dataclass
+class Batch:
+    """Samples of one length at the input of a decoder layer. `full` is None where the method needs one stream only."""
+
+    quantized: torch.Tensor  # X, float32 [samples, tokens, hidden]
+    full: torch.Tensor | None  # X̃, same shape
+    kwargs: dict  # attention mask and position embeddings, the same for every layer
+    valid: torch.Tensor  # bool [samples]: activations finite so far
+
+    def drop_non_finite(self) -> int:
+        """Leave out samples whose activations are not finite; how many are new."""
+        finite = torch.isfinite(self.quantized).all(2).all(1)
+        if self.full is not None:
+            finite &= torch.isfinite(self.full).all(2).all(1)
+        lost = int((self.valid & ~finite).sum())
+        self.valid &= finite
+        return lost
+
+    def tokens(self, activations: torch.Tensor) -> torch.Tensor:
+        """[samples, tokens, ...] → [valid samples · tokens, ...]."""
+        return activations[self.valid].flatten(0, 1)
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what was wanted is there."""
+
+
+@contextmanager
+def _before(module: nn.Module, action):
+    """Call action(args, kwargs) before each forward of the module."""
+    handle = module.register_forward_pre_hook(lambda _m, args, kwargs: action(args, kwargs), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def decoder_inputs(
+    model: nn.Module, first_layer: nn.Module, samples: Sequence[Sample], *, two_streams: bool, device: torch.device
+) -> list[Batch]:
+    """Run vision tower and embeddings, and stop at the first decoder layer."""
+    caught: list[tuple[torch.Tensor, dict]] = []
+
+    def catch(args, kwargs):
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        caught.append((hidden, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
+        raise _Stop
+
+    batches = []
+    with _before(first_layer, catch):
+        for group in _equal_lengths(samples):
+            try:
+                model.model(**_stack(group, device), use_cache=False)
+            except _Stop:
+                hidden, kwargs = caught.pop()
+            valid = torch.ones(len(group), dtype=torch.bool, device=device)
+            batches.append(Batch(hidden, hidden if two_streams else None, kwargs, valid))
+    return batches
+
+
+def _equal_lengths(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Groups of equal length, shortest first, of at most BATCH_TOKENS tokens (or one sample)."""
+    by_length: dict[int, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_length[len(sample.input_ids)].append(sample)
+    for length in sorted(by_length):
+        group, size = by_length[length], max(1, BATCH_TOKENS // length)
+        yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+def _stack(group: Sequence[Sample], device: torch.device) -> dict[str, torch.Tensor]:
+    """Keyword arguments of the model for samples of equal length."""
+    parts = [sample.model_inputs() for sample in group]
+    joined = {k: torch.cat([p[k] for p in parts if k in p]) for k in dict.fromkeys(k for p in parts for k in p)}
+    return {k: v.to(device) for k, v in joined.items()}
+
+
+@torch.no_grad()
+def run_layer(layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    """The layer's output, [samples, tokens, hidden]."""
+    output = layer(hidden, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _recorded(layer: nn.Module, names: Sequence[str], *, stop: bool = False):
+    """A dict that fills with the inputs of the named linears; with `stop` the pass ends when it has them all."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def recorder(name: str):
+        def record(args, _kwargs):
+            seen[name] = args[0]
+            if stop and len(seen) == len(names):
+                raise _Stop
+
+        return record
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(_before(layer.get_submodule(name), recorder(name)))
+        yield seen
+
+
+def linear_input(layer: nn.Module, name: str, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    """[samples, tokens, in], the input of the named linear; nothing after it is run."""
+    with _recorded(layer, [name], stop=True) as seen, suppress(_Stop):
+        run_layer(layer, hidden, kwargs)
+    return seen[name]
+
+
+@dataclass
+class FullPass:
+    """What the full-precision stream left in one layer, one entry a batch."""
+
+    inputs: list[dict[str, torch.Tensor]]  # linear → [samples, tokens, in]
+    outputs: list[torch.Tensor | None]  # of the layer
+
+
+def full_pass(layer: nn.Module, names: Sequence[str], batches: list[Batch]) -> FullPass:
+    """Run the full-precision stream through a layer that still has its source weights, recording the named inputs."""
+    done = FullPass([], [])
+    for batch in batches:
+        with _recorded(layer, names) as seen:
+            done.outputs.append(None if batch.full is None else run_layer(layer, batch.full, batch.kwargs))
+        done.inputs.append(seen)
+    return done
+
+
+def advance(layer: nn.Module, batches: list[Batch], full: FullPass) -> int:
+    """Move both streams past a layer that has its decoded weights; how many samples were lost to NaN on the way.
+
+    The quantized stream is run the same way whether the layer was solved just now or in an earlier run.
+    """
+    for batch, output in zip(batches, full.outputs):
+        batch.quantized, batch.full = run_layer(layer, batch.quantized, batch.kwargs), output
+    return sum(batch.drop_non_finite() for batch in batches)
+
+
+@torch.no_grad()
+def put(layer: nn.Module, name: str, linear: QuantizedLinear) -> None:
+    """Give a linear of the layer the weights and bias that will be on disk."""
+    module = layer.get_submodule(name)
+    module.weight.copy_(linear.decode())
+    if linear.bias is not None:
+        module.bias.copy_(linear.bias)
