@@ -3,6 +3,7 @@
 import random
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -14,8 +15,11 @@ from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export.bundled import HELDOUT
 from vlmq_export.formats import onnx as onnx_format
 from vlmq_export.formats.base import CheckSettings, FormatOptions, relative_error
-from vlmq_export.formats.onnx.checks import FORMAT_GATE
+from vlmq_export.formats.onnx.checks import FORMAT_GATE, _at_most, linear_gate, node_session
+from vlmq_export.formats.onnx.packing import pack_linear
+from vlmq_export.formats.onnx.read import Linear
 from vlmq_export.formats.onnx.runner import OnnxRunner
+from vlmq_export.parity import required_runtimes
 from vlmq_export.quantizer.calibration import read_rows
 from vlmq_export.reference import Reference
 
@@ -85,6 +89,13 @@ def damage(folder, graph, name, kind, rng):
         (folder / f"{graph}.onnx").write_bytes(model.SerializeToString())
 
 
+def weight_rows(rows):
+    """The two readers of L1: ours and the runtime's."""
+    found = [r for r in rows if r.level == "L1" and r.name.startswith("weights by")]
+    assert len(found) == 2
+    return found
+
+
 FAULTS = [
     (f"model.layers.{layer}.{module}", part, kind)
     for layer, module in ((0, "self_attn.q_proj"), (3, "mlp.down_proj"), (5, "self_attn.o_proj"))
@@ -98,7 +109,7 @@ def test_one_changed_value_of_a_linear_is_caught_and_named(exported, tmp_path, m
     shutil.copytree(folder, tmp_path / "onnx")
     damage(tmp_path / "onnx", "text", f"{module}.{part}", kind, random.Random(f"{module}{part}"))
     rows = onnx_format.check(tmp_path / "onnx", reference, FormatOptions(), replace(SETTINGS, images=1))
-    for row in (r for r in rows if r.level == "L1"):
+    for row in weight_rows(rows):
         assert row.status == "failed" and f"{module}.weight" in row.worst
 
 
@@ -107,7 +118,7 @@ def test_one_changed_vision_weight_is_caught_and_named(exported, tmp_path):
     shutil.copytree(folder, tmp_path / "onnx")
     damage(tmp_path / "onnx", "vision", "visual.blocks.2.mlp.up_proj.weight", "ulp", random.Random(1))
     rows = onnx_format.check(tmp_path / "onnx", reference, FormatOptions(), replace(SETTINGS, images=1))
-    for row in (r for r in rows if r.level == "L1"):
+    for row in weight_rows(rows):
         assert row.status == "failed" and "visual.blocks.2.mlp.up_proj.weight" in row.worst
 
 
@@ -119,6 +130,109 @@ def test_what_the_runtime_refuses_is_a_failed_row(exported, tmp_path):
     (tmp_path / "onnx" / "text.onnx").write_bytes(model.SerializeToString())
     rows = onnx_format.check(tmp_path / "onnx", reference, FormatOptions(), replace(SETTINGS, images=1))
     assert any(r.level == "L3" and r.status == "failed" and "NoSuchOperator" in r.detail for r in rows)
+
+
+def overwrite(folder, graph, name, change):
+    """Apply `change` to the float32 values of one constant in the data file."""
+    model = onnx.load(folder / f"{graph}.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    entry = {e.key: e.value for e in tensor.external_data}
+    values = np.memmap(folder / entry["location"], "<f4", "r+", int(entry["offset"]), tuple(tensor.dims))
+    change(values)
+    values.flush()
+
+
+@pytest.mark.parametrize("table", ["text/decoder.model.rotary_emb.cos_cache", "text/decoder.model.rotary_emb.sin_cache",
+                                   "vision/vision_encoder.visual.rotary_pos_emb.freq_table"])  # fmt: skip
+def test_a_rotary_table_is_checked_beyond_the_prompts(table, exported, tmp_path):
+    """No prompt reaches these rows: only the table's own row can see it."""
+    reference, folder = exported
+    shutil.copytree(folder, tmp_path / "onnx")
+    graph, name = table.split("/")
+
+    def change(values):
+        values[400, 0] += 0.01
+
+    overwrite(tmp_path / "onnx", graph, name, change)
+    rows = onnx_format.check(tmp_path / "onnx", reference, FormatOptions(), replace(SETTINGS, images=1))
+    failed = [r for r in rows if r.status == "failed"]
+    assert [r.name for r in failed] == ["rotary tables at every position"]
+    assert f"{name} at position 400" in failed[0].worst
+
+
+def test_nan_is_worse_than_any_number(exported, tmp_path):
+    """max() passes over NaN: a linear of the middle that computes it must still fail L2 and L3."""
+    reference, folder = exported
+    shutil.copytree(folder, tmp_path / "onnx")
+
+    def change(scales):
+        scales[7, 0] = np.nan
+
+    overwrite(tmp_path / "onnx", "text", "model.layers.3.mlp.up_proj.scales", change)
+    rows = onnx_format.check(tmp_path / "onnx", reference, FormatOptions(), SETTINGS)
+    status = {r.name: r.status for r in rows}
+    assert status["each MatMulNBits at level 0"] == status["logits at accuracy_level 0"] == "failed"
+    assert next(r for r in rows if r.level == "L2").worst == "model.layers.3.mlp.up_proj"
+
+
+def test_nan_of_a_later_prompt_is_not_lost():
+    row = _at_most("logits", [(1e-7, "first"), (float("nan"), "second"), (2e-7, "third")], FORMAT_GATE, "")
+    assert row.status == "failed" and row.worst == "second"
+
+
+@pytest.mark.parametrize(("columns", "group"), [(512, 128), (4304, -1), (18944, 128), (29568, 128)])
+def test_a_right_kernel_passes_the_gate_at_the_widths_of_real_models(columns, group):
+    """18944 and 29568: down_proj of the 7B and 72B models, where one gate for every width was too small."""
+    rng = np.random.default_rng(0)
+    groups = 1 if group == -1 else columns // group
+    codes = rng.integers(0, 16, (32, columns), dtype=np.uint8)
+    scales = rng.uniform(1e-3, 1e-2, (32, groups)).astype(np.float16)
+    g_idx = np.arange(columns) // (columns // groups)
+    p = pack_linear(codes, scales, np.full((32, groups), 8, np.uint8), g_idx, 4, group)
+    linear = Linear("x", p.bits, p.block_size, p.weight, p.scales, p.zero_points, p.order, columns, 0)
+    x = rng.standard_normal((16, columns)).astype(np.float32)
+    exact = x.astype(np.float64) @ linear.decode().astype(np.float64).T
+    y = node_session(linear, accuracy_level=0, threads=1).run(["y"], {"a": x})[0]
+    assert relative_error(y, exact) <= linear_gate(columns)
+    assert relative_error(y * np.float32(1.00002), exact) > linear_gate(columns)  # a product 2e-5 too large is seen
+
+
+def test_prompts_without_images_are_compared_and_the_image_row_says_that_it_was_not_run(exported):
+    reference, folder = exported
+    row = reference.rows[0]
+    text = [{**m, "content": [p for p in m["content"] if p["type"] != "image"]} for m in row.messages]
+    words = Reference(reference.artifact, [replace(row, id="words", images=(), messages=tuple(text))])
+    rows = {r.name: r for r in onnx_format.check(folder, words, FormatOptions(), SETTINGS)}
+    assert rows["image features"].status == "not run"
+    assert rows["logits at accuracy_level 0"].status == rows["cached decode against one forward"].status == "passed"
+
+
+def test_genai_answers_as_the_reference(exported, tmp_path):
+    """onnxruntime-genai, with its own image steps and our two configuration files, on PNG files."""
+    if find_spec("onnxruntime_genai") is None:
+        assert "genai" not in required_runtimes(), "VLMQ_REQUIRE declares genai, which is not installed"
+        pytest.skip("onnxruntime-genai is an optional extra")
+    import onnxruntime_genai as genai
+
+    reference, folder = exported
+    model = genai.Model(str(folder))
+    processor = model.create_multimodal_processor()
+    for prompt in reference.prompts[:6]:
+        files = [str(tmp_path / f"{prompt.id}-{i}.png") for i in range(len(prompt.images))]
+        for image, file in zip(prompt.images, files):
+            image.save(file)
+        params = genai.GeneratorParams(model)
+        params.set_search_options(max_length=1024, do_sample=False)
+        generator = genai.Generator(model, params)
+        generator.set_inputs(processor(prompt.text, images=genai.Images.open(*files)))
+        answer = []
+        while not generator.is_done() and len(answer) < 16:
+            generator.generate_next_token()
+            answer.append(int(generator.get_next_tokens()[0]))
+            if answer[-1] in reference.stop_ids:
+                answer.pop()
+                break
+        assert answer == reference.answer(prompt), prompt.id
 
 
 # -- more than one prompt at a time -----------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What is written for ONNX Runtime, without running it: bits, bytes, containment."""
 
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -70,7 +72,7 @@ def test_blocks_of_every_group_size():
         256,
         256,
     ]
-    assert block_size_for(40) is None
+    assert block_size_for(40) is None and block_size_for(0) is None
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +167,118 @@ def test_a_symbolic_link_is_refused(copy, tmp_path_factory):
     (copy / "text.onnx.data").symlink_to(elsewhere)
     with pytest.raises(FormatError, match="outside the folder"):
         OnnxFolder(copy)
+
+
+def edit(folder, change, graph="text"):
+    """Rewrite one graph's protobuf after `change(model)`."""
+    model = onnx.load(folder / f"{graph}.onnx", load_external_data=False)
+    change(model)
+    (folder / f"{graph}.onnx").write_bytes(model.SerializeToString())
+
+
+def nbits(model, index=3):
+    return [n for n in model.graph.node if n.op_type == "MatMulNBits"][index]
+
+
+def set_attribute(name, value):
+    def change(model):
+        next(a for a in nbits(model).attribute if a.name == name).i = value
+
+    return change
+
+
+def drop_bits(model):
+    node = nbits(model)
+    kept = [a for a in node.attribute if a.name != "bits"]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
+def reshape(model):
+    tensor = next(t for t in model.graph.initializer if t.name == nbits(model).input[1])
+    tensor.dims[0] *= 2
+    tensor.dims[2] //= 2
+
+
+def at_offset(value):
+    def change(model):
+        tensor = next(t for t in model.graph.initializer if t.name == nbits(model).input[1])
+        next(e for e in tensor.external_data if e.key == "offset").value = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(drop_bits, "lacks the attribute bits"), (set_attribute("bits", 3), "3 bits"), (set_attribute("K", 0), "bits"),
+     (set_attribute("block_size", 48), "blocks of 48"), (set_attribute("N", 7), "its node asks for"),
+     (reshape, "its node asks for"), (at_offset("abc"), "'abc'"), (at_offset("-8"), "'-8'")],
+)  # fmt: skip
+def test_a_malformed_node_is_one_line_of_error(copy, change, words):
+    """Each of these was a KeyError or ValueError from inside numpy, or went unseen."""
+    edit(copy, change)
+    with pytest.raises(FormatError, match=words) as e:
+        OnnxFolder(copy)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("place", ["node", "subgraph", "function"])
+def test_data_outside_the_folder_is_refused_wherever_a_tensor_can_be(copy, place):
+    outside = onnx.TensorProto(name="x", data_type=1, dims=[4], data_location=1)
+    for key, value in (("location", "../../etc/passwd"), ("length", "16")):
+        outside.external_data.add(key=key, value=value)
+    constant = onnx.helper.make_node("Constant", [], ["unused"], value=outside)
+
+    def change(model):
+        if place == "node":
+            model.graph.node.insert(0, constant)
+        elif place == "function":
+            model.functions.add(name="f", domain="x").node.append(constant)
+        else:
+            body = onnx.helper.make_graph([constant], "body", [], [])
+            model.graph.node.insert(0, onnx.helper.make_node("If", [""], ["z"], then_branch=body, else_branch=body))
+
+    edit(copy, change)
+    with pytest.raises(FormatError, match="outside the folder"):
+        OnnxFolder(copy)
+
+
+def test_an_order_that_is_no_permutation_is_refused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    artifact = rtn_artifact(tmp_path_factory.mktemp("artifact"), GRIDS["w4g128-dynamic"])
+    onnx_format.write(artifact, folder, FormatOptions())
+    name = "model.layers.0.self_attn.q_proj"
+
+    def change(model):
+        tensor = next(t for t in model.graph.initializer if t.name == f"{name}.order")
+        entry = {e.key: e.value for e in tensor.external_data}
+        order = np.memmap(folder / entry["location"], "<i8", "r+", int(entry["offset"]), tuple(tensor.dims))
+        order[5] = order[6]
+        order.flush()
+
+    edit(folder, change)
+    with pytest.raises(FormatError, match=r"q_proj\.order is not an order"):
+        OnnxFolder(folder).linear(name)
+
+
+def test_a_models_own_processor_config_is_kept(written, tmp_path):
+    """transformers and onnxruntime-genai have a file of the same name: neither may replace the other."""
+    artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"])
+    own = '{"processor_class": "Qwen2_5_VLProcessor"}'
+    (artifact.source / "processor_config.json").write_text(own)
+    (tmp_path / "onnx").mkdir()
+    for _ in range(2):
+        onnx_format.write(artifact, tmp_path / "onnx", FormatOptions())
+        assert (tmp_path / "onnx" / "processor_config.json").read_text() == own
+        config = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
+        steps = json.loads((tmp_path / "onnx" / config["model"]["vision"]["config_filename"]).read_text())
+        assert steps["processor"]["transforms"][-1]["operation"]["type"] == "PatchImage"
+
+
+def test_writing_says_nothing_on_stdout(tmp_path, capfd):
+    """`--json` owns stdout."""
+    artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w2"])
+    (tmp_path / "onnx").mkdir()
+    capfd.readouterr()
+    onnx_format.write(artifact, tmp_path / "onnx", FormatOptions())
+    assert capfd.readouterr().out == ""

@@ -6,7 +6,6 @@ addition stays. Constants are lazy: a tensor is read from the artifact when its 
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from vlmq_export.errors import FormatError
@@ -30,7 +29,7 @@ def fill(model: ir.Model, artifact: Artifact, accuracy_level: int) -> list[str]:
         if value.const_value is not None:
             continue
         if name in quantized:
-            _replace_linear(model, value, _packed(artifact, quantized[name]), quantized[name], accuracy_level)
+            _replace_linear(model, value, artifact, quantized[name], accuracy_level)
             done.append(quantized[name])
         elif name.removesuffix(".bias") in artifact.records:
             bias = artifact.linear(name.removesuffix(".bias")).bias
@@ -68,9 +67,12 @@ def _packed(artifact: Artifact, name: str) -> NBits:
     return pack_linear(*(p.numpy() for p in parts), q.bits, q.group_size)
 
 
-def _replace_linear(model: ir.Model, weight: ir.Value, packed: NBits, name: str, accuracy_level: int) -> None:
-    """Transpose(weight) → MatMul becomes [Gather(A, order) →] MatMulNBits."""
-    graph = model.graph
+def _replace_linear(model: ir.Model, weight: ir.Value, artifact: Artifact, name: str, accuracy_level: int) -> None:
+    """Transpose(weight) → MatMul becomes [Gather(A, order) →] MatMulNBits.
+
+    The packed codes are made again when the file is written, so that one linear's are in memory at a time.
+    """
+    graph, packed, record = model.graph, _packed(artifact, name), artifact.records[name]
     transposes = [n for n in weight.consumers() if n.op_type == "Transpose"]
     products = [n for t in transposes for n in t.outputs[0].consumers() if n.op_type == "MatMul"]
     if len(transposes) != 1 or len(products) != 1 or len(list(weight.consumers())) != 1:
@@ -80,26 +82,33 @@ def _replace_linear(model: ir.Model, weight: ir.Value, packed: NBits, name: str,
     transpose, product = transposes[0], products[0]
     assert weight.shape is not None
     out_features, in_features = (int(d) for d in weight.shape)  # type: ignore[call-overload]
-    if packed.weight.shape[0] != out_features or packed.scales.shape[1] != -(-in_features // packed.block_size):
-        raise FormatError(f"{name} is {out_features}×{in_features} in the graph, not what the artifact holds")
+    if (record.out_features, record.in_features) != (out_features, in_features):
+        raise FormatError(
+            f"{name} is {out_features}×{in_features} in the graph, {record.out_features}×{record.in_features} in the artifact"
+        )
 
     activations = product.inputs[0]
     new: list[ir.Node] = []
     if packed.order is not None:  # g_idx is never written: ONNX Runtime computes it wrong
         gather = ir.Node(
-            "", "Gather", [activations, _constant(graph, f"{name}.order", packed.order)], [ir.AttrInt64("axis", -1)]
+            "",
+            "Gather",
+            [activations, _constant(graph, f"{name}.order", ir.Tensor(packed.order))],
+            [ir.AttrInt64("axis", -1)],
         )
         gather.outputs[0].name = f"{name}.gathered"
         activations = gather.outputs[0]
         new.append(gather)
+    shape = ir.Shape(packed.weight.shape)
+    codes = ir.LazyTensor(lambda: ir.Tensor(_packed(artifact, name).weight), ir.DataType.UINT8, shape)
     node = ir.Node(
         DOMAIN,
         "MatMulNBits",
         [
             activations,
-            _constant(graph, f"{name}.qweight", packed.weight),
-            _constant(graph, f"{name}.scales", packed.scales),
-            _constant(graph, f"{name}.zero_points", packed.zero_points),
+            _constant(graph, f"{name}.qweight", codes),
+            _constant(graph, f"{name}.scales", ir.Tensor(packed.scales)),
+            _constant(graph, f"{name}.zero_points", ir.Tensor(packed.zero_points)),
         ],
         [
             ir.AttrInt64("K", in_features),
@@ -121,8 +130,8 @@ def _replace_linear(model: ir.Model, weight: ir.Value, packed: NBits, name: str,
     graph.initializers.pop(weight.name or "")
 
 
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.Tensor(array, name=name)
+def _constant(graph: ir.Graph, name: str, tensor: ir.Tensor | ir.LazyTensor) -> ir.Value:
+    tensor.name = name
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
     graph.initializers[name] = value
     return value

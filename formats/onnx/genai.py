@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from vlmq_export.errors import FormatError
 from vlmq_export.quantizer.artifact import Artifact, write_json
 from vlmq_export.quantizer.families import text_config
 
+PROCESSOR = "processor_config.json"
 KNOWN = ("qwen2_5_vl",)  # of our families, those with a runtime type in onnxruntime-genai 0.18
 
 
@@ -17,10 +19,14 @@ def write_genai(artifact: Artifact, folder: Path) -> list[str]:
         return [
             f"onnxruntime-genai does not know {artifact.manifest.model_type}: run these graphs in plain ONNX Runtime"
         ]
-    source = artifact.source_config
-    processor = json.loads((artifact.source / "preprocessor_config.json").read_text("utf-8"))
-    write_json(folder / "genai_config.json", genai_config(source, _generation(artifact.source)))
-    write_json(folder / "processor_config.json", processor_config(processor))
+    preprocessor = artifact.source / "preprocessor_config.json"
+    if not preprocessor.is_file():
+        raise FormatError(f"{preprocessor}: missing; copy it from the original model")
+    steps = processor_config(json.loads(preprocessor.read_text("utf-8")))
+    # transformers has a file of the same name and another content: a model that brings it keeps it.
+    name = "genai_processor_config.json" if (artifact.source / PROCESSOR).exists() else PROCESSOR
+    write_json(folder / "genai_config.json", genai_config(artifact.source_config, _generation(artifact.source), name))
+    write_json(folder / name, steps)
     return []
 
 
@@ -29,7 +35,7 @@ def _generation(source: Path) -> dict:
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
-def genai_config(source: dict, generation: dict) -> dict:
+def genai_config(source: dict, generation: dict, processor: str = PROCESSOR) -> dict:
     text, vision = text_config(source), source["vision_config"]
     heads = text["num_attention_heads"]
     eos = generation.get("eos_token_id", text.get("eos_token_id"))
@@ -75,7 +81,7 @@ def genai_config(source: dict, generation: dict) -> dict:
             },
             "vision": {
                 "filename": "vision.onnx",
-                "config_filename": "processor_config.json",
+                "config_filename": processor,
                 "spatial_merge_size": vision["spatial_merge_size"],
                 "patch_size": vision["patch_size"],
                 "tokens_per_second": float(vision.get("tokens_per_second", 2)),

@@ -62,7 +62,7 @@ def float_graphs(source: Path, known: Collection[str]) -> dict[str, ir.Model]:
         graphs = {name: package[component] for name, component in GRAPHS.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise FormatError(
-            f"mobius cannot build ONNX graphs for {whole.model_type} ({e!r}); leave out --format onnx"
+            f"mobius cannot build ONNX graphs for {whole.model_type} ({' '.join(repr(e).split())[:200]}); leave out --format onnx"
         ) from None
     for name, model in graphs.items():
         model.graph.name = name

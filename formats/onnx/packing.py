@@ -36,7 +36,7 @@ def block_size_for(group_size: int) -> int | None:
     """The block that a group is written as: itself, or the largest that divides it; −1: blocks of 256. None: no block."""
     if group_size == -1:
         return BLOCKS[0]
-    return next((b for b in BLOCKS if group_size % b == 0), None)
+    return next((b for b in BLOCKS if group_size > 0 and group_size % b == 0), None)
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:

@@ -10,6 +10,8 @@ import numpy as np
 from vlmq_export.errors import FormatError
 
 GRAPHS = ("vision", "embedding", "text")
+_FLOAT, _UINT8, _INT64 = 1, 2, 7  # TensorProto.DataType
+_EXTERNAL = 1  # TensorProto.DataLocation
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,52 @@ class OnnxFolder:
             if gather is not None and gather.op_type == "Gather" and gather.input[1] == f"{module}.order":
                 order = constants[gather.input[1]]
                 parts.add(gather.input[1])
-            self._linears[module] = (node, *(constants[i] for i in node.input[1:4]), order)
+            attributes = self._attributes(node, module, *(constants[i] for i in node.input[1:4]), order)
+            self._linears[module] = (attributes, *(constants[i] for i in node.input[1:4]), order)
             parts |= set(node.input[1:4])
         for name, tensor in constants.items():
-            if name not in parts and tensor.data_type == 1:  # float32
+            if name not in parts and tensor.data_type == _FLOAT:
                 self.floats.setdefault(name, []).append(tensor)
+
+    def _attributes(self, node, module: str, weight, scales, zeros, order) -> dict[str, int]:
+        """The node's integers, its constants of the shapes that they ask for (onnx.md's table of inputs)."""
+        found = {a.name: a.i for a in node.attribute}
+        lacking = {"K", "N", "bits", "block_size"} - set(found)
+        if lacking:
+            raise FormatError(f"{self.path}: {module} lacks the attribute {min(lacking)}; export again")
+        inputs, outputs, bits, block = (found[k] for k in ("K", "N", "bits", "block_size"))
+        if bits not in (2, 4, 8) or block not in (16, 32, 64, 128, 256) or min(inputs, outputs) < 1:
+            raise FormatError(
+                f"{self.path}: {module} has {bits} bits in blocks of {block}; ONNX Runtime takes 2, 4, 8 in 16 to 256"
+            )
+        blocks = -(-inputs // block)
+        expected = [(weight, _UINT8, (outputs, blocks, block * bits // 8)), (scales, _FLOAT, (outputs, blocks)),
+                    (zeros, _UINT8, (outputs, -(-blocks * bits // 8)))]  # fmt: skip
+        expected += [] if order is None else [(order, _INT64, (inputs,))]
+        for tensor, kind, shape in expected:
+            if tensor.data_type != kind or tuple(tensor.dims) != shape:
+                raise FormatError(
+                    f"{self.path}: {tensor.name} has shape {list(tensor.dims)}, its node asks for {list(shape)}"
+                )
+        return found
 
     @property
     def linears(self) -> list[str]:
         return list(self._linears)
 
+    @property
+    def accuracy_levels(self) -> set[int]:
+        """Of all MatMulNBits nodes; {0} of none."""
+        return {a.get("accuracy_level", 0) for a, *_ in self._linears.values()} or {0}
+
     def linear(self, name: str) -> Linear:
-        node, weight, scales, zeros, order = self._linears[name]
-        attributes = {a.name: a.i for a in node.attribute}
+        attributes, weight, scales, zeros, order = self._linears[name]
+        columns = None if order is None else self._array(order)
+        if columns is not None and not np.array_equal(np.sort(columns), np.arange(attributes["K"])):
+            raise FormatError(f"{self.path}: {order.name} is not an order of the columns; export again")
         return Linear(
             name, attributes["bits"], attributes["block_size"], self._array(weight), self._array(scales), self._array(zeros),
-            None if order is None else self._array(order), attributes["K"], attributes.get("accuracy_level", 0),
+            columns, attributes["K"], attributes.get("accuracy_level", 0),
         )  # fmt: skip
 
     def _array(self, tensor) -> np.ndarray:
@@ -137,23 +169,40 @@ def _load(path: Path):
         raise FormatError(f"{path}: not an ONNX file ({e}); export again") from None
 
 
+def _tensors(message):
+    """Every TensorProto of a protobuf message: initializers, and those of attributes, subgraphs and functions."""
+    from onnx import TensorProto
+
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in [value] if hasattr(value, "ListFields") else value:
+            if isinstance(part, TensorProto):
+                yield part
+            else:
+                yield from _tensors(part)
+
+
 def _check_external(folder: Path, name: str, model) -> None:
     """Every external tensor in a plain file of this folder, and the file exactly as long as its tensors need."""
     ends: dict[str, int] = {}
-    for tensor in model.graph.initializer:
-        if tensor.data_location != 1:
+    for tensor in _tensors(model):
+        if tensor.data_location != _EXTERNAL:
             continue
         entry = {e.key: e.value for e in tensor.external_data}
         location = entry.get("location", "")
         file = folder / location
         if location in ("", ".", "..") or Path(location).name != location or file.is_symlink():
             raise FormatError(f"{folder / name}: {tensor.name} points outside the folder ({location}); do not load it")
-        ends[location] = max(ends.get(location, 0), int(entry.get("offset", 0)) + int(entry.get("length", 0)))
+        offset, length = entry.get("offset", "0"), entry.get("length", "")
+        if not (offset.isdecimal() and length.isdecimal()):
+            raise FormatError(f"{folder / name}: {tensor.name} lies at {offset!r}, {length!r} bytes; export again")
+        ends[location] = max(ends.get(location, 0), int(offset) + int(length))
     for location, end in ends.items():
         file = folder / location
         if not file.is_file():
             raise FormatError(f"{file}: missing; export again")
         if file.stat().st_nlink > 1:
-            raise FormatError(f"{file}: a hard link, which ONNX Runtime may refuse; copy the file")
+            raise FormatError(f"{file}: a hard link, which the onnx package refuses to read; copy the file")
         if file.stat().st_size != end:
             raise FormatError(f"{file}: {file.stat().st_size} bytes where the graph needs {end}; export again")

@@ -78,11 +78,15 @@ class OnnxRunner:
 
     def prefill(self, prompt, positions: np.ndarray) -> tuple[np.ndarray, dict]:
         """One whole prompt: `prompt` is a calibration.Sample, `positions` int64 [3, 1, S]."""
-        ids = prompt.input_ids.numpy()[None]
+        embeds = self._embed_prompt(prompt)
+        return self.step(embeds, np.ones(embeds.shape[:2], np.int64), positions, None)
+
+    def _embed_prompt(self, prompt) -> np.ndarray:
+        """float32 [1, S, hidden], with the features of its images if it has any."""
         features = None
         if prompt.pixel_values is not None:
             features = self.features(prompt.pixel_values.numpy(), prompt.image_grid_thw.numpy())
-        return self.step(self.embed(ids, features), np.ones_like(ids), positions, None)
+        return self.embed(prompt.input_ids.numpy()[None], features)
 
     def logits(self, prompt, positions: np.ndarray) -> np.ndarray:
         """float32 [S, vocabulary]."""
@@ -107,12 +111,10 @@ class OnnxRunner:
 
     def stepwise(self, prompt, positions: np.ndarray, split: int) -> np.ndarray:
         """The logits of `prompt` again, its tail from `split` on fed one token at a time through the cache."""
-        ids = prompt.input_ids.numpy()[None]
-        features = self.features(prompt.pixel_values.numpy(), prompt.image_grid_thw.numpy())
-        embeds = self.embed(ids, features)
+        embeds = self._embed_prompt(prompt)
         logits, past = self.step(embeds[:, :split], np.ones((1, split), np.int64), positions[..., :split], None)
         rows = [logits[0]]
-        for i in range(split, ids.shape[1]):
+        for i in range(split, embeds.shape[1]):
             mask = np.ones((1, i + 1), np.int64)
             logits, past = self.step(embeds[:, i : i + 1], mask, positions[..., i : i + 1], past)
             rows.append(logits[0])

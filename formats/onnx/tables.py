@@ -1,0 +1,48 @@
+"""Rotary tables of the graphs against the reference's own frequencies, at every position that they store.
+
+mobius stores the tables as constants. They are no weights of the model, and prompts reach only their first rows: without
+a look at all of them a file could pass every other check and fail on a long prompt.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vlmq_export.formats.base import Check
+from vlmq_export.formats.onnx.read import OnnxFolder
+
+# In units of 2⁻²³ of the angle: power, reciprocal, product and the reference's own frequency are each rounded to float32
+# (measured 1.5). A changed exponent, sign or row is thousands of units; a changed last bit cannot be told from rounding.
+TABLE_GATE = 4.0
+_TABLES = {
+    "decoder.model.rotary_emb.cos_cache": np.cos,
+    "decoder.model.rotary_emb.sin_cache": np.sin,
+    "vision_encoder.visual.rotary_pos_emb.freq_table": lambda angles: angles,
+}
+
+
+def rotary_tables(written: OnnxFolder, reference) -> list[Check]:
+    """One L1 row. A table that is missing, too short or of another width is a failure."""
+    text = reference.model.model.language_model.rotary_emb.inv_freq.double().numpy()  # [head_dim / 2]
+    vision = reference.model.model.visual.rotary_pos_emb.inv_freq.double().numpy()
+    needed = int((reference.config.get("text_config") or reference.config)["max_position_embeddings"])
+    worst, where, compared = 0.0, "", 0
+    for name, function in _TABLES.items():
+        table = written.weight(name)  # float32 [positions, frequencies]
+        frequencies, rows = (vision, 1) if name.startswith("vision") else (text, needed)
+        if table is None or table.ndim != 2 or table.shape[1] != len(frequencies) or len(table) < rows:
+            return [_row(np.inf, compared, f"{name} ({'missing' if table is None else list(table.shape)})")]
+        angles = np.arange(len(table))[:, None] * frequencies
+        units = np.abs(table.astype(np.float64) - function(angles)) / (2.0**-23 * (1 + angles))
+        units = np.where(np.isnan(units), np.inf, units)
+        compared += units.size
+        if units.max() >= worst:
+            worst, where = float(units.max()), f"{name} at position {int(units.max(axis=1).argmax())}"
+    return [_row(worst, compared, where)]
+
+
+def _row(worst: float, compared: int, where: str) -> Check:
+    return Check.at_most(
+        "onnx", "L1", "rotary tables at every position", worst, TABLE_GATE, unit="float32 roundings", compared=compared,
+        detail="cosines, sines and angles from the reference's frequencies", worst=where,
+    )  # fmt: skip
