@@ -1,0 +1,1 @@
+"""Each real runtime against the fake-quantized reference."""

@@ -1,0 +1,408 @@
+"""llama.cpp against the fake-quantized reference, and faults in the files' bytes that must be caught by name."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import random
+import shutil
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.artifacts import GRIDS, rtn_artifact
+from tools.reference_vlm.model import make_random_checkpoint
+from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
+from vlmq_export.errors import MissingRuntime
+from vlmq_export.formats import gguf as gguf_format
+from vlmq_export.formats.base import CheckSettings, FormatOptions
+from vlmq_export.formats.gguf import emulate, llama, runner
+from vlmq_export.formats.gguf.names import text_to_hub
+from vlmq_export.formats.gguf.read import GGUFFile, find_files
+from vlmq_export.formats.gguf.types import TYPES
+from vlmq_export.formats.gguf.writer import Entry, write_container
+from vlmq_export.quantizer.calibration import read_rows
+from vlmq_export.reference import Reference
+
+SETTINGS = CheckSettings(images=3, questions=5, threads=1)
+HOMES = {
+    "w4g128": "Q4_1", "w4": "Q4_K", "w4g128-sym": "Q4_0", "w8g128": "Q8_0", "w2": None, "w3-sym": "Q3_K",
+    "w3g128": "Q4_0", "w2g128": "Q4_0",
+}  # fmt: skip
+
+
+def export(folder, config, source=REFERENCE_VLM, options=None, config_edit=None):
+    artifact = rtn_artifact(folder / "artifact", config, source)
+    if config_edit:
+        file = artifact.source / "config.json"
+        file.write_text(json.dumps(config_edit(json.loads(file.read_text()))))
+        artifact = type(artifact)(artifact.path)
+    (folder / "gguf").mkdir()
+    gguf_format.write(artifact, folder / "gguf", options or FormatOptions())
+    return Reference(artifact.path, read_rows(HELDOUT)[:6]), folder / "gguf"
+
+
+def run_check(reference, folder, settings=SETTINGS):
+    return gguf_format.check(folder, reference, FormatOptions(), settings)
+
+
+def assert_all_pass(rows):
+    wrong = [c for c in rows if c.status not in ("passed", "info")]
+    assert not wrong, wrong
+    assert {c.level for c in rows if c.status == "passed"} == {"L1", "L2", "L3"}
+
+
+def row(rows, name):
+    return next(c for c in rows if c.name.startswith(name))
+
+
+@pytest.fixture(scope="module")
+def q4_1(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("q4_1"), GRIDS["w4g128"])
+
+
+@pytest.fixture(scope="module")
+def q4_k(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("q4_k"), GRIDS["w4"])
+
+
+# --- everything right -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tag", HOMES)
+def test_every_home_passes_every_gate(tag, tmp_path):
+    reference, folder = export(tmp_path, GRIDS[tag])
+    types = {t.type for t in GGUFFile(find_files(folder)[0]).tensors.values()} - {"F32", "F16", "BF16"}
+    assert types == {HOMES[tag]} if HOMES[tag] else types <= {"Q2_K", "TQ2_0"}
+    rows = run_check(reference, folder)
+    assert_all_pass(rows)
+    readers = [c for c in rows if c.name.startswith("weights by")]
+    assert len(readers) == 3
+    assert {c.compared for c in readers} == {reference.weights.count}
+    assert (
+        row(rows, "linears seen").compared == len(reference.weights.linears) + 30
+    )  # 4 blocks of 7, and 2 of the projector
+
+
+@pytest.mark.parametrize(("arch", "tied"), [("qwen2_vl", True), ("qwen2_vl", False), ("qwen2_5_vl", False)])
+def test_random_models_pass_every_gate(arch, tied, tmp_path):
+    make_random_checkpoint(tmp_path / "model", arch=arch, tied=tied)
+    options = FormatOptions(mmproj_dtype="f16" if tied else "f32")
+    reference, folder = export(tmp_path, GRIDS["w4g128"], tmp_path / "model", options)
+    assert_all_pass(run_check(reference, folder))
+
+
+def test_two_images_of_other_shapes_and_a_prompt_without_one(tmp_path):
+    reference, folder = export(tmp_path, GRIDS["w4"])
+    for name, size in (("wide", (224, 84)), ("tall", (56, 168))):
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{name}.png")
+    turns = [("human", "<image>\n<image>\nRead the text."), ("gpt", "x")], [("human", "Read the text."), ("gpt", "x")]
+    turns = [[{"from": who, "value": said} for who, said in t] for t in turns]
+    rows = [
+        {"id": "a/two", "image": ["wide.png", "tall.png"], "conversations": turns[0]},
+        {"id": "none", "conversations": turns[1]},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    both = read_rows(tmp_path / "rows.json")
+    checked = run_check(Reference(reference.artifact, both), folder)
+    assert_all_pass(checked)
+    assert row(checked, "prompts tokenized").compared == 1
+    bare = run_check(Reference(reference.artifact, both[1:]), folder)
+    assert {c.level for c in bare if c.status == "not run"} == {"L2", "L3"}
+    assert "no held-out prompt has an image" in row(bare, "float32 twin").detail
+
+
+def test_the_epsilon_comes_from_the_load_log_and_its_effect_is_a_row_of_its_own(q4_1):
+    rows = run_check(*q4_1)
+    plain = row(rows, "float32 twin against the unmodified reference")
+    assert plain.status == "info"
+    assert plain.value > 10 * row(rows, "float32 twin, image prompts").value
+    assert "(0)" in row(rows, "float32 twin, text prompts").detail
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bytes:
+    """A copy of an exported folder whose bytes a test changes in place."""
+
+    reference: Reference
+    folder: object
+    draw: random.Random
+
+    def tensor(self, name):
+        path = next(f for f in find_files(self.folder) if name in GGUFFile(f).tensors)
+        return path, GGUFFile(path).tensors[name]
+
+    def block(self, name):
+        """(file, start of a randomly drawn block)."""
+        path, t = self.tensor(name)
+        kind = TYPES[t.type]
+        return path, t.offset + self.draw.randrange(t.nbytes // kind.nbytes) * kind.nbytes
+
+    @staticmethod
+    def patch(path, at, change, size=2):
+        data = bytearray(path.read_bytes())
+        data[at : at + size] = change(int.from_bytes(data[at : at + size], "little")).to_bytes(size, "little")
+        path.write_bytes(data)
+
+    def scale_up(self, name):
+        path, at = self.block(name)
+        self.patch(path, at, lambda half: half + 1)  # every home here but Q3_K, Q2_K and TQ2_0 begins with d
+
+    def zero_up(self, name):
+        path, at = self.block(name)
+        if self.tensor(name)[1].type == "Q4_1":  # m = −s·z: one step of s
+            raw = path.read_bytes()
+            d, m = np.frombuffer(raw, "<f2", 2, at).astype(np.float32)
+            self.patch(path, at + 2, lambda _: int(np.float16(m - d).view(np.uint16)))
+        else:  # Q4_K: min of the first sub-block, six bits
+            self.patch(path, at + 8, lambda b: (b & 0xC0) | ((b & 63) + 1), size=1)
+
+    def code_up(self, name):
+        path, at = self.block(name)
+        start = {"Q4_1": 4, "Q4_K": 16}[self.tensor(name)[1].type]
+        size = TYPES[self.tensor(name)[1].type].nbytes - start
+        self.patch(path, at + start + self.draw.randrange(size), lambda b: b ^ 1, size=1)
+
+
+def copy_of(exported, tmp_path, seed):
+    reference, folder = exported
+    shutil.copytree(folder, tmp_path / "gguf")
+    return Bytes(reference, tmp_path / "gguf", random.Random(seed))
+
+
+def names_at_random(draw, layers):
+    """One linear each of the first, a middle and the last layer."""
+    kinds = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    return [f"blk.{layer}.{draw.choice(kinds)}.weight" for layer in (0, draw.randrange(1, layers - 1), layers - 1)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("home", ["q4_1", "q4_k"])
+def test_a_scale_a_zero_a_code_and_an_mmproj_weight_are_caught_by_decoding(home, seed, request, tmp_path):
+    fault = copy_of(request.getfixturevalue(home), tmp_path, seed)
+    hit = names_at_random(fault.draw, 6)
+    for change, name in zip((fault.scale_up, fault.zero_up, fault.code_up), fault.draw.sample(hit, 3)):
+        change(name)
+    vision = f"v.blk.{fault.draw.randrange(4)}.ffn_up.weight"
+    path, t = fault.tensor(vision)
+    fault.patch(path, t.offset + 2 * fault.draw.randrange(t.nbytes // 2), lambda half: half ^ 1)
+    rows = run_check(fault.reference, fault.folder)
+    hub = text_to_hub(fault.reference.config)
+    for c in [c for c in rows if c.name.startswith("weights by")]:
+        assert c.status == "failed"
+        for name in [hub[n] for n in hit] + [vision]:
+            assert name in c.worst, c
+    products = row(rows, "every product of the language model")
+    assert products.status == "failed"
+    for name in hit:  # one ulp of one scale included
+        assert hub[name] in products.worst, products
+
+
+@pytest.mark.parametrize("home", ["q4_1", "q4_k"])
+def test_one_ulp_of_one_scale_is_above_the_gate_of_every_linear(home, request, tmp_path):
+    fault = copy_of(request.getfixturevalue(home), tmp_path, seed=7)
+    text = GGUFFile(find_files(fault.folder)[0])
+    linears = [n for n, t in text.tensors.items() if TYPES[t.type].block > 1]
+    for name in linears[:: len(linears) // 8]:
+        fault.scale_up(name)
+    rows = run_check(fault.reference, fault.folder)
+    assert row(rows, "weights by llama.cpp").worst.count("(") == 8  # the eight that fit the row
+    products = row(rows, "every product of the language model")
+    assert products.status == "failed"
+    assert products.worst.count(" row ") == 8
+    assert products.value > 2e-6
+    assert row(rows, "shipped file through mtmd").status == "passed"  # no bound on logits can see it
+
+
+def rewrite(path, *, drop_tensor="", drop_key=""):
+    """The same GGUF without one tensor or one key."""
+    file = GGUFFile(path)
+
+    def metadata(writer):
+        for key, value in file.metadata.items():
+            kind = gguf.GGUFValueType(file.types[key])
+            if key in ("general.architecture", drop_key):
+                continue
+            if isinstance(value, list):
+                writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, sub_type=kind)
+            else:
+                writer.add_key_value(key, value, kind)
+
+    entries = [
+        Entry(t.name, t.shape, t.type, lambda name=t.name: file.raw(name).copy())
+        for t in file.tensors.values()
+        if t.name != drop_tensor
+    ]
+    write_container(path, file.metadata["general.architecture"], metadata, entries)
+
+
+def test_a_rewritten_file_is_still_right(q4_1, tmp_path):
+    fault = copy_of(q4_1, tmp_path, 0)
+    rewrite(find_files(fault.folder)[0])
+    assert_all_pass(run_check(fault.reference, fault.folder))
+
+
+def test_a_dropped_bias_is_caught_by_completeness_weights_and_twin(q4_1, tmp_path):
+    fault = copy_of(q4_1, tmp_path, 0)
+    layer = fault.draw.randrange(6)
+    name = f"blk.{layer}.attn_q.bias"
+    rewrite(find_files(fault.folder)[0], drop_tensor=name)
+    rows = run_check(fault.reference, fault.folder)
+    assert f"tensor {name} is missing" in row(rows, "metadata and names").worst
+    missing = f"model.layers.{layer}.self_attn.q_proj.bias (missing)"
+    assert all(c.status == "failed" and missing in c.worst for c in rows if c.name.startswith("weights by"))
+    assert row(rows, "float32 twin, text prompts").status == "failed"
+    assert row(rows, "float32 twin, image prompts").status == "failed"
+    assert row(rows, "every product of the language model").status == "passed"  # a product has no bias
+
+
+def test_a_dropped_rope_base_is_caught_by_completeness_and_twin(tmp_path):
+    def theta(config):  # llama.cpp assumes 10000, which is also the reference VLM's own
+        config["text_config"]["rope_parameters"]["rope_theta"] = 1e6
+        return config
+
+    reference, folder = export(tmp_path, GRIDS["w4g128"], config_edit=theta)
+    assert_all_pass(run_check(reference, folder))
+    rewrite(find_files(folder)[0], drop_key="qwen2vl.rope.freq_base")
+    rows = run_check(reference, folder)
+    assert "qwen2vl.rope.freq_base is missing" in row(rows, "metadata and names").worst
+    assert row(rows, "float32 twin, text prompts").status == "failed"
+    assert row(rows, "float32 twin, image prompts").status == "failed"
+    assert row(rows, "weights by llama.cpp").status == "passed"
+
+
+# --- a runtime that refuses, crashes or is not there ------------------------------------------------------------------
+
+
+def test_a_file_that_llama_cpp_refuses_is_failed_rows_of_one_line(q4_1, tmp_path):
+    fault = copy_of(q4_1, tmp_path, 0)
+    rewrite(find_files(fault.folder)[0], drop_key="qwen2vl.rope.dimension_sections")
+    rows = run_check(fault.reference, fault.folder)
+    for name in ("every product", "shipped file through mtmd", "float32 twin"):
+        c = row(rows, name)
+        assert c.status == "failed"
+        assert c.detail.startswith("loading ")
+        assert "rope.dimension_sections" in c.detail
+        assert "\n" not in c.detail
+
+
+def test_an_assertion_inside_llama_cpp_is_a_failed_row_too(q4_1, tmp_path):
+    """M-RoPE sections of zero load, and abort the process at the first token."""
+    fault = copy_of(q4_1, tmp_path, 0)
+    path = find_files(fault.folder)[0]
+    raw = path.read_bytes()
+    key = raw.index(b"qwen2vl.rope.dimension_sections") + len("qwen2vl.rope.dimension_sections")
+    assert np.frombuffer(raw, "<i4", 4, key + 16).tolist() == [8, 12, 12, 0]
+    path.write_bytes(raw[: key + 16] + bytes(16) + raw[key + 32 :])
+    rows = run_check(fault.reference, fault.folder)
+    c = row(rows, "every product")
+    assert c.status == "failed"
+    assert "GGML_ASSERT" in c.detail
+    assert "running prompt" in c.detail
+    assert "\n" not in c.detail
+    assert row(rows, "float32 twin").status == "failed"
+
+
+def test_a_truncated_file_is_one_failed_row(q4_1, tmp_path):
+    fault = copy_of(q4_1, tmp_path, 0)
+    path = find_files(fault.folder)[0]
+    path.write_bytes(path.read_bytes()[:-4096])
+    (c,) = run_check(fault.reference, fault.folder)
+    assert c.status == "failed"
+    assert path.name in c.detail
+
+
+def test_a_missing_runtime_is_not_run_never_passed(q4_1, monkeypatch):
+    def absent(*_):
+        raise MissingRuntime("xllamacpp 1.0 is installed")
+
+    monkeypatch.setattr(runner, "run", absent)
+    rows = run_check(*q4_1)
+    assert {c.level for c in rows if c.status == "not run"} == {"L2", "L3"}
+    assert {c.level for c in rows if c.status == "passed"} == {"L1"}
+    monkeypatch.setattr(gguf_format, "missing", lambda: "xllamacpp")
+    rows = run_check(*q4_1)
+    assert {c.status for c in rows} == {"not run"}
+    assert {c.level for c in rows} == {"L1", "L2", "L3"}
+
+
+def test_another_build_of_llama_cpp_is_refused(monkeypatch):
+    monkeypatch.setattr(llama, "PIN", "1.0")
+    with pytest.raises(MissingRuntime, match="struct layouts are not known"):
+        llama.library_path()
+    monkeypatch.undo()
+    monkeypatch.setitem(llama._DEFAULTS["llama_context_default_params"], "n_batch", 4096)
+    with pytest.raises(MissingRuntime, match="another default for n_batch"):
+        llama.load(lambda level, line: None)
+
+
+# --- the driver itself ------------------------------------------------------------------------------------------------
+
+
+def test_a_cleared_context_is_a_fresh_one_and_nothing_reaches_our_output(q4_1, tmp_path, capfd):
+    """Logits of a prompt are bit-equal first in a context, after others, and watched."""
+    reference, folder = q4_1
+    text, mmproj = find_files(folder)
+    a, b = reference.prompts[:2]
+    prompts = [runner.exact_prompt(reference, s, tmp_path, f"p{i}", logits=True) for i, s in enumerate((a, b, a, a))]
+    prompts[3]["capture"] = True
+    prompts += [runner.mtmd_prompt(s, tmp_path, f"m{i}", logits=True, answer=4) for i, s in enumerate((a, b, a))]
+    run = runner.run(tmp_path, text, mmproj, prompts, reference, 1, 4)
+    np.testing.assert_array_equal(run.logits(0), run.logits(2))
+    np.testing.assert_array_equal(run.logits(0), run.logits(3))
+    np.testing.assert_array_equal(run.logits(4), run.logits(6))
+    assert run.prompts[4]["answer"] == run.prompts[6]["answer"]
+    assert not np.array_equal(run.logits(0)[-1], run.logits(1)[-1])
+    assert capfd.readouterr() == ("", "")
+    assert run.eps == 0
+
+
+class Traits(ctypes.Structure):
+    """ggml_type_traits_cpu."""
+
+    _fields_ = [
+        ("from_float", ctypes.c_void_p),
+        ("vec_dot", ctypes.c_void_p),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    ]
+
+
+@pytest.mark.parametrize(("home", "kind", "size", "block"), [("Q4_0", "Q8_0", 34, 32), ("Q4_1", "Q8_1", 36, 32), ("Q4_K", "Q8_K", 292, 256)])  # fmt: skip
+def test_the_emulated_rounding_is_the_librarys_own_bit_for_bit(home, kind, size, block):
+    lib = ctypes.CDLL(str(llama.library_path()))
+    lib.ggml_cpu_init()
+    traits = lib.ggml_get_type_traits_cpu
+    traits.restype, traits.argtypes = ctypes.POINTER(Traits), [ctypes.c_int]
+    activation = traits(TYPES[home].id).contents.vec_dot_type
+    assert activation == TYPES[kind].id
+    round_row = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
+        traits(activation).contents.from_float
+    )
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((64, 1024)) * np.exp(2 * rng.standard_normal((64, 1024)))).astype(np.float32)
+    x[3, :256] = 0
+    raw = np.zeros((64, 1024 // block * size), np.uint8)
+    for r, out in zip(x, raw):
+        round_row(r.ctypes.data, out.ctypes.data, 1024)
+    blocks = raw.reshape(-1, size)
+    if kind == "Q8_K":
+        codes, scale = emulate.q8_k(x)
+        stored = blocks[:, :4].copy().view("<f4")[:, 0]
+        np.testing.assert_array_equal(stored, scale.reshape(-1))
+        np.testing.assert_array_equal(blocks[:, 4:260].view(np.int8), codes.reshape(-1, 256))
+        return
+    codes, scale = emulate.q8_0(x)
+    head = blocks[:, : size - 32].copy().view("<f2")
+    np.testing.assert_array_equal(head[:, 0], scale.astype(np.float16).reshape(-1))
+    np.testing.assert_array_equal(blocks[:, size - 32 :].view(np.int8), codes.reshape(-1, 32))
+    if kind == "Q8_1":
+        np.testing.assert_array_equal(
+            head[:, 1], (scale * codes.sum(-1, dtype=np.float32)).astype(np.float16).reshape(-1)
+        )

@@ -1,0 +1,196 @@
+"""The command from end to end: three formats, three runtimes, and faults that its `verify` must catch."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from runtime_tests.test_onnx import damage
+from tools.reference_vlm.model import make_random_checkpoint
+from vlmq_export import checksums
+from vlmq_export.formats.gguf.read import GGUFFile, find_files
+
+FORMATS = ("--format", "gptq", "--format", "onnx", "--format", "gguf")
+GATED = {"gptq": {"L1", "L2", "L3"}, "onnx": {"L1", "L2", "L3"}, "gguf": {"L1", "L2", "L3"}}
+
+
+def command(*args: object) -> subprocess.CompletedProcess:
+    """The installed command in a terminal of 80 columns."""
+    environment = os.environ | {"COLUMNS": "80", "VLMQ_REQUIRE": "gptq,onnx,gguf"}
+    return subprocess.run(
+        [sys.executable, "-m", "vlmq_export", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def assert_proven(out):
+    parity = json.loads((out / "parity.json").read_text())
+    assert parity["verified"], [c for c in parity["checks"] if c["status"] not in ("passed", "info")]
+    for name, levels in GATED.items():
+        rows = [c for c in parity["checks"] if c["format"] == name and c["status"] == "passed"]
+        assert {c["level"] for c in rows} == levels
+        whole = [c for c in rows if c["level"] == "L1" and c["compared"] == parity["reference"]["weights"]]
+        assert len(whole) >= 2, f"{name}: every weight by our reader and by the runtime's own"
+    assert parity["reference"]["images"] == 32
+    return parity
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The main job on the bundled model, with fewer samples."""
+    folder = tmp_path_factory.mktemp("job") / "out"
+    done = command(*FORMATS, "--samples", 32, "--out", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and all(len(line) <= 80 for line in done.stdout.splitlines()[:-1])
+    return folder
+
+
+def test_the_bundled_model_is_proven_in_all_three_runtimes(out):
+    parity = assert_proven(out)
+    shares = [c for c in parity["checks"] if c["format"] == "gguf" and c["unit"] == "share"]
+    assert shares and shares[0]["compared"] == 256
+    for name in ("artifact", "gptq", "onnx", "gguf", "report.html", "README.md", "recipe.yaml"):
+        assert (out / name).exists()
+    assert checksums.changed_files(out) == []
+    assert not list(out.glob(".*"))
+
+
+def test_verify_finds_the_files_as_they_were(out):
+    done = command("verify", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_proven(out)
+
+
+def test_qwen2_vl_is_proven_too(tmp_path):
+    make_random_checkpoint(tmp_path / "model", arch="qwen2_vl")
+    done = command(tmp_path / "model", *FORMATS, "--samples", 16, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bundled drawn images" in done.stderr
+    assert_proven(tmp_path / "out")
+
+
+def test_an_artifact_exports_to_the_same_bytes_without_data_or_model(out, tmp_path):
+    done = command(out / "artifact", *FORMATS, "--no-verify", "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    for name in ("artifact", "gptq", "onnx", "gguf"):
+        for file in (p for p in (out / name).rglob("*") if p.is_file()):
+            assert file.read_bytes() == (tmp_path / "again" / file.relative_to(out)).read_bytes(), file
+    assert "not verified" in done.stdout and "Not verified" in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["artifact", "gptq", "onnx", "gguf", "gguf/mmproj", "onnx/text.onnx"])
+def test_inspect_shows_what_is_there(out, part):
+    path = next((out / "gguf").glob("mmproj-*")) if part == "gguf/mmproj" else out / part
+    done = command("inspect", path, "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["tensors"]
+    if part != "gguf/mmproj":
+        assert 4 < found["bits_per_weight"] < 5.1
+
+
+# -- faults: one in each format, checksums made new, so that only decoding can tell --------------------------------
+
+
+def fault_gptq(folder, module, part, rng):
+    """One scale by one unit in the last place, or one bit of one word."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = f"{module}.{part}"
+    flat = tensors[name].view(-1).numpy()
+    at = rng.randrange(flat.size)
+    if part == "scales":
+        flat[at] = np.nextafter(flat[at], np.float16(np.inf))
+    elif part == "g_idx":
+        flat[at] = (flat[at] + 1) % (int(flat.max()) + 1)
+    else:
+        flat.view(np.uint32)[at] ^= np.uint32(1 << rng.randrange(32))
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def fault_gguf(folder, module, part, rng):
+    """One unit of a block's scale, of its offset, or one bit of its codes (Q4_1: float16 d, float16 m, 16 bytes)."""
+    names = {"self_attn.q_proj": "attn_q", "mlp.down_proj": "ffn_down", "self_attn.o_proj": "attn_output"}
+    _, _, layer, kind = module.split(".", 3)
+    text, _ = find_files(folder)
+    tensor = GGUFFile(text).tensors[f"blk.{layer}.{names[kind]}.weight"]
+    block = tensor.offset + 20 * rng.randrange(tensor.nbytes // 20)
+    data = bytearray(text.read_bytes())
+    if part == "qweight":
+        data[block + 4 + rng.randrange(16)] ^= 1 << rng.randrange(8)
+    else:
+        at = block + (0 if part == "scales" else 2)
+        data[at : at + 2] = (int.from_bytes(data[at : at + 2], "little") + 1).to_bytes(2, "little")
+    text.write_bytes(data)
+
+
+def fault_onnx(folder, module, part, rng):
+    damage(folder, "text", f"{module}.{part}", "ulp" if part == "scales" else "bit", rng)
+
+
+PLACES = ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj", "model.layers.5.self_attn.o_proj")
+GPTQ_PART = {"zero_points": "qzeros"}
+
+
+def faulty_verify(out, tmp_path, faults: dict[str, tuple[str, str]], seed: int) -> subprocess.CompletedProcess:
+    shutil.copytree(out, tmp_path / "out")
+    rng = random.Random(seed)
+    for name, (module, part) in faults.items():
+        inject = {"gptq": fault_gptq, "onnx": fault_onnx, "gguf": fault_gguf}[name]
+        inject(tmp_path / "out" / name, module, GPTQ_PART.get(part, part) if name == "gptq" else part, rng)
+    checksums.write_sums(tmp_path / "out")
+    return command("verify", tmp_path / "out", "--json")
+
+
+@pytest.mark.parametrize(
+    "turn", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)  # over three turns every part is hit in every format, each time in another layer
+def test_verify_catches_one_fault_in_each_format_and_names_it(out, tmp_path, turn):
+    parts = ("scales", "zero_points", "qweight")
+    faults = {n: (PLACES[(i + turn) % 3], parts[(2 * i + turn) % 3]) for i, n in enumerate(GATED)}
+    done = faulty_verify(out, tmp_path, faults, turn)
+    assert done.returncode == 3, done.stderr
+    checks = json.loads(done.stdout)["parity"]["checks"]
+    for name, (module, _) in faults.items():
+        rows = [c for c in checks if c["format"] == name and c["level"] == "L1" and c["status"] == "failed"]
+        assert len(rows) >= 2 and all(f"{module}.weight" in c["worst"] for c in rows), (name, rows)
+    assert "Unverified" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_verify_without_new_checksums_names_the_file(out, tmp_path):
+    """L0 sees a change that no decoder does: a byte of a file that holds no weight."""
+    shutil.copytree(out, tmp_path / "out")
+    with (tmp_path / "out" / "gptq" / "generation_config.json").open("a") as f:
+        f.write(" ")
+    assert checksums.changed_files(tmp_path / "out") == ["gptq/generation_config.json (changed)"]
+
+
+# -- the report in a real browser -----------------------------------------------------------------------------------
+
+
+def test_the_report_opens_in_a_browser(out, tmp_path):
+    browser = shutil.which("chromium")
+    if browser is None:
+        if "browser" in os.environ.get("VLMQ_REQUIRE", ""):
+            pytest.fail("VLMQ_REQUIRE declares a browser, chromium is not installed")
+        pytest.skip("no chromium here")
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}",
+    ]  # fmt: skip
+    page = (out / "report.html").resolve().as_uri()
+    dom = subprocess.run(
+        [browser, *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    parity = json.loads((out / "parity.json").read_text())
+    assert "verified: every check passed" in dom
+    assert dom.count('class="passed"') == sum(c["status"] == "passed" for c in parity["checks"])
+    assert dom.count('class="bar"') == 42  # one a linear
