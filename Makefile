@@ -4,6 +4,7 @@ BIN := .venv/bin
 # Runtimes that this environment declares present: a check or test that does not find one fails instead of being skipped.
 export VLMQ_REQUIRE ?= gptq,onnx,gguf
 export TOKENIZERS_PARALLELISM := false
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo setup test test-slow lint format clean
 

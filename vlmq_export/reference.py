@@ -7,8 +7,10 @@ files, by code that shares nothing with the writers in `formats/` nor with `quan
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -78,7 +80,9 @@ class Reference:
         self.folder = artifact / "source"
         self.config: dict = json.loads((self.folder / "config.json").read_text("utf-8"))
         self.preprocessor = Preprocessor(self.folder)
-        self.rows = rows
+        # Results are kept by id, and calibration files repeat theirs.
+        twice = {i for i, n in Counter(row.id for row in rows).items() if n > 1}
+        self.rows = [replace(row, id=f"{row.id} ({n})") if row.id in twice else row for n, row in enumerate(rows)]
         self._logits: dict[str, np.ndarray] = {}
         self._answers: dict[str, list[int]] = {}
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 from vlmq_export.errors import FormatError, MissingRuntime
 from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, compare_weights, relative_error
 from vlmq_export.formats.gguf import emulate, runner
+from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.reference import Reference
 
 # Each ten times or more above what a right file gives and below what one wrong fp16 scale gives (formats/gguf §6).
@@ -33,7 +35,7 @@ ANSWER = 16  # most tokens of a greedy answer
 TEXT_PROMPTS = 8
 SMALL = 2**28  # bytes: llama.cpp's threads spin at every barrier, and on models below this cost more than they give
 
-L1_READERS = "weights by {}"
+_gate = partial(Check.at_most, "gguf")
 _LATER = (("L2", "every product"), ("L3", "shipped file through mtmd"), ("L3", "float32 twin"))
 
 
@@ -42,16 +44,16 @@ def check(folder: Path, reference: Reference, options: FormatOptions, settings: 
     from vlmq_export.formats.gguf import missing
 
     if absent := missing():
-        rows = [("L1", "weights"), *_LATER]
-        return [
-            Check.not_run("gguf", level, name, f"{absent} not installed; pip install 'vlmq-export[gguf]'")
-            for level, name in rows
-        ]
+        why = f"{absent} not installed; pip install 'vlmq-export[gguf]'"
+        return [Check.not_run("gguf", level, name, why) for level, name in (("L1", "weights"), *_LATER)]
     try:
         files = _Files.open(Path(folder), reference)
         rows = [_complete(files, reference), *_weights(files, reference)]
     except FormatError as e:
         return [_failed("L1", "files", str(e))]
+    if not any(s.images for s in reference.prompts):
+        why = "no held-out prompt has an image; give --verify-data with images"
+        return rows + [Check.not_run("gguf", level, name, why) for level, name in _LATER]
     with tempfile.TemporaryDirectory(prefix="vlmq-gguf-") as scratch:
         for step, later in ((_shipped, _LATER[:2]), (_twin, _LATER[2:])):
             place = Path(scratch) / step.__name__
@@ -99,16 +101,8 @@ def _complete(files: _Files, reference: Reference) -> Check:
 
     problems = [p for f in (files.text, files.mmproj) for p in complete(f, reference.config, reference.folder)]
     what = "what llama.cpp misses silently: biases, rope base, tokenizer, shapes"
-    return Check.at_most(
-        "gguf",
-        "L1",
-        "metadata and names complete",
-        len(problems),
-        0,
-        unit="problems",
-        detail=what,
-        worst="; ".join(problems[:4]),
-    )
+    worst = "; ".join(problems[:4])
+    return _gate("L1", "metadata and names complete", len(problems), 0, unit="problems", detail=what, worst=worst)
 
 
 def _weights(files: _Files, reference: Reference) -> Iterator[Check]:
@@ -120,21 +114,15 @@ def _weights(files: _Files, reference: Reference) -> Iterator[Check]:
         "our reader": read.decode_ours,
     }
     detail = "linears of the mmproj against the source cast to float16" if files.mmproj_dtype == "f16" else ""
-    for name, reader in readers.items():
-        pairs = _Pairs(files, reference, reader)
+    for who, reader in readers.items():
+        name, pairs = f"weights by {who}", _Pairs(files, reference, reader)
         try:
-            yield compare_weights(
-                "gguf",
-                L1_READERS.format(name),
-                pairs.expected(),
-                pairs.found.get,
-                count=reference.weights.count,
-                detail=detail,
-            )
+            count = reference.weights.count
+            yield compare_weights("gguf", name, pairs.expected(), pairs.found.get, count=count, detail=detail)
         except MissingRuntime as e:
-            yield Check.not_run("gguf", "L1", L1_READERS.format(name), str(e))
+            yield Check.not_run("gguf", "L1", name, str(e))
         except FormatError as e:
-            yield _failed("L1", L1_READERS.format(name), str(e))
+            yield _failed("L1", name, str(e))
 
 
 class _Pairs:
@@ -174,13 +162,14 @@ class _Pairs:
 
 
 def _shipped(files: _Files, reference: Reference, settings: CheckSettings, scratch: Path) -> list[Check]:
-    samples = reference.prompts[: max(settings.questions, settings.images)]
+    samples = _pictured(reference)[: max(settings.questions, settings.images)]
     compared = samples[: settings.images]
+    first = samples[0]
     watched = [
-        runner.exact_prompt(reference, s, scratch, f"watched-{s.id}")
-        for s in (runner.text_only(reference, samples[0]), samples[0])
+        runner.exact_prompt(reference, runner.text_only(reference, first), scratch, "watched-text"),
+        runner.exact_prompt(reference, first, scratch, "watched-image"),
+        runner.mtmd_prompt(first, scratch, "watched-mtmd"),
     ]
-    watched.append(runner.mtmd_prompt(samples[0], scratch, "watched"))
     prompts = [{**p, "logits": True, "capture": True} for p in watched]
     for i, s in enumerate(samples):
         prompts.append(runner.mtmd_prompt(s, scratch, f"image-{i}", logits=i < len(compared), answer=ANSWER))
@@ -191,24 +180,16 @@ def _shipped(files: _Files, reference: Reference, settings: CheckSettings, scrat
 def _products(files: _Files, reference: Reference, run: runner.Run) -> Iterator[Check]:
     from vlmq_export.formats.gguf.names import expected_mmproj
 
-    text = [name for name in run.captured if name in files.hub]
-    yield _row_errors(
-        files,
-        reference,
-        run,
-        "language model",
-        ((n, files.hub[n], reference.weights.array(files.hub[n])) for n in text),
-    )
-    vision = expected_mmproj(reference.weights, reference.config, files.mmproj_dtype)
-    yield _row_errors(files, reference, run, "vision tower", ((n, n, w) for n, w in vision if n in run.captured))
-    vision = [
-        n for n, w in expected_mmproj(reference.weights, reference.config) if w.ndim == 2 and n.endswith(".weight")
-    ]
-    seen = {files.hub[name].removesuffix(".weight") for name in text}
-    lost = [n for n in reference.weights.linears if n not in seen] + [n for n in vision if n not in run.captured]
-    yield Check.at_most(
-        "gguf", "L2", "linears seen in the run", len(lost), 0, unit="missing",
-        compared=len(reference.weights.linears) + len(vision), worst=", ".join(lost[:4]),
+    hub, weights = files.hub, reference.weights
+    text = [name for name in run.captured if name in hub]
+    yield _row_errors(files, reference, run, "language model", ((n, hub[n], weights.array(hub[n])) for n in text))
+    vision = dict(expected_mmproj(weights, reference.config, files.mmproj_dtype))
+    vision = {n: w for n, w in vision.items() if w.ndim == 2}  # the patch convolution is not a plain product
+    yield _row_errors(files, reference, run, "vision tower", ((n, n, vision[n]) for n in run.captured if n in vision))
+    unseen = {f"{n}.weight" for n in weights.linears} - {hub[n] for n in text} | set(vision) - set(run.captured)
+    yield _gate(
+        "L2", "linears seen in the run", len(unseen), 0, unit="missing", compared=len(weights.linears) + len(vision),
+        worst=", ".join(sorted(unseen)[:4]),
     )  # fmt: skip
 
 
@@ -217,14 +198,17 @@ def _row_errors(files: _Files, reference: Reference, run: runner.Run, part: str,
     errors = {}
     for name, said, weight in weights:
         x, y = run.product(name)
-        kind = emulate.ACTIVATIONS[files.types[name]]
+        kind = emulate.ACTIVATIONS.get(files.types[name])
+        if kind is None or weight.shape != (y.shape[1], x.shape[1]):
+            errors[f"{said} ({files.types[name]}, {y.shape[1]} × {x.shape[1]})"] = float("nan")
+            continue
         offset = _offset(reference, said) if kind == "Q8_1" else None
         e = emulate.row_error(y, emulate.product(x, weight, kind, offset), x, weight)
         errors[f"{said} row {int(e.argmax())}"] = float(e.max())
     name, value = _worst(errors)
     above = [n for n in sorted(errors, key=errors.get, reverse=True) if not errors[n] <= E_ROW]
-    return Check.at_most(
-        "gguf", "L2", f"every product of the {part}", value, E_ROW, unit="worst row", compared=len(errors),
+    return _gate(
+        "L2", f"every product of the {part}", value, E_ROW, unit="worst row", compared=len(errors),
         worst=", ".join(above[:8]) or name,
         detail="‖Δ row‖ / (‖w row‖ · ‖X‖) against the emulated activation rounding, on text and on an image",
     )  # fmt: skip
@@ -232,22 +216,22 @@ def _row_errors(files: _Files, reference: Reference, run: runner.Run, part: str,
 
 def _offset(reference: Reference, hub: str) -> np.ndarray:
     """m of w = d·q + m for every block of 32 columns: −scale · zero_point, float32 [out, in/32]."""
-    part = {
-        k: reference.weights.tensor(f"{hub.removesuffix('.weight')}.{k}").numpy()
-        for k in ("scales", "zero_points", "g_idx")
-    }
-    group = part["g_idx"][::32]
-    return -part["scales"].astype(np.float32)[:, group] * part["zero_points"].astype(np.float32)[:, group]
+    module = hub.removesuffix(".weight")
+    scales, zeros, g_idx = (
+        reference.weights.tensor(f"{module}.{k}").numpy() for k in ("scales", "zero_points", "g_idx")
+    )
+    group = g_idx[::32]
+    return -scales.astype(np.float32)[:, group] * zeros.astype(np.float32)[:, group]
 
 
 def _mtmd(
-    files: _Files, reference: Reference, run: runner.Run, samples: list, compared: list, offset: int
+    files: _Files, reference: Reference, run: runner.Run, samples: list[Sample], compared: list[Sample], offset: int
 ) -> Iterator[Check]:
     results = run.prompts[offset:]
     ids = [np.where(s.vision.numpy(), -1, s.input_ids.numpy()).tolist() for s in samples]
     wrong = [s.id for s, r, want in zip(samples, results, ids) if r["ids"] != want]
-    yield Check.at_most(
-        "gguf", "L3", "prompts tokenized by llama.cpp", len(wrong), 0, unit="different", compared=len(samples),
+    yield _gate(
+        "L3", "prompts tokenized by llama.cpp", len(wrong), 0, unit="different", compared=len(samples),
         worst=", ".join(wrong[:4]), detail="token ids and number of image tokens, through mtmd",
     )  # fmt: skip
     features, logits = {}, {}
@@ -256,13 +240,13 @@ def _mtmd(
         text = ~sample.vision.numpy()
         logits[sample.id] = _error(run.logits(offset + i)[:, : reference.vocabulary], reference.logits(sample)[text])
     name, value = _worst(features)
-    yield Check.at_most(
-        "gguf", "L3", "image embeddings of mtmd", value, EMBEDDING[files.mmproj_dtype], unit="rel", compared=len(compared),
+    yield _gate(
+        "L3", "image embeddings of mtmd", value, EMBEDDING[files.mmproj_dtype], unit="rel", compared=len(compared),
         worst=name, detail="llama.cpp rounds pixels to fp16 and takes GELU from a table: 2e-3, and 5e-4 for an f16 mmproj",
     )  # fmt: skip
     name, value = _worst(logits)
-    yield Check.at_most(
-        "gguf", "L3", "shipped file through mtmd, median logits", float(np.median(list(logits.values()))), SHIPPED, unit="rel",
+    yield _gate(
+        "L3", "shipped file through mtmd, median logits", float(np.median(list(logits.values()))), SHIPPED, unit="rel",
         compared=len(compared), worst=f"{name} ({value:.1e})", detail="sanity only: activations are rounded to 8 bits",
     )  # fmt: skip
     different = [s.id for s, r in zip(samples, results) if r["answer"] != reference.answer(s, ANSWER)]
@@ -280,19 +264,17 @@ def _twin(files: _Files, reference: Reference, settings: CheckSettings, scratch:
 
     twin = scratch / "twin.gguf"
     write_twin(files.text, twin)
-    images = reference.prompts[: settings.images]
+    images = _pictured(reference)[: settings.images]
     texts = [runner.text_only(reference, s) for s in images[:TEXT_PROMPTS]]
     samples = [*texts, *images]
-    prompts = [
-        runner.exact_prompt(reference, s, scratch, f"p{i}", logits=True, answer=ANSWER) for i, s in enumerate(samples)
-    ]
+    wanted = {"logits": True, "answer": ANSWER}
+    prompts = [runner.exact_prompt(reference, s, scratch, f"p{i}", **wanted) for i, s in enumerate(samples)]
     run = runner.run(scratch, twin, None, prompts, reference, files.threads(settings), ANSWER)
     answers = {s.id: r["answer"] for s, r in zip(samples, run.prompts)}
 
     def errors() -> dict[str, float]:
-        return {
-            s.id: _error(run.logits(i)[:, : reference.vocabulary], reference.logits(s)) for i, s in enumerate(samples)
-        }
+        logits = (run.logits(i)[:, : reference.vocabulary] for i in range(len(samples)))
+        return {s.id: _error(got, reference.logits(s)) for s, got in zip(samples, logits)}
 
     def different() -> list[str]:
         return [s.id for s in images if answers[s.id] != reference.answer(s, ANSWER)]
@@ -302,11 +284,10 @@ def _twin(files: _Files, reference: Reference, settings: CheckSettings, scratch:
     said = f"reference with the RMS epsilon that llama.cpp's load log prints ({run.eps:g})"
     for kind, some in (("text prompts", texts), ("image prompts, reference's vision features", images)):
         name, value = _worst({s.id: adjusted[s.id] for s in some})
-        yield Check.at_most(
-            "gguf", "L3", f"float32 twin, {kind}", value, TWIN, unit="rel", compared=len(some), worst=name, detail=said
-        )
-    yield Check.at_most(
-        "gguf", "L3", "greedy answers of the twin", len(wrong), 0, unit="different", compared=len(images),
+        n = len(some)
+        yield _gate("L3", f"float32 twin, {kind}", value, TWIN, unit="rel", compared=n, worst=name, detail=said)
+    yield _gate(
+        "L3", "greedy answers of the twin", len(wrong), 0, unit="different", compared=len(images),
         worst=", ".join(wrong[:4]), detail=said,
     )  # fmt: skip
     name, value = _worst(errors())
@@ -315,6 +296,10 @@ def _twin(files: _Files, reference: Reference, settings: CheckSettings, scratch:
         "gguf", "L3", "float32 twin against the unmodified reference", "info", value, None, "rel", len(samples),
         f"the epsilon that llama.cpp ignores; {len(images) - len(plain)} of {len(images)} greedy answers equal", name,
     )  # fmt: skip
+
+
+def _pictured(reference: Reference) -> list[Sample]:
+    return [s for s in reference.prompts if s.images]
 
 
 def _error(got: np.ndarray, want: np.ndarray) -> float:

@@ -20,6 +20,7 @@ ACTIVATIONS = {
 
 _ONE = np.float32(1)
 _127 = np.float32(127)
+_ROWS = 4096
 
 
 def q8_0(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +68,10 @@ def product(x: np.ndarray, weight: np.ndarray, kind: str, offset: np.ndarray | N
     `offset` [out, K/32] is m of w = d·q + m and needed for Q8_1 alone: there the kernel adds m · fp16(d_x · Σ q_x),
     with d_x not rounded, in place of m · Σ x̂.
     """
-    y = rounded(x, kind) @ weight.astype(np.float64).T
+    inputs = rounded(x, kind)
+    # By rows of the weight: an output matrix in float64 would take gigabytes at once.
+    parts = [inputs @ weight[i : i + _ROWS].astype(np.float64).T for i in range(0, len(weight), _ROWS)]
+    y = np.concatenate(parts, axis=1)
     if kind == "Q8_1":
         codes, scale = q8_0(x)
         total = codes.sum(-1, dtype=np.float64)
@@ -81,5 +85,6 @@ def row_error(y: np.ndarray, expected: np.ndarray, x: np.ndarray, weight: np.nda
 
     Not relative to ‖ŷ_r‖: rows whose terms cancel reach 4e-6 when nothing is wrong.
     """
-    size = np.linalg.norm(weight.astype(np.float64), axis=1) * np.linalg.norm(x.astype(np.float64))
+    rows = np.sqrt(np.einsum("ij,ij->i", weight, weight, dtype=np.float64))
+    size = rows * np.linalg.norm(x.astype(np.float64))
     return np.linalg.norm(y.astype(np.float64) - expected, axis=0) / np.maximum(size, np.finfo(np.float64).tiny)

@@ -26,6 +26,7 @@ from vlmq_export.errors import MissingRuntime
 
 PIN = "2026.10.11549"  # of xllamacpp: llama.cpp b11549
 MUL_MAT = 29  # ggml_op
+LOG_ERROR = 4  # ggml_log_level
 TEXT, IMAGE = 0, 1  # mtmd_input_chunk_type
 
 LogCallback = C.CFUNCTYPE(None, C.c_int, text, ptr)
@@ -162,8 +163,8 @@ def library_path() -> Path:
     return files[0]
 
 
-def load(log: Callable[[str], None]) -> C.CDLL:
-    """The library with typed functions, guarded. `log` receives llama.cpp's own log text."""
+def load(log: Callable[[int, str], None]) -> C.CDLL:
+    """The library with typed functions, guarded. `log` receives level and text of llama.cpp's own log."""
     lib = C.CDLL(str(library_path()))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(lib, name)
@@ -176,7 +177,7 @@ def load(log: Callable[[str], None]) -> C.CDLL:
         wrong = [k for k, v in expected.items() if getattr(params, k) != v]
         if wrong:
             raise MissingRuntime(f"{name} of xllamacpp has another default for {wrong[0]}; reinstall xllamacpp=={PIN}")
-    lib.keep = LogCallback(lambda level, line, _: log((line or b"").decode("utf-8", "replace")))
+    lib.keep = LogCallback(lambda level, line, _: log(level, (line or b"").decode("utf-8", "replace")))
     lib.llama_log_set(lib.keep, None)
     lib.mtmd_helper_log_set(lib.keep, None)
     lib.llama_backend_init()

@@ -56,9 +56,9 @@ def run(
         "stop": sorted(reference.stop_ids), "prompts": prompts,
     }  # fmt: skip
     (folder / "request.json").write_text(json.dumps(request), "utf-8")
-    # A backtrace would start a debugger; the thread count is the request's own.
-    env = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "vlmq_export.formats.gguf.worker", str(folder / "request.json")]
+    env = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # a backtrace would start a debugger
+    # -P: this folder's types.py and inspect.py must not stand in for the standard library's.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(folder / "request.json")]
     try:
         done = subprocess.run(
             command, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT, check=False
@@ -84,15 +84,14 @@ def _stage(folder: Path) -> str:
 
 
 def _failure(done: subprocess.CompletedProcess, result: dict, folder: Path) -> VlmqError:
-    """One line: the child's own error or the assertion that aborted it, the library's last complaint, and the stage."""
+    """One line: the child's own error, or the last words of the library that aborted it, and the stage."""
     if result.get("kind") == "MissingRuntime":
         return MissingRuntime(result["error"])
-    log = folder / "log.txt"
-    said = log.read_text("utf-8").splitlines() if log.is_file() else []
-    said += done.stderr.decode("utf-8", "replace").splitlines()
-    complaints = [line.strip() for line in said if re.search(r"GGML_ASSERT|error|failed|invalid|missing|Error", line)]
-    what = result.get("error") or f"llama.cpp died with exit code {done.returncode}"
-    return RunFailed(f"{what} while {_stage(folder)}" + (f": {complaints[-1][:300]}" if complaints else ""))
+    if "error" in result:
+        return RunFailed(f"{_stage(folder)}: {result['error']}")
+    said = [line.strip() for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    last = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "no message")
+    return RunFailed(f"{_stage(folder)}: llama.cpp ended the process (code {done.returncode}): {last[:300]}")
 
 
 def exact_prompt(reference: Reference, sample: Sample, folder: Path, tag: str, **wanted) -> dict:

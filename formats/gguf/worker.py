@@ -1,4 +1,4 @@
-"""The child process that drives llama.cpp: `python -m vlmq_export.formats.gguf.worker REQUEST.json`.
+"""The child process that drives llama.cpp: `python -P worker.py REQUEST.json`.
 
 A failed assertion inside llama.cpp aborts the whole process, so nothing of it is ever loaded by ours. The request names
 one GGUF and a list of prompts; arrays go in and out as .npy files beside the request, everything else as JSON.
@@ -14,6 +14,7 @@ Result: eps (the RMS epsilon that the load log prints), prompts: [{logits, image
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -22,8 +23,16 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmq_export.formats.gguf import llama
 
+def _beside(name: str):
+    """A module of this folder by its file: importing the package would import torch, seconds that a child need not pay."""
+    spec = importlib.util.spec_from_file_location(f"gguf_worker_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+llama = _beside("llama")
 TOKENS = 128  # of a call that are kept, evenly spaced: fewer than twice as many
 
 
@@ -74,8 +83,8 @@ class Stage:
 def run(request: dict, folder: Path) -> dict:
     stage = Stage(folder / "stage.txt")
     stage("loading the llama.cpp library")
-    log: list[str] = []
-    lib = llama.load(log.append)
+    log: list[tuple[int, str]] = []
+    lib = llama.load(lambda level, line: log.append((level, line)))
     try:
         stage(f"loading {Path(request['model']).name}")
         model = llama.Model(lib, request["model"])
@@ -97,10 +106,11 @@ def run(request: dict, folder: Path) -> dict:
             context.clear()
             results.append(_prompt(context, vision, prompt, folder, f"{i:05d}", set(request["stop"])))
         stage("saving captures")
-        eps = re.search(r"f_norm_rms_eps\s*=\s*(\S+)", "".join(log))
+        eps = re.search(r"f_norm_rms_eps\s*=\s*(\S+)", "".join(line for _, line in log))
         return {"eps": float(eps[1]) if eps else None, "captured": capture.save(folder), "prompts": results}
-    finally:
-        (folder / "log.txt").write_text("".join(log), "utf-8")
+    except RuntimeError as e:
+        complaints = [line.strip() for level, line in log if level == llama.LOG_ERROR]
+        raise RuntimeError(f"{e}: {complaints[0]}" if complaints else str(e)) from None
 
 
 def _prompt(

@@ -4,7 +4,8 @@
     python -m tools.bench.quality --quick                       # 64 samples, 64 rows, two grids
 
 Held-out rows are scored by one piece of code (scoring.py), whatever wrote the weights. GPTQModel gets the same model,
-samples, grid, damping and column order as our `gptq` (its group-aware order, or no groups at all per channel).
+samples, grid, damping and column order as our `gptq` (its group-aware order; per channel plain activation order, which is
+the same thing when there is one group).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def peer(cell: Cell, folder: Path):
     bits, group = GRIDS[cell.grid]
     request = {
         "model": str(REFERENCE_VLM), "out": str(folder), "rows": cell.calibration, "samples": cell.samples, "bits": bits,
-        "group_size": group, "sym": False, "desc_act": False, "act_group_aware": True, "gptaq": cell.method.endswith("GPTAQ"),
+        "group_size": group, "sym": False, "desc_act": group == -1, "act_group_aware": group != -1, "gptaq": cell.method.endswith("GPTAQ"),
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "request.json").write_text(json.dumps(request))

@@ -1,0 +1,53 @@
+"""The reference: independent decoding, every weight counted once, results of one prompt never taken for another's."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.artifacts import GRIDS, rtn_artifact
+from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
+from vlmq_export.quantizer.calibration import read_rows
+from vlmq_export.quantizer.checkpoint import Checkpoint
+from vlmq_export.reference import Reference, Weights
+
+
+@pytest.fixture(scope="module", params=["w4g128", "w3-sym", "w4g128-dynamic"])
+def artifact(request, tmp_path_factory):
+    return rtn_artifact(tmp_path_factory.mktemp(request.param), GRIDS[request.param])
+
+
+def test_it_decodes_as_the_artifact_does_by_other_code(artifact):
+    weights = Weights(artifact.path)
+    for q in artifact.linears():
+        assert np.array_equal(weights.array(f"{q.name}.weight"), q.decode().numpy())
+
+
+def test_every_weight_of_the_model_is_counted_once(artifact):
+    checkpoint = Checkpoint(REFERENCE_VLM)
+    weights = Weights(artifact.path)
+    assert sorted(weights.names()) == sorted(checkpoint.tensors)
+    assert weights.count == sum(t.numel for t in checkpoint.tensors.values())
+
+
+def test_floats_come_from_the_source_if_it_is_given(artifact, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(REFERENCE_VLM / "model.safetensors")
+    tensors["visual.merger.ln_q.weight"] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    ours, theirs = Weights(artifact.path), Weights(artifact.path, tmp_path)
+    changed = tensors["visual.merger.ln_q.weight"].float().numpy()
+    assert np.array_equal(theirs.array("visual.merger.ln_q.weight"), changed)
+    assert not np.array_equal(ours.array("visual.merger.ln_q.weight"), changed)
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    assert theirs.tensor(bias).dtype == torch.float16  # rounded biases are the artifact's own
+
+
+def test_rows_of_the_same_id_keep_their_own_results(artifact):
+    rows = read_rows(HELDOUT)[:2]
+    reference = Reference(artifact.path, [replace(row, id="same") for row in rows])
+    alone = Reference(artifact.path, rows)
+    for ours, theirs in zip(reference.prompts, alone.prompts):
+        assert np.array_equal(reference.logits(ours), alone.logits(theirs))
