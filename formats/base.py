@@ -1,12 +1,13 @@
 """What a format is, and the rows that its proof is made of.
 
-A format package offers five functions, found through `vlmq_export.formats.get(name)`:
+A format package offers five functions and a constant, found through `vlmq_export.formats.get(name)`:
 
     plan(model, options)            → FormatPlan      what would be written; refusals first, nothing read but headers
     write(artifact, folder, options) → list[str]      the files, into an empty folder; returns notes for log and card
     check(folder, reference, options, settings) → list[Check]   levels L1-L3 in the real runtime
     inspect(path)                   → Inspection      what is in a file or folder of this format
-    missing()                       → str | None      the runtime packages that are not installed, or None
+    missing()                       → str | None      packages that checking needs and that are not installed
+    WRITES_WITH                                       packages that writing needs
 """
 
 from __future__ import annotations

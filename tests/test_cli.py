@@ -8,8 +8,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from tests.artifacts import GRIDS, rtn_artifact
 from vlmq_export import bundled
 from vlmq_export.cli import app
+from vlmq_export.recipe import load_recipe
 
 
 def call(*args: object):
@@ -154,3 +156,18 @@ def test_the_quantizer_needs_no_package_beyond_the_gpu_image(tmp_path):
         "import vlmq_export.quantizer.quantize, vlmq_export.quantizer.calibration\n"
     )
     subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_an_artifacts_grid_is_its_own(tmp_path):
+    artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w3g128"]).path
+    assert "--bits 4: the artifact has 3" in refused(artifact, "--format", "gptq", "--bits", 4, code=2)
+    code, _, err = call(artifact, "--format", "gptq", "--no-verify", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert load_recipe(tmp_path / "out" / "recipe.yaml", {}).bits == 3
+    assert "3 bits" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_missing_runtime_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmq_export.pipeline.find_spec", lambda name: None)
+    assert "needs gguf" in refused("--format", "gguf", "--out", tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vlmq_export import __version__, formats
-from vlmq_export.errors import FormatError, VlmqError
+from vlmq_export.errors import FormatError, Interrupted, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings, FormatOptions
 from vlmq_export.quantizer.artifact import write_json
 from vlmq_export.reference import Reference
@@ -71,6 +71,7 @@ def check_formats(
     options: FormatOptions,
     settings: CheckSettings,
     progress: Callable[[str, int, int], None] = lambda *_: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Parity:
     """Levels L1-L3 of every format in `folders`. A format whose check breaks down counts as failed, by name."""
     checks: list[Check] = []
@@ -78,6 +79,8 @@ def check_formats(
     required = required_runtimes()
     for done, (name, folder) in enumerate(folders.items()):
         progress("verify", done, len(folders))
+        if should_stop():
+            raise Interrupted(f"stopped before verifying {name}; the files are written, --resume or verify proves them")
         start = time.perf_counter()
         try:
             rows = formats.get(name).check(folder, reference, options, settings)

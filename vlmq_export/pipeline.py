@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from vlmq_export import bundled, checksums, formats, report
-from vlmq_export.errors import CheckpointError, FormatError, UsageError, VlmqError
+from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_run
@@ -22,10 +23,11 @@ from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
 from vlmq_export.quantizer.calibration import Preprocessor, Sample, read_rows, truncate
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.families import family_of
-from vlmq_export.recipe import RECIPE_FILE, Recipe, load_recipe
+from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, load_recipe
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
+LOCK = ".lock"
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -64,23 +66,22 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     model = locate_model(recipe.model)
     artifact = Artifact(model) if (model / MANIFEST).is_file() else None
     checkpoint = None if artifact else Checkpoint(model)
+    if artifact is not None:
+        recipe = recipe_of_artifact(recipe, artifact)
     plan = plan_of(recipe, checkpoint, artifact)
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
-    for name in (f.value for f in recipe.format):
-        if lacking := formats.get(name).missing():
-            raise UsageError(f"--format {name} needs {lacking}; pip install 'vlmq-export[{name}]'")
-    rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
-    samples, dropped = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks.progress)
+    refuse_missing_packages(recipe)
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
-    if out.resolve() == model.resolve() or model.resolve().is_relative_to(out.resolve()):
-        raise UsageError(f"--out {out} holds the model itself; choose another folder")
-    with claimed(out, recipe, overwrite=overwrite, resume=resume):
+    refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
+    rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
+    samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks.progress)
+    with claimed(out, overwrite=overwrite):
         result = Result(out, plan)
         write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
         with result.timed("quantize"):
             if checkpoint is not None:
-                _quantize(recipe, checkpoint, samples, dropped, out / "artifact", resume, hooks)
+                _quantize(recipe, checkpoint, samples, described, out / "artifact", resume, hooks)
             elif artifact is not None and not (out / "artifact").exists():
                 _publish(out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True))
         _export(recipe, out, result, hooks)
@@ -93,7 +94,8 @@ def dry_run(recipe: Recipe) -> RunPlan:
     """What `run` would do, from config and headers alone; refusals are in the plan, not raised."""
     model = locate_model(recipe.model)
     if (model / MANIFEST).is_file():
-        return plan_of(recipe, None, Artifact(model))
+        artifact = Artifact(model)
+        return plan_of(recipe_of_artifact(recipe, artifact), None, artifact)
     return plan_of(recipe, Checkpoint(model), None)
 
 
@@ -142,6 +144,30 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | 
     return plan_run(model_plan(checkpoint, recipe.quant_config(), name), recipe)
 
 
+def recipe_of_artifact(recipe: Recipe, artifact: Artifact) -> Recipe:
+    """The recipe with the grid that the artifact has; a flag that asks for another is refused, not ignored."""
+    c = artifact.config
+    fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order)}
+    for key, value in fixed.items():
+        if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
+            flag = "--" + key.replace("_", "-")
+            raise UsageError(
+                f"{flag} {getattr(recipe, key)}: the artifact has {value} already; quantize the model again"
+            )
+    return recipe.model_copy(update=fixed | {"method": Method(c.method), "seed": c.seed})
+
+
+def refuse_missing_packages(recipe: Recipe) -> None:
+    """What writing needs must be here; what only proving needs is missed with a warning, before any work."""
+    for name in (f.value for f in recipe.format):
+        module = formats.get(name)
+        hint = f"pip install 'vlmq-export[{name}]'"
+        if lacking := [package for package in module.WRITES_WITH if find_spec(package) is None]:
+            raise UsageError(f"--format {name} needs {', '.join(lacking)}; {hint}")
+        if recipe.verify and (lacking := module.missing()):
+            log.warning("%s will be written but not proven: %s not installed; %s", name, lacking, hint)
+
+
 def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> tuple[list[Sample], dict]:
     """The samples of the recipe, and what the manifest says of them."""
     if recipe.method.value == "rtn":
@@ -174,36 +200,42 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progre
     return samples, described
 
 
-@contextmanager
-def claimed(out: Path, recipe: Recipe, *, overwrite: bool, resume: bool):
-    """The output folder, this process its only writer. An existing one is kept, resumed or replaced as asked."""
-    ours = (out / RECIPE_FILE).is_file()
+def refuse_output(out: Path, model: Path, recipe: Recipe, *, overwrite: bool, resume: bool) -> None:
+    """An existing folder is continued or replaced only if asked, and only if an earlier run of ours wrote it."""
+    if out.resolve() == model.resolve() or model.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"--out {out} holds the model itself; choose another folder")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; choose another name")
-    if out.is_dir() and any(out.iterdir()):
-        if not ours:
-            raise UsageError(f"--out {out} holds files that vlmq-export did not write; choose another folder")
-        if not overwrite and not resume:
-            raise UsageError(f"--out {out} exists; --resume continues it, --overwrite replaces it")
-        if resume:
-            _same_recipe(recipe, out)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / RECIPE_FILE).is_file():
+        raise UsageError(f"--out {out} holds files that vlmq-export did not write; choose another folder")
+    if not overwrite and not resume:
+        raise UsageError(f"--out {out} exists; --resume continues it, --overwrite replaces it")
+    if resume:
+        _same_recipe(recipe, out)
+
+
+@contextmanager
+def claimed(out: Path, *, overwrite: bool):
+    """The output folder with this process its only writer; emptied first if it is to be replaced."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
+        lock = FileLock(out / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
         raise UsageError(f"--out {out} is being written by another process") from None
     except OSError as e:
         raise UsageError(f"--out {out} cannot be written ({e.strerror})") from None
     try:
-        if ours and overwrite:
+        if overwrite:
             for path in out.iterdir():
-                if path.name != ".lock":
+                if path.name != LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
     finally:
         lock.release()
-        (out / ".lock").unlink(missing_ok=True)
+        (out / LOCK).unlink(missing_ok=True)
 
 
 def _same_recipe(recipe: Recipe, out: Path) -> None:
@@ -216,13 +248,13 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
 
 
 def _quantize(
-    recipe: Recipe, checkpoint: Checkpoint, samples, dropped, folder: Path, resume: bool, hooks: Hooks
+    recipe: Recipe, checkpoint: Checkpoint, samples, described, folder: Path, resume: bool, hooks: Hooks
 ) -> None:
     from vlmq_export.quantizer.quantize import quantize
 
     name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
     quantize(
-        checkpoint, samples, recipe.quant_config(), folder, name=name, calibration=dropped, device=recipe.device.value,
+        checkpoint, samples, recipe.quant_config(), folder, name=name, calibration=described, device=recipe.device.value,
         resume=resume, progress=hooks.progress, should_stop=hooks.should_stop,
     )  # fmt: skip
 
@@ -248,12 +280,15 @@ def _export(recipe: Recipe, out: Path, result: Result, hooks: Hooks) -> None:
     options = recipe.format_options(artifact.manifest.name)
     names = [f.value for f in recipe.format]
     for done, name in enumerate(names):
-        hooks.progress(f"write {name}", done, len(names))
+        hooks.progress("write", done, len(names))
+        if hooks.should_stop():
+            raise Interrupted(f"stopped before writing {name}; continue with --resume")
         with result.timed(f"write {name}"):
             if (out / name).is_dir():
                 continue  # resumed: renamed only when whole
             module = formats.get(name)
             result.notes[name] = _publish(out / name, lambda folder, m=module: m.write(artifact, folder, options))
+    hooks.progress("write", len(names), len(names))
     for name, notes in result.notes.items():
         for note in notes:
             log.info("%s: %s", name, note)
@@ -280,7 +315,7 @@ def finish(
         settings = CheckSettings(threads=os.cpu_count() or 1)
         with result.timed("verify"):
             reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source)
-            result.parity = check_formats(folders, reference, options, settings, hooks.progress)
+            result.parity = check_formats(folders, reference, options, settings, hooks.progress, hooks.should_stop)
         if changed is not None:
             result.parity.checks.insert(0, _checksum_row(changed))
             result.parity.verified &= not changed

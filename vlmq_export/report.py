@@ -33,6 +33,7 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         "yaml": _public_yaml(recipe),
         "manifest": artifact.manifest,
         "layers": layer_errors(artifact.manifest.modules),
+        "calibrated": any("relative_error" in r.metrics for r in artifact.manifest.modules),
         "result": result,
         "parity": result.parity,
         "sizes": {f.value: _size(out / f.value) for f in recipe.format},
@@ -63,8 +64,11 @@ def table_rows(checks: Iterable[Check]) -> list[tuple[str, ...]]:
 
 
 def layer_errors(records: list[ModuleRecord]) -> list[dict]:
-    """One entry a decoder layer: its linears with their relative weighted error and its bar's width in per cent."""
-    errors = {r.name: float(r.metrics.get("relative_error", 0.0)) for r in records}
+    """One entry a decoder layer: its linears with their relative error and its bar's width in per cent.
+
+    The error of outputs on the calibration samples; of the weights themselves where nothing was calibrated.
+    """
+    errors = {r.name: float(r.metrics.get("relative_error", r.metrics.get("weight_error", 0.0))) for r in records}
     worst = max(errors.values(), default=0.0) or 1.0
     layers: dict[int, list[dict]] = {}
     for r in records:
@@ -73,7 +77,7 @@ def layer_errors(records: list[ModuleRecord]) -> list[dict]:
             "error": errors[r.name],
             "width": 100 * errors[r.name] / worst,
         }
-        layers.setdefault(r.layer, []).append(entry | {"fallback": r.metrics.get("fallback")})
+        layers.setdefault(r.layer, []).append(entry | {"fallback": bool(r.metrics.get("fallback"))})
     return [{"index": index, "linears": linears} for index, linears in layers.items()]
 
 

@@ -15,7 +15,9 @@ from vlmq_export.formats.gguf.inspect import inspect
 from vlmq_export.formats.gguf.plan import plan
 from vlmq_export.formats.gguf.write import write
 
-__all__ = ["check", "inspect", "missing", "plan", "write"]
+__all__ = ["WRITES_WITH", "check", "inspect", "missing", "plan", "write"]
+
+WRITES_WITH: tuple[str, ...] = ("gguf",)  # packages without which nothing can be written
 
 
 def missing() -> str | None:

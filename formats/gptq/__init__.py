@@ -17,4 +17,6 @@ from vlmq_export.formats.gptq.layout import plan
 from vlmq_export.formats.gptq.read import inspect
 from vlmq_export.formats.gptq.write import write
 
-__all__ = ["check", "inspect", "missing", "plan", "write"]
+__all__ = ["WRITES_WITH", "check", "inspect", "missing", "plan", "write"]
+
+WRITES_WITH: tuple[str, ...] = ()  # packages without which nothing can be written

@@ -11,7 +11,9 @@ from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, Inspec
 from vlmq_export.formats.onnx.planning import plan
 from vlmq_export.quantizer.artifact import Artifact
 
-__all__ = ["check", "inspect", "missing", "plan", "write"]
+__all__ = ["WRITES_WITH", "check", "inspect", "missing", "plan", "write"]
+
+WRITES_WITH: tuple[str, ...] = ("onnx", "onnx_ir", "mobius")  # packages without which nothing can be written
 
 
 def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
