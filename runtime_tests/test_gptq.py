@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.artifacts import GRIDS, rtn_artifact
 from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export import bundled
 from vlmq_export.formats.base import CheckSettings, FormatOptions
@@ -22,20 +23,9 @@ from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.formats.gptq.runtime import Request, RuntimeFailed, run, save_prompts
 from vlmq_export.parity import required_runtimes
 from vlmq_export.quantizer.artifact import (
-    SCHEMA,
     Artifact,
-    Manifest,
-    ModuleRecord,
-    QuantizedLinear,
-    write_floats,
-    write_layer,
-    write_manifest,
-    write_source,
 )
 from vlmq_export.quantizer.calibration import read_rows
-from vlmq_export.quantizer.checkpoint import Checkpoint
-from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.families import family_of, text_config
 from vlmq_export.reference import Reference
 
 IMAGES = 4
@@ -44,59 +34,6 @@ SETTINGS = CheckSettings(images=IMAGES, threads=2)
 pytestmark = pytest.mark.skipif(
     bool(missing()) and "gptq" not in required_runtimes(), reason=f"{missing()} not installed and not declared present"
 )
-
-
-def rtn_artifact(source: Path, out: Path, *, bits=4, group_size=128, symmetric=False, permuted=False) -> Artifact:
-    """Round-to-nearest, group by group; with `permuted`, groups are drawn from the columns at random."""
-    out.mkdir(parents=True)
-    checkpoint = Checkpoint(source)
-    family, layers = family_of(checkpoint.config), int(text_config(checkpoint.config)["num_hidden_layers"])
-    config = QuantConfig(
-        method="rtn", bits=bits, group_size=group_size, symmetric=symmetric, act_order="dynamic" if permuted else "off"
-    )
-    top, rng, records = 2**bits - 1, torch.Generator().manual_seed(0), []
-    for i in range(layers):
-        linears, mine = [], []
-        for name in (n for n in family.linear_names(layers) if n.startswith(f"{family.layers}{i}.")):
-            weight = checkpoint.tensor(f"{name}.weight").float()
-            n, k = weight.shape
-            order = torch.randperm(k, generator=rng) if permuted else torch.arange(k)
-            x = weight[:, order].view(n, config.groups(k), -1)  # [N, G, columns]
-            low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
-            if symmetric:
-                scales = (2 * x.abs().amax(-1) / top).half()
-                zeros = torch.full_like(low, 2 ** (bits - 1))
-            else:
-                scales = ((high - low) / top).half()
-                zeros = (-low / scales.float()).round().clamp(1, top)
-            codes = (x / scales.float()[..., None] + zeros[..., None]).round().clamp(0, top).view(n, k)
-            back = order.argsort()
-            g_idx = (torch.arange(k) // config.group_columns(k))[back].int()
-            bias = checkpoint.tensor(f"{name}.bias").half() if f"{name}.bias" in checkpoint.tensors else None
-            linears.append(
-                QuantizedLinear(
-                    name,
-                    codes[:, back].to(torch.uint8),
-                    scales,
-                    zeros.to(torch.uint8),
-                    g_idx,
-                    bias,
-                    bits,
-                    group_size,
-                    symmetric,
-                )
-            )
-            mine.append(ModuleRecord(name, i, bits, group_size, symmetric, n, k, bias is not None))
-        write_layer(out, i, linears, mine)
-        records += mine
-    taken = {f"{r.name}.{part}" for r in records for part in ("weight", "bias")}
-    write_floats(out, checkpoint, [n for n in checkpoint.tensors if n not in taken])
-    write_source(out, checkpoint)
-    manifest = Manifest(
-        SCHEMA, "0", "reference", checkpoint.model_type, checkpoint.fingerprint(), config.to_dict(), {}, records
-    )
-    write_manifest(out, manifest)
-    return Artifact(out)
 
 
 def exported(folder: Path, artifact: Artifact, **options) -> Path:
@@ -108,7 +45,7 @@ def exported(folder: Path, artifact: Artifact, **options) -> Path:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Artifact:
     """4 bits, groups of 128 with a permuted g_idx: what exercises every tensor of the format."""
-    return rtn_artifact(bundled.REFERENCE_VLM, tmp_path_factory.mktemp("artifact") / "a", permuted=True)
+    return rtn_artifact(tmp_path_factory.mktemp("artifact"), GRIDS["w4g128-dynamic"])
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +89,7 @@ def test_qwen2_vl_with_a_kernel_that_refuses(tmp_path):
     There GPTQModel's own choice on CPU stops with a RuntimeError, which is reported; the file is proven all the same.
     """
     source = make_random_checkpoint(tmp_path / "model", arch="qwen2_vl")
-    artifact = rtn_artifact(source, tmp_path / "artifact", group_size=-1)
+    artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4"], source)
     out = exported(tmp_path / "gptq", artifact, gptq_version="v2", gptq_names="module", gptq_shard_bytes=1_000_000)
     assert len(list(out.glob("*.safetensors"))) > 2
     rows = check(out, Reference(artifact.path, read_rows(bundled.HELDOUT)[:2]), FormatOptions(), SETTINGS)
@@ -163,18 +100,9 @@ def test_qwen2_vl_with_a_kernel_that_refuses(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "grid",
-    [
-        {"bits": 2, "group_size": -1},
-        {"bits": 3, "permuted": True},
-        {"bits": 3, "group_size": -1, "symmetric": True},
-        {"bits": 8, "symmetric": True},
-    ],
-    ids=str,
-)
-def test_every_level_on_other_grids(tmp_path, grid):
-    artifact = rtn_artifact(bundled.REFERENCE_VLM, tmp_path / "artifact", **grid)
+@pytest.mark.parametrize("tag", ["w2", "w3g128", "w3-sym", "w8g128"])
+def test_every_level_on_other_grids(tmp_path, tag):
+    artifact = rtn_artifact(tmp_path / "artifact", GRIDS[tag])
     out = exported(tmp_path / "gptq", artifact)
     rows = check(out, Reference(artifact.path, read_rows(bundled.HELDOUT)[:2]), FormatOptions(), SETTINGS)
     assert by_level(rows)[:6] == ["L1 passed"] * 3 + ["L2 passed", "L3 passed", "L3 passed"], rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -78,3 +79,14 @@ def rtn_artifact(
         ),
     )
     return store.Artifact(folder)
+
+
+def config_of(source: Path) -> dict:
+    return json.loads((source / "config.json").read_text("utf-8"))
+
+
+def edit(file: Path, change) -> None:
+    value = json.loads(file.read_text("utf-8"))
+    change(value)
+    file.chmod(0o644)
+    file.write_text(json.dumps(value), "utf-8")

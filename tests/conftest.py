@@ -1,0 +1,43 @@
+"""Models and files that several test modules read; a test that damages one copies it first."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.artifacts import GRIDS, rtn_artifact
+from tools.reference_vlm.model import make_random_checkpoint
+from vlmq_export import bundled, formats
+from vlmq_export.formats.base import FormatOptions
+from vlmq_export.formats.gguf import read
+from vlmq_export.formats.gguf.text import write_text
+from vlmq_export.quantizer.artifact import Artifact
+
+
+@pytest.fixture(scope="session")
+def qwen2_vl(tmp_path_factory) -> Path:
+    """A random Qwen2-VL checkpoint: flat config.json, output matrix of its own."""
+    return make_random_checkpoint(tmp_path_factory.mktemp("qwen2_vl"), "qwen2_vl", layers=2, depth=3, tied=False)
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory):
+    """get(tag of GRIDS, source) → an artifact, made once."""
+    made: dict[str, Artifact] = {}
+
+    def get(tag: str, source: Path = bundled.REFERENCE_VLM) -> Artifact:
+        key = f"{tag}-{source.name}"
+        if key not in made:
+            made[key] = rtn_artifact(tmp_path_factory.mktemp(key), GRIDS[tag], source)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def gguf_files(artifacts, tmp_path_factory):
+    """(artifact, text, mmproj, twin) of the bundled model at 4 bits."""
+    artifact, folder = artifacts("w4g128"), tmp_path_factory.mktemp("gguf")
+    formats.get("gguf").write(artifact, folder, FormatOptions(name="tiny-vlm"))
+    twin = tmp_path_factory.mktemp("twin") / "twin.gguf"
+    write_text(artifact, twin, FormatOptions(name="tiny-vlm"), twin=True)
+    return artifact, *read.find_files(folder), twin
