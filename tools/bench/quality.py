@@ -67,15 +67,16 @@ def ours(cell: Cell, folder: Path):
 def peer(cell: Cell, folder: Path):
     bits, group = GRIDS[cell.grid]
     request = {
-        "model": str(REFERENCE_VLM), "out": str(folder), "rows": cell.calibration, "samples": cell.samples, "bits": bits,
+        "model": str(REFERENCE_VLM), "out": str(folder.resolve()), "rows": str(Path(cell.calibration).resolve()), "samples": cell.samples, "bits": bits,
         "group_size": group, "sym": False, "desc_act": group == -1, "act_group_aware": group != -1, "gptaq": cell.method.endswith("GPTAQ"),
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "request.json").write_text(json.dumps(request))
     script = Path(__file__).with_name("gptqmodel_quantize.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(folder / "request.json")], capture_output=True, text=True, check=False
-    )
+        [sys.executable, str(script), str((folder / "request.json").resolve())],
+        capture_output=True, text=True, check=False, cwd=folder,  # it leaves a folder of logs where it runs
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{cell.method} at {cell.grid} failed: {done.stderr.strip().splitlines()[-1]}")
     written = GptqFolder(folder)
