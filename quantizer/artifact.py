@@ -103,7 +103,10 @@ def write_atomic(path: Path, write) -> None:
     """Call write(temporary sibling) and rename it to `path`, mode 0644, when whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        try:
+            write(temporary)
+        except SafetensorError as e:  # its errors of input and output are no OSError
+            raise ArtifactError(f"{path}: cannot be written ({e}); free space and use --resume") from None
         temporary.chmod(0o644)  # safetensors creates its files with mode 0600
         with temporary.open("rb") as f:
             os.fsync(f.fileno())

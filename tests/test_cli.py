@@ -1,9 +1,12 @@
 """The command as a user meets it: exit codes, one-line errors, nothing half-written."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -171,3 +174,22 @@ def test_a_missing_runtime_is_said_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr("vlmq_export.pipeline.find_spec", lambda name: None)
     assert "needs gguf" in refused("--format", "gguf", "--out", tmp_path / "out", code=2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["layer-00002.safetensors", "float-00001.safetensors", "manifest.json"])
+def test_a_full_disk_is_one_line_and_leaves_a_run_to_resume(tmp_path, monkeypatch, file):
+    replace = Path.replace
+
+    def full(self, target):
+        if Path(target).name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        return replace(self, target)
+
+    arguments = ("--format", "gptq", "--method", "rtn", "--no-verify", "--quiet", "--out", tmp_path / "out")
+    monkeypatch.setattr(Path, "replace", full)
+    err = refused(*arguments, code=1)
+    assert file in err and "No space left" in err
+    assert not list((tmp_path / "out").rglob("*.tmp")) and not (tmp_path / "out" / "gptq").exists()
+    monkeypatch.setattr(Path, "replace", replace)
+    code, _, err = call(*arguments, "--resume")
+    assert code == 0, err

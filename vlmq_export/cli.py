@@ -213,11 +213,12 @@ def _run(job, as_json: bool, quiet: bool, verbose: int) -> None:
     terminal.set_up_logging(verbose, quiet)
     try:
         code = job()
-    except VlmqError as e:
-        terminal.err.print(f"error: {e}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+    except (VlmqError, OSError) as e:
+        code = getattr(e, "exit_code", VlmqError.exit_code)
+        message = str(e) if isinstance(e, VlmqError) else f"{e.filename or 'a file'}: {e.strerror or e}"
+        terminal.err.print(f"error: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
         if as_json:
-            _print_json({"error": str(e), "exit_code": e.exit_code})
-        code = e.exit_code
+            _print_json({"error": message, "exit_code": code})
     except KeyboardInterrupt:
         terminal.err.print("stopped; --resume continues", highlight=False)
         code = 75
