@@ -26,7 +26,7 @@ from vlmq_export.formats.gguf import emulate, runner
 from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.reference import Reference
 
-# Each ten times or more above what a right file gives and below what one wrong fp16 scale gives (formats/gguf §6).
+# Each ten times or more above what a right file gives and below what one wrong fp16 scale gives (docs/verification.md).
 E_ROW = 3e-7  # right: 5e-8; one scale by one ulp: 3e-6 at 1024 columns
 TWIN = 5e-6  # right: 1e-6
 EMBEDDING = {"f32": 2e-3, "f16": 2.5e-3}  # right: 6e-4 from fp16 pixels and a tanh GELU table; f16 weights add 5e-4
