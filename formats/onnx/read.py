@@ -91,7 +91,7 @@ class OnnxFolder:
                 self.floats.setdefault(name, []).append(tensor)
 
     def _attributes(self, node, module: str, weight, scales, zeros, order) -> dict[str, int]:
-        """The node's integers, its constants of the shapes that they ask for (onnx.md's table of inputs)."""
+        """The node's integers, its constants of the shapes that they ask for (MatMulNBits' inputs)."""
         found = {a.name: a.i for a in node.attribute}
         lacking = {"K", "N", "bits", "block_size"} - set(found)
         if lacking:
