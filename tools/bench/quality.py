@@ -99,31 +99,18 @@ def run_cell(cell: Cell, scorer: Scorer, cache: Path) -> dict:
     return result
 
 
-def table(cells: list[dict], baseline: Score) -> str:
-    """Markdown, one row a method, one pair of columns a grid; mean over calibration sets, ± half their range."""
-
-    def spread(values: list[float], digits: str) -> str:
-        mean = statistics.fmean(values)
-        half = (max(values) - min(values)) / 2
-        return f"{mean:{digits}}" + (f" ±{half:{digits}}" if len(values) > 1 else "")
-
+def table(cells: list[dict], field: str, digits: str) -> str:
+    """Markdown, a row a method and a column a grid: mean over the calibration sets, ± half their range."""
     grids = [g for g in GRIDS if any(c["grid"] == g for c in cells)]
-    lines = [
-        "| method | " + " | ".join(f"{g} KL | {g} exact" for g in grids) + " |",
-        "|---" * (1 + 2 * len(grids)) + "|",
-    ]
-    lines.append("| full precision | " + " | ".join(f"0 | {baseline.exact:.3f}" for _ in grids) + " |")
+    lines = ["| | " + " | ".join(grids) + " |", "|---" * (1 + len(grids)) + "|"]
     for method in (*OURS, *PEERS):
-        row = [method]
+        row = []
         for grid in grids:
-            hits = [c for c in cells if c["method"] == method and c["grid"] == grid]
-            row += (
-                [spread([c["kl"] for c in hits], ".5f"), spread([c["exact"] for c in hits], ".3f")]
-                if hits
-                else ["", ""]
-            )
-        if any(row[1:]):
-            lines.append("| " + " | ".join(row) + " |")
+            values = [c[field] for c in cells if c["method"] == method and c["grid"] == grid]
+            text = f"{statistics.fmean(values):{digits}}" if values else ""
+            row.append(text + (f" ± {(max(values) - min(values)) / 2:{digits}}" if len(values) > 1 else ""))
+        if any(row):
+            lines.append(f"| {method} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -153,10 +140,11 @@ def main(
                 results.append(run_cell(cell, scorer, cache))
                 r = results[-1]
                 err.print(
-                    f"{method} {grid} {path.parent.name}: KL {r['kl']:.5f}, exact {r['exact']:.3f}, {r['user']:.0f} s",
+                    f"{method} {grid} {path.stem}: KL {r['kl']:.5f}, exact {r['exact']:.3f}, {r['user']:.0f} s",
                     highlight=False,
                 )
-    text = table(results, scorer.baseline)
+    text = f"KL to full precision at answer tokens\n\n{table(results, 'kl', '.1e')}\n"
+    text += f"Exact match (full precision: {scorer.baseline.exact:.3f})\n\n{table(results, 'exact', '.3f')}"
     if out:
         out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         out.with_suffix(".md").write_text(text)
