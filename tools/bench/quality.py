@@ -25,7 +25,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tools.bench.scoring import Score, Scorer, load_model
+from tools.bench.scoring import Scorer, load_model
 from vlmq_export.bundled import CALIBRATION, HELDOUT, REFERENCE_VLM
 from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.quantizer.calibration import Preprocessor, read_rows
