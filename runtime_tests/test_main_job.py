@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from runtime_tests.test_gguf import rewrite
 from runtime_tests.test_onnx import damage
 from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export import checksums
@@ -163,6 +164,48 @@ def test_verify_catches_one_fault_in_each_format_and_names_it(out, tmp_path, tur
         rows = [c for c in checks if c["format"] == name and c["level"] == "L1" and c["status"] == "failed"]
         assert len(rows) >= 2 and all(f"{module}.weight" in c["worst"] for c in rows), (name, rows)
     assert "Unverified" in (tmp_path / "out" / "README.md").read_text()
+
+
+def failed_rows(done, name, level="L1"):
+    checks = json.loads(done.stdout)["parity"]["checks"]
+    return [c for c in checks if c["format"] == name and c["level"] == level and c["status"] == "failed"]
+
+
+@pytest.mark.slow
+def test_verify_catches_a_group_index_and_vision_weights(out, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    folder, rng = tmp_path / "out", random.Random(5)
+    fault_gptq(folder / "gptq", PLACES[1], "g_idx", rng)
+    damage(folder / "onnx", "vision", "visual.blocks.1.attn.qkv.weight", "ulp", rng)
+    _, mmproj = find_files(folder / "gguf")
+    tensor = GGUFFile(mmproj).tensors["v.blk.2.ffn_down.weight"]
+    data = bytearray(mmproj.read_bytes())
+    data[tensor.offset + 2 * rng.randrange(tensor.nbytes // 2)] ^= 1  # one ulp of a float16
+    mmproj.write_bytes(data)
+    checksums.write_sums(folder)
+    done = command("verify", folder, "--json")
+    assert done.returncode == 3, done.stderr
+    named = {
+        "gptq": f"{PLACES[1]}.weight",
+        "onnx": "visual.blocks.1.attn.qkv.weight",
+        "gguf": "v.blk.2.ffn_down.weight",
+    }
+    for name, tensor_name in named.items():
+        rows = failed_rows(done, name)
+        assert len(rows) >= 2 and all(tensor_name in c["worst"] for c in rows), (name, rows)
+
+
+@pytest.mark.slow
+def test_verify_catches_a_dropped_bias_and_a_dropped_rope_base(out, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    text, _ = find_files(tmp_path / "out" / "gguf")
+    rewrite(text, drop_tensor="blk.2.attn_k.bias", drop_key="qwen2vl.rope.freq_base")
+    checksums.write_sums(tmp_path / "out")
+    done = command("verify", tmp_path / "out", "--json")
+    assert done.returncode == 3, done.stderr
+    said = " ".join(c["worst"] for c in failed_rows(done, "gguf"))
+    assert "blk.2.attn_k.bias" in said and "rope.freq_base" in said
+    assert any("twin" in c["name"] for c in failed_rows(done, "gguf", "L3"))
 
 
 def test_verify_without_new_checksums_names_the_file(out, tmp_path):
