@@ -8,6 +8,7 @@ from PIL import Image
 
 from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
 from vlmq_export.errors import CalibrationError
+from vlmq_export.pipeline import draw
 from vlmq_export.quantizer.calibration import Preprocessor, load_image, read_rows, truncate
 
 
@@ -116,3 +117,11 @@ def test_images_are_turned_upright_and_made_rgb(tmp_path):
 def test_bundled_rows_read():
     rows = read_rows(HELDOUT)
     assert len(rows) == 512 and all(row.answer and row.task for row in rows)
+
+
+def test_the_seed_draws_the_samples():
+    rows = read_rows(HELDOUT)
+    assert draw(rows, 512, seed=3) == draw(rows, 600, seed=0) == rows
+    some = draw(rows, 32, seed=1)
+    assert some == draw(rows, 32, seed=1) != draw(rows, 32, seed=2)
+    assert len(some) == 32 and [r for r in rows if r in some] == some

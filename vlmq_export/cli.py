@@ -76,7 +76,7 @@ def export(
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths start from.  [default: the file's own]", show_default=False)] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration rows.  [default: 512]", show_default=False)] = None,
     seq_len: Annotated[int | None, typer.Option(help="Truncate samples; one whose image would be cut is dropped.  [default: the paper's, 512]", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="[default: 0]", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the samples where the file has more rows.  [default: 0]", show_default=False)] = None,
     verify_data: Annotated[Path | None, typer.Option(help="Held-out rows for the parity checks.  [default: bundled]", show_default=False)] = None,
     verify: Annotated[bool | None, typer.Option("--verify/--no-verify", help="Prove the files in their runtimes.  [default: verify]", show_default=False)] = None,
     device: Annotated[Device | None, typer.Option(help="Where to quantize.  [default: auto]", show_default=False)] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -20,9 +21,10 @@ from vlmq_export.formats.base import Check, CheckSettings
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
-from vlmq_export.quantizer.calibration import Preprocessor, Sample, read_rows, truncate
+from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, truncate
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.quantize import quantize
 from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, load_recipe
 from vlmq_export.reference import Reference
 
@@ -81,7 +83,10 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
         write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
         with result.timed("quantize"):
             if checkpoint is not None:
-                _quantize(recipe, checkpoint, samples, described, out / "artifact", resume, hooks)
+                quantize(
+                    checkpoint, samples, recipe.quant_config(), out / "artifact", name=plan.model.name, calibration=described,
+                    device=recipe.device.value, resume=resume, progress=hooks.progress, should_stop=hooks.should_stop,
+                )  # fmt: skip
             elif artifact is not None and not (out / "artifact").exists():
                 _publish(out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True))
         _export(recipe, out, result, hooks)
@@ -175,7 +180,7 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progre
     path = recipe.calibration or bundled.CALIBRATION
     if recipe.calibration is None and recipe.model is not None:
         log.warning("calibrating on the bundled drawn images; give --calibration for images like those of your users")
-    rows = read_rows(path, recipe.image_root)[: recipe.samples]
+    rows = draw(read_rows(path, recipe.image_root), recipe.samples, recipe.seed)
     seq_len = recipe.seq_len or family_of(checkpoint.config).seq_len
     preprocessor = Preprocessor(checkpoint.path)
     samples, dropped = [], 0
@@ -198,6 +203,13 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progre
         "tokens": tokens, "vision_tokens": vision,
     }  # fmt: skip
     return samples, described
+
+
+def draw(rows: list[Row], count: int, seed: int) -> list[Row]:
+    """`count` rows drawn by `seed`, in the file's order; all of them if there are no more."""
+    if count >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
 def refuse_output(out: Path, model: Path, recipe: Recipe, *, overwrite: bool, resume: bool) -> None:
@@ -245,18 +257,6 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
     differ = [f"{k} was {before[k]}, now {now[k]}" for k in now if k != "out" and before[k] != now[k]]
     if differ:
         raise UsageError(f"--resume {out}: the recipe differs ({'; '.join(differ)}); use --overwrite or another --out")
-
-
-def _quantize(
-    recipe: Recipe, checkpoint: Checkpoint, samples, described, folder: Path, resume: bool, hooks: Hooks
-) -> None:
-    from vlmq_export.quantizer.quantize import quantize
-
-    name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
-    quantize(
-        checkpoint, samples, recipe.quant_config(), folder, name=name, calibration=described, device=recipe.device.value,
-        resume=resume, progress=hooks.progress, should_stop=hooks.should_stop,
-    )  # fmt: skip
 
 
 def _publish(target: Path, write: Callable[[Path], object]) -> object:
