@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -163,10 +162,6 @@ class Checkpoint:
             bad = int((~torch.isfinite(value)).sum())
             raise CheckpointError(f"{info.file}: {name} has {bad} NaN or infinite values; this checkpoint is damaged")
         return value
-
-    def iterate(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in names:
-            yield name, self.tensor(name)
 
     @cached_property
     def companions(self) -> list[Path]:

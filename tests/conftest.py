@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.artifacts import GRIDS, rtn_artifact
 from tools.reference_vlm.model import make_random_checkpoint
@@ -11,6 +12,15 @@ from vlmq_export.formats.base import FormatOptions
 from vlmq_export.formats.gguf import read
 from vlmq_export.formats.gguf.text import write_text
 from vlmq_export.quantizer.artifact import Artifact
+
+
+@pytest.fixture
+def one_thread():
+    """Bytes depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -26,16 +26,9 @@ from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model import load_model
 from vlmq_export.quantizer.quantize import check_shapes, pick_device, quantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bytes depend on the number of threads, and the killed child below runs with one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

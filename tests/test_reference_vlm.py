@@ -21,6 +21,8 @@ from numpy.random import RandomState
 from PIL import Image
 from safetensors import safe_open
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # tools/ is not packaged
@@ -47,14 +49,6 @@ def fingerprints(split: str) -> set[str]:
 @pytest.fixture(scope="module")
 def tokenizer():
     return model.load_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- data ------------------------------------------------------------------------------------------------------
