@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from vlmq_export.errors import ArtifactError, CheckpointError
 from vlmq_export.quantizer.checkpoint import Checkpoint, read_header
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.kquants import GRIDS, Params
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -70,10 +71,50 @@ class QuantizedLinear:
         group = self.g_idx.long()
         return self.scales.float()[:, group] * (self.codes.float() - self.zero_points.float()[:, group])
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer's file holds of it, the bias aside."""
+        return {"codes": self.codes, "scales": self.scales, "zero_points": self.zero_points, "g_idx": self.g_idx}
+
+
+@dataclass(frozen=True)
+class BlockLinear:
+    """A linear, embedding or output matrix on the grid of a GGUF block type (kquants.py), in natural column order."""
+
+    name: str  # hub name of the module
+    codes: torch.Tensor  # uint8 [out, in]
+    params: Params
+    bias: torch.Tensor | None  # float16 [out]
+    type: str  # of kquants.GRIDS
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1]
+
+    def decode(self) -> torch.Tensor:
+        """float32 [out, in], bit for bit what ggml decodes."""
+        grid = GRIDS[self.type]
+        scale, minimum = (p.repeat_interleave(grid.sub_block, 1) for p in self.params.decoded())
+        return grid.decode(self.codes.float(), scale, minimum)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer's file holds of it, the bias aside. Sub-scales fit int8, minima uint8."""
+        p = self.params
+        held = {"codes": self.codes, "d": p.d, "sub_scales": p.scales.to(torch.int8)}
+        if p.dmin is not None and p.mins is not None:
+            held |= {"dmin": p.dmin, "sub_mins": p.mins.to(torch.uint8)}
+        return held
+
+
+Linear = QuantizedLinear | BlockLinear
+
 
 @dataclass
 class ModuleRecord:
-    """What the manifest says of one linear."""
+    """What the manifest says of one linear. `layer` is −1 for the embedding and the output matrix."""
 
     name: str
     layer: int
@@ -84,6 +125,32 @@ class ModuleRecord:
     in_features: int
     bias: bool
     metrics: dict = field(default_factory=dict)  # loss, relative error, damp used, fallback, seconds
+    type: str = ""  # a GGUF block type; empty for the affine grid
+
+    @classmethod
+    def of(cls, linear: Linear, layer: int, metrics: dict) -> ModuleRecord:
+        shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
+        if isinstance(linear, BlockLinear):
+            grid = GRIDS[linear.type]
+            return cls(
+                linear.name, layer, grid.bits, grid.sub_block, not grid.affine, *shape, bias, metrics, linear.type
+            )
+        return cls(linear.name, layer, linear.bits, linear.group_size, linear.symmetric, *shape, bias, metrics)
+
+    def linear(self, read: Callable[[str], torch.Tensor]) -> Linear:
+        """The integers themselves; `read(key)` gives a stored tensor and raises KeyError where there is none."""
+
+        def part(key: str) -> torch.Tensor:
+            return read(f"{self.name}.{key}")
+
+        bias = part("bias") if self.bias else None
+        if not self.type:
+            parts = (part(k) for k in ("codes", "scales", "zero_points", "g_idx"))
+            return QuantizedLinear(self.name, *parts, bias, self.bits, self.group_size, self.symmetric)
+        d, scales, minimum = part("d"), part("sub_scales").to(torch.int16), ()
+        if GRIDS[self.type].affine:
+            minimum = (part("dmin"), part("sub_mins").to(torch.int16))
+        return BlockLinear(self.name, part("codes"), Params(d, scales, *minimum), bias, self.type)
 
 
 @dataclass
@@ -120,15 +187,15 @@ def write_json(path: Path, value) -> None:
 
 
 def layer_file(index: int) -> str:
-    return f"layer-{index:05d}.safetensors"
+    """−1 is what lies outside the layers: embedding and output matrix, where the recipe quantizes them."""
+    return f"layer-{index:05d}.safetensors" if index >= 0 else "layer-outer.safetensors"
 
 
-def write_layer(folder: Path, index: int, linears: Iterable[QuantizedLinear], records: Iterable[ModuleRecord]) -> None:
+def write_layer(folder: Path, index: int, linears: Iterable[Linear], records: Iterable[ModuleRecord]) -> None:
     """One decoder layer with its records in the header: what a resumed run needs is in the one file."""
     tensors: dict[str, torch.Tensor] = {}
     for q in linears:
-        tensors |= {f"{q.name}.codes": q.codes, f"{q.name}.scales": q.scales}
-        tensors |= {f"{q.name}.zero_points": q.zero_points, f"{q.name}.g_idx": q.g_idx}
+        tensors |= {f"{q.name}.{part}": value for part, value in q.tensors().items()}
         if q.bias is not None:
             tensors[f"{q.name}.bias"] = q.bias
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
@@ -141,22 +208,14 @@ def read_layer_records(folder: Path, index: int) -> list[ModuleRecord]:
         return [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
 
 
-def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
+def read_layer(folder: Path, index: int) -> list[Linear]:
     """The linears of one published layer, before there is a manifest. Raises ArtifactError when it is damaged."""
     file = folder / layer_file(index)
     try:
         read_header(file)
         with safe_open(file, framework="pt") as f:
             records = [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
-            return [
-                QuantizedLinear(
-                    r.name,
-                    *(f.get_tensor(f"{r.name}.{part}") for part in ("codes", "scales", "zero_points", "g_idx")),
-                    f.get_tensor(f"{r.name}.bias") if r.bias else None,
-                    r.bits, r.group_size, r.symmetric,
-                )
-                for r in records
-            ]  # fmt: skip
+            return [r.linear(f.get_tensor) for r in records]
     except (CheckpointError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
@@ -244,13 +303,10 @@ class Artifact:
         """Hub names of the quantized modules, in layer order."""
         return list(self.records)
 
-    def linear(self, name: str) -> QuantizedLinear:
-        r = self.records[name]
-        parts = {k: self._read(f"{name}.{k}") for k in ("codes", "scales", "zero_points", "g_idx")}
-        bias = self._read(f"{name}.bias") if r.bias else None
-        return QuantizedLinear(name, **parts, bias=bias, bits=r.bits, group_size=r.group_size, symmetric=r.symmetric)
+    def linear(self, name: str) -> Linear:
+        return self.records[name].linear(self._read)
 
-    def linears(self) -> Iterator[QuantizedLinear]:
+    def linears(self) -> Iterator[Linear]:
         return (self.linear(name) for name in self.linear_names())
 
     def float_names(self) -> list[str]:

@@ -22,7 +22,6 @@ from vlmq_export.quantizer.artifact import (
     SCHEMA,
     Manifest,
     ModuleRecord,
-    QuantizedLinear,
     layer_file,
     read_layer,
     read_layer_records,
@@ -134,7 +133,9 @@ def quantize(
                     for part in [t for t in checkpoint.tensors if t.startswith(f"{family.layers}{i}.")]:
                         checkpoint.tensor(part)  # raises where the checkpoint is damaged, with the name
                     linears = quantize_layer(layer, f"{family.layers}{i}.", family.groups, batches, full, config)
-                    write_layer(folder, i, [q for q, _ in linears], [_record(q, i, metrics) for q, metrics in linears])
+                    write_layer(
+                        folder, i, [q for q, _ in linears], [ModuleRecord.of(q, i, metrics) for q, metrics in linears]
+                    )
                 lost += advance(layer, batches, full)
             if not solved and i + 1 < count and should_stop():
                 raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
@@ -227,12 +228,6 @@ def _restore(layer: nn.Module, folder: Path, index: int, prefix: str) -> None:
     """Give a layer what an earlier run solved."""
     for linear in read_layer(folder, index):
         put(layer, linear.name.removeprefix(prefix), linear)
-
-
-def _record(q: QuantizedLinear, layer: int, metrics: dict) -> ModuleRecord:
-    return ModuleRecord(
-        q.name, layer, q.bits, q.group_size, q.symmetric, q.out_features, q.in_features, q.bias is not None, metrics
-    )  # fmt: skip
 
 
 def _warn_of_fallbacks(modules: Sequence[ModuleRecord]) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmq_export.quantizer.grids import Affine
+from vlmq_export.quantizer.kquants import BlockGrid, Params
 
 DAMP_STEPS = (1, 10, 100)  # times the recipe's damping, tried in turn before falling back to plain rounding
 
@@ -202,3 +203,81 @@ def weighted_loss(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Ten
     """tr((Ŵ − W')·A·(Ŵ − W')ᵀ), undamped: the squared output error over the calibration tokens, weighted by g²."""
     difference = rounded - target
     return float(((difference @ matrix) * difference).sum(dtype=torch.float64))
+
+
+# -- block types -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockSolution:
+    """Codes and stored parameters on the grid of a GGUF block type, natural column order."""
+
+    grid: BlockGrid
+    codes: torch.Tensor  # uint8 [out, in]
+    params: Params
+
+    def decode(self) -> torch.Tensor:
+        """float32 [out, in]."""
+        scale, minimum = (p.repeat_interleave(self.grid.sub_block, 1) for p in self.params.decoded())
+        return self.grid.decode(self.codes.float(), scale, minimum)
+
+    def rows(self, start: int, stop: int) -> BlockSolution:
+        return BlockSolution(self.grid, self.codes[start:stop], self.params.rows(start, stop))
+
+
+def nearest_in_blocks(weights: torch.Tensor, grid: BlockGrid, importance: torch.Tensor | None = None) -> BlockSolution:
+    """Fit and round each block [out, in] on its own; `importance` [in] weighs the columns in the fit."""
+    weights = weights.float()
+    weigh = torch.ones(weights.shape[1], device=weights.device) if importance is None else importance
+    params = grid.fit(weights, weigh)
+    scale, minimum = (p.repeat_interleave(grid.sub_block, 1) for p in params.decoded())
+    return BlockSolution(grid, grid.encode(weights, scale, minimum).to(torch.uint8), params)
+
+
+def solve_blocks(
+    target: torch.Tensor,  # float32 [out, in]
+    hessian: Hessian,  # prepared with group = grid.block, its order keeping each block of columns together
+    grid: BlockGrid,
+    *,
+    block: int,  # lazy-update block
+    columns: torch.Tensor | None = None,  # GPTAQ's P, loop order
+) -> BlockSolution:
+    """`solve` on a block type: when the loop reaches a block, all its parameters are fitted on the compensated weights.
+
+    A column's weight in that fit is 1/U_qq², what an error there costs once later columns have made up for it.
+    """
+    target = target.float().masked_fill(hessian.dead, 0)
+    if hessian.fallback:
+        return nearest_in_blocks(target, grid)
+    order, upper, (out_features, in_features) = hessian.order, hessian.upper, target.shape
+    w = target.T[order].contiguous()  # [in, out], loop order
+    codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=target.device)
+    pivots = upper.diagonal()
+    fitted: list[Params] = [None] * (in_features // grid.block)  # type: ignore[list-item]
+    for start, stop in _blocks(in_features, grid.block, block):
+        if start % grid.block == 0:
+            span = order[start : start + grid.block]
+            natural = span.argsort()
+            params = grid.fit(
+                w[start : start + grid.block][natural].T, pivots[start : start + grid.block][natural] ** -2
+            )
+            fitted[int(span.min()) // grid.block] = params
+            sub = (span - span.min()) // grid.sub_block
+            scales, minima = (p.T[sub].contiguous() for p in params.decoded())  # [block, out], loop order
+        errors = torch.empty(stop - start, out_features, device=target.device)
+        added = torch.empty_like(errors) if columns is not None else None
+        for i in range(start, stop):
+            scale, minimum = scales[i % grid.block], minima[i % grid.block]
+            code = grid.encode(w[i], scale, minimum)
+            codes[i] = code
+            rounded = grid.decode(code, scale, minimum)
+            error = (w[i] - rounded) / pivots[i]
+            w[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+            errors[i - start] = error
+            if columns is not None:
+                w[i + 1 : stop].addr_(columns[i, i + 1 : stop], w[i])
+                added[i - start] = rounded
+        w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        if columns is not None:
+            w[stop:].addmm_(columns[start:stop, stop:].T, added)
+    return BlockSolution(grid, codes[order.argsort()].T.contiguous(), Params.joined(fitted))

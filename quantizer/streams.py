@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vlmq_export.quantizer.artifact import QuantizedLinear
+from vlmq_export.quantizer.artifact import Linear
 from vlmq_export.quantizer.calibration import Sample
 
 BATCH_TOKENS = 4096
@@ -160,7 +160,7 @@ def advance(layer: nn.Module, batches: list[Batch], full: FullPass) -> int:
 
 
 @torch.no_grad()
-def put(layer: nn.Module, name: str, linear: QuantizedLinear) -> None:
+def put(layer: nn.Module, name: str, linear: Linear) -> None:
     """Give a linear of the layer the weights and bias that will be on disk."""
     module = layer.get_submodule(name)
     module.weight.copy_(linear.decode())
