@@ -31,6 +31,7 @@ from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.kquants import GRIDS, Params
 
 SCHEMA = 1
+OUTER = -1  # the "layer" of embedding and output matrix
 MANIFEST = "manifest.json"
 _FLOAT_SHARD_BYTES = 2 * 2**30
 

@@ -19,7 +19,9 @@ from vlmq_export._version import __version__
 from vlmq_export.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from vlmq_export.quantizer.artifact import (
     MANIFEST,
+    OUTER,
     SCHEMA,
+    BlockLinear,
     Manifest,
     ModuleRecord,
     layer_file,
@@ -35,9 +37,11 @@ from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
 from vlmq_export.quantizer.families import family_of, text_config
+from vlmq_export.quantizer.kquants import GRIDS
 from vlmq_export.quantizer.layer import quantize_layer
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import exact_arithmetic, load_model, pick_device
+from vlmq_export.quantizer.solver import nearest_in_blocks
 from vlmq_export.quantizer.streams import Batch, advance, decoder_inputs, full_pass, put
 
 log = logging.getLogger("vlmq_export")
@@ -64,7 +68,7 @@ def check_shapes(linears: Iterable[Shape], config: QuantConfig) -> None:
         raise UsageError(
             f"group size {config.group_size} is not possible; give a number of columns, or -1 for per-channel"
         )
-    odd = [l for l in linears if l.in_features % config.group_columns(l.in_features)]
+    odd = [l for l in linears if l.name not in config.types and l.in_features % config.group_columns(l.in_features)]
     if odd:
         raise UsageError(
             f"group size {config.group_size} does not divide the {odd[0].in_features} inputs of {odd[0].name}"
@@ -106,7 +110,12 @@ def quantize(
     clock = Clock()
     with clock("floats"):
         write_source(folder, checkpoint)
-        write_floats(folder, checkpoint, _float_names(checkpoint, family.linear_names(count)))
+        outer = _solve_outer(checkpoint, config, family.linear_names(count))
+        write_floats(
+            folder, checkpoint, _float_names(checkpoint, [*family.linear_names(count), *(q.name for q in outer)])
+        )
+        if outer:
+            write_layer(folder, OUTER, outer, [ModuleRecord.of(q, OUTER, {}) for q in outer])
     with clock("load"):
         model = load_model(checkpoint, target)
     layers = [model.get_submodule(family.module_name(f"{family.layers}{i}")) for i in range(count)]
@@ -119,6 +128,16 @@ def quantize(
                 batches = decoder_inputs(
                     model, layers[0], samples, two_streams=method.two_streams, device=target, added=family.added
                 )
+                embed = next(
+                    (q for q in outer if family.module_name(q.name) == "model.language_model.embed_tokens"), None
+                )
+                if embed is not None:  # the quantized stream starts from the embedding that ships
+                    put(model, family.module_name(embed.name), embed)
+                    again = decoder_inputs(
+                        model, layers[0], samples, two_streams=False, device=target, added=family.added
+                    )
+                    for batch, start in zip(batches, again):
+                        batch.quantized = start.quantized
                 lost = sum(batch.drop_non_finite() for batch in batches)
         for i, layer in enumerate(layers):
             progress("quantize", i, count)
@@ -146,7 +165,7 @@ def quantize(
         calibration = calibration | {"non_finite": lost}
     if lost:
         log.warning("%d of %d samples left out: their activations are not finite", lost, len(samples))
-    modules = [record for i in range(count) for record in read_layer_records(folder, i)]
+    modules = [record for i in [*([OUTER] if outer else []), *range(count)] for record in read_layer_records(folder, i)]
     _warn_of_fallbacks(modules)
     write_json(folder / TIMING, clock.seconds)
     manifest = Manifest(
@@ -174,6 +193,16 @@ class Clock:
             yield
         finally:
             self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 3)
+
+
+def _solve_outer(checkpoint: Checkpoint, config: QuantConfig, linears: Sequence[str]) -> list[BlockLinear]:
+    """Embedding and output matrix on the block types that the recipe names, rounded to nearest: nothing calibrates them."""
+    solved = []
+    for name in [n for n in config.types if n not in set(linears)]:
+        weight = checkpoint.tensor(f"{name}.weight")
+        found = nearest_in_blocks(weight, GRIDS[config.types[name]])
+        solved.append(BlockLinear(name, found.codes, found.params, None, found.grid.name))
+    return solved
 
 
 def _float_names(checkpoint: Checkpoint, linears: Sequence[str]) -> list[str]:

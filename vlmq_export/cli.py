@@ -84,6 +84,8 @@ def export(
     gptq_names: Annotated[GptqNames | None, typer.Option(help="Tensor names; module suits GPTQModel.load.  [default: hub]", show_default=False)] = None,
     accuracy_level: Annotated[int | None, typer.Option(help="MatMulNBits attribute: 0 exact, 4 int8 activations.  [default: 0]", show_default=False)] = None,
     mmproj: Annotated[MmprojType | None, typer.Option(help="Type of GGUF vision weights.  [default: f16]", show_default=False)] = None,
+    gguf_type: Annotated[str | None, typer.Option(help="Solve on llama.cpp's own types: Q2_K … Q6_K, Q4_K_M, Q8_0; GGUF only.", show_default=False)] = None,
+    tensor_type: Annotated[list[str] | None, typer.Option(help="REGEX=TYPE on GGUF tensor names, over the mix; repeat.", show_default=False)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with the same keys; flags win.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: named after model and recipe]", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of ours.")] = False,

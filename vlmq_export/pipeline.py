@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from vlmq_export import bundled, checksums, formats, report
 from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
+from vlmq_export.formats.gguf.mix import mix_named, module_types
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
@@ -84,7 +85,7 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
         with result.timed("quantize"):
             if checkpoint is not None:
                 quantize(
-                    checkpoint, samples, recipe.quant_config(), out / "artifact", name=plan.model.name, calibration=described,
+                    checkpoint, samples, plan.model.config, out / "artifact", name=plan.model.name, calibration=described,
                     device=recipe.device.value, resume=resume, progress=hooks.progress, should_stop=hooks.should_stop,
                 )  # fmt: skip
             elif artifact is not None and not (out / "artifact").exists():
@@ -146,12 +147,23 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | 
         return plan_run(artifact_plan(artifact), recipe)
     assert checkpoint is not None
     name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
-    return plan_run(model_plan(checkpoint, recipe.quant_config(), name), recipe)
+    model = model_plan(checkpoint, recipe.quant_config(), name)
+    if recipe.gguf_type is not None:
+        mix = mix_named(recipe.gguf_type)
+        types = module_types(model, mix, recipe.tensor_type)
+        model = replace(model, config=replace(model.config, gguf_type=mix, types=types))
+    return plan_run(model, recipe)
 
 
 def recipe_of_artifact(recipe: Recipe, artifact: Artifact) -> Recipe:
     """The recipe with the grid that the artifact has; a flag that asks for another is refused, not ignored."""
     c = artifact.config
+    if c.types:
+        if recipe.gguf_type is not None and mix_named(recipe.gguf_type) != c.gguf_type:
+            raise UsageError(
+                f"--gguf-type {recipe.gguf_type}: the artifact has {c.gguf_type} already; quantize the model again"
+            )
+        recipe = recipe.model_copy(update={"gguf_type": c.gguf_type})
     fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order)}
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):

@@ -85,6 +85,10 @@ class Recipe(BaseModel):
     gptq_names: GptqNames = GptqNames.hub
     accuracy_level: Annotated[int, Field(ge=0, le=4)] = 0
     mmproj: MmprojType = MmprojType.f16
+    gguf_type: str | None = (
+        None  # a mix of block types as the grid: Q4_K_M; None: the affine grid of bits and group_size
+    )
+    tensor_type: list[str] = Field(default_factory=list)  # regex=TYPE on GGUF tensor names, first match wins
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -92,9 +96,27 @@ class Recipe(BaseModel):
             raise ValueError(f"--bits {self.bits}: the runtimes decode 2, 3, 4 or 8 bits")
         if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(f"--group-size {self.group_size}: a multiple of 16, or -1 for one scale an output channel")
+        if self.tensor_type and self.gguf_type is None:
+            raise ValueError("--tensor-type changes a mix; give --gguf-type too")
+        if self.gguf_type is not None:
+            self._check_mix()
         if len(set(self.format)) != len(self.format):
             raise ValueError("--format is given twice with the same value")
         return self
+
+    def _check_mix(self) -> None:
+        for key in ("bits", "group_size", "sym"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                flag = "--" + key.replace("_", "-")
+                raise ValueError(f"{flag} and --gguf-type {self.gguf_type} exclude each other: the type sets the grid")
+        if self.act_order in (ActOrder.static, ActOrder.dynamic):
+            raise ValueError(
+                f"--act-order {self.act_order}: with --gguf-type a block's columns stay together; use gar or off"
+            )
+        if any(f != FormatName.gguf for f in self.format):
+            raise ValueError(
+                f"--gguf-type {self.gguf_type}: only GGUF holds these integers; export other formats without it"
+            )
 
     @property
     def symmetric(self) -> bool:
@@ -114,6 +136,8 @@ class Recipe(BaseModel):
 
     def label(self) -> str:
         """Short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
+        if self.gguf_type is not None:
+            return f"{self.gguf_type}-{self.method}"
         group = "" if self.group_size == -1 else f"g{self.group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
         return f"w{self.bits}{group}{sym}-{self.method}"

@@ -40,6 +40,7 @@ class Weights:
         self._types = {m["name"]: m.get("type", "") for m in manifest["modules"]}
         self.linears = [k.removesuffix(".codes") for k in self._files if k.endswith(".codes")]
         packed = {f"{n}.{part}" for n in self.linears for part in (*_AFFINE, *_BLOCKS)}
+        self.parts = packed & set(self._files)
         self.floats = [k for k in self._files if k not in packed]
         if source is not None:  # floats from the source itself, not from the artifact's copies
             for file in sorted(source.glob("*.safetensors")):

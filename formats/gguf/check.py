@@ -186,7 +186,10 @@ def _products(files: _Files, reference: Reference, run: runner.Run) -> Iterator[
     vision = dict(expected_mmproj(weights, reference.config, files.mmproj_dtype))
     vision = {n: w for n, w in vision.items() if w.ndim == 2}  # the patch convolution is not a plain product
     yield _row_errors(files, reference, run, "vision tower", ((n, n, vision[n]) for n in run.captured if n in vision))
-    unseen = {f"{n}.weight" for n in weights.linears} - {hub[n] for n in text} | set(vision) - set(run.captured)
+    looked_up = set() if "output.weight" not in hub else {"model.embed_tokens.weight"}  # rows are taken, not multiplied
+    unseen = {f"{n}.weight" for n in weights.linears} - looked_up - {hub[n] for n in text} | set(vision) - set(
+        run.captured
+    )
     yield _gate(
         "L2", "linears seen in the run", len(unseen), 0, unit="missing", compared=len(weights.linears) + len(vision),
         worst=", ".join(sorted(unseen)[:4]),
@@ -217,6 +220,8 @@ def _row_errors(files: _Files, reference: Reference, run: runner.Run, part: str,
 def _offset(reference: Reference, hub: str) -> np.ndarray:
     """m of w = d·q + m for every block of 32 columns: −scale · zero_point, float32 [out, in/32]."""
     module = hub.removesuffix(".weight")
+    if f"{module}.dmin" in reference.weights.parts:
+        return -reference.weights.tensor(f"{module}.dmin").numpy().astype(np.float32)
     scales, zeros, g_idx = (
         reference.weights.tensor(f"{module}.{k}").numpy() for k in ("scales", "zero_points", "g_idx")
     )

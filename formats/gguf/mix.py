@@ -13,6 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vlmq_export.errors import UsageError
+from vlmq_export.formats.base import ModelPlan
+from vlmq_export.formats.gguf.names import text_shapes, text_to_hub
+from vlmq_export.formats.gguf.params import text_params
 from vlmq_export.formats.gguf.types import TYPES
 from vlmq_export.quantizer.kquants import GRIDS
 
@@ -47,6 +50,16 @@ class Shape:
     heads: int
     kv_heads: int
     tied: bool
+
+
+def module_types(model: ModelPlan, mix: str, given: Iterable[str] = ()) -> dict[str, str]:
+    """Hub module → type for every matrix of the language model. Raises UsageError for overrides that make no sense."""
+    p = text_params(model.source_config)
+    hub = text_to_hub(model.source_config)
+    shape = Shape(p.layers, p.heads, p.kv_heads, p.tied)
+    matrices = [Tensor(name, s[1]) for name, s in text_shapes(p).items() if len(s) == 2]
+    types = tensor_types(mix, matrices, shape, parse_overrides(given))
+    return {hub[name].removesuffix(".weight"): kind for name, kind in types.items()}
 
 
 def mix_named(name: str) -> str:
