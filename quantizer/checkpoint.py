@@ -97,10 +97,13 @@ class Checkpoint:
             self.config: dict = json.loads(config.read_text("utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as e:
             raise CheckpointError(f"{config}: not valid JSON ({e})") from None
+        self._refuse_quantized()
+        self.tensors: dict[str, TensorInfo] = self._hub_names(self._index())
+
+    def _refuse_quantized(self) -> None:
         if "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method", "unknown")
-            raise CheckpointError(f"{path}: already quantized ({method}); give the original float checkpoint")
-        self.tensors: dict[str, TensorInfo] = self._hub_names(self._index())
+            raise CheckpointError(f"{self.path}: already quantized ({method}); give the original float checkpoint")
 
     @property
     def model_type(self) -> str:

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from vlmq_export import bundled, checksums, formats, report
 from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
+from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, write_artifact
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
@@ -67,22 +68,27 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
         raise UsageError("no --format given; choose one or more of gptq, onnx, gguf")
     model = locate_model(recipe.model)
     artifact = Artifact(model) if (model / MANIFEST).is_file() else None
-    checkpoint = None if artifact else Checkpoint(model)
-    if artifact is not None:
-        recipe = recipe_of_artifact(recipe, artifact)
+    checkpoint = None if artifact else open_checkpoint(model)
+    recipe = recipe_of(recipe, artifact, checkpoint)
+    imported = isinstance(checkpoint, GptqCheckpoint)
     plan = plan_of(recipe, checkpoint, artifact)
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
     refuse_missing_packages(recipe)
-    out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
+    out = recipe.out or Path(f"vlmq-{plan.model.name}-{'export' if imported or artifact else recipe.label()}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
     rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
-    samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks.progress)
+    samples, described = [], {}
+    if checkpoint is not None and not imported:
+        samples, described = calibration_samples(recipe, checkpoint, hooks.progress)
     with claimed(out, overwrite=overwrite):
         result = Result(out, plan)
         write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
         with result.timed("quantize"):
-            if checkpoint is not None:
+            if isinstance(checkpoint, GptqCheckpoint):
+                if not (out / "artifact").exists():
+                    _publish(out / "artifact", lambda folder: write_artifact(checkpoint, folder, plan.model.name))
+            elif checkpoint is not None:
                 quantize(
                     checkpoint, samples, recipe.quant_config(), out / "artifact", name=plan.model.name, calibration=described,
                     device=recipe.device.value, resume=resume, progress=hooks.progress, should_stop=hooks.should_stop,
@@ -100,8 +106,9 @@ def dry_run(recipe: Recipe) -> RunPlan:
     model = locate_model(recipe.model)
     if (model / MANIFEST).is_file():
         artifact = Artifact(model)
-        return plan_of(recipe_of_artifact(recipe, artifact), None, artifact)
-    return plan_of(recipe, Checkpoint(model), None)
+        return plan_of(recipe_of(recipe, artifact, None), None, artifact)
+    checkpoint = open_checkpoint(model)
+    return plan_of(recipe_of(recipe, None, checkpoint), checkpoint, None)
 
 
 def verify(
@@ -141,6 +148,11 @@ def locate_model(model: str | None) -> Path:
         raise CheckpointError(f"{model}: neither a local folder nor to be had from the hub ({first})") from None
 
 
+def open_checkpoint(model: Path) -> Checkpoint:
+    """A float checkpoint, or one that others quantized with GPTQ, which then shows its float model's shapes."""
+    return Checkpoint(model) if quantization_of(model) is None else GptqCheckpoint(model)
+
+
 def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | None) -> RunPlan:
     if artifact is not None:
         return plan_run(artifact_plan(artifact), recipe)
@@ -149,15 +161,20 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | 
     return plan_run(model_plan(checkpoint, recipe.quant_config(), name), recipe)
 
 
-def recipe_of_artifact(recipe: Recipe, artifact: Artifact) -> Recipe:
-    """The recipe with the grid that the artifact has; a flag that asks for another is refused, not ignored."""
-    c = artifact.config
+def recipe_of(recipe: Recipe, artifact: Artifact | None, checkpoint: Checkpoint | None) -> Recipe:
+    """The recipe with the grid that a quantized model has; a flag that asks for another is refused, not ignored."""
+    if artifact is not None:
+        c, what = artifact.config, "artifact"
+    elif isinstance(checkpoint, GptqCheckpoint):
+        c, what = checkpoint.quant_config, "checkpoint"
+    else:
+        return recipe
     fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order)}
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
             flag = "--" + key.replace("_", "-")
             raise UsageError(
-                f"{flag} {getattr(recipe, key)}: the artifact has {value} already; quantize the model again"
+                f"{flag} {getattr(recipe, key)}: the {what} has {value} already; quantize the float model again"
             )
     return recipe.model_copy(update=fixed | {"method": Method(c.method), "seed": c.seed})
 
@@ -298,7 +315,7 @@ def same_source(model: str | None, artifact: Artifact) -> Path | None:
     """The source folder if it is still at hand and still what was quantized; else None."""
     try:
         path = locate_model(model)
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         return path if checkpoint.fingerprint() == artifact.manifest.source else None
     except VlmqError:
         return None
