@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vlmq_export.errors import ArtifactError, CheckpointError
-from vlmq_export.quantizer.checkpoint import Checkpoint, read_header
+from vlmq_export.quantizer.checkpoint import Checkpoint, TensorInfo, read_infos, read_tensor
 from vlmq_export.quantizer.config import QuantConfig
 
 SCHEMA = 1
@@ -145,24 +146,25 @@ def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
     """The linears of one published layer, before there is a manifest. Raises ArtifactError when it is damaged."""
     file = folder / layer_file(index)
     try:
-        read_header(file)
-        with safe_open(file, framework="pt") as f:
-            records = [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
-            return [
-                QuantizedLinear(
-                    r.name,
-                    *(f.get_tensor(f"{r.name}.{part}") for part in ("codes", "scales", "zero_points", "g_idx")),
-                    f.get_tensor(f"{r.name}.bias") if r.bias else None,
-                    r.bits, r.group_size, r.symmetric,
-                )
-                for r in records
-            ]  # fmt: skip
-    except (CheckpointError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        infos = read_infos(file)
+        return [
+            QuantizedLinear(
+                r.name,
+                *(read_tensor(folder, infos[f"{r.name}.{part}"]) for part in ("codes", "scales", "zero_points", "g_idx")),
+                read_tensor(folder, infos[f"{r.name}.bias"]) if r.bias else None,
+                r.bits, r.group_size, r.symmetric,
+            )
+            for r in read_layer_records(folder, index)
+        ]  # fmt: skip
+    except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
 def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None:
-    """Copy every tensor that is not quantized, in its source dtype, in shards of about 2 GiB."""
+    """Copy every tensor that is not quantized, in its source dtype, in shards of about 2 GiB; a whole shard is kept.
+
+    One tensor is in memory at a time. Wide types come first in a shard, so that every tensor is aligned to its own width.
+    """
     shards: list[list[str]] = [[]]
     room = _FLOAT_SHARD_BYTES
     for name in names:
@@ -173,8 +175,26 @@ def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None
         shards[-1].append(name)
         room -= size
     for i, shard in enumerate(shards, start=1):
-        tensors = {name: checkpoint.tensor(name).clone() for name in shard}
-        write_atomic(folder / f"float-{i:05d}.safetensors", lambda t, tensors=tensors: save_file(tensors, t))
+        file = folder / f"float-{i:05d}.safetensors"
+        if file.is_file():
+            continue  # resumed: renamed only when whole
+        infos = [checkpoint.tensors[name] for name in shard]
+        infos.sort(key=lambda t: (-t.nbytes // max(1, t.numel), t.name))
+        write_atomic(file, lambda t, infos=infos: _write_tensors(t, infos, checkpoint.tensor))
+
+
+def _write_tensors(path: Path, infos: list[TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
+    """A safetensors file, tensor by tensor; the library's own writer wants all of them in memory."""
+    header, end = {}, 0
+    for t in infos:
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for t in infos:
+            f.write(read(t.name).view(-1).view(torch.uint8).numpy().data)
 
 
 def write_source(folder: Path, checkpoint: Checkpoint) -> None:
@@ -208,20 +228,20 @@ class Artifact:
         self.records = {m.name: m for m in self.manifest.modules}
         self._where = self._index()
 
-    def _index(self) -> dict[str, Path]:
+    def _index(self) -> dict[str, TensorInfo]:
         layers = sorted({m.layer for m in self.manifest.modules})
         files = [self.path / layer_file(i) for i in layers]
         missing = [f.name for f in files if not f.is_file()]
         floats = sorted(self.path.glob("float-*.safetensors"))
         if missing or not floats:
             raise ArtifactError(f"{self.path}: incomplete, {', '.join(missing) or 'float tensors'} missing")
-        self._float_names: list[str] = []
-        where: dict[str, Path] = {}
+        self._floats: list[TensorInfo] = []
+        where: dict[str, TensorInfo] = {}
         for file in [*files, *floats]:
-            names = list(read_header(file))
-            where |= dict.fromkeys(names, file)
+            infos = read_infos(file)
+            where |= infos
             if file.name.startswith("float-"):
-                self._float_names += names
+                self._floats += infos.values()
         return where
 
     @property
@@ -235,9 +255,8 @@ class Artifact:
 
     def _read(self, key: str) -> torch.Tensor:
         try:
-            with safe_open(self._where[key], framework="pt") as f:
-                return f.get_tensor(key)
-        except (KeyError, SafetensorError, OSError) as e:
+            return read_tensor(self.path, self._where[key])
+        except (KeyError, EOFError, OSError) as e:
             raise ArtifactError(f"{self.path}: cannot read {key} ({e}); the artifact is damaged") from None
 
     def linear_names(self) -> list[str]:
@@ -255,12 +274,11 @@ class Artifact:
 
     def float_names(self) -> list[str]:
         """Hub names of every tensor that is not a quantized weight nor a quantized module's bias."""
-        return self._float_names
+        return [t.name for t in self._floats]
 
     def float_info(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """(hub name, shape, dtype in safetensors' spelling) of the same tensors."""
-        for file in sorted(self.path.glob("float-*.safetensors")):
-            yield from ((name, tuple(i["shape"]), i["dtype"]) for name, i in read_header(file).items())
+        return ((t.name, t.shape, t.dtype) for t in self._floats)
 
     def float_tensor(self, name: str) -> torch.Tensor:
         """Source dtype and bytes."""

@@ -1,7 +1,8 @@
 """A source checkpoint on disk, read one tensor at a time.
 
 Only safetensors are read, headers are checked against file sizes before anything else, and a shard path that leaves
-the folder is refused (transformers follows `../` in the index; we do not).
+the folder is refused (transformers follows `../` in the index; we do not). Tensors are read into memory of their own,
+not mapped: what was read and dropped no longer counts, whatever the size of the shard.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ import hashlib
 import json
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vlmq_export.errors import CheckpointError
 
 HEADER_CAP = 100 * 2**20  # the safetensors format's own cap
 _ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
               "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # fmt: skip
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+    "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
+}  # fmt: skip
+_CHUNK = 2**24  # elements looked at together
 # What runs beside the weights: copied as they are into every export.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -38,6 +45,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str  # safetensors' spelling: BF16, F32, ...
     file: str
+    offset: int = 0  # of its first byte in the file
 
     @property
     def numel(self) -> int:
@@ -49,7 +57,48 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """The JSON header of one safetensors file, checked against the file's size.
+    """The JSON header of one safetensors file, checked against the file's size."""
+    return _read_header(path)[0]
+
+
+def read_infos(path: Path) -> dict[str, TensorInfo]:
+    """name → TensorInfo of one safetensors file. Raises CheckpointError as `read_header` does."""
+    header, start = _read_header(path)
+    return {
+        name: TensorInfo(name, tuple(i["shape"]), i["dtype"], path.name, start + i["data_offsets"][0])
+        for name, i in header.items()
+    }
+
+
+def read_tensor(folder: Path, info: TensorInfo, rows: Sequence[int] | None = None) -> torch.Tensor:
+    """A tensor in its source dtype, or some rows of it. Raises OSError, or EOFError where the file ends too early."""
+    shape = info.shape if rows is None else (len(rows), *info.shape[1:])
+    value = torch.empty(shape, dtype=_DTYPES[info.dtype])
+    data = memoryview(value.view(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
+    pieces = [(0, len(data))] if rows is None else [(row, len(data) // len(rows)) for row in rows]
+    done = 0
+    with (folder / info.file).open("rb", buffering=0) as f:
+        for row, size in pieces:
+            f.seek(info.offset + row * size)
+            stop = done + size
+            while done < stop:  # one read gives at most 2 GiB
+                got = f.readinto(data[done:stop])
+                if not got:
+                    raise EOFError(f"{info.file} ends before {info.name} does")
+                done += got
+    return value
+
+
+def count_non_finite(value: torch.Tensor) -> int:
+    """NaN and infinite values of a tensor, looked at in parts so that no mask of its size is made."""
+    if not value.is_floating_point():
+        return 0
+    parts = value.reshape(-1).split(_CHUNK)
+    return sum(int((~torch.isfinite(p.float() if p.element_size() == 1 else p)).sum()) for p in parts)
+
+
+def _read_header(path: Path) -> tuple[dict[str, dict], int]:
+    """The header, and where the data begins.
 
     Raises CheckpointError naming file and byte when the header is damaged or the data is cut short.
     """
@@ -78,7 +127,7 @@ def read_header(path: Path) -> dict[str, dict]:
         raise CheckpointError(
             f"{path.name}: truncated or damaged, {size} bytes where the header asks for {8 + length + end}; copy it again"
         )
-    return header
+    return header, 8 + length
 
 
 class Checkpoint:
@@ -127,10 +176,10 @@ class Checkpoint:
             elif not shard.is_file():
                 problems.append(f"shard {file} is missing")
             else:
-                for name, info in read_header(shard).items():
+                for name, info in read_infos(shard).items():
                     if name in tensors:
                         problems.append(f"tensor {name} is in both {tensors[name].file} and {file}")
-                    tensors[name] = TensorInfo(name, tuple(info["shape"]), info["dtype"], file)
+                    tensors[name] = replace(info, file=file)
         if expected and not problems:
             absent = sorted(n for n, f in expected.items() if n not in tensors or tensors[n].file != f)
             if absent:
@@ -147,19 +196,17 @@ class Checkpoint:
             )
         return self.tensors[name]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in its source dtype. Raises CheckpointError naming it if it is missing or not finite."""
+    def tensor(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """One tensor, or some of its rows, in its source dtype.
+
+        Raises CheckpointError naming it if it is missing, cannot be read or is not finite.
+        """
         info = self.info(name)
         try:
-            with safe_open(self.path / info.file, framework="pt") as f:
-                value = f.get_tensor(name)
-        except (SafetensorError, OSError) as e:
+            value = read_tensor(self.path, info, rows)
+        except (OSError, EOFError) as e:
             raise CheckpointError(f"{info.file}: cannot read {name} ({e}); copy the file again") from None
-        if (
-            value.is_floating_point()
-            and not torch.isfinite(value.float() if value.element_size() == 1 else value).all()
-        ):
-            bad = int((~torch.isfinite(value)).sum())
+        if bad := count_non_finite(value):
             raise CheckpointError(f"{info.file}: {name} has {bad} NaN or infinite values; this checkpoint is damaged")
         return value
 
@@ -167,10 +214,14 @@ class Checkpoint:
     def companions(self) -> list[Path]:
         return [self.path / n for n in COMPANIONS if (self.path / n).is_file()]
 
-    def fingerprint(self) -> dict[str, str]:
-        """file → SHA-256 of config.json and of every weight file: the identity that a resumed run must share."""
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
         files = ["config.json", *sorted({t.file for t in self.tensors.values()})]
         return {name: sha256_file(self.path / name) for name in files}
+
+    def fingerprint(self) -> dict[str, str]:
+        """file → SHA-256 of config.json and of every weight file: the identity that a resumed run must share."""
+        return self._fingerprint
 
 
 def sha256_file(path: Path) -> str:

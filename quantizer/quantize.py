@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -38,10 +39,12 @@ from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
 from vlmq_export.quantizer.families import family_of, text_config
 from vlmq_export.quantizer.layer import quantize_layer
 from vlmq_export.quantizer.methods import method_named
-from vlmq_export.quantizer.model import exact_arithmetic, load_model, pick_device
+from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
+from vlmq_export.quantizer.shelf import Place, Shelf
 from vlmq_export.quantizer.streams import Batch, advance, decoder_inputs, full_pass, put
 
 log = logging.getLogger("vlmq_export")
+SCRATCH = ".activations.tmp"
 RUN = "run.json"  # what this folder is a run of: a resumed run must ask for the same
 TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
 Progress = Callable[[str, int, int], None]
@@ -83,6 +86,7 @@ def quantize(
     calibration: dict,
     device: str = "auto",
     resume: bool = False,
+    place: Place = "device",
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
@@ -101,38 +105,39 @@ def quantize(
     check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
     if method.calibrated and not samples:
         raise CalibrationError(f"method {config.method} needs calibration samples; give some, or use --method rtn")
+    clock = Clock()
+    with clock("load"):
+        model = StreamedModel(checkpoint, target)
     done = _claim(folder, _identity(checkpoint, samples, config, calibration, target), resume)
     if (folder / MANIFEST).is_file():
         return
-    clock = Clock()
     with clock("floats"):
         write_source(folder, checkpoint)
         write_floats(folder, checkpoint, _float_names(checkpoint, family.linear_names(count)))
-    with clock("load"):
-        model = load_model(checkpoint, target)
-    layers = [model.get_submodule(family.module_name(f"{family.layers}{i}")) for i in range(count)]
     leads = [group[0] for group in family.groups] if method.drift != "plain" else []
     batches: list[Batch] = []
     lost = 0
-    with exact_arithmetic():
+    with exact_arithmetic(), _shelf(target, place, folder) as shelf:
         if method.calibrated:
             with clock("prefix"):
-                batches = decoder_inputs(model, layers[0], samples, two_streams=method.two_streams, device=target)
+                ids = torch.cat([sample.input_ids for sample in samples])
+                with model.filled_prefix(ids) as prefix:
+                    batches = decoder_inputs(
+                        prefix, model.layer(0), samples, two_streams=method.two_streams, device=target, shelf=shelf
+                    )
                 lost = sum(batch.drop_non_finite() for batch in batches)
-        for i, layer in enumerate(layers):
+        for i in range(count):
             progress("quantize", i, count)
             if method.calibrated and not any(bool(b.valid.any()) for b in batches):
                 raise CalibrationError(
                     f"no sample has finite activations at layer {i}; the model or the images are damaged"
                 )
-            with clock("layers"):
-                solved = i < done
+            solved = i < done
+            with clock("layers"), model.filled_layer(i) as layer:
                 full = full_pass(layer, [] if solved else leads, batches)
                 if solved:
                     _restore(layer, folder, i, f"{family.layers}{i}.")
                 else:
-                    for part in [t for t in checkpoint.tensors if t.startswith(f"{family.layers}{i}.")]:
-                        checkpoint.tensor(part)  # raises where the checkpoint is damaged, with the name
                     linears = quantize_layer(layer, f"{family.layers}{i}.", family.groups, batches, full, config)
                     write_layer(folder, i, [q for q, _ in linears], [_record(q, i, metrics) for q, metrics in linears])
                 lost += advance(layer, batches, full)
@@ -150,6 +155,18 @@ def quantize(
         SCHEMA, __version__, name, checkpoint.model_type, checkpoint.fingerprint(), config.to_dict(), calibration, modules
     )  # fmt: skip
     write_manifest(folder, manifest)
+
+
+@contextmanager
+def _shelf(device: torch.device, place: Place, folder: Path):
+    """A shelf whose files, if it has any, are gone afterwards."""
+    scratch = folder / SCRATCH
+    if place == "disk":
+        scratch.mkdir()
+    try:
+        yield Shelf(device, place, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -205,7 +222,7 @@ def _claim(folder: Path, identity: dict, resume: bool) -> int:
         raise ArtifactError(f"{folder} holds files of an earlier run; resume it or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".*.tmp"):
-        stale.unlink()
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     if not file.is_file():
         if any(folder.iterdir()):
             raise ArtifactError(f"{folder} has no {RUN}, so it cannot be resumed; choose another folder")

@@ -16,24 +16,56 @@ from torch import nn
 
 from vlmq_export.quantizer.artifact import QuantizedLinear
 from vlmq_export.quantizer.calibration import Sample
+from vlmq_export.quantizer.shelf import Shelf
 
 BATCH_TOKENS = 4096
 
 
-@dataclass
 class Batch:
-    """Samples of one length at the input of a decoder layer. `full` is None where the method needs one stream only."""
+    """Samples of one length at the input of a decoder layer. `full` is None where the method needs one stream only.
 
-    quantized: torch.Tensor  # X, float32 [samples, tokens, hidden]
-    full: torch.Tensor | None  # X̃, same shape
-    kwargs: dict  # attention mask and position embeddings, the same for every layer
-    valid: torch.Tensor  # bool [samples]: activations finite so far
+    What is read is on the device; between two uses it rests where the shelf puts it.
+    """
+
+    def __init__(
+        self,
+        quantized: torch.Tensor,  # X, float32 [samples, tokens, hidden]
+        full: torch.Tensor | None,  # X̃, same shape
+        kwargs: dict,  # attention mask and position embeddings, the same for every layer
+        valid: torch.Tensor,  # bool [samples]: activations finite so far
+        shelf: Shelf | None = None,
+    ):
+        self._shelf = shelf or Shelf(quantized.device)
+        self._quantized = self._shelf.put(quantized)
+        self._full = self._quantized if full is quantized else self._shelf.put(full)
+        self._kwargs = self._shelf.put(kwargs)
+        self.valid = valid
+
+    @property
+    def quantized(self) -> torch.Tensor:
+        return self._quantized.get()
+
+    @quantized.setter
+    def quantized(self, value: torch.Tensor) -> None:
+        self._quantized = self._shelf.put(value)
+
+    @property
+    def full(self) -> torch.Tensor | None:
+        return self._full.get()
+
+    @full.setter
+    def full(self, value: torch.Tensor | None) -> None:
+        self._full = self._shelf.put(value)
+
+    @property
+    def kwargs(self) -> dict:
+        return self._kwargs.get()
 
     def drop_non_finite(self) -> int:
         """Leave out samples whose activations are not finite; how many are new."""
         finite = torch.isfinite(self.quantized).all(2).all(1)
-        if self.full is not None:
-            finite &= torch.isfinite(self.full).all(2).all(1)
+        if (full := self.full) is not None:
+            finite &= torch.isfinite(full).all(2).all(1)
         lost = int((self.valid & ~finite).sum())
         self.valid &= finite
         return lost
@@ -59,7 +91,13 @@ def _before(module: nn.Module, action):
 
 @torch.no_grad()
 def decoder_inputs(
-    model: nn.Module, first_layer: nn.Module, samples: Sequence[Sample], *, two_streams: bool, device: torch.device
+    model: nn.Module,
+    first_layer: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    two_streams: bool,
+    device: torch.device,
+    shelf: Shelf | None = None,
 ) -> list[Batch]:
     """Run vision tower and embeddings, and stop at the first decoder layer."""
     caught: list[tuple[torch.Tensor, dict]] = []
@@ -77,7 +115,7 @@ def decoder_inputs(
             except _Stop:
                 hidden, kwargs = caught.pop()
             valid = torch.ones(len(group), dtype=torch.bool, device=device)
-            batches.append(Batch(hidden, hidden if two_streams else None, kwargs, valid))
+            batches.append(Batch(hidden, hidden if two_streams else None, kwargs, valid, shelf))
     return batches
 
 
