@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from vlmq_export.errors import CheckpointError
+from vlmq_export.quantizer.families import FAMILIES
 
 HEADER_CAP = 100 * 2**20  # the safetensors format's own cap
 _ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -147,7 +148,7 @@ class Checkpoint:
         if "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method", "unknown")
             raise CheckpointError(f"{path}: already quantized ({method}); give the original float checkpoint")
-        self.tensors: dict[str, TensorInfo] = self._index()
+        self.tensors: dict[str, TensorInfo] = self._hub_names(self._index())
 
     @property
     def model_type(self) -> str:
@@ -187,6 +188,18 @@ class Checkpoint:
         if problems:
             raise CheckpointError(f"{self.path}: " + "; ".join(problems))
         return tensors
+
+    def _hub_names(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The same by the names the family was published with, whichever version of transformers saved the files."""
+        family = FAMILIES.get(self.model_type)
+        if family is None:
+            return tensors
+        named = {family.hub_name(name): replace(t, name=family.hub_name(name)) for name, t in tensors.items()}
+        if len(named) < len(tensors):
+            seen: set[str] = set()
+            twice = next(n for n in tensors if (hub := family.hub_name(n)) in seen or seen.add(hub))
+            raise CheckpointError(f"{self.path}: tensor {twice} is there under two names; keep one of them")
+        return named
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of one tensor. Raises CheckpointError naming it if it is missing."""

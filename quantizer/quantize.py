@@ -123,8 +123,9 @@ def quantize(
                 ids = torch.cat([sample.input_ids for sample in samples])
                 with model.filled_prefix(ids) as prefix:
                     batches = decoder_inputs(
-                        prefix, model.layer(0), samples, two_streams=method.two_streams, device=target, shelf=shelf
-                    )
+                        prefix, model.layer(0), samples, two_streams=method.two_streams, device=target,
+                        added=family.added, shelf=shelf,
+                    )  # fmt: skip
                 lost = sum(batch.drop_non_finite() for batch in batches)
         for i in range(count):
             progress("quantize", i, count)
