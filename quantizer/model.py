@@ -9,6 +9,7 @@ from torch import nn
 
 from vlmq_export.errors import CheckpointError, UsageError
 from vlmq_export.quantizer.checkpoint import Checkpoint
+from vlmq_export.quantizer.untrusted import third_party
 
 
 def pick_device(device: str) -> torch.device:
@@ -36,13 +37,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     """transformers' own class in float32, without gradients. Raises CheckpointError for weights that do not fit it."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
-    cls = getattr(transformers, (config.architectures or ["missing"])[0], None)
-    if cls is None:
-        raise CheckpointError(
-            f"{checkpoint.path}: config.json names no class that transformers {transformers.__version__} has"
-        )
-    with _no_progress_bar(transformers):
+    with _no_progress_bar(transformers), third_party(f"{checkpoint.path}: transformers cannot load this model"):
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        cls = model_class(transformers, config.architectures)
         model, info = cls.from_pretrained(
             checkpoint.path, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
@@ -51,6 +48,15 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
             f"{checkpoint.path}: {len(wrong)} tensors do not fit the model, first {sorted(map(str, wrong))[0]}"
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def model_class(transformers, architectures: object) -> type[nn.Module]:
+    """The class that config.json names. Raises CheckpointError unless it is one of transformers' own models."""
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise CheckpointError(f"config.json names no model class of transformers {transformers.__version__} ({name})")
+    return cls
 
 
 @contextmanager
