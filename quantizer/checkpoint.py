@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vlmq_export.errors import CheckpointError
+from vlmq_export.quantizer.families import FAMILIES
 from vlmq_export.quantizer.untrusted import contained, parse_object, read_json
 
 log = logging.getLogger("vlmq_export")
@@ -41,6 +42,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str  # safetensors' spelling: BF16, F32, ...
     file: str
+    stored: str = ""  # its name in the file, where that is not the hub's
 
     @property
     def numel(self) -> int:
@@ -115,7 +117,7 @@ class Checkpoint:
             raise CheckpointError(f"{path}: already quantized ({method}); give the original float checkpoint")
         if (self.path / "adapter_config.json").is_file():  # transformers would load the model that it names instead
             raise CheckpointError(f"{path}: holds an adapter (adapter_config.json); merge it into the model first")
-        self.tensors: dict[str, TensorInfo] = self._index()
+        self.tensors: dict[str, TensorInfo] = self._hub_names(self._index())
 
     def _contained(self, name: str) -> Path:
         try:
@@ -171,6 +173,19 @@ class Checkpoint:
             log.warning("%s: not in the index and not read: %s", self.path.name, ", ".join(extra[:_PROBLEMS_SHOWN]))
         return tensors
 
+    def _hub_names(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The same by the names the family was published with, whichever version of transformers saved the files."""
+        family = FAMILIES.get(self.model_type)
+        if family is None:
+            return tensors
+        named = {
+            family.hub_name(name): replace(t, name=family.hub_name(name), stored=name) for name, t in tensors.items()
+        }
+        if len(named) < len(tensors):
+            twice = next(n for n, t in tensors.items() if named[family.hub_name(n)].stored != n)
+            raise CheckpointError(f"{self.path}: tensor {twice} is there under two names; keep one of them")
+        return named
+
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of one tensor. Raises CheckpointError naming it if it is missing."""
         if name not in self.tensors:
@@ -184,7 +199,7 @@ class Checkpoint:
         info = self.info(name)
         try:
             with safe_open(self.path / info.file, framework="pt") as f:
-                value = f.get_tensor(name)
+                value = f.get_tensor(info.stored or name)
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{info.file}: cannot read {name} ({e}); copy the file again") from None
         if (
