@@ -8,7 +8,7 @@ not mapped: what was read and dropped no longer counts, whatever the size of the
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import math
 import struct
 from collections.abc import Sequence
@@ -20,8 +20,11 @@ import torch
 
 from vlmq_export.errors import CheckpointError
 from vlmq_export.quantizer.families import FAMILIES
+from vlmq_export.quantizer.untrusted import contained, parse_object, read_json
 
+log = logging.getLogger("vlmq_export")
 HEADER_CAP = 100 * 2**20  # the safetensors format's own cap
+_PROBLEMS_SHOWN = 8
 _ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
               "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # fmt: skip
 _DTYPES = {
@@ -99,7 +102,7 @@ def count_non_finite(value: torch.Tensor) -> int:
 
 
 def _read_header(path: Path) -> tuple[dict[str, dict], int]:
-    """The header, and where the data begins.
+    """The header and where the data begins: every entry checked, the data as long as it says, without gap or overlap.
 
     Raises CheckpointError naming file and byte when the header is damaged or the data is cut short.
     """
@@ -111,24 +114,39 @@ def _read_header(path: Path) -> tuple[dict[str, dict], int]:
         (length,) = struct.unpack("<Q", prefix)
         if length > min(HEADER_CAP, size - 8):
             raise CheckpointError(f"{path.name}: header of {length} bytes does not fit the file; copy it again")
-        try:
-            header = json.loads(f.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-            raise CheckpointError(f"{path.name}: header is not JSON ({e}); copy it again") from None
+        header = parse_object(f.read(length), f"{path.name}: header")
     header.pop("__metadata__", None)
+    spans = sorted((*_span(path, name, info), name) for name, info in header.items())
     end = 0
-    for name, info in header.items():
-        if info.get("dtype") not in _ITEM_BITS:
-            raise CheckpointError(f"{path.name}: tensor {name} has dtype {info.get('dtype')}, which is not supported")
-        begin, stop = info["data_offsets"]
-        if (stop - begin) * 8 != math.prod(info["shape"]) * _ITEM_BITS[info["dtype"]]:
-            raise CheckpointError(f"{path.name}: tensor {name} has {stop - begin} bytes for shape {info['shape']}")
-        end = max(end, stop)
+    for begin, stop, name in spans:
+        if begin != end:
+            what = "overlaps the tensor before it" if begin < end else "leaves a gap before it"
+            raise CheckpointError(f"{path.name}: damaged, tensor {name} at byte {begin} {what}; copy it again")
+        end = stop
     if 8 + length + end != size:
         raise CheckpointError(
             f"{path.name}: truncated or damaged, {size} bytes where the header asks for {8 + length + end}; copy it again"
         )
     return header, 8 + length
+
+
+def _span(path: Path, name: str, info: object) -> tuple[int, int]:
+    """First byte and end of a tensor's data. Raises CheckpointError for an entry that states no possible tensor."""
+    entry = info if isinstance(info, dict) else {}
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _ITEM_BITS:
+        raise CheckpointError(f"{path.name}: tensor {name} has dtype {dtype}, which is not supported")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{path.name}: tensor {name} has shape {shape} at bytes {offsets}; copy it again")
+    begin, stop = offsets
+    if (stop - begin) * 8 != math.prod(shape) * _ITEM_BITS[dtype]:
+        raise CheckpointError(f"{path.name}: tensor {name} has {stop - begin} bytes for shape {shape}; copy it again")
+    return begin, stop
+
+
+def _naturals(value: object) -> bool:
+    """A short list of integers that a file offset can hold."""
+    return isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 class Checkpoint:
@@ -138,17 +156,22 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{path}: no such model folder")
-        config = self.path / "config.json"
-        if not config.is_file():
+        if not (self.path / "config.json").is_file():
             raise CheckpointError(f"{path}: no config.json in this folder; give a folder in the Hugging Face layout")
-        try:
-            self.config: dict = json.loads(config.read_text("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as e:
-            raise CheckpointError(f"{config}: not valid JSON ({e})") from None
+        self.config: dict = read_json(self._contained("config.json"))
         if "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method", "unknown")
+            settings = self.config["quantization_config"]
+            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
             raise CheckpointError(f"{path}: already quantized ({method}); give the original float checkpoint")
+        if (self.path / "adapter_config.json").is_file():  # transformers would load the model that it names instead
+            raise CheckpointError(f"{path}: holds an adapter (adapter_config.json); merge it into the model first")
         self.tensors: dict[str, TensorInfo] = self._hub_names(self._index())
+
+    def _contained(self, name: str) -> Path:
+        try:
+            return contained(self.path, name)
+        except ValueError as e:
+            raise CheckpointError(f"{self.path}: {e}") from None
 
     @property
     def model_type(self) -> str:
@@ -160,33 +183,42 @@ class Checkpoint:
         single = self.path / "model.safetensors"
         expected: dict[str, str] | None = None
         if index_path.is_file():
-            expected = json.loads(index_path.read_text("utf-8"))["weight_map"]
+            expected = _weight_map(index_path)
             files = sorted(set(expected.values()))
+            if single.is_file() and single.name not in files:  # transformers would read that one
+                raise CheckpointError(f"{self.path}: {single.name} and {index_path.name} are both here; delete one")
         elif single.is_file():
             files = [single.name]
         elif any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")):
             raise CheckpointError(f"{self.path}: only pickled weights here; convert to safetensors, we never unpickle")
         else:
             raise CheckpointError(f"{self.path}: no model.safetensors and no model.safetensors.index.json")
-        root = self.path.resolve()
         problems, tensors = [], {}
         for file in files:
-            shard = self.path / file
-            if Path(file).is_absolute() or not (root / file).parent.resolve().is_relative_to(root):
-                problems.append(f"{index_path.name} names {file}, which is outside the folder")
-            elif not shard.is_file():
+            try:
+                shard = contained(self.path, file)
+                infos = read_infos(shard) if shard.is_file() else None
+            except (CheckpointError, ValueError) as e:
+                problems.append(str(e))
+                continue
+            if infos is None:
                 problems.append(f"shard {file} is missing")
-            else:
-                for name, info in read_infos(shard).items():
-                    if name in tensors:
-                        problems.append(f"tensor {name} is in both {tensors[name].file} and {file}")
-                    tensors[name] = replace(info, file=file)
+                continue
+            for name, info in infos.items():
+                if name in tensors:
+                    problems.append(f"tensor {name} is in both {tensors[name].file} and {file}")
+                tensors[name] = replace(info, file=file)
         if expected and not problems:
             absent = sorted(n for n, f in expected.items() if n not in tensors or tensors[n].file != f)
             if absent:
                 problems.append(f"{len(absent)} tensors of the index are not in their shard, first {absent[0]}")
+            if unlisted := sorted(tensors.keys() - expected.keys()):
+                problems.append(f"{len(unlisted)} tensors of the shards are not in the index, first {unlisted[0]}")
         if problems:
-            raise CheckpointError(f"{self.path}: " + "; ".join(problems))
+            more = f" (and {len(problems) - _PROBLEMS_SHOWN} more)" if len(problems) > _PROBLEMS_SHOWN else ""
+            raise CheckpointError(f"{self.path}: " + "; ".join(problems[:_PROBLEMS_SHOWN]) + more)
+        if extra := sorted(p.name for p in self.path.glob("*.safetensors") if p.name not in files):
+            log.warning("%s: not in the index and not read: %s", self.path.name, ", ".join(extra[:_PROBLEMS_SHOWN]))
         return tensors
 
     def _hub_names(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -225,7 +257,7 @@ class Checkpoint:
 
     @cached_property
     def companions(self) -> list[Path]:
-        return [self.path / n for n in COMPANIONS if (self.path / n).is_file()]
+        return [self._contained(n) for n in COMPANIONS if (self.path / n).is_file()]
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
@@ -235,6 +267,14 @@ class Checkpoint:
     def fingerprint(self) -> dict[str, str]:
         """file → SHA-256 of config.json and of every weight file: the identity that a resumed run must share."""
         return self._fingerprint
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """tensor → shard as the index says."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{index}: no weight_map from tensor names to file names; copy it again")
+    return found
 
 
 def sha256_file(path: Path) -> str:

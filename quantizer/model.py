@@ -10,6 +10,7 @@ from torch import nn
 from vlmq_export.errors import CheckpointError, UsageError
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.untrusted import third_party
 
 
 def pick_device(device: str) -> torch.device:
@@ -42,7 +43,7 @@ class StreamedModel:
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
         cls, config = _class_of(checkpoint)
-        with _parameters_on_meta():
+        with _parameters_on_meta(), third_party(f"{checkpoint.path}: transformers cannot make this model"):
             self.model = cls._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         self.model.eval().requires_grad_(False)
         for module in self.model.modules():
@@ -128,13 +129,9 @@ def _class_of(checkpoint: Checkpoint):
     """transformers' class and config of a checkpoint."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
-    cls = getattr(transformers, (config.architectures or ["missing"])[0], None)
-    if cls is None:
-        raise CheckpointError(
-            f"{checkpoint.path}: config.json names no class that transformers {transformers.__version__} has"
-        )
-    return cls, config
+    with third_party(f"{checkpoint.path}: transformers cannot load this model"):
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    return model_class(transformers, config.architectures), config
 
 
 @contextmanager
@@ -159,7 +156,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     import transformers
 
     cls, _ = _class_of(checkpoint)
-    with _no_progress_bar(transformers):
+    with _no_progress_bar(transformers), third_party(f"{checkpoint.path}: transformers cannot load this model"):
         model, info = cls.from_pretrained(
             checkpoint.path, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
@@ -168,6 +165,15 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
             f"{checkpoint.path}: {len(wrong)} tensors do not fit the model, first {sorted(map(str, wrong))[0]}"
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def model_class(transformers, architectures: object) -> type[nn.Module]:
+    """The class that config.json names. Raises CheckpointError unless it is one of transformers' own models."""
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise CheckpointError(f"config.json names no model class of transformers {transformers.__version__} ({name})")
+    return cls
 
 
 @contextmanager

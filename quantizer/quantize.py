@@ -36,17 +36,19 @@ from vlmq_export.quantizer.artifact import (
 from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
-from vlmq_export.quantizer.families import family_of, text_config
+from vlmq_export.quantizer.families import family_of, layer_count
 from vlmq_export.quantizer.layer import quantize_layer
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
 from vlmq_export.quantizer.shelf import Place, Shelf
 from vlmq_export.quantizer.streams import Batch, advance, decoder_inputs, full_pass, put
+from vlmq_export.quantizer.untrusted import read_json
 
 log = logging.getLogger("vlmq_export")
 SCRATCH = ".activations.tmp"
 RUN = "run.json"  # what this folder is a run of: a resumed run must ask for the same
 TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
+MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
 Progress = Callable[[str, int, int], None]
 
 
@@ -101,7 +103,7 @@ def quantize(
     progress = progress or (lambda *_: None)
     should_stop = should_stop or (lambda: False)
     method, family, target = method_named(config.method), family_of(checkpoint.config), pick_device(device)
-    count = int(text_config(checkpoint.config)["num_hidden_layers"])
+    count = layer_count(checkpoint.config)
     check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
     if method.calibrated and not samples:
         raise CalibrationError(f"method {config.method} needs calibration samples; give some, or use --method rtn")
@@ -127,6 +129,7 @@ def quantize(
                         added=family.added, shelf=shelf,
                     )  # fmt: skip
                 lost = sum(batch.drop_non_finite() for batch in batches)
+                refuse_many_lost(lost, len(samples))
         for i in range(count):
             progress("quantize", i, count)
             if method.calibrated and not any(bool(b.valid.any()) for b in batches):
@@ -142,6 +145,7 @@ def quantize(
                     linears = quantize_layer(layer, f"{family.layers}{i}.", family.groups, batches, full, config)
                     write_layer(folder, i, [q for q, _ in linears], [_record(q, i, metrics) for q, metrics in linears])
                 lost += advance(layer, batches, full)
+                refuse_many_lost(lost, len(samples))
             if not solved and i + 1 < count and should_stop():
                 raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
     progress("quantize", count, count)
@@ -168,6 +172,17 @@ def _shelf(device: torch.device, place: Place, folder: Path):
         yield Shelf(device, place, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_many_lost(lost: int, samples: int) -> None:
+    """A few samples with NaN or infinite activations are left out and counted; more mean that something is broken.
+
+    Raises CalibrationError.
+    """
+    if 0 < lost < samples and lost > MAX_LOST * samples:  # all of them: the walk says at which layer
+        raise CalibrationError(
+            f"{lost} of {samples} samples have NaN or infinite activations; the model or these images are damaged"
+        )
 
 
 @dataclass(frozen=True)
@@ -229,10 +244,7 @@ def _claim(folder: Path, identity: dict, resume: bool) -> int:
             raise ArtifactError(f"{folder} has no {RUN}, so it cannot be resumed; choose another folder")
         write_json(file, identity)
         return 0
-    try:
-        before = json.loads(file.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ArtifactError(f"{file}: damaged ({e}); start again in another folder") from None
+    before = read_json(file, error=ArtifactError)
     if changed := [key for key in identity if before.get(key) != identity[key]]:
         raise ArtifactError(f"{folder} was begun with another {' and '.join(changed)}; give the same, or start again")
     layers = 0

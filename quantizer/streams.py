@@ -64,6 +64,10 @@ class Batch:
     def kwargs(self) -> dict:
         return self._kwargs.get()
 
+    @property
+    def added(self) -> list[torch.Tensor]:
+        return [features.get() for features in self._added]
+
     def pass_layer(self, quantized: torch.Tensor, full: torch.Tensor | None) -> None:
         """Take a layer's outputs, adding what the model adds to its image tokens after that layer (DeepStack)."""
         if self._added:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmq_export import formats
-from vlmq_export.formats.base import FormatPlan, LinearSpec, ModelPlan, TensorSpec
+from vlmq_export.errors import CheckpointError
+from vlmq_export.formats.base import FormatOptions, FormatPlan, LinearSpec, ModelPlan, TensorSpec
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.families import family_of, text_config
+from vlmq_export.quantizer.families import family_of, layer_count
 from vlmq_export.recipe import Recipe
 
 
@@ -30,10 +31,11 @@ class RunPlan:
 def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelPlan:
     """Raises CheckpointError for a model that is not supported or lacks a tensor."""
     family = family_of(checkpoint.config)
-    layers = int(text_config(checkpoint.config)["num_hidden_layers"])
     linears = []
-    for linear in family.linear_names(layers):
+    for linear in family.linear_names(layer_count(checkpoint.config)):
         shape = checkpoint.info(f"{linear}.weight").shape
+        if len(shape) != 2 or 0 in shape:
+            raise CheckpointError(f"{linear}.weight has shape {list(shape)}, which is no linear's; copy the file again")
         linears.append(LinearSpec(linear, shape[0], shape[1], f"{linear}.bias" in checkpoint.tensors))
     taken = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
     floats = [TensorSpec(t.name, t.shape, t.dtype) for t in checkpoint.tensors.values() if t.name not in taken]
@@ -63,4 +65,13 @@ def group_refusals(model: ModelPlan) -> list[str]:
 
 def plan_run(model: ModelPlan, recipe: Recipe) -> RunPlan:
     options = recipe.format_options(model.name)
-    return RunPlan(model, {f.value: formats.get(f.value).plan(model, options) for f in recipe.format})
+    return RunPlan(model, {f.value: _format_plan(f.value, model, options) for f in recipe.format})
+
+
+def _format_plan(name: str, model: ModelPlan, options: FormatOptions) -> FormatPlan:
+    try:
+        return formats.get(name).plan(model, options)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:  # settings that are not there
+        raise CheckpointError(
+            f"config.json of {model.name} cannot be used for --format {name} ({e!r}); copy it from the original model"
+        ) from None
