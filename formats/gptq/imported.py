@@ -12,7 +12,6 @@ of compressed-tensors, which llm-compressor exports its GPTQ results in:
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -39,6 +38,8 @@ from vlmq_export.quantizer.checkpoint import Checkpoint, TensorInfo
 from vlmq_export.quantizer.config import BITS, QuantConfig
 from vlmq_export.quantizer.families import family_of, text_config
 from vlmq_export.quantizer.methods import METHODS
+from vlmq_export.quantizer.model import parameter_shapes
+from vlmq_export.quantizer.untrusted import contained, read_json
 
 log = logging.getLogger("vlmq_export")
 PARTS = {
@@ -68,11 +69,11 @@ def quantization_of(folder: Path) -> dict | None:
     """The quantization_config of a model folder, or None for a float checkpoint."""
     for file, key in (("config.json", "quantization_config"), ("quantize_config.json", None)):
         try:
-            value = json.loads((folder / file).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        value = value.get(key) if key and isinstance(value, dict) else value
-        if isinstance(value, dict):
+            value = read_json(contained(folder, file)) if (folder / file).is_file() else {}
+        except (CheckpointError, ValueError):
+            continue  # whoever reads it for good says what is wrong with it
+        value = value.get(key) if key else value
+        if isinstance(value, dict) and value:
             return value
     return None
 
@@ -165,7 +166,7 @@ class GptqCheckpoint(Checkpoint):
 
     def _unwrap(self) -> None:
         """Check the folder against the model that config.json describes, and put weights in place of packed parts."""
-        expected = self._parameters
+        expected = parameter_shapes(self)
         parts = PARTS[self.scheme.layout]
         lead = parts[0]
         quantized = {n.removesuffix(f".{lead}") for n in self.tensors if n.endswith(f".{lead}")}
@@ -198,21 +199,6 @@ class GptqCheckpoint(Checkpoint):
         for name, shape in expected.items():
             if name in self.tensors and self.tensors[name].shape != shape:
                 raise self._refusal(f"{name} has shape {self.tensors[name].shape}, the model has {shape}")
-
-    @cached_property
-    def _parameters(self) -> dict[str, tuple[int, ...]]:
-        """Hub name → shape of every parameter, from config.json alone."""
-        import transformers
-
-        try:
-            config = transformers.AutoConfig.from_pretrained(self.path)
-            with torch.device("meta"):
-                model = getattr(transformers, config.architectures[0])(config)
-        except Exception as e:  # whatever transformers makes of a damaged config
-            raise self._refusal(
-                f"config.json describes no model ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
-            ) from None
-        return {self.family.hub_name(n): tuple(p.shape) for n, p in model.named_parameters()}
 
     def _refusal(self, why: str, do: str = "give the original float checkpoint") -> CheckpointError:
         return CheckpointError(f"{self.path}: {why}; {do}")
