@@ -17,6 +17,7 @@ DECODER_GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+MAX_LAYERS = 1000  # the deepest published models have under 130
 # A norm and the linears that read its output, and nothing else does: what a scale can be moved between.
 DECODER_NORMS = (
     ("input_layernorm", DECODER_GROUPS[0]),
@@ -129,4 +130,17 @@ def family_of(config: dict) -> Family:
 
 def text_config(config: dict) -> dict:
     """The language model's own settings, nested (transformers 5) or flat (published Qwen2-VL configs)."""
-    return config.get("text_config") or config
+    text = config.get("text_config") or config
+    if not isinstance(text, dict):
+        raise CheckpointError("text_config in config.json is not an object; copy the file again")
+    return text
+
+
+def layer_count(config: dict) -> int:
+    """Decoder layers of a source config. Raises CheckpointError for a number that no model has."""
+    layers = text_config(config).get("num_hidden_layers")
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
+        raise CheckpointError(
+            f"num_hidden_layers in config.json is {layers!r}; a number from 1 to {MAX_LAYERS} is expected"
+        )
+    return layers

@@ -36,15 +36,15 @@ class Params:
     def _each(self, change) -> Params:
         return Params(*(None if p is None else change(p) for p in (self.d, self.scales, self.dmin, self.mins)))
 
-    def rows(self, start: int, stop: int) -> Params:
+    def rows(self, which: slice | torch.Tensor) -> Params:
         """Those of some rows."""
-        return self._each(lambda p: p[start:stop])
+        return self._each(lambda p: p[which])
 
     @staticmethod
-    def joined(parts: Sequence[Params]) -> Params:
-        """Blocks side by side, in order."""
+    def joined(parts: Sequence[Params], dim: int = 1) -> Params:
+        """Blocks side by side, in order; rows one below the other with `dim` 0."""
         fields = ([getattr(p, f) for p in parts] for f in ("d", "scales", "dmin", "mins"))
-        return Params(*(None if f[0] is None else torch.cat(f, 1) for f in fields))
+        return Params(*(None if f[0] is None else torch.cat(f, dim) for f in fields))
 
     def decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and minimum of each sub-block, float32 [rows, sub-blocks]; both products are exact."""

@@ -21,6 +21,7 @@ import torch
 from vlmq_export.quantizer.grids import Affine
 from vlmq_export.quantizer.kquants import BlockGrid, Params
 
+_BAND = 512  # rows or columns worked on together
 DAMP_STEPS = (1, 10, 100)  # times the recipe's damping, tried in turn before falling back to plain rounding
 
 
@@ -82,33 +83,81 @@ def prepare(matrix: torch.Tensor, diagonal: torch.Tensor, *, group: int, act_ord
     order = column_order(weights, group, act_order)
     live = weights[~dead].double()
     mean = float(live.mean()) if len(live) else 0.0
-    permuted = matrix[order][:, order].double()
-    permuted.diagonal()[dead[order]] = mean  # dead rows and columns are zero elsewhere: any positive value will do
     for step in DAMP_STEPS if mean > 0 else ():
-        damped = permuted.clone()
-        damped.diagonal().add_(step * damp * mean)
-        upper = _upper_inverse(damped)
+        permuted = _permuted(matrix, order.flip(0))
+        dead_steps = dead[order.flip(0)]
+        permuted.diagonal()[dead_steps] = mean  # dead rows and columns are zero elsewhere: any positive value will do
+        permuted.diagonal().add_(step * damp * mean)
+        upper = _upper_inverse(permuted)
         if upper is not None:
             return Hessian(matrix, dead, order, upper, step * damp)
     return Hessian(matrix, dead, order, None, 0.0)
 
 
-def _upper_inverse(matrix: torch.Tensor) -> torch.Tensor | None:
-    """float32 U, upper with UᵀU = matrix⁻¹; None where the matrix is not positive definite.
+def _permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """float64 copy of the matrix with rows and columns in `order`, made in bands so that nothing else has its size."""
+    permuted = torch.empty(matrix.shape, dtype=torch.float64, device=matrix.device)
+    for band, rows in zip(permuted.split(_BAND), order.split(_BAND)):
+        band.copy_(matrix[rows][:, order])
+    return permuted
 
-    With matrix = R·Rᵀ, R upper (Cholesky from the last column on), U = R⁻¹.
+
+def _upper_inverse(matrix: torch.Tensor) -> torch.Tensor | None:
+    """float32 U, upper with UᵀU = (JMJ)⁻¹ for a float64 matrix M and J the reversal; None where M is not positive
+    definite. M is overwritten, and nothing else of its size is made but U.
+
+    With M = L·Lᵀ, JMJ = (JLJ)(JLJ)ᵀ where JLJ is upper, and U = (JLJ)⁻¹ = J·L⁻¹·J.
     """
-    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))  # LAPACK's column order: in place
+    if int(info) != 0 or not bool(torch.isfinite(matrix.diagonal()).all()):
         return None
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).float()
+    lower = matrix.mT
+    _invert_lower(lower)
+    upper = torch.empty(matrix.shape, dtype=torch.float32, device=matrix.device)
+    for start in range(0, len(matrix), _BAND):
+        stop = min(start + _BAND, len(matrix))
+        upper[len(matrix) - stop : len(matrix) - start] = lower[start:stop].flip(0, 1)
+    return upper
+
+
+def _invert_lower(lower: torch.Tensor) -> None:
+    """L ← L⁻¹ in place, block column after block column from the last, with a third of n³ multiplications.
+
+    Below the diagonal block L₁₁ the inverse is −L₂₂⁻¹·L₂₁·L₁₁⁻¹, where L₂₂⁻¹ is there already.
+    """
+    n = len(lower)
+    starts = range(0, n, _BAND)
+    for start in reversed(starts):
+        stop = min(start + _BAND, n)
+        eye = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
+        corner = torch.linalg.solve_triangular(lower[start:stop, start:stop], eye, upper=False)
+        lower[start:stop, start:stop] = corner
+        for row in reversed([r for r in starts if r >= stop]):  # from below: a row needs those above it as they were
+            end = min(row + _BAND, n)
+            lower[row:end, start:stop] = -(lower[row:end, stop:end] @ lower[stop:end, start:stop]) @ corner
 
 
 def column_term(hessian: Hessian, drift: torch.Tensor, alpha: float) -> torch.Tensor:
-    """P = α·triu(D·L, 1)·Lᵀ in loop order, float32 [in, in]; row q is α·D_q,>q·(A_>q)⁻¹."""
-    permuted = drift[hessian.order][:, hessian.order]
-    return alpha * (permuted @ hessian.upper.T).triu(1) @ hessian.upper
+    """P = α·triu(D·L, 1)·Lᵀ in loop order, float32 [in, in]; row q is α·D_q,>q·(A_>q)⁻¹.
+
+    Both factors are triangular: only blocks on and above the diagonal are multiplied, a sixth of two full products.
+    """
+    order, upper, n = hessian.order, hessian.upper, len(drift)
+    term = torch.zeros_like(drift)
+    for start in range(0, n, _BAND):
+        stop = min(start + _BAND, n)
+        rows = drift[order[start:stop]][:, order]  # [band, in], loop order
+        shifted = torch.zeros_like(rows)
+        for first in range(start, n, _BAND):
+            last = min(first + _BAND, n)
+            shifted[:, first:last] = rows[:, first:] @ upper[first:last, first:].T
+        shifted = shifted[:, start:]
+        shifted.copy_(shifted.triu(1))
+        for first in range(start, n, _BAND):
+            last = min(first + _BAND, n)
+            term[start:stop, first:last] = alpha * (shifted[:, : last - start] @ upper[start:last, first:last])
+    return term
 
 
 def exact_target(weights: torch.Tensor, hessian: Hessian, drift: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -222,7 +271,7 @@ class BlockSolution:
         return self.grid.decode(self.codes.float(), scale, minimum)
 
     def rows(self, start: int, stop: int) -> BlockSolution:
-        return BlockSolution(self.grid, self.codes[start:stop], self.params.rows(start, stop))
+        return BlockSolution(self.grid, self.codes[start:stop], self.params.rows(slice(start, stop)))
 
 
 def nearest_in_blocks(weights: torch.Tensor, grid: BlockGrid, importance: torch.Tensor | None = None) -> BlockSolution:

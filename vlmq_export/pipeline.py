@@ -19,18 +19,22 @@ from vlmq_export import bundled, checksums, formats, report
 from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
 from vlmq_export.formats.gguf.mix import mix_named, module_types
+from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, write_artifact
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
-from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_run
+from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, truncate
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.memory import MemoryPlan, free_memory
+from vlmq_export.quantizer.model import pick_device
 from vlmq_export.quantizer.quantize import quantize
 from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, load_recipe
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
 LOCK = ".lock"
+_FREE = ("out", "max_memory")  # keys that change no byte of what is written
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -68,25 +72,38 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
         raise UsageError("no --format given; choose one or more of gptq, onnx, gguf")
     model = locate_model(recipe.model)
     artifact = Artifact(model) if (model / MANIFEST).is_file() else None
-    checkpoint = None if artifact else Checkpoint(model)
-    if artifact is not None:
-        recipe = recipe_of_artifact(recipe, artifact)
+    checkpoint = None if artifact else open_checkpoint(model)
+    recipe = recipe_of(recipe, artifact, checkpoint)
+    imported = isinstance(checkpoint, GptqCheckpoint)
     plan = plan_of(recipe, checkpoint, artifact)
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
     refuse_missing_packages(recipe)
-    out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
+    out = recipe.out or Path(f"vlmq-{plan.model.name}-{'export' if imported or artifact else recipe.label()}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
     rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
-    samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks.progress)
+    samples, described = [], {}
+    if checkpoint is not None and not imported:
+        samples, described = calibration_samples(recipe, checkpoint, hooks.progress)
     with claimed(out, overwrite=overwrite):
         result = Result(out, plan)
         write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
         with result.timed("quantize"):
-            if checkpoint is not None:
+            if isinstance(checkpoint, GptqCheckpoint):
+                if not (out / "artifact").exists():
+                    _publish(out / "artifact", lambda folder: write_artifact(checkpoint, folder, plan.model.name))
+            elif checkpoint is not None:
+                memory = plan_memory(
+                    plan.model,
+                    recipe,
+                    plan.memory.host_free,
+                    plan.memory.device_free,
+                    sum(len(s.input_ids) for s in samples),
+                )
+                _tell_memory(memory)
                 quantize(
                     checkpoint, samples, plan.model.config, out / "artifact", name=plan.model.name, calibration=described,
-                    device=recipe.device.value, resume=resume, progress=hooks.progress, should_stop=hooks.should_stop,
+                    device=recipe.device.value, resume=resume, place=memory.place, progress=hooks.progress, should_stop=hooks.should_stop,
                 )  # fmt: skip
             elif artifact is not None and not (out / "artifact").exists():
                 _publish(out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True))
@@ -101,8 +118,9 @@ def dry_run(recipe: Recipe) -> RunPlan:
     model = locate_model(recipe.model)
     if (model / MANIFEST).is_file():
         artifact = Artifact(model)
-        return plan_of(recipe_of_artifact(recipe, artifact), None, artifact)
-    return plan_of(recipe, Checkpoint(model), None)
+        return plan_of(recipe_of(recipe, artifact, None), None, artifact)
+    checkpoint = open_checkpoint(model)
+    return plan_of(recipe_of(recipe, None, checkpoint), checkpoint, None)
 
 
 def verify(
@@ -142,6 +160,11 @@ def locate_model(model: str | None) -> Path:
         raise CheckpointError(f"{model}: neither a local folder nor to be had from the hub ({first})") from None
 
 
+def open_checkpoint(model: Path) -> Checkpoint:
+    """A float checkpoint, or one that others quantized with GPTQ, which then shows its float model's shapes."""
+    return Checkpoint(model) if quantization_of(model) is None else GptqCheckpoint(model)
+
+
 def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | None) -> RunPlan:
     if artifact is not None:
         return plan_run(artifact_plan(artifact), recipe)
@@ -152,24 +175,42 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | 
         mix = mix_named(recipe.gguf_type)
         types = module_types(model, mix, recipe.tensor_type)
         model = replace(model, config=replace(model.config, gguf_type=mix, types=types))
-    return plan_run(model, recipe)
+    if isinstance(checkpoint, GptqCheckpoint):
+        return plan_run(model, recipe)
+    memory = plan_memory(model, recipe, *free_memory(pick_device(recipe.device.value), recipe.max_memory))
+    return plan_run(model, recipe, memory)
 
 
-def recipe_of_artifact(recipe: Recipe, artifact: Artifact) -> Recipe:
-    """The recipe with the grid that the artifact has; a flag that asks for another is refused, not ignored."""
-    c = artifact.config
-    if c.types:
-        if recipe.gguf_type is not None and mix_named(recipe.gguf_type) != c.gguf_type:
-            raise UsageError(
-                f"--gguf-type {recipe.gguf_type}: the artifact has {c.gguf_type} already; quantize the model again"
-            )
-        recipe = recipe.model_copy(update={"gguf_type": c.gguf_type})
+def _tell_memory(memory: MemoryPlan) -> None:
+    where = {"device": "with the layer", "host": "in host memory", "disk": "on disk"}[memory.place]
+    log.debug("about %.1f GB of memory, activations of %.2f GB %s", memory.host / 1e9, memory.activations / 1e9, where)
+    if not memory.fits:
+        log.warning(
+            "needs about %.1f GB of memory and %.1f GB on the GPU where %.1f and %.1f are free; it may be killed",
+            *(n / 1e9 for n in (memory.host, memory.device, memory.host_free, memory.device_free)),
+        )
+
+
+def recipe_of(recipe: Recipe, artifact: Artifact | None, checkpoint: Checkpoint | None) -> Recipe:
+    """The recipe with the grid that a quantized model has; a flag that asks for another is refused, not ignored."""
+    if artifact is not None:
+        c, what = artifact.config, "artifact"
+        if c.types:
+            if recipe.gguf_type is not None and mix_named(recipe.gguf_type) != c.gguf_type:
+                raise UsageError(
+                    f"--gguf-type {recipe.gguf_type}: the artifact has {c.gguf_type} already; quantize the model again"
+                )
+            recipe = recipe.model_copy(update={"gguf_type": c.gguf_type})
+    elif isinstance(checkpoint, GptqCheckpoint):
+        c, what = checkpoint.quant_config, "checkpoint"
+    else:
+        return recipe
     fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order)}
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
             flag = "--" + key.replace("_", "-")
             raise UsageError(
-                f"{flag} {getattr(recipe, key)}: the artifact has {value} already; quantize the model again"
+                f"{flag} {getattr(recipe, key)}: the {what} has {value} already; quantize the float model again"
             )
     return recipe.model_copy(update=fixed | {"method": Method(c.method), "seed": c.seed})
 
@@ -266,7 +307,7 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
     """Resuming under another recipe would mix two runs in one folder."""
     before = load_recipe(out / RECIPE_FILE, {}).model_dump(mode="json")
     now = recipe.model_dump(mode="json")
-    differ = [f"{k} was {before[k]}, now {now[k]}" for k in now if k != "out" and before[k] != now[k]]
+    differ = [f"{k} was {before[k]}, now {now[k]}" for k in now if k not in _FREE and before[k] != now[k]]
     if differ:
         raise UsageError(f"--resume {out}: the recipe differs ({'; '.join(differ)}); use --overwrite or another --out")
 
@@ -310,7 +351,7 @@ def same_source(model: str | None, artifact: Artifact) -> Path | None:
     """The source folder if it is still at hand and still what was quantized; else None."""
     try:
         path = locate_model(model)
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         return path if checkpoint.fingerprint() == artifact.manifest.source else None
     except VlmqError:
         return None
