@@ -64,6 +64,19 @@ class ModuleRecord:
             )
         return cls(linear.name, layer, linear.bits, linear.group_size, linear.symmetric, *shape, bias, metrics)
 
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype (safetensors' spelling) and shape of each of its tensors."""
+        codes = {"codes": ("U8", (self.out_features, self.in_features))}
+        bias = {"bias": ("F16", (self.out_features,))} if self.bias else {}
+        if self.type:
+            grid = GRIDS[self.type]
+            blocks, subs = ((self.out_features, self.in_features // n) for n in (grid.block, grid.sub_block))
+            minimum = {"dmin": ("F16", blocks), "sub_mins": ("U8", subs)} if grid.affine else {}
+            return codes | {"d": ("F16", blocks), "sub_scales": ("I8", subs)} | minimum | bias
+        groups = (self.out_features, 1 if self.group_size == -1 else self.in_features // self.group_size)
+        parts = {"scales": ("F16", groups), "zero_points": ("U8", groups), "g_idx": ("I32", (self.in_features,))}
+        return codes | parts | bias
+
     def linear(self, read: Callable[[str], torch.Tensor]) -> Linear:
         """The integers themselves; `read(key)` gives a stored tensor and raises KeyError where there is none."""
 
@@ -249,14 +262,7 @@ class Artifact:
 
     def _expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Every tensor of the layer files: its dtype and shape, as the manifest has them."""
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for m in self.manifest.modules:
-            grid = (m.out_features, 1 if m.group_size == -1 else m.in_features // m.group_size)
-            tensors |= {f"{m.name}.codes": ("U8", (m.out_features, m.in_features)), f"{m.name}.scales": ("F16", grid)}
-            tensors |= {f"{m.name}.zero_points": ("U8", grid), f"{m.name}.g_idx": ("I32", (m.in_features,))}
-            if m.bias:
-                tensors[f"{m.name}.bias"] = ("F16", (m.out_features,))
-        return tensors
+        return {f"{m.name}.{part}": held for m in self.manifest.modules for part, held in m.stored().items()}
 
     @property
     def source(self) -> Path:
