@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vlmq_export.errors import CheckpointError
+from vlmq_export.quantizer.families import FAMILIES
 
 HEADER_CAP = 100 * 2**20  # the safetensors format's own cap
 _ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -38,6 +39,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str  # safetensors' spelling: BF16, F32, ...
     file: str
+    stored: str = ""  # its name in the file, where that is not the hub's
 
     @property
     def numel(self) -> int:
@@ -98,7 +100,7 @@ class Checkpoint:
         if "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method", "unknown")
             raise CheckpointError(f"{path}: already quantized ({method}); give the original float checkpoint")
-        self.tensors: dict[str, TensorInfo] = self._index()
+        self.tensors: dict[str, TensorInfo] = self._hub_names(self._index())
 
     @property
     def model_type(self) -> str:
@@ -139,6 +141,19 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: " + "; ".join(problems))
         return tensors
 
+    def _hub_names(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The same by the names the family was published with, whichever version of transformers saved the files."""
+        family = FAMILIES.get(self.model_type)
+        if family is None:
+            return tensors
+        named = {
+            family.hub_name(name): replace(t, name=family.hub_name(name), stored=name) for name, t in tensors.items()
+        }
+        if len(named) < len(tensors):
+            twice = next(n for n, t in tensors.items() if named[family.hub_name(n)].stored != n)
+            raise CheckpointError(f"{self.path}: tensor {twice} is there under two names; keep one of them")
+        return named
+
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of one tensor. Raises CheckpointError naming it if it is missing."""
         if name not in self.tensors:
@@ -152,7 +167,7 @@ class Checkpoint:
         info = self.info(name)
         try:
             with safe_open(self.path / info.file, framework="pt") as f:
-                value = f.get_tensor(name)
+                value = f.get_tensor(info.stored or name)
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{info.file}: cannot read {name} ({e}); copy the file again") from None
         if (

@@ -117,7 +117,9 @@ def quantize(
     with exact_arithmetic():
         if method.calibrated:
             with clock("prefix"):
-                batches = decoder_inputs(model, layers[0], samples, two_streams=method.two_streams, device=target)
+                batches = decoder_inputs(
+                    model, layers[0], samples, two_streams=method.two_streams, device=target, added=family.added
+                )
                 lost = sum(batch.drop_non_finite() for batch in batches)
         for i, layer in enumerate(layers):
             progress("quantize", i, count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -28,6 +28,17 @@ class Batch:
     full: torch.Tensor | None  # X̃, same shape
     kwargs: dict  # attention mask and position embeddings, the same for every layer
     valid: torch.Tensor  # bool [samples]: activations finite so far
+    vision: torch.Tensor | None = None  # bool [samples, tokens], of what is in `added`
+    added: list[torch.Tensor] = field(
+        default_factory=list
+    )  # [vision tokens, hidden] each, for the next layers' outputs
+
+    def pass_layer(self, quantized: torch.Tensor, full: torch.Tensor | None) -> None:
+        """Take a layer's outputs, adding what the model adds to its image tokens after that layer (DeepStack)."""
+        if self.added:
+            features = self.added.pop(0)
+            quantized, full = (x if x is None else _add(x, self.vision, features) for x in (quantized, full))
+        self.quantized, self.full = quantized, full
 
     def drop_non_finite(self) -> int:
         """Leave out samples whose activations are not finite; how many are new."""
@@ -41,6 +52,12 @@ class Batch:
     def tokens(self, activations: torch.Tensor) -> torch.Tensor:
         """[samples, tokens, ...] → [valid samples · tokens, ...]."""
         return activations[self.valid].flatten(0, 1)
+
+
+def _add(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    hidden = hidden.clone()
+    hidden[mask] += features
+    return hidden
 
 
 class _Stop(Exception):
@@ -59,10 +76,17 @@ def _before(module: nn.Module, action):
 
 @torch.no_grad()
 def decoder_inputs(
-    model: nn.Module, first_layer: nn.Module, samples: Sequence[Sample], *, two_streams: bool, device: torch.device
+    model: nn.Module,
+    first_layer: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    two_streams: bool,
+    device: torch.device,
+    added: tuple[str, str] | None = None,
 ) -> list[Batch]:
-    """Run vision tower and embeddings, and stop at the first decoder layer."""
+    """Run vision tower and embeddings, and stop at the first decoder layer. `added`: see Family."""
     caught: list[tuple[torch.Tensor, dict]] = []
+    given: dict = {}  # to the language model
 
     def catch(args, kwargs):
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -70,14 +94,16 @@ def decoder_inputs(
         raise _Stop
 
     batches = []
-    with _before(first_layer, catch):
+    with _before(first_layer, catch), _before(model.model.language_model, lambda _args, kwargs: given.update(kwargs)):
         for group in _equal_lengths(samples):
             try:
                 model.model(**_stack(group, device), use_cache=False)
             except _Stop:
                 hidden, kwargs = caught.pop()
             valid = torch.ones(len(group), dtype=torch.bool, device=device)
-            batches.append(Batch(hidden, hidden if two_streams else None, kwargs, valid))
+            mask, features = (given.get(name) for name in added) if added else (None, None)
+            given.clear()
+            batches.append(Batch(hidden, hidden if two_streams else None, kwargs, valid, mask, list(features or [])))
     return batches
 
 
@@ -155,7 +181,7 @@ def advance(layer: nn.Module, batches: list[Batch], full: FullPass) -> int:
     The quantized stream is run the same way whether the layer was solved just now or in an earlier run.
     """
     for batch, output in zip(batches, full.outputs):
-        batch.quantized, batch.full = run_layer(layer, batch.quantized, batch.kwargs), output
+        batch.pass_layer(run_layer(layer, batch.quantized, batch.kwargs), output)
     return sum(batch.drop_non_finite() for batch in batches)
 
 

@@ -58,7 +58,8 @@ def check(folder, reference, options: FormatOptions, settings: CheckSettings) ->
 
 def _copies(name: str, reference) -> list[str]:
     """Hub names that must all hold the weight `name`: a tied head has no weight of its own."""
-    tied = name == "model.embed_tokens.weight" and "lm_head.weight" not in reference.weights.names()
+    own_head = any(n.endswith("lm_head.weight") for n in reference.weights.names())
+    tied = name.endswith("embed_tokens.weight") and not own_head
     return [name, "lm_head.weight"] if tied else [name]
 
 
@@ -180,8 +181,8 @@ def _logits(folder, written: OnnxFolder, reference, settings: CheckSettings) -> 
     for p in prompts:
         positions = reference.position_ids(p)
         if p.pixel_values is not None:
-            got = runner.features(p.pixel_values.numpy(), p.image_grid_thw.numpy())
-            features.append((relative_error(got, reference.vision_features(p)), p.id))
+            want = np.concatenate([reference.vision_features(p), *reference.added_features(p)], axis=-1)
+            features.append((relative_error(runner.prompt_features(p), want), p.id))
         errors.append((relative_error(runner.logits(p, positions)[:, :vocabulary], reference.logits(p)), p.id))
         if runner.answer(p, positions, stop=reference.stop_ids, vocabulary=vocabulary) != reference.answer(p):
             different.append(p.id)

@@ -24,6 +24,7 @@ def fill(model: ir.Model, artifact: Artifact, accuracy_level: int) -> list[str]:
     graph = model.graph
     quantized = {f"{name}.weight": name for name in artifact.linear_names()}
     floats = set(artifact.float_names())
+    embedding = next((n for n in floats if n.endswith("embed_tokens.weight")), "the embedding")
     done = []
     for value in list(graph.initializers.values()):
         name = value.name or ""
@@ -38,7 +39,7 @@ def fill(model: ir.Model, artifact: Artifact, accuracy_level: int) -> list[str]:
                 raise FormatError(f"the graph adds {name}, which the artifact does not have; quantize again")
             value.const_value = ir.Tensor(bias.float().numpy().astype(_numpy(value)), name=name)
         else:
-            stored = "model.embed_tokens.weight" if name == "lm_head.weight" and name not in floats else name
+            stored = embedding if name == "lm_head.weight" and name not in floats else name
             if stored not in floats:
                 raise FormatError(f"the graph needs {name}, which the artifact does not have; quantize again")
             value.const_value = _lazy(artifact, stored, value, name)

@@ -1,4 +1,4 @@
-"""Float graphs of a VLM without weights, from mobius, with every parameter under its hub name.
+"""Float graphs of a VLM without weights, from mobius (torch_graphs: of the others), every parameter under its hub name.
 
 mobius computes every index (windows, M-RoPE, feature positions) inside the graphs, so that any image size, batch and
 past length runs. It knows nothing of quantization: `fill` puts the integers in.
@@ -52,10 +52,15 @@ def float_graphs(source: Path, known: Collection[str], dtype: ir.DataType = ir.D
     Raises FormatError when mobius cannot build this architecture.
     """
     import transformers
+
+    from vlmq_export.formats.onnx import torch_graphs
+
+    whole = transformers.AutoConfig.from_pretrained(source)
+    if whole.model_type in torch_graphs.VISION:
+        return torch_graphs.float_graphs(source, known)
     from mobius import build_from_module, registry
     from mobius.__main__ import _config_from_hf, _default_task_for_model  # what `mobius build --config` does
 
-    whole = transformers.AutoConfig.from_pretrained(source)
     try:
         config = _config_from_hf(getattr(whole, "text_config", whole), parent_config=whole)
         packages = {}

@@ -36,7 +36,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
             stored += 8 * x.in_features
     floats = sum(4 * t.numel for t in model.floats)
     embedding = next((4 * t.numel for t in model.floats if t.name.endswith("embed_tokens.weight")), 0)
-    tied = not any(t.name == "lm_head.weight" for t in model.floats)
+    tied = not any(t.name.endswith("lm_head.weight") for t in model.floats)
     text = text_config(model.source_config)
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     rope = 4 * text["max_position_embeddings"] * head  # cosines and sines of every position

@@ -59,9 +59,22 @@ class OnnxRunner:
             i.name: (i.shape[1], i.shape[3]) for i in self.text.get_inputs() if i.name.startswith("past_key_values")
         }
 
-    def features(self, pixel_values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-        """float [image tokens, hidden], of the embedding graph's type."""
-        return self.vision.run(["image_features"], {"pixel_values": pixel_values, "image_grid_thw": grid})[0]
+    def features(self, pixel_values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+        """float [image tokens, width]. `where`: image_grid_thw or image_sizes, if the family has one of them.
+
+        A graph that takes image_sizes takes one image at a time, of one tile or of pixel_values [images, tiles, ...].
+        """
+        _, *more = (i.name for i in self.vision.get_inputs())
+        if more != ["image_sizes"]:
+            return self.vision.run(["image_features"], {"pixel_values": pixel_values, **dict.fromkeys(more, where)})[0]
+        tiles = pixel_values if pixel_values.ndim == 5 else pixel_values[:, None]
+        feeds = ({"pixel_values": t, "image_sizes": where[i : i + 1]} for i, t in enumerate(tiles))
+        return np.concatenate([self.vision.run(["image_features"], f)[0] for f in feeds])
+
+    def prompt_features(self, prompt) -> np.ndarray:
+        """The features of every image of `prompt`, a calibration.Sample."""
+        inputs = {k: v.numpy() for k, v in prompt.image_inputs().items()}
+        return self.features(inputs["pixel_values"], inputs.get("image_grid_thw", inputs.get("image_sizes")))
 
     def embed(self, input_ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
         """float [B, S, hidden], image features at the image tokens in order."""
@@ -82,15 +95,13 @@ class OnnxRunner:
         return out[0].astype(np.float32, copy=False), present
 
     def prefill(self, prompt, positions: np.ndarray) -> tuple[np.ndarray, dict]:
-        """One whole prompt: `prompt` is a calibration.Sample, `positions` int64 [3, 1, S]."""
+        """One whole prompt: `prompt` is a calibration.Sample, `positions` int64 [3, 1, S], or [1, S] of one axis."""
         embeds = self._embed_prompt(prompt)
         return self.step(embeds, np.ones(embeds.shape[:2], np.int64), positions, None)
 
     def _embed_prompt(self, prompt) -> np.ndarray:
         """float [1, S, hidden], with the features of its images if it has any."""
-        features = None
-        if prompt.pixel_values is not None:
-            features = self.features(prompt.pixel_values.numpy(), prompt.image_grid_thw.numpy())
+        features = None if prompt.pixel_values is None else self.prompt_features(prompt)
         return self.embed(prompt.input_ids.numpy()[None], features)
 
     def logits(self, prompt, positions: np.ndarray) -> np.ndarray:
@@ -109,7 +120,7 @@ class OnnxRunner:
                 break
             new.append(token)
             length += 1
-            at = np.full((3, 1, 1), position, np.int64)
+            at = np.full_like(positions[..., :1], position)
             logits, past = self.step(self.embed(np.array([[token]])), np.ones((1, length), np.int64), at, past)
             position += 1
         return new
