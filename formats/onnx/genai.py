@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from vlmq_export.errors import FormatError
+from vlmq_export.formats.base import FormatOptions
 from vlmq_export.quantizer.artifact import Artifact, write_json
 from vlmq_export.quantizer.families import text_config
 
@@ -13,7 +14,7 @@ PROCESSOR = "processor_config.json"
 KNOWN = ("qwen2_5_vl", "qwen3_vl")  # of our families, those with a runtime type in onnxruntime-genai 0.18
 
 
-def write_genai(artifact: Artifact, folder: Path) -> list[str]:
+def write_genai(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
     """Both files if onnxruntime-genai knows the family; else one note that it does not."""
     if artifact.manifest.model_type not in KNOWN:
         return [

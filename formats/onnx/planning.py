@@ -41,10 +41,10 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     rope = 4 * text["max_position_embeddings"] * head  # cosines and sines of every position
     size = stored + floats + (embedding if tied else 0) + rope + _GRAPH_BYTES * len(model.linears)
-    return FormatPlan(8 * stored / weights, size, [], notes_for(config))
+    return FormatPlan(8 * stored / weights, size, [], notes_for(config, options))
 
 
-def notes_for(config: QuantConfig) -> list[str]:
+def notes_for(config: QuantConfig, options: FormatOptions) -> list[str]:
     notes = ["vision tower, embeddings, norms and output head are float32, scales too: what the CPU kernels compute in"]
     if config.bits == 3:
         notes.append("3-bit codes lie in the 4-bit container, at the size of 4 bits; no runtime decodes three")

@@ -48,6 +48,11 @@ class OnnxRunner:
         return session(with_accuracy_level(path, self.accuracy_level), threads=self.threads, folder=self.folder)
 
     @cached_property
+    def _dtype(self) -> type:
+        """Of embeddings and cache."""
+        return np.float16 if self.text.get_inputs()[0].type == "tensor(float16)" else np.float32
+
+    @cached_property
     def _cache_shapes(self) -> dict[str, tuple[int, int]]:
         """Name → (heads, head size) of every past input."""
         return {
@@ -55,7 +60,7 @@ class OnnxRunner:
         }
 
     def features(self, pixel_values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
-        """float32 [image tokens, width]. `where`: image_grid_thw or image_sizes, if the family has one of them.
+        """float [image tokens, width]. `where`: image_grid_thw or image_sizes, if the family has one of them.
 
         A graph that takes image_sizes takes one image at a time, of one tile or of pixel_values [images, tiles, ...].
         """
@@ -72,22 +77,22 @@ class OnnxRunner:
         return self.features(inputs["pixel_values"], inputs.get("image_grid_thw", inputs.get("image_sizes")))
 
     def embed(self, input_ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
-        """float32 [B, S, hidden], image features at the image tokens in order."""
+        """float [B, S, hidden], image features at the image tokens in order."""
         if features is None:
             hidden = self.embedding.get_outputs()[0].shape[-1]
-            features = np.zeros((0, hidden), np.float32)
+            features = np.zeros((0, hidden), self._dtype)
         return self.embedding.run(["inputs_embeds"], {"input_ids": input_ids, "image_features": features})[0]
 
     def step(
         self, embeds: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: dict | None
     ) -> tuple[np.ndarray, dict]:
-        """Logits [B, S, vocabulary] and the cache after them."""
+        """Logits float32 [B, S, vocabulary] and the cache after them."""
         if past is None:
-            past = {n: np.zeros((embeds.shape[0], h, 0, d), np.float32) for n, (h, d) in self._cache_shapes.items()}
+            past = {n: np.zeros((embeds.shape[0], h, 0, d), self._dtype) for n, (h, d) in self._cache_shapes.items()}
         names = [o.name for o in self.text.get_outputs()]
         out = self.text.run(names, {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **past})
         present = {n.replace("present", "past_key_values"): v for n, v in zip(names[1:], out[1:])}
-        return out[0], present
+        return out[0].astype(np.float32, copy=False), present
 
     def prefill(self, prompt, positions: np.ndarray) -> tuple[np.ndarray, dict]:
         """One whole prompt: `prompt` is a calibration.Sample, `positions` int64 [3, 1, S], or [1, S] of one axis."""
@@ -95,7 +100,7 @@ class OnnxRunner:
         return self.step(embeds, np.ones(embeds.shape[:2], np.int64), positions, None)
 
     def _embed_prompt(self, prompt) -> np.ndarray:
-        """float32 [1, S, hidden], with the features of its images if it has any."""
+        """float [1, S, hidden], with the features of its images if it has any."""
         features = None if prompt.pixel_values is None else self.prompt_features(prompt)
         return self.embed(prompt.input_ids.numpy()[None], features)
 
