@@ -33,10 +33,10 @@ def traced_once():
     """Tracing takes most of the time and knows nothing of bits: one graph a model, copied for each writing."""
     made = {}
 
-    def cached(source, known):
-        key = (source / "config.json").read_text()
+    def cached(source, known, dtype):
+        key = (source / "config.json").read_text(), dtype
         if key not in made:
-            made[key] = float_graphs(source, known)
+            made[key] = float_graphs(source, known, dtype)
         return {name: model.clone() for name, model in made[key].items()}
 
     with pytest.MonkeyPatch.context() as patch:
@@ -70,6 +70,16 @@ def test_every_grid_passes_every_gate(exported, arch, tag):
     wrong = [c for c in rows if c.status not in ("passed", "info")]
     assert not wrong, wrong
     assert {c.level for c in rows if c.status == "passed"} == {"L1", "L2", "L3"}
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_the_standard_operators_pass_every_gate(exported, tmp_path, arch):
+    reference, _ = exported(arch)
+    onnx_format.write(Artifact(reference.artifact), tmp_path, FormatOptions(onnx_graph="plain"))
+    rows = onnx_format.check(tmp_path, reference, FormatOptions(onnx_graph="plain"), replace(SETTINGS, images=1))
+    assert not [c for c in rows if c.status not in ("passed", "info")], rows
+    nodes = onnx.load(tmp_path / "text.onnx", load_external_data=False).graph.node
+    assert {n.op_type for n in nodes if n.domain} == {"MatMulNBits"}
 
 
 @pytest.mark.parametrize(("arch", "generation"), [("qwen3_vl", "hub"), ("llava_onevision", "modules")])

@@ -57,7 +57,7 @@ def float_graphs(source: Path, known: Collection[str], dtype: ir.DataType = ir.D
 
     whole = transformers.AutoConfig.from_pretrained(source)
     if whole.model_type in torch_graphs.VISION:
-        return torch_graphs.float_graphs(source, known)
+        return torch_graphs.float_graphs(source, known, dtype)
     from mobius import build_from_module, registry
     from mobius.__main__ import _config_from_hf, _default_task_for_model  # what `mobius build --config` does
 
@@ -71,7 +71,7 @@ def float_graphs(source: Path, known: Collection[str], dtype: ir.DataType = ir.D
         graphs = {name: packages[dtype][component] for name, component in GRAPHS.items()}
         graphs["vision"] = packages[ir.DataType.FLOAT][GRAPHS["vision"]]
         if dtype != ir.DataType.FLOAT:
-            _cast_output(graphs["vision"].graph, dtype)
+            cast_output(graphs["vision"].graph, dtype)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise FormatError(
             f"mobius cannot build ONNX graphs for {whole.model_type} ({' '.join(repr(e).split())[:200]}); leave out --format onnx"
@@ -85,7 +85,7 @@ def float_graphs(source: Path, known: Collection[str], dtype: ir.DataType = ir.D
     return graphs
 
 
-def _cast_output(graph: ir.Graph, dtype: ir.DataType) -> None:
+def cast_output(graph: ir.Graph, dtype: ir.DataType) -> None:
     """The graph's only output in another float type, under the same name."""
     (value,) = graph.outputs
     node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from vlmq_export.formats.onnx.graphs import IR_VERSION, cast_output, rename
 from vlmq_export.formats.onnx.torch_text import OPSET, Embedding, Text
 from vlmq_export.formats.onnx.torch_vision import InternVision, LlavaOnevision, Qwen3Vision
 from vlmq_export.quantizer.families import family_of
@@ -23,17 +24,18 @@ from vlmq_export.quantizer.families import family_of
 VISION = {"qwen3_vl": Qwen3Vision, "llava_onevision": LlavaOnevision, "internvl": InternVision}
 
 
-def float_graphs(source: Path, known: Collection[str]) -> dict[str, ir.Model]:
+def float_graphs(source: Path, known: Collection[str], dtype: ir.DataType = ir.DataType.FLOAT) -> dict[str, ir.Model]:
     """vision, embedding and text of the model in `source` (config.json); arguments and errors as graphs.float_graphs."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source)
+    family = family_of(config.to_dict())
+    kind = torch.float16 if dtype == ir.DataType.FLOAT16 else torch.float32
     with torch.device("meta"):
-        model = getattr(transformers, config.architectures[0])(config)
-    model = empty(model.float().eval())
+        model = getattr(transformers, config.architectures[0])(config).eval()
+    empty(model, lambda name: torch.float32 if family.is_vision(family.hub_name(name)) else kind)
     vision = VISION[config.model_type](model)
     deepstack = getattr(vision, "deepstack", 0)
-    family = family_of(config.to_dict())
     names = {id(p): family.hub_name(name) for name, p in model.named_parameters()}
     parts = {
         "vision": (vision, *vision.example()),
@@ -41,19 +43,21 @@ def float_graphs(source: Path, known: Collection[str]) -> dict[str, ir.Model]:
         "text": _text(model, config, deepstack),
     }
     graphs = {name: export(name, *part, names) for name, part in parts.items()}
+    if dtype != ir.DataType.FLOAT:
+        cast_output(graphs["vision"].graph, dtype)
     _keep_unused(graphs, model, names, known)
     return graphs
 
 
-def empty(model: nn.Module) -> nn.Module:
-    """Every parameter one zero of its own, seen in its shape; tied ones stay tied."""
+def empty(model: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> None:
+    """Every parameter becomes one zero of its own, seen in its shape; tied ones stay tied. `dtype_of` takes its name."""
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if id(p) not in made:
-                made[id(p)] = nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False)
+                zero = torch.zeros((), dtype=dtype_of(f"{prefix}.{name}"))
+                made[id(p)] = nn.Parameter(zero.expand(p.shape), requires_grad=False)
             setattr(module, name, made[id(p)])
-    return model
 
 
 def export(
@@ -68,7 +72,7 @@ def export(
             input_names=list(inputs), output_names=list(outputs), dynamic_shapes=shapes,
         )  # fmt: skip
     model = program.model
-    model.graph.name = graph
+    model.graph.name, model.ir_version = graph, IR_VERSION
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for value in list(model.graph.initializers.values()):
         if value.name in parameters:
@@ -84,7 +88,7 @@ def export(
 def _embedding(model: nn.Module, config, deepstack: int):
     token = getattr(config, "image_token_id", None) or config.image_token_index
     width = (1 + deepstack) * model.get_input_embeddings().weight.shape[1]
-    arguments = torch.full((2, 6), token), torch.zeros(7, width)
+    arguments = torch.full((2, 6), token), torch.zeros(7, width, dtype=model.lm_head.weight.dtype)
     inputs = {"input_ids": {0: "batch", 1: "sequence"}, "image_features": {0: "image_tokens"}}
     return Embedding(model, token, deepstack), arguments, inputs, {"inputs_embeds": {}}
 
@@ -92,12 +96,12 @@ def _embedding(model: nn.Module, config, deepstack: int):
 def _text(model: nn.Module, config, deepstack: int):
     module = Text(model, deepstack)
     text = module.config
-    batch, length, past = 2, 5, 3
+    batch, length, past, dtype = 2, 5, 3, model.lm_head.weight.dtype
     heads, size = text.num_key_value_heads, module.layers[0].self_attn.head_dim
-    caches = [torch.zeros(batch, heads, past, size) for _ in range(2 * len(module.layers))]
+    caches = [torch.zeros(batch, heads, past, size, dtype=dtype) for _ in range(2 * len(module.layers))]
     positions = torch.zeros(*[3][: bool(module.rotary.sections)], batch, length, dtype=torch.long)
     arguments = (
-        torch.zeros(batch, length, (1 + deepstack) * text.hidden_size),
+        torch.zeros(batch, length, (1 + deepstack) * text.hidden_size, dtype=dtype),
         torch.ones(batch, past + length, dtype=torch.long),
         positions,
         caches,
@@ -123,13 +127,6 @@ def _keep_unused(graphs: dict[str, ir.Model], model: nn.Module, names: dict[int,
             shape = ir.Shape(parameter.shape)
             value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
             graphs["vision"].graph.initializers[name] = value
-
-
-def rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
-    """Give an initializer another name; the graph finds initializers by it."""
-    graph.initializers.pop(value.name or "")
-    value.name = name
-    graph.initializers[name] = value
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Text(nn.Module):
         size = self.config.hidden_size
         hidden, *added = (inputs_embeds[..., i * size : (i + 1) * size] for i in range(1 + self.deepstack))
         mask = attention_mask.bool()[:, None, None, :].expand(batch, 1, length, total)
-        rotary = self.rotary(position_ids)
+        rotary = [r.to(inputs_embeds.dtype) for r in self.rotary(position_ids)]
         present = []
         for i, layer in enumerate(self.layers):
             attended, key, value = self._attend(
@@ -73,7 +73,7 @@ class Text(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Positions → (cosines, sines) [B, S, head size / 2] from the model's own frequencies.
+    """Positions → (cosines, sines) float32 [B, S, head size / 2] from the model's own frequencies.
 
     Raises FormatError for frequencies that depend on the length of the prompt; `dynamic` ones do so only beyond
     max_position_embeddings.
