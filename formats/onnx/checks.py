@@ -50,7 +50,7 @@ def check(folder, reference, options: FormatOptions, settings: CheckSettings) ->
     stages = (("L1", _own_reader, (written, reference)), ("L1", _runtime_reader, (written, reference, settings)),
               ("L1", rotary_tables, (written, reference)), ("L2", _linears, (written, reference, settings, provider)),
               ("L3", _logits, (folder, written, reference, settings, provider)),
-              ("L3", genai_rows, (folder, reference, settings)))  # fmt: skip
+              ("L3", genai_rows, (folder, reference, settings, max(written.accuracy_levels))))  # fmt: skip
     for level, stage, arguments in stages:
         if level != "L1" and not available(provider):
             rows.append(Check.not_run("onnx", level, f"ONNX Runtime on {provider}", f"no {PROVIDERS[provider]} here"))
