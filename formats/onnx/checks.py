@@ -206,7 +206,7 @@ def _logits(folder, written: OnnxFolder, reference, settings: CheckSettings, pro
             want = np.concatenate([reference.vision_features(p), *reference.added_features(p)], axis=-1)
             features.append((relative_error(runner.prompt_features(p), want), p.id))
         errors.append((relative_error(runner.logits(p, positions)[:, :vocabulary], reference.logits(p)), p.id))
-        if runner.answer(p, positions, stop=reference.stop_ids, vocabulary=vocabulary) != reference.answer(p):
+        if runner.answer(p, positions, stop=reference.stop_ids) != reference.answer(p):
             different.append(p.id)
     first = prompts[0]
     positions, full = reference.position_ids(first), reference.logits(first)

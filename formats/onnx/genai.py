@@ -13,7 +13,7 @@ from vlmq_export.quantizer.families import text_config
 
 PROCESSOR = "processor_config.json"
 SHARED_LENGTH = 8192  # tokens of a shared cache unless the caller asks for others: it is allocated at once
-KNOWN = ("qwen2_5_vl",)  # of our families, those with a runtime type in onnxruntime-genai 0.18
+KNOWN = ("qwen2_5_vl", "qwen3_vl")  # of our families, those with a runtime type in onnxruntime-genai 0.18
 
 
 def write_genai(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
@@ -53,7 +53,7 @@ def genai_config(source: dict, generation: dict, options: FormatOptions, process
         **session,
         "filename": "text.onnx",
         "head_size": text.get("head_dim") or text["hidden_size"] // heads,
-        "hidden_size": text["hidden_size"],
+        "hidden_size": text["hidden_size"] * (1 + len(vision.get("deepstack_visual_indexes", []))),  # of inputs_embeds
         "num_attention_heads": heads,
         "num_hidden_layers": text["num_hidden_layers"],
         "num_key_value_heads": text["num_key_value_heads"],
@@ -72,7 +72,7 @@ def genai_config(source: dict, generation: dict, options: FormatOptions, process
     }
     return {
         "model": {
-            "type": "qwen2_5_vl",
+            "type": source["model_type"],
             "bos_token_id": text.get("bos_token_id", first_eos),
             "eos_token_id": eos,
             "pad_token_id": first_eos if pad is None else pad,

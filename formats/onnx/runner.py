@@ -125,14 +125,15 @@ class OnnxRunner:
         """float32 [S, vocabulary]."""
         return self.prefill(prompt, positions)[0][0]
 
-    def answer(
-        self, prompt, positions: np.ndarray, *, stop: frozenset[int], vocabulary: int, limit: int = 16
-    ) -> list[int]:
-        """Greedy token ids up to and without the stop token, decoded through the cache."""
+    def answer(self, prompt, positions: np.ndarray, *, stop: frozenset[int], limit: int = 16) -> list[int]:
+        """Greedy token ids up to and without the stop token, decoded through the cache.
+
+        From every row of the output, padding of the vocabulary included: so does each runtime, and the reference.
+        """
         logits, past = self.prefill(prompt, positions)
         length, position, new = len(prompt.input_ids), int(positions.max()) + 1, []
         while len(new) < limit:
-            token = int(logits[0, -1, :vocabulary].argmax())
+            token = int(logits[0, -1].argmax())
             if token in stop:
                 break
             new.append(token)

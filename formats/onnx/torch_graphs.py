@@ -16,7 +16,6 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from vlmq_export.errors import FormatError
 from vlmq_export.formats.onnx.torch_text import OPSET, Embedding, Text
 from vlmq_export.formats.onnx.torch_vision import InternVision, LlavaOnevision, Qwen3Vision
 from vlmq_export.quantizer.families import family_of

@@ -29,7 +29,9 @@ class Text(nn.Module):
         self.layers, self.norm, self.lm_head = language.layers, language.norm, model.lm_head
         sliding = {"sliding_attention", "chunked_attention"} & set(getattr(self.config, "layer_types", None) or [])
         if sliding:
-            raise FormatError(f"ONNX graphs have no {min(sliding)}, which config.json asks for; leave out --format onnx")
+            raise FormatError(
+                f"ONNX graphs have no {min(sliding)}, which config.json asks for; leave out --format onnx"
+            )
         self.rotary = Rotary(language)
 
     def forward(self, inputs_embeds, attention_mask, position_ids, past):
@@ -114,9 +116,7 @@ class Embedding(nn.Module):
 
 def rms_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     attributes = {"axis": -1, "epsilon": float(norm.variance_epsilon)}
-    return symbolic(
-        "::RMSNormalization", (x, norm.weight), attributes, dtype=x.dtype, shape=x.shape, version=OPSET
-    )
+    return symbolic("::RMSNormalization", (x, norm.weight), attributes, dtype=x.dtype, shape=x.shape, version=OPSET)
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], heads: int) -> torch.Tensor:

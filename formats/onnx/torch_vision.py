@@ -33,7 +33,10 @@ class Qwen3Vision(nn.Module):
 
     def example(self):
         unit = 4 * self.merge**2
-        arguments = torch.zeros(2 * unit + 2 * unit, self.pixels), torch.tensor([[2, 2 * self.merge, 2 * self.merge]] * 2)
+        arguments = (
+            torch.zeros(2 * unit + 2 * unit, self.pixels),
+            torch.tensor([[2, 2 * self.merge, 2 * self.merge]] * 2),
+        )
         return arguments, {"pixel_values": {0: "patches"}, "image_grid_thw": {0: "images"}}, OUTPUTS
 
     def forward(self, pixel_values, image_grid_thw):
@@ -119,9 +122,11 @@ class InternVision(nn.Module):
 
     def example(self):
         height, width = self.tower.embeddings.image_size
-        return (torch.zeros(3, self.config.vision_config.num_channels, height, width),), {
-            "pixel_values": {0: "tiles"}
-        }, OUTPUTS
+        return (
+            (torch.zeros(3, self.config.vision_config.num_channels, height, width),),
+            {"pixel_values": {0: "tiles"}},
+            OUTPUTS,
+        )
 
     def forward(self, pixel_values):
         embeddings = self.tower.embeddings
@@ -208,7 +213,9 @@ class LlavaOnevision(nn.Module):
         scale = torch.minimum(wide / width, tall / height)
         used = torch.minimum((width * scale).long() * (height * scale).long(), size[0] * size[1])
         wasted = self.resolutions[:, 0] * self.resolutions[:, 1] - used
-        best = self.resolutions[(used.double() * 2**25 - wasted.double()).argmax()] // self.size  # most used, least wasted
+        best = (
+            self.resolutions[(used.double() * 2**25 - wasted.double()).argmax()] // self.size
+        )  # most used, least wasted
         rows, columns = best[0] * self.side, best[1] * self.side
         tall, wide = rows.double(), columns.double()
         flat = width / height > wide / tall
