@@ -9,13 +9,24 @@ import numpy as np
 
 from vlmq_export.errors import MissingRuntime
 
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-def session(model: Path | bytes, *, threads: int, folder: Path | None = None):
-    """A CPU session with everything pinned that could change a result."""
+
+def available(provider: str) -> bool:
+    """Whether the installed onnxruntime has this execution provider, cpu or cuda."""
+    import onnxruntime as ort
+
+    return PROVIDERS[provider] in ort.get_available_providers()
+
+
+def session(model: Path | bytes, *, threads: int, folder: Path | None = None, provider: str = "cpu"):
+    """A session with everything pinned that could change a result."""
     try:
         import onnxruntime as ort
     except ImportError as e:
         raise MissingRuntime(f"onnxruntime is not installed ({e}); pip install 'vlmq-export[onnx]'") from None
+    if not available(provider):
+        raise MissingRuntime(f"this onnxruntime has no {PROVIDERS[provider]}; pip install 'vlmq-export[onnx-gpu]'")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -23,29 +34,35 @@ def session(model: Path | bytes, *, threads: int, folder: Path | None = None):
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     source = model if isinstance(model, bytes) else str(model)
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
 
 
 class OnnxRunner:
     """Batch of one unless the caller gives more. `accuracy_level` overrides the file's own, in memory."""
 
-    def __init__(self, folder: Path, *, accuracy_level: int | None = None, threads: int = 1):
+    def __init__(self, folder: Path, *, accuracy_level: int | None = None, threads: int = 1, provider: str = "cpu"):
         self.folder, self.accuracy_level, self.threads = Path(folder), accuracy_level, threads
+        self.provider = provider
 
     @cached_property
     def vision(self):
-        return session(self.folder / "vision.onnx", threads=self.threads)
+        return session(self.folder / "vision.onnx", threads=self.threads, provider=self.provider)
 
     @cached_property
     def embedding(self):
-        return session(self.folder / "embedding.onnx", threads=self.threads)
+        return session(self.folder / "embedding.onnx", threads=self.threads, provider=self.provider)
 
     @cached_property
     def text(self):
         path = self.folder / "text.onnx"
         if self.accuracy_level is None:
-            return session(path, threads=self.threads)
-        return session(with_accuracy_level(path, self.accuracy_level), threads=self.threads, folder=self.folder)
+            return session(path, threads=self.threads, provider=self.provider)
+        return session(
+            with_accuracy_level(path, self.accuracy_level),
+            threads=self.threads,
+            folder=self.folder,
+            provider=self.provider,
+        )
 
     @cached_property
     def _dtype(self) -> type:

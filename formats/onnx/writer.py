@@ -14,7 +14,7 @@ from vlmq_export.formats.onnx.fill import fill
 from vlmq_export.formats.onnx.fuse import fuse
 from vlmq_export.formats.onnx.genai import write_genai
 from vlmq_export.formats.onnx.graphs import float_graphs
-from vlmq_export.formats.onnx.planning import notes_for
+from vlmq_export.formats.onnx.planning import is_fused, notes_for
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.families import text_config
 
@@ -29,9 +29,10 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
     dtype = ir.DataType.FLOAT16 if options.onnx_dtype == "float16" else ir.DataType.FLOAT
     notes = notes_for(artifact.config, options)
     for name, model in float_graphs(artifact.source, known, dtype).items():
-        fused = name == "text" and options.onnx_graph == "fused" and fuse(model, _mrope_section(artifact.source_config))
-        if name == "text" and options.onnx_graph == "fused" and not fused:
-            notes.append(f"the decoder graph of {artifact.manifest.model_type} keeps the standard operators")
+        if name == "text" and is_fused(options) and not fuse(model, _mrope_section(artifact.source_config)):
+            raise FormatError(
+                f"the decoder graph of {artifact.manifest.model_type} has no attention to fuse; use --onnx-graph plain"
+            )
         found += fill(model, artifact, options.onnx_accuracy_level)
         save(model, folder / f"{name}.onnx")
     missing = set(artifact.linear_names()) - set(found)
