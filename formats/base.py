@@ -61,6 +61,9 @@ class FormatOptions:
     gptq_names: str = "hub"  # hub | module
     gptq_shard_bytes: int = 5 * 10**9  # transformers' own default
     onnx_accuracy_level: int = 0
+    onnx_graph: str = "fused"  # fused | plain
+    onnx_dtype: str = "float32"  # float32 | float16
+    onnx_provider: str = "cpu"  # cpu | cuda
     mmproj_dtype: str = "f16"  # f16 | f32
 
 

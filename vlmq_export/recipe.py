@@ -55,6 +55,21 @@ class GptqNames(StrEnum):
     module = "module"
 
 
+class OnnxGraph(StrEnum):
+    fused = "fused"
+    plain = "plain"
+
+
+class OnnxDtype(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+
+
+class OnnxProvider(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class MmprojType(StrEnum):
     f16 = "f16"
     f32 = "f32"
@@ -85,6 +100,9 @@ class Recipe(BaseModel):
     gptq_version: GptqVersion = GptqVersion.v1
     gptq_names: GptqNames = GptqNames.hub
     accuracy_level: Annotated[int, Field(ge=0, le=4)] = 0
+    onnx_graph: OnnxGraph = OnnxGraph.fused
+    onnx_dtype: OnnxDtype = OnnxDtype.float32
+    onnx_provider: OnnxProvider = OnnxProvider.cpu
     mmproj: MmprojType = MmprojType.f16
     gguf_type: str | None = (
         None  # a mix of block types as the grid: Q4_K_M; None: the affine grid of bits and group_size
@@ -132,7 +150,8 @@ class Recipe(BaseModel):
     def format_options(self, name: str) -> FormatOptions:
         return FormatOptions(
             name=name, gptq_version=self.gptq_version.value, gptq_names=self.gptq_names.value,
-            onnx_accuracy_level=self.accuracy_level, mmproj_dtype=self.mmproj.value,
+            onnx_accuracy_level=self.accuracy_level, onnx_graph=self.onnx_graph.value, onnx_dtype=self.onnx_dtype.value,
+            onnx_provider=self.onnx_provider.value, mmproj_dtype=self.mmproj.value,
         )  # fmt: skip
 
     def label(self) -> str:
