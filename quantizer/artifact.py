@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vlmq_export.errors import ArtifactError, CheckpointError
-from vlmq_export.quantizer.checkpoint import Checkpoint, read_header
-from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.checkpoint import COMPANIONS, Checkpoint, TensorInfo, read_infos, read_tensor
+from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
+from vlmq_export.quantizer.untrusted import contained, read_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -137,32 +139,37 @@ def write_layer(folder: Path, index: int, linears: Iterable[QuantizedLinear], re
 
 
 def read_layer_records(folder: Path, index: int) -> list[ModuleRecord]:
-    with safe_open(folder / layer_file(index), framework="pt") as f:
-        return [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
+    file = folder / layer_file(index)
+    try:
+        with safe_open(file, framework="pt") as f:
+            return [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
 def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
     """The linears of one published layer, before there is a manifest. Raises ArtifactError when it is damaged."""
     file = folder / layer_file(index)
     try:
-        read_header(file)
-        with safe_open(file, framework="pt") as f:
-            records = [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
-            return [
-                QuantizedLinear(
-                    r.name,
-                    *(f.get_tensor(f"{r.name}.{part}") for part in ("codes", "scales", "zero_points", "g_idx")),
-                    f.get_tensor(f"{r.name}.bias") if r.bias else None,
-                    r.bits, r.group_size, r.symmetric,
-                )
-                for r in records
-            ]  # fmt: skip
-    except (CheckpointError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        infos = read_infos(file)
+        return [
+            QuantizedLinear(
+                r.name,
+                *(read_tensor(folder, infos[f"{r.name}.{part}"]) for part in ("codes", "scales", "zero_points", "g_idx")),
+                read_tensor(folder, infos[f"{r.name}.bias"]) if r.bias else None,
+                r.bits, r.group_size, r.symmetric,
+            )
+            for r in read_layer_records(folder, index)
+        ]  # fmt: skip
+    except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
 def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None:
-    """Copy every tensor that is not quantized, in its source dtype, in shards of about 2 GiB."""
+    """Copy every tensor that is not quantized, in its source dtype, in shards of about 2 GiB; a whole shard is kept.
+
+    One tensor is in memory at a time. Wide types come first in a shard, so that every tensor is aligned to its own width.
+    """
     shards: list[list[str]] = [[]]
     room = _FLOAT_SHARD_BYTES
     for name in names:
@@ -173,8 +180,26 @@ def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None
         shards[-1].append(name)
         room -= size
     for i, shard in enumerate(shards, start=1):
-        tensors = {name: checkpoint.tensor(name).clone() for name in shard}
-        write_atomic(folder / f"float-{i:05d}.safetensors", lambda t, tensors=tensors: save_file(tensors, t))
+        file = folder / f"float-{i:05d}.safetensors"
+        if file.is_file():
+            continue  # resumed: renamed only when whole
+        infos = [checkpoint.tensors[name] for name in shard]
+        infos.sort(key=lambda t: (-t.nbytes // max(1, t.numel), t.name))
+        write_atomic(file, lambda t, infos=infos: _write_tensors(t, infos, checkpoint.tensor))
+
+
+def _write_tensors(path: Path, infos: list[TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
+    """A safetensors file, tensor by tensor; the library's own writer wants all of them in memory."""
+    header, end = {}, 0
+    for t in infos:
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for t in infos:
+            f.write(read(t.name).view(-1).view(torch.uint8).numpy().data)
 
 
 def write_source(folder: Path, checkpoint: Checkpoint) -> None:
@@ -196,33 +221,58 @@ class Artifact:
         manifest = self.path / MANIFEST
         if not manifest.is_file():
             raise ArtifactError(f"{path}: no {MANIFEST}; not an artifact, or one whose run was stopped (try --resume)")
+        _refuse_strangers(self.path)
+        raw = read_json(manifest, error=ArtifactError)
+        if raw.get("schema") != SCHEMA:
+            raise ArtifactError(f"{manifest}: schema {raw.get('schema')}, this version reads {SCHEMA}; quantize again")
         try:
-            raw = json.loads(manifest.read_text("utf-8"))
-            if raw["schema"] != SCHEMA:
-                raise ArtifactError(f"{manifest}: schema {raw['schema']}, this version reads {SCHEMA}; quantize again")
             raw["modules"] = [ModuleRecord(**m) for m in raw["modules"]]
             self.manifest = Manifest(**raw)
             self.config = QuantConfig(**self.manifest.config)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+        except (KeyError, TypeError) as e:
             raise ArtifactError(f"{manifest}: damaged ({e!r}); quantize again") from None
+        if problems := manifest_problems(self.manifest, self.config):
+            raise ArtifactError(f"{manifest}: damaged ({'; '.join(problems[:4])}); quantize again")
         self.records = {m.name: m for m in self.manifest.modules}
         self._where = self._index()
 
-    def _index(self) -> dict[str, Path]:
+    def _index(self) -> dict[str, TensorInfo]:
         layers = sorted({m.layer for m in self.manifest.modules})
         files = [self.path / layer_file(i) for i in layers]
         missing = [f.name for f in files if not f.is_file()]
         floats = sorted(self.path.glob("float-*.safetensors"))
         if missing or not floats:
-            raise ArtifactError(f"{self.path}: incomplete, {', '.join(missing) or 'float tensors'} missing")
-        self._float_names: list[str] = []
-        where: dict[str, Path] = {}
+            raise ArtifactError(f"{self.path}: incomplete, {', '.join(missing[:8]) or 'float tensors'} missing")
+        self._floats: list[TensorInfo] = []
+        where: dict[str, TensorInfo] = {}
+        expected = self._expected()
         for file in [*files, *floats]:
-            names = list(read_header(file))
-            where |= dict.fromkeys(names, file)
+            infos = _infos(file)
+            if twice := where.keys() & infos.keys():
+                raise ArtifactError(f"{self.path}: tensor {min(twice)} is in two files; quantize again")
+            where |= infos
             if file.name.startswith("float-"):
-                self._float_names += names
+                self._floats += infos.values()
+            for name, info in infos.items():
+                found, want = (info.dtype, info.shape), expected.pop(name, None)
+                if found != want and (want or file.name.startswith("layer-")):
+                    raise ArtifactError(f"{file}: {name} is {found}, the manifest says {want}; quantize again")
+        if expected:
+            raise ArtifactError(
+                f"{self.path}: {len(expected)} tensors of the manifest missing, first {min(expected)}; quantize again"
+            )
         return where
+
+    def _expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Every tensor of the layer files: its dtype and shape, as the manifest has them."""
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for m in self.manifest.modules:
+            grid = (m.out_features, 1 if m.group_size == -1 else m.in_features // m.group_size)
+            tensors |= {f"{m.name}.codes": ("U8", (m.out_features, m.in_features)), f"{m.name}.scales": ("F16", grid)}
+            tensors |= {f"{m.name}.zero_points": ("U8", grid), f"{m.name}.g_idx": ("I32", (m.in_features,))}
+            if m.bias:
+                tensors[f"{m.name}.bias"] = ("F16", (m.out_features,))
+        return tensors
 
     @property
     def source(self) -> Path:
@@ -231,13 +281,12 @@ class Artifact:
 
     @cached_property
     def source_config(self) -> dict:
-        return json.loads((self.source / "config.json").read_text("utf-8"))
+        return read_json(self.source / "config.json", error=ArtifactError)
 
     def _read(self, key: str) -> torch.Tensor:
         try:
-            with safe_open(self._where[key], framework="pt") as f:
-                return f.get_tensor(key)
-        except (KeyError, SafetensorError, OSError) as e:
+            return read_tensor(self.path, self._where[key])
+        except (KeyError, EOFError, OSError) as e:
             raise ArtifactError(f"{self.path}: cannot read {key} ({e}); the artifact is damaged") from None
 
     def linear_names(self) -> list[str]:
@@ -247,6 +296,10 @@ class Artifact:
     def linear(self, name: str) -> QuantizedLinear:
         r = self.records[name]
         parts = {k: self._read(f"{name}.{k}") for k in ("codes", "scales", "zero_points", "g_idx")}
+        if problem := _out_of_range(**parts, bits=r.bits):
+            raise ArtifactError(
+                f"{self.path / self._where[f'{name}.codes'].file}: {name}: {problem}; the artifact is damaged"
+            )
         bias = self._read(f"{name}.bias") if r.bias else None
         return QuantizedLinear(name, **parts, bias=bias, bits=r.bits, group_size=r.group_size, symmetric=r.symmetric)
 
@@ -255,13 +308,85 @@ class Artifact:
 
     def float_names(self) -> list[str]:
         """Hub names of every tensor that is not a quantized weight nor a quantized module's bias."""
-        return self._float_names
+        return [t.name for t in self._floats]
 
     def float_info(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """(hub name, shape, dtype in safetensors' spelling) of the same tensors."""
-        for file in sorted(self.path.glob("float-*.safetensors")):
-            yield from ((name, tuple(i["shape"]), i["dtype"]) for name, i in read_header(file).items())
+        return ((t.name, t.shape, t.dtype) for t in self._floats)
 
     def float_tensor(self, name: str) -> torch.Tensor:
         """Source dtype and bytes."""
         return self._read(name)
+
+
+def _infos(file: Path) -> dict[str, TensorInfo]:
+    try:
+        return read_infos(file)
+    except CheckpointError as e:
+        raise ArtifactError(f"{file.parent}: {e}") from None
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """An artifact is copied whole into an output folder, and its source/ into every export: neither may bring a link to
+    somebody's own files, nor a file that takes the place of one that we write."""
+    for file in folder.rglob("*"):
+        if file.is_symlink():
+            try:
+                contained(folder, file.relative_to(folder).as_posix())
+            except ValueError as e:
+                raise ArtifactError(f"{folder}: {e}") from None
+    source = folder / "source"
+    if not (source / "config.json").is_file():
+        raise ArtifactError(f"{folder}: source/config.json is missing; quantize again")
+    if strange := sorted({p.name for p in source.iterdir()} - {"config.json", *COMPANIONS}):
+        raise ArtifactError(f"{source}: {strange[0]} does not belong there; delete it")
+
+
+def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
+    """What a manifest says that no artifact of ours can say: it is a file like any other and may be damaged or hostile."""
+    problems = []
+    if (
+        not isinstance(m.name, str)
+        or not m.name.strip(".")
+        or "/" in m.name
+        or "\\" in m.name
+        or not m.name.isprintable()
+    ):
+        problems.append(f"name {m.name!r} is no file name")  # output files are named after it
+    if not isinstance(m.model_type, str) or not all(isinstance(x, dict) for x in (m.source, m.calibration, m.phases)):
+        problems.append("model_type, source, calibration or phases of another type")
+    if not _is_grid(config) or config.act_order not in ACT_ORDERS or not isinstance(config.method, str):
+        problems.append(f"a recipe of {config.bits} bits in groups of {config.group_size}, order {config.act_order}")
+    names: set[str] = set()
+    for r in m.modules:
+        sizes = (r.layer, r.out_features, r.in_features)
+        if not isinstance(r.name, str) or r.name in names:
+            problems.append(f"linear {r.name!r} twice")
+        elif not all(type(n) is int and 0 <= n < 2**31 for n in sizes) or 0 in sizes[1:]:
+            problems.append(f"{r.name} has layer and shape {sizes}")
+        elif not _is_grid(r) or (r.group_size != -1 and r.in_features % r.group_size):
+            problems.append(f"{r.name} has {r.in_features} columns of {r.bits} bits in groups of {r.group_size}")
+        elif not isinstance(r.bias, bool) or not isinstance(r.metrics, dict):
+            problems.append(f"{r.name} has bias {r.bias!r}")
+        names.add(str(r.name))
+    return problems if m.modules else [*problems, "no linears"]
+
+
+def _is_grid(g: QuantConfig | ModuleRecord) -> bool:
+    if [type(x) for x in (g.bits, g.group_size, g.symmetric)] != [int, int, bool]:
+        return False
+    return g.bits in BITS and (g.group_size == -1 or g.group_size >= 1)
+
+
+def _out_of_range(
+    codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, g_idx: torch.Tensor, bits: int
+) -> str:
+    """What in the tensors of a linear lies outside its grid, or nothing."""
+    top, groups = 2**bits - 1, scales.shape[1]
+    wrong = {
+        f"codes over {top}": codes > top,
+        f"zero-points over {top}": zero_points > top,
+        f"g_idx entries outside 0..{groups - 1}": (g_idx < 0) | (g_idx >= groups),
+        "scales that are not finite": ~torch.isfinite(scales),
+    }
+    return ", ".join(f"{int(bad.sum())} {what}" for what, bad in wrong.items() if bool(bad.any()))

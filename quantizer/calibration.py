@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmq_export.errors import CalibrationError, CheckpointError
+from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.images import Encoded, image_rule
 
 MAX_PIXELS = 64 * 2**20  # an image larger than this is refused, not decoded
 _ERRORS_SHOWN = 5
@@ -46,22 +47,27 @@ class Sample:
     input_ids: torch.Tensor  # int64 [S]
     vision: torch.Tensor  # bool [S], true at image tokens
     answer: torch.Tensor  # bool [S], true at the last assistant turn, its end token included
-    pixel_values: torch.Tensor | None  # float32 [patches, channels·temporal·patch²]
-    image_grid_thw: torch.Tensor | None  # int64 [images, 3]
+    pixel_values: torch.Tensor | None  # float32 [patches, channels·temporal·patch²] or [tiles, 3, side, side]
+    image_grid_thw: torch.Tensor | None  # int64 [images, 3], of the former
     images: tuple[Image.Image, ...] = ()  # as fed, after resizing
     text: str = ""  # the prompt, one image placeholder an image
     row: Row | None = None
+    layout: dict[str, torch.Tensor] = field(default_factory=dict)  # what else the model must know of the images
+    mrope: bool = True
+
+    def image_inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the Hugging Face model's get_image_features; empty without images."""
+        if self.pixel_values is None:
+            return {}
+        grid = {} if self.image_grid_thw is None else {"image_grid_thw": self.image_grid_thw}
+        return {"pixel_values": self.pixel_values} | grid | self.layout
 
     def model_inputs(self, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
         """Keyword arguments of the Hugging Face model, batch of one."""
         ids = self.input_ids[None]
-        kwargs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": self.vision[None].long(),
-        }
-        if self.pixel_values is not None:
-            kwargs |= {"pixel_values": self.pixel_values, "image_grid_thw": self.image_grid_thw}
+        kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | self.image_inputs()
+        if self.mrope:
+            kwargs["mm_token_type_ids"] = self.vision[None].long()
         return {k: v.to(device) for k, v in kwargs.items()}
 
 
@@ -186,41 +192,20 @@ class Preprocessor:
         for file in ("tokenizer_config.json", "preprocessor_config.json"):
             if not (folder / file).is_file():
                 raise CheckpointError(f"{folder}: {file} is missing; copy it from the original model")
+        self.family = family_of(self.config)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        if not self.tokenizer.chat_template:
-            raise CheckpointError(
-                f"{folder}: the tokenizer has no chat template; copy chat_template.json from the model"
-            )
+        self.tokenizer.chat_template = self.tokenizer.chat_template or _chat_template(folder)
         try:
             self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (TypeError, ImportError):  # transformers before the backend argument
             self.image_processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
-        self.image_token_id: int = self.config["image_token_id"]
+        self.images = image_rule(self.family.images, self.image_processor, self.config, self.family.newline)
+        self.image_token_id: int = self.config.get("image_token_id") or self.config["image_token_index"]
         self.image_token: str = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Resize once to sides that every runtime leaves alone: multiples of patch·merge, area inside all limits.
-
-        llama.cpp allows 8 to 4096 merged tokens; the model's own limits come from its processor settings.
-        """
-        p = self.image_processor
-        unit = p.patch_size * p.merge_size
-        low, high = self.pixel_limits()
-        w, h = image.size
-        scale = float(np.sqrt(np.clip(w * h, max(low, 8 * unit**2), min(high, 4096 * unit**2)) / (w * h)))
-        grid = np.maximum(np.round(np.array([w, h]) * scale / unit), 1)
-        while grid.prod() * unit**2 > min(high, 4096 * unit**2):
-            grid[grid.argmax()] -= 1
-        while grid.prod() * unit**2 < max(low, 8 * unit**2):
-            grid[grid.argmin()] += 1
-        size = tuple(int(v) * unit for v in grid)
-        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-
-    def pixel_limits(self) -> tuple[int, int]:
-        size = dict(self.image_processor.size or {})
-        low = size.get("shortest_edge") or getattr(self.image_processor, "min_pixels", None) or 56 * 56
-        high = size.get("longest_edge") or getattr(self.image_processor, "max_pixels", None) or 28 * 28 * 1280
-        return int(low), int(high)
+        """Resize once to a size that every runtime leaves alone."""
+        return self.images.fit(image)
 
     def sample(self, row: Row, *, prompt_only: bool = False) -> Sample:
         """One row as the model sees it. With `prompt_only` the last assistant turn becomes the generation prompt."""
@@ -229,24 +214,39 @@ class Preprocessor:
             messages.pop()
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt_only)
         images = tuple(self.fit(load_image(p)) for p in row.images)
-        pixel_values = grid = None
-        expanded = text
-        if images:
-            features = self.image_processor(images=list(images), return_tensors="pt")
-            pixel_values, grid = features["pixel_values"].float(), features["image_grid_thw"].long()
-            counts = iter((grid.prod(-1) // self.image_processor.merge_size**2).tolist())
-            if text.count(self.image_token) != len(images):
-                raise CalibrationError(
-                    f"{row.id}: the chat template kept {text.count(self.image_token)} of {len(images)} images"
-                )
-            expanded = re.sub(re.escape(self.image_token), lambda m: m.group() * next(counts), text)
+        encoded = self.images.encode(images) if images else Encoded({}, [])
+        if text.count(self.image_token) != len(images):
+            raise CalibrationError(
+                f"{row.id}: the chat template kept {text.count(self.image_token)} of {len(images)} images"
+            )
+        counts, (before, after) = iter(encoded.tokens), self.family.around
+        expanded = re.sub(re.escape(self.image_token), lambda m: before + m.group() * next(counts) + after, text)
         ids = torch.tensor(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
         answer = torch.zeros(len(ids), dtype=torch.bool)
         if not prompt_only and messages[-1]["role"] == "assistant":
-            prefix = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-            tail = self.tokenizer(text[len(prefix) :], add_special_tokens=False)["input_ids"]
+            tail = self.tokenizer(text[self._answer_start(messages, text) :], add_special_tokens=False)["input_ids"]
             answer[len(ids) - len(tail) :] = True
-        return Sample(row.id, ids, ids == self.image_token_id, answer, pixel_values, grid, images, text, row)
+        layout = {k: v for k, v in encoded.inputs.items() if k not in ("pixel_values", "image_grid_thw")}
+        return Sample(
+            row.id, ids, ids == self.image_token_id, answer, encoded.inputs.get("pixel_values"),
+            encoded.inputs.get("image_grid_thw"), images, text, row, layout, self.family.mrope,
+        )  # fmt: skip
+
+    def _answer_start(self, messages: list[dict], text: str) -> int:
+        """Where in `text` the last turn's words begin. Templates differ in the white space before them."""
+        prefix = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        if text.startswith(prefix):
+            return len(prefix)
+        words = "".join(p.get("text", "") for p in messages[-1]["content"]).strip()
+        return max(text.rfind(words), 0)
+
+
+def _chat_template(folder: Path) -> str:
+    """The template of chat_template.json, where some models keep it. Raises CheckpointError if there is none."""
+    file = folder / "chat_template.json"
+    if file.is_file():
+        return json.loads(file.read_text("utf-8"))["chat_template"]
+    raise CheckpointError(f"{folder}: the tokenizer has no chat template; copy chat_template.json from the model")
 
 
 def truncate(sample: Sample, seq_len: int) -> Sample | None:
@@ -255,7 +255,5 @@ def truncate(sample: Sample, seq_len: int) -> Sample | None:
         return sample
     if bool(sample.vision[seq_len:].any()):
         return None
-    return Sample(
-        sample.id, sample.input_ids[:seq_len], sample.vision[:seq_len], sample.answer[:seq_len],
-        sample.pixel_values, sample.image_grid_thw, sample.images, sample.text, sample.row,
-    )  # fmt: skip
+    cut = {name: getattr(sample, name)[:seq_len] for name in ("input_ids", "vision", "answer")}
+    return replace(sample, **cut)

@@ -1,4 +1,8 @@
-"""Where each VLM family keeps its decoder layers, projections and vision tokens. Nothing else knows a family by name."""
+"""Where each VLM family keeps its decoder layers, projections and vision tokens: one entry a family (docs/families.md).
+
+A tensor has up to three names: in the file, of the hub, in the module tree of transformers 5. The hub's names are ours
+throughout; `hub_name` and `module_name` take any of them.
+"""
 
 from __future__ import annotations
 
@@ -13,37 +17,104 @@ DECODER_GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+MAX_LAYERS = 1000  # the deepest published models have under 130
+# A norm and the linears that read its output, and nothing else does: what a scale can be moved between.
+DECODER_NORMS = (
+    ("input_layernorm", DECODER_GROUPS[0]),
+    ("post_attention_layernorm", DECODER_GROUPS[2]),
+)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One entry a family. `prefixes` maps the hub's tensor names to the module tree of transformers 5."""
+    """One entry a family.
+
+    `prefixes` maps the hub's tensor names to the module tree of transformers 5. Where several lead to one module, the
+    first is the published one and the others are what some version of transformers saved.
+    """
 
     model_type: str
     layers: str  # hub prefix of the decoder layers
-    prefixes: tuple[tuple[str, str], ...]  # (hub, module), first match wins
+    vision: tuple[str, ...]  # hub prefixes of everything that makes vision tokens
+    prefixes: tuple[tuple[str, str], ...]
     groups: tuple[tuple[str, ...], ...] = DECODER_GROUPS
+    norms: tuple[tuple[str, tuple[str, ...]], ...] = DECODER_NORMS
     seq_len: int = 512  # the paper's truncation for this family
+    images: str = "grid"  # `grid`: as many tokens as its size asks for; `tile`: one square tile an image (images.py)
+    around: tuple[str, str] = ("", "")  # written before and after an image's tokens where the template does not
+    newline: int = 0  # tokens that the model appends to each image
+    mrope: bool = True  # positions of three axes, for which the model wants to be told its image tokens
+    # Keyword arguments of the language model with the image tokens' mask, and what to add to them after layers 0, 1, …
+    added: tuple[str, str] | None = None
 
     def linear_names(self, layers: int) -> list[str]:
         """Hub names of the modules to quantize, in layer order, then in the order of `groups`."""
         return [f"{self.layers}{i}.{p}" for i in range(layers) for group in self.groups for p in group]
 
-    def module_name(self, hub: str) -> str:
-        """Name in the module tree of a hub tensor or module name."""
-        for old, new in self.prefixes:
-            if hub.startswith(old):
-                return new + hub.removeprefix(old)
-        return hub
+    def module_name(self, name: str) -> str:
+        """Name in the module tree of a tensor or module, named in any way."""
+        table = {module: module for _, module in self.prefixes} | dict(self.prefixes)
+        longest = max((prefix for prefix in table if name.startswith(prefix)), key=len, default="")
+        return table.get(longest, "") + name.removeprefix(longest)
+
+    def hub_name(self, name: str) -> str:
+        """The published name of a tensor or module, named in any way."""
+        module = self.module_name(name)
+        for hub, prefix in self.prefixes:
+            if module.startswith(prefix):
+                return hub + module.removeprefix(prefix)
+        return name
+
+    def is_vision(self, name: str) -> bool:
+        """Whether a hub tensor or module makes vision tokens (the projector included)."""
+        return name.startswith(self.vision)
 
 
 _QWEN = (("visual.", "model.visual."), ("model.", "model.language_model."))
+# transformers 4 published these two; 4.52 to 4.57 kept `vision_model` in memory; 5 saves without it.
+_TOWER = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
 
 FAMILIES = {
     f.model_type: f
     for f in (
-        Family("qwen2_vl", layers="model.layers.", prefixes=_QWEN),
-        Family("qwen2_5_vl", layers="model.layers.", prefixes=_QWEN),
+        Family("qwen2_vl", layers="model.layers.", vision=("visual.",), prefixes=_QWEN),
+        Family("qwen2_5_vl", layers="model.layers.", vision=("visual.",), prefixes=_QWEN),
+        Family(
+            "qwen3_vl",
+            layers="model.language_model.layers.",
+            vision=("model.visual.",),
+            prefixes=(),
+            added=("visual_pos_masks", "deepstack_visual_embeds"),
+        ),
+        Family(
+            "llava_onevision",
+            layers="language_model.model.layers.",
+            vision=("vision_tower.", "multi_modal_projector.", "image_newline"),
+            prefixes=(
+                ("vision_tower.vision_model.", "model.vision_tower."),
+                ("model.vision_tower.vision_model.", "model.vision_tower."),
+                ("vision_tower.", "model.vision_tower."),
+                ("image_newline", "model.image_newline"),
+                *_TOWER,
+            ),
+            seq_len=986,
+            images="tile",
+            newline=1,
+            mrope=False,
+        ),
+        Family(
+            "internvl",
+            layers="language_model.model.layers.",
+            vision=("vision_tower.", "multi_modal_projector."),
+            prefixes=(("vision_tower.", "model.vision_tower."), *_TOWER),
+            images="tile",
+            around=("<img>", "</img>"),
+            mrope=False,
+        ),
     )
 }
 
@@ -59,4 +130,17 @@ def family_of(config: dict) -> Family:
 
 def text_config(config: dict) -> dict:
     """The language model's own settings, nested (transformers 5) or flat (published Qwen2-VL configs)."""
-    return config.get("text_config") or config
+    text = config.get("text_config") or config
+    if not isinstance(text, dict):
+        raise CheckpointError("text_config in config.json is not an object; copy the file again")
+    return text
+
+
+def layer_count(config: dict) -> int:
+    """Decoder layers of a source config. Raises CheckpointError for a number that no model has."""
+    layers = text_config(config).get("num_hidden_layers")
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
+        raise CheckpointError(
+            f"num_hidden_layers in config.json is {layers!r}; a number from 1 to {MAX_LAYERS} is expected"
+        )
+    return layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -35,15 +36,19 @@ from vlmq_export.quantizer.artifact import (
 from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
-from vlmq_export.quantizer.families import family_of, text_config
+from vlmq_export.quantizer.families import family_of, layer_count
 from vlmq_export.quantizer.layer import quantize_layer
 from vlmq_export.quantizer.methods import method_named
-from vlmq_export.quantizer.model import exact_arithmetic, load_model, pick_device
+from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
+from vlmq_export.quantizer.shelf import Place, Shelf
 from vlmq_export.quantizer.streams import Batch, advance, decoder_inputs, full_pass, put
+from vlmq_export.quantizer.untrusted import read_json
 
 log = logging.getLogger("vlmq_export")
+SCRATCH = ".activations.tmp"
 RUN = "run.json"  # what this folder is a run of: a resumed run must ask for the same
 TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
+MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
 Progress = Callable[[str, int, int], None]
 
 
@@ -83,6 +88,7 @@ def quantize(
     calibration: dict,
     device: str = "auto",
     resume: bool = False,
+    place: Place = "device",
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
@@ -97,45 +103,49 @@ def quantize(
     progress = progress or (lambda *_: None)
     should_stop = should_stop or (lambda: False)
     method, family, target = method_named(config.method), family_of(checkpoint.config), pick_device(device)
-    count = int(text_config(checkpoint.config)["num_hidden_layers"])
+    count = layer_count(checkpoint.config)
     check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
     if method.calibrated and not samples:
         raise CalibrationError(f"method {config.method} needs calibration samples; give some, or use --method rtn")
+    clock = Clock()
+    with clock("load"):
+        model = StreamedModel(checkpoint, target)
     done = _claim(folder, _identity(checkpoint, samples, config, calibration, target), resume)
     if (folder / MANIFEST).is_file():
         return
-    clock = Clock()
     with clock("floats"):
         write_source(folder, checkpoint)
         write_floats(folder, checkpoint, _float_names(checkpoint, family.linear_names(count)))
-    with clock("load"):
-        model = load_model(checkpoint, target)
-    layers = [model.get_submodule(family.module_name(f"{family.layers}{i}")) for i in range(count)]
     leads = [group[0] for group in family.groups] if method.drift != "plain" else []
     batches: list[Batch] = []
     lost = 0
-    with exact_arithmetic():
+    with exact_arithmetic(), _shelf(target, place, folder) as shelf:
         if method.calibrated:
             with clock("prefix"):
-                batches = decoder_inputs(model, layers[0], samples, two_streams=method.two_streams, device=target)
+                ids = torch.cat([sample.input_ids for sample in samples])
+                with model.filled_prefix(ids) as prefix:
+                    batches = decoder_inputs(
+                        prefix, model.layer(0), samples, two_streams=method.two_streams, device=target,
+                        added=family.added, shelf=shelf,
+                    )  # fmt: skip
                 lost = sum(batch.drop_non_finite() for batch in batches)
-        for i, layer in enumerate(layers):
+                refuse_many_lost(lost, len(samples))
+        for i in range(count):
             progress("quantize", i, count)
             if method.calibrated and not any(bool(b.valid.any()) for b in batches):
                 raise CalibrationError(
                     f"no sample has finite activations at layer {i}; the model or the images are damaged"
                 )
-            with clock("layers"):
-                solved = i < done
+            solved = i < done
+            with clock("layers"), model.filled_layer(i) as layer:
                 full = full_pass(layer, [] if solved else leads, batches)
                 if solved:
                     _restore(layer, folder, i, f"{family.layers}{i}.")
                 else:
-                    for part in [t for t in checkpoint.tensors if t.startswith(f"{family.layers}{i}.")]:
-                        checkpoint.tensor(part)  # raises where the checkpoint is damaged, with the name
                     linears = quantize_layer(layer, f"{family.layers}{i}.", family.groups, batches, full, config)
                     write_layer(folder, i, [q for q, _ in linears], [_record(q, i, metrics) for q, metrics in linears])
                 lost += advance(layer, batches, full)
+                refuse_many_lost(lost, len(samples))
             if not solved and i + 1 < count and should_stop():
                 raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
     progress("quantize", count, count)
@@ -150,6 +160,29 @@ def quantize(
         SCHEMA, __version__, name, checkpoint.model_type, checkpoint.fingerprint(), config.to_dict(), calibration, modules
     )  # fmt: skip
     write_manifest(folder, manifest)
+
+
+@contextmanager
+def _shelf(device: torch.device, place: Place, folder: Path):
+    """A shelf whose files, if it has any, are gone afterwards."""
+    scratch = folder / SCRATCH
+    if place == "disk":
+        scratch.mkdir()
+    try:
+        yield Shelf(device, place, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_many_lost(lost: int, samples: int) -> None:
+    """A few samples with NaN or infinite activations are left out and counted; more mean that something is broken.
+
+    Raises CalibrationError.
+    """
+    if 0 < lost < samples and lost > MAX_LOST * samples:  # all of them: the walk says at which layer
+        raise CalibrationError(
+            f"{lost} of {samples} samples have NaN or infinite activations; the model or these images are damaged"
+        )
 
 
 @dataclass(frozen=True)
@@ -205,16 +238,13 @@ def _claim(folder: Path, identity: dict, resume: bool) -> int:
         raise ArtifactError(f"{folder} holds files of an earlier run; resume it or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".*.tmp"):
-        stale.unlink()
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     if not file.is_file():
         if any(folder.iterdir()):
             raise ArtifactError(f"{folder} has no {RUN}, so it cannot be resumed; choose another folder")
         write_json(file, identity)
         return 0
-    try:
-        before = json.loads(file.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ArtifactError(f"{file}: damaged ({e}); start again in another folder") from None
+    before = read_json(file, error=ArtifactError)
     if changed := [key for key in identity if before.get(key) != identity[key]]:
         raise ArtifactError(f"{folder} was begun with another {' and '.join(changed)}; give the same, or start again")
     layers = 0

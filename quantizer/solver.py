@@ -24,6 +24,7 @@ import torch
 from vlmq_export.quantizer.grids import Affine
 
 PRECISION = torch.float64  # of the factorization
+_BAND = 512  # rows or columns worked on together
 DAMP_STEPS = (1, 10, 100)  # times the recipe's damping, tried in turn before falling back to plain rounding
 LEAF = 32  # columns that are rounded one by one between two matrix products
 
@@ -87,25 +88,48 @@ def prepare(matrix: torch.Tensor, diagonal: torch.Tensor, *, group: int, act_ord
     order = column_order(weights, group, act_order)
     live = weights[~dead].double()
     mean = float(live.mean()) if len(live) else 0.0
-    backwards = order.flip(0)  # LAPACK's lower factor of the reversed matrix is the upper one that the loop needs
-    permuted = matrix.index_select(0, backwards).index_select(1, backwards).to(PRECISION)
-    own = permuted.diagonal().masked_fill(dead[backwards], mean)  # zero elsewhere: any positive value will do
     for step in DAMP_STEPS if mean > 0 else ():
-        permuted.diagonal().copy_(own + step * damp * mean)
-        lower, info = torch.linalg.cholesky_ex(permuted)
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            del permuted
-            pivots = lower.diagonal().flip(0).clone()
-            factor = (lower.div_(lower.diagonal().clone())).flip(0, 1).float()
-            return Hessian(matrix, dead, order, factor, pivots.square().float(), step * damp)
+        backwards = order.flip(0)  # LAPACK's lower factor of the reversed matrix is the upper one that the loop needs
+        permuted = _permuted(matrix, backwards)
+        own = permuted.diagonal()
+        own.masked_fill_(dead[backwards], mean).add_(step * damp * mean)  # dead: zero elsewhere, any positive value does
+        info = torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(permuted.mT, out=(permuted.mT, info))  # LAPACK's column order: in place
+        if int(info) == 0 and bool(torch.isfinite(own).all()):
+            return Hessian(matrix, dead, order, *_unit_upper(permuted), step * damp)
     return Hessian(matrix, dead, order, None, None, 0.0)
 
 
+def _permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """A copy with rows and columns in `order`, made in bands so that nothing else has its size."""
+    permuted = torch.empty(matrix.shape, dtype=PRECISION, device=matrix.device)
+    for band, rows in zip(permuted.split(_BAND), order.split(_BAND)):
+        band.copy_(matrix[rows].index_select(1, order))
+    return permuted
+
+
+def _unit_upper(transposed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K, d), float32, with K·diag(d)·Kᵀ the reversal of L·Lᵀ, from Lᵀ, whose lower triangle is not read."""
+    roots = transposed.diagonal().clone()
+    factor = torch.empty(transposed.shape, dtype=torch.float32, device=transposed.device)
+    for start in range(0, len(roots), _BAND):  # rows of Lᵀ are columns of L, and columns of K from the last on
+        rows = transposed[start : start + _BAND].triu(start).div_(roots[start : start + _BAND, None])
+        factor[:, len(roots) - start - len(rows) : len(roots) - start] = rows.flip(0, 1).T
+    return factor, roots.flip(0).square().float()
+
+
 def column_term(hessian: Hessian, drift: torch.Tensor, alpha: float) -> torch.Tensor:
-    """P = α·triu(D·L, 1)·Lᵀ in loop order, float32 [in, in]; row q is α·D_q,>q·(A_>q)⁻¹."""
-    permuted = drift.index_select(0, hessian.order).index_select(1, hessian.order)
-    half = _times_inverse(permuted, hessian.factor.T, upper=False).triu_(1)
-    return _times_inverse(half.mul_(alpha / hessian.pivots), hessian.factor, upper=True)
+    """P = α·triu(D·L, 1)·Lᵀ in loop order, float32 [in, in]; row q is α·D_q,>q·(A_>q)⁻¹.
+
+    L·Lᵀ = K⁻ᵀ·d⁻¹·K⁻¹, so two triangular solves; a band of rows needs only the columns from its own diagonal on.
+    """
+    order, factor, term = hessian.order, hessian.factor, torch.zeros_like(drift)
+    for start in range(0, len(drift), _BAND):
+        rows = drift[order[start : start + _BAND]].index_select(1, order[start:])
+        half = _times_inverse(rows, factor[start:, start:].T, upper=False).triu_(1)
+        half.mul_(alpha / hessian.pivots[start:])
+        term[start : start + _BAND, start:] = _times_inverse(half, factor[start:, start:], upper=True)
+    return term
 
 
 def exact_target(weights: torch.Tensor, hessian: Hessian, drift: torch.Tensor, alpha: float) -> torch.Tensor:

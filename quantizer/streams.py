@@ -16,24 +16,70 @@ from torch import nn
 
 from vlmq_export.quantizer.artifact import QuantizedLinear
 from vlmq_export.quantizer.calibration import Sample
+from vlmq_export.quantizer.shelf import Shelf
 
 BATCH_TOKENS = 4096
 
 
-@dataclass
 class Batch:
-    """Samples of one length at the input of a decoder layer. `full` is None where the method needs one stream only."""
+    """Samples of one length at the input of a decoder layer. `full` is None where the method needs one stream only.
 
-    quantized: torch.Tensor  # X, float32 [samples, tokens, hidden]
-    full: torch.Tensor | None  # X̃, same shape
-    kwargs: dict  # attention mask and position embeddings, the same for every layer
-    valid: torch.Tensor  # bool [samples]: activations finite so far
+    What is read is on the device; between two uses it rests where the shelf puts it.
+    """
+
+    def __init__(
+        self,
+        quantized: torch.Tensor,  # X, float32 [samples, tokens, hidden]
+        full: torch.Tensor | None,  # X̃, same shape
+        kwargs: dict,  # attention mask and position embeddings, the same for every layer
+        valid: torch.Tensor,  # bool [samples]: activations finite so far
+        vision: torch.Tensor | None = None,  # bool [samples, tokens], of what is in `added`
+        added: Sequence[torch.Tensor] = (),  # [vision tokens, hidden] each, for the next layers' outputs
+        shelf: Shelf | None = None,
+    ):
+        self._shelf = shelf or Shelf(quantized.device)
+        self._quantized = self._shelf.put(quantized)
+        self._full = self._quantized if full is quantized else self._shelf.put(full)
+        self._kwargs = self._shelf.put(kwargs)
+        self._added = [self._shelf.put(features) for features in added]
+        self.valid, self.vision = valid, vision
+
+    @property
+    def quantized(self) -> torch.Tensor:
+        return self._quantized.get()
+
+    @quantized.setter
+    def quantized(self, value: torch.Tensor) -> None:
+        self._quantized = self._shelf.put(value)
+
+    @property
+    def full(self) -> torch.Tensor | None:
+        return self._full.get()
+
+    @full.setter
+    def full(self, value: torch.Tensor | None) -> None:
+        self._full = self._shelf.put(value)
+
+    @property
+    def kwargs(self) -> dict:
+        return self._kwargs.get()
+
+    @property
+    def added(self) -> list[torch.Tensor]:
+        return [features.get() for features in self._added]
+
+    def pass_layer(self, quantized: torch.Tensor, full: torch.Tensor | None) -> None:
+        """Take a layer's outputs, adding what the model adds to its image tokens after that layer (DeepStack)."""
+        if self._added:
+            features = self._added.pop(0).get()
+            quantized, full = (x if x is None else _add(x, self.vision, features) for x in (quantized, full))
+        self.quantized, self.full = quantized, full
 
     def drop_non_finite(self) -> int:
         """Leave out samples whose activations are not finite; how many are new."""
         finite = torch.isfinite(self.quantized).all(2).all(1)
-        if self.full is not None:
-            finite &= torch.isfinite(self.full).all(2).all(1)
+        if (full := self.full) is not None:
+            finite &= torch.isfinite(full).all(2).all(1)
         lost = int((self.valid & ~finite).sum())
         self.valid &= finite
         return lost
@@ -41,6 +87,12 @@ class Batch:
     def tokens(self, activations: torch.Tensor) -> torch.Tensor:
         """[samples, tokens, ...] → [valid samples · tokens, ...]."""
         return activations[self.valid].flatten(0, 1)
+
+
+def _add(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    hidden = hidden.clone()
+    hidden[mask] += features
+    return hidden
 
 
 class _Stop(Exception):
@@ -59,10 +111,18 @@ def _before(module: nn.Module, action):
 
 @torch.no_grad()
 def decoder_inputs(
-    model: nn.Module, first_layer: nn.Module, samples: Sequence[Sample], *, two_streams: bool, device: torch.device
+    model: nn.Module,
+    first_layer: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    two_streams: bool,
+    device: torch.device,
+    added: tuple[str, str] | None = None,
+    shelf: Shelf | None = None,
 ) -> list[Batch]:
-    """Run vision tower and embeddings, and stop at the first decoder layer."""
+    """Run vision tower and embeddings, and stop at the first decoder layer. `added`: see Family."""
     caught: list[tuple[torch.Tensor, dict]] = []
+    given: dict = {}  # to the language model
 
     def catch(args, kwargs):
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -70,14 +130,17 @@ def decoder_inputs(
         raise _Stop
 
     batches = []
-    with _before(first_layer, catch):
+    with _before(first_layer, catch), _before(model.model.language_model, lambda _args, kwargs: given.update(kwargs)):
         for group in _equal_lengths(samples):
             try:
                 model.model(**_stack(group, device), use_cache=False)
             except _Stop:
                 hidden, kwargs = caught.pop()
             valid = torch.ones(len(group), dtype=torch.bool, device=device)
-            batches.append(Batch(hidden, hidden if two_streams else None, kwargs, valid))
+            mask, features = (given.get(name) for name in added) if added else (None, None)
+            given.clear()
+            streams = (hidden, hidden if two_streams else None)
+            batches.append(Batch(*streams, kwargs, valid, mask, features or (), shelf))
     return batches
 
 
@@ -155,7 +218,7 @@ def advance(layer: nn.Module, batches: list[Batch], full: FullPass) -> int:
     The quantized stream is run the same way whether the layer was solved just now or in an earlier run.
     """
     for batch, output in zip(batches, full.outputs):
-        batch.quantized, batch.full = run_layer(layer, batch.quantized, batch.kwargs), output
+        batch.pass_layer(run_layer(layer, batch.quantized, batch.kwargs), output)
     return sum(batch.drop_non_finite() for batch in batches)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.artifacts import GRIDS, rtn_artifact
+from tools.reference_vlm.families import make_tiny
 from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export import bundled, formats
 from vlmq_export.formats.base import FormatOptions
@@ -27,6 +28,20 @@ def one_thread():
 def qwen2_vl(tmp_path_factory) -> Path:
     """A random Qwen2-VL checkpoint: flat config.json, output matrix of its own."""
     return make_random_checkpoint(tmp_path_factory.mktemp("qwen2_vl"), "qwen2_vl", layers=2, depth=3, tied=False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(arch, **options of make_tiny) → a random checkpoint of that family, made once."""
+    made: dict[str, Path] = {}
+
+    def get(arch: str, **options) -> Path:
+        key = "-".join([arch, *(f"{k}_{v}" for k, v in sorted(options.items()))])
+        if key not in made:
+            made[key] = make_tiny(tmp_path_factory.mktemp(key), arch, **options)
+        return made[key]
+
+    return get
 
 
 @pytest.fixture(scope="session")

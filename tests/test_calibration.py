@@ -91,7 +91,7 @@ def test_truncation_drops_a_sample_whose_image_would_be_cut(images, preprocessor
 def test_fit_leaves_nothing_for_a_runtime_to_resize(preprocessor, size):
     unit = 28
     w, h = preprocessor.fit(Image.new("RGB", size)).size
-    low, high = preprocessor.pixel_limits()
+    low, high = preprocessor.images.pixel_limits()
     assert w % unit == 0 and h % unit == 0
     assert max(low, 8 * unit**2) <= w * h <= min(high, 4096 * unit**2)
     features = preprocessor.image_processor(images=[Image.new("RGB", (w, h))], return_tensors="pt")

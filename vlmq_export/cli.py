@@ -80,6 +80,7 @@ def export(
     verify_data: Annotated[Path | None, typer.Option(help="Held-out rows for the parity checks.  [default: bundled]", show_default=False)] = None,
     verify: Annotated[bool | None, typer.Option("--verify/--no-verify", help="Prove the files in their runtimes.  [default: verify]", show_default=False)] = None,
     device: Annotated[Device | None, typer.Option(help="Where to quantize.  [default: auto]", show_default=False)] = None,
+    max_memory: Annotated[float | None, typer.Option(help="GB of host memory to stay within.  [default: what is free]", show_default=False)] = None,
     gptq_version: Annotated[GptqVersion | None, typer.Option(help="How zero-points are stored.  [default: v1]", show_default=False)] = None,
     gptq_names: Annotated[GptqNames | None, typer.Option(help="Tensor names; module suits GPTQModel.load.  [default: hub]", show_default=False)] = None,
     accuracy_level: Annotated[int | None, typer.Option(help="MatMulNBits attribute: 0 exact, 4 int8 activations.  [default: 0]", show_default=False)] = None,
@@ -132,7 +133,9 @@ def _export(recipe: Recipe, overwrite: bool, resume: bool, dry_run: bool, as_jso
     if dry_run:
         plan = pipeline.dry_run(recipe)
         if as_json:
-            _print_json({"model": plan.model.name, "formats": plan.formats, "refused": plan.refusals})
+            _print_json(
+                {"model": plan.model.name, "formats": plan.formats, "memory": plan.memory, "refused": plan.refusals}
+            )
         else:
             terminal.print_plan(plan)
         return UsageError.exit_code if plan.refusals else 0

@@ -19,17 +19,20 @@ from vlmq_export import bundled, checksums, formats, report
 from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
-from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_run
+from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, truncate
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.memory import MemoryPlan, free_memory
+from vlmq_export.quantizer.model import pick_device
 from vlmq_export.quantizer.quantize import quantize
 from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, load_recipe
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
 LOCK = ".lock"
+_FREE = ("out", "max_memory")  # keys that change no byte of what is written
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -83,9 +86,17 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
         write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
         with result.timed("quantize"):
             if checkpoint is not None:
+                memory = plan_memory(
+                    plan.model,
+                    recipe,
+                    plan.memory.host_free,
+                    plan.memory.device_free,
+                    sum(len(s.input_ids) for s in samples),
+                )
+                _tell_memory(memory)
                 quantize(
                     checkpoint, samples, recipe.quant_config(), out / "artifact", name=plan.model.name, calibration=described,
-                    device=recipe.device.value, resume=resume, progress=hooks.progress, should_stop=hooks.should_stop,
+                    device=recipe.device.value, resume=resume, place=memory.place, progress=hooks.progress, should_stop=hooks.should_stop,
                 )  # fmt: skip
             elif artifact is not None and not (out / "artifact").exists():
                 _publish(out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True))
@@ -146,7 +157,19 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | 
         return plan_run(artifact_plan(artifact), recipe)
     assert checkpoint is not None
     name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
-    return plan_run(model_plan(checkpoint, recipe.quant_config(), name), recipe)
+    model = model_plan(checkpoint, recipe.quant_config(), name)
+    memory = plan_memory(model, recipe, *free_memory(pick_device(recipe.device.value), recipe.max_memory))
+    return plan_run(model, recipe, memory)
+
+
+def _tell_memory(memory: MemoryPlan) -> None:
+    where = {"device": "with the layer", "host": "in host memory", "disk": "on disk"}[memory.place]
+    log.debug("about %.1f GB of memory, activations of %.2f GB %s", memory.host / 1e9, memory.activations / 1e9, where)
+    if not memory.fits:
+        log.warning(
+            "needs about %.1f GB of memory and %.1f GB on the GPU where %.1f and %.1f are free; it may be killed",
+            *(n / 1e9 for n in (memory.host, memory.device, memory.host_free, memory.device_free)),
+        )
 
 
 def recipe_of_artifact(recipe: Recipe, artifact: Artifact) -> Recipe:
@@ -254,7 +277,7 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
     """Resuming under another recipe would mix two runs in one folder."""
     before = load_recipe(out / RECIPE_FILE, {}).model_dump(mode="json")
     now = recipe.model_dump(mode="json")
-    differ = [f"{k} was {before[k]}, now {now[k]}" for k in now if k != "out" and before[k] != now[k]]
+    differ = [f"{k} was {before[k]}, now {now[k]}" for k in now if k not in _FREE and before[k] != now[k]]
     if differ:
         raise UsageError(f"--resume {out}: the recipe differs ({'; '.join(differ)}); use --overwrite or another --out")
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample
+from vlmq_export.quantizer.families import family_of
 
 
 class Weights:
@@ -26,6 +27,8 @@ class Weights:
 
     def __init__(self, artifact: Path, source: Path | None = None):
         self._files: dict[str, Path] = {}
+        self._stored: dict[str, str] = {}  # names in files of the source, which may be those of another version
+        family = family_of(json.loads((artifact / "source" / "config.json").read_text("utf-8")))
         for file in [*sorted(artifact.glob("float-*.safetensors")), *sorted(artifact.glob("layer-*.safetensors"))]:
             with safe_open(file, framework="pt") as f:
                 self._files |= dict.fromkeys(f.keys(), file)
@@ -36,7 +39,10 @@ class Weights:
             for file in sorted(source.glob("*.safetensors")):
                 with safe_open(file, framework="pt") as f:
                     rounded = {f"{n}.bias" for n in self.linears}
-                    self._files |= {k: file for k in f.keys() if k in self.floats and k not in rounded}  # noqa: SIM118
+                    stored = {family.hub_name(k): k for k in f.keys()}  # noqa: SIM118
+                    mine = {k: stored[k] for k in stored if k in self.floats and k not in rounded}
+                    self._files |= dict.fromkeys(mine, file)
+                    self._stored |= mine
 
     def names(self) -> list[str]:
         """Every parameter of the model once, by hub name."""
@@ -44,7 +50,7 @@ class Weights:
 
     def tensor(self, key: str) -> torch.Tensor:
         with safe_open(self._files[key], framework="pt") as f:
-            return f.get_tensor(key)
+            return f.get_tensor(self._stored.get(key, key))
 
     def array(self, name: str) -> np.ndarray:
         """float32, decoded if quantized: scale · (code − zero_point), one rounding."""
@@ -65,7 +71,7 @@ class Weights:
         for name in self.names():
             key = name if name in self._files else f"{name.removesuffix('.weight')}.codes"
             with safe_open(self._files[key], framework="pt") as f:
-                total += int(np.prod(f.get_slice(key).get_shape()))
+                total += int(np.prod(f.get_slice(self._stored.get(key, key)).get_shape()))
         return total
 
 
@@ -131,13 +137,20 @@ class Reference:
     @torch.no_grad()
     def vision_features(self, prompt: Sample) -> np.ndarray:
         """float32 [image tokens, hidden] of all images in order."""
-        out = self.model.model.get_image_features(prompt.pixel_values, prompt.image_grid_thw)
-        features = out.pooler_output if hasattr(out, "pooler_output") else out
-        return torch.cat(list(features)).numpy() if not torch.is_tensor(features) else features.numpy()
+        features = self.model.model.get_image_features(**prompt.image_inputs()).pooler_output
+        return np.concatenate([f.reshape(-1, f.shape[-1]).numpy() for f in features])
+
+    @torch.no_grad()
+    def added_features(self, prompt: Sample) -> list[np.ndarray]:
+        """What is added to the image tokens after decoder layers 0, 1, …: float32 [image tokens, hidden] each."""
+        out = self.model.model.get_image_features(**prompt.image_inputs())
+        return [torch.cat(list(f)).numpy() for f in getattr(out, "deepstack_features", None) or []]
 
     def position_ids(self, prompt: Sample) -> np.ndarray:
-        """int64 [3, 1, S]: temporal, height and width positions of M-RoPE."""
+        """int64 [3, 1, S]: temporal, height and width positions of M-RoPE; [1, S] where positions have one axis."""
         inputs = prompt.model_inputs()
+        if not prompt.mrope:
+            return np.arange(len(prompt.input_ids))[None]
         ids, _ = self.model.model.get_rope_index(
             inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"],
             image_grid_thw=inputs.get("image_grid_thw"), attention_mask=inputs["attention_mask"],

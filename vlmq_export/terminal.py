@@ -14,6 +14,7 @@ from rich.table import Table
 from vlmq_export.formats.base import Inspection
 from vlmq_export.parity import Parity
 from vlmq_export.plan import RunPlan
+from vlmq_export.quantizer.memory import MemoryPlan
 from vlmq_export.report import table_rows
 
 out = Console()
@@ -96,11 +97,32 @@ def print_plan(plan: RunPlan) -> None:
             "" if refused else f"{f.size_bytes / 2**20:,.1f} MiB",
         )
     out.print(table)
+    if plan.memory is not None:
+        print_memory(plan.memory)
     for name, f in plan.formats.items():
         for note in f.notes:
             out.print(f"{name}: {note}", highlight=False)
     for line in plan.refusals:
         out.print(f"refused: {line}", style="bold red", highlight=False)
+
+
+def print_memory(memory: MemoryPlan) -> None:
+    """What is held at the peak, and where the activations rest."""
+    table = Table("memory", "GB", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for part, size in [*memory.parts.items(), ("activations", memory.activations)]:
+        table.add_row(part, f"{size / 1e9:.2f}")
+    out.print(table)
+    places = {
+        "device": "on the device" if memory.device_free else "in memory",
+        "host": "in host memory",
+        "disk": "on disk",
+    }
+    out.print(f"activations rest {places[memory.place]}", highlight=False)
+    for name, need, free in (("host", memory.host, memory.host_free), ("GPU", memory.device, memory.device_free)):
+        if free:
+            verdict = "" if need <= free else ", TOO LITTLE"
+            out.print(f"peak on the {name}: {need / 1e9:.1f} GB of {free / 1e9:.1f} GB{verdict}", highlight=False)
 
 
 def print_parity(parity: Parity) -> None:

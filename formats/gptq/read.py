@@ -115,11 +115,7 @@ class GptqFolder:
 
     def hub_name(self, stored: str) -> str:
         """The way back; `stored` is a tensor's or a module's name in the file."""
-        if not self.hub_style:
-            for hub, module in self.family.prefixes:
-                if stored.startswith(module):
-                    return hub + stored.removeprefix(module)
-        return stored
+        return self.family.hub_name(stored)
 
     def weight_names(self) -> list[str]:
         """Hub names of every weight that the folder holds, quantized ones first."""
