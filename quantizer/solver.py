@@ -241,18 +241,18 @@ class _Loop:
         self.scales[group], self.zeros[group] = self.grid.fit(self.target[start:stop] + shift, dim=0)
 
     def _leaf(self, start: int, stop: int) -> None:
-        """One column after the other; `rows` of a matrix are its columns' weights."""
+        """One column after the other. The tensors are small here: what counts is the number of calls."""
         factor = self.factor[start:stop, start:stop].T.contiguous()  # [to, from]
         term = None if self.columns is None else self.columns[start:stop, start:stop].T.contiguous()
         target, shift = self.target[start:stop], self.shift[start:stop]
-        codes = torch.empty_like(target)
-        for i, (t, s, code) in enumerate(zip(target.unbind(0), shift.unbind(0), codes.unbind(0))):
+        codes, before, current = torch.empty_like(target), shift.T, None
+        for i, (t, s, code, k) in enumerate(zip(target.unbind(), shift.unbind(), codes.unbind(), factor.unbind())):
             if i:
-                s.addmv_(shift[:i].T, factor[i, :i])
+                s.addmv_(before.narrow(1, 0, i), k.narrow(0, 0, i))
                 if term is not None:
                     t.addmv_(target[:i].T, term[i, :i])
-            group = self.group_of[start + i]
-            scale, zero = self.scales[group], self.zeros[group]
+            if current != (current := self.group_of[start + i]):
+                scale, zero = self.scales[current], self.zeros[current]
             weights = t + s
             code.copy_(self.grid.encode(weights, scale, zero))
             torch.sub(t, self.grid.decode(code, scale, zero), out=s)
