@@ -291,11 +291,23 @@ def _claim(folder: Path, identity: dict, resume: bool) -> int:
         return 0
     before = read_json(file, error=ArtifactError)
     if changed := [key for key in identity if before.get(key) != identity[key]]:
-        raise ArtifactError(f"{folder} was begun with another {' and '.join(changed)}; give the same, or start again")
+        details = "; ".join(filter(None, (_difference(key, before.get(key), identity[key]) for key in changed)))
+        raise ArtifactError(
+            f"{folder} was begun with another {' and '.join(changed)} ({details}); give the same, or start again"
+        )
     layers = 0
     while (folder / layer_file(layers)).is_file():
         layers += 1
     return layers
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    """What changed, in a few words: keys of a dict with their values where these are short."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        changed = [k for k in before | now if before.get(k) != now.get(k)]
+        return ", ".join(_difference(k, before.get(k), now.get(k)) for k in changed)
+    short = all(len(str(value)) <= 40 for value in (before, now))
+    return f"{name} was {before}, now {now}" if short else f"{name} has other contents"
 
 
 def _restore(layer: nn.Module, folder: Path, index: int, prefix: str) -> None:

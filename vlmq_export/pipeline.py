@@ -22,7 +22,7 @@ from vlmq_export.formats.gguf.mix import mix_named, module_types
 from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, write_artifact
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
-from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
+from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, truncate
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.families import family_of
@@ -84,7 +84,7 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
     samples, described = [], {}
     if checkpoint is not None and not imported:
-        samples, described = calibration_samples(recipe, checkpoint, hooks.progress)
+        samples, described = calibration_samples(recipe, checkpoint, hooks)
     with claimed(out, overwrite=overwrite):
         result = Result(out, plan)
         write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
@@ -226,7 +226,7 @@ def refuse_missing_packages(recipe: Recipe) -> None:
             log.warning("%s will be written but not proven: %s not installed; %s", name, lacking, hint)
 
 
-def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> tuple[list[Sample], dict]:
+def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) -> tuple[list[Sample], dict]:
     """The samples of the recipe, and what the manifest says of them."""
     if recipe.method.value == "rtn":
         return [], {"rows": 0}
@@ -238,13 +238,15 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progre
     preprocessor = Preprocessor(checkpoint.path)
     samples, dropped = [], 0
     for done, row in enumerate(rows):
-        progress("read samples", done, len(rows))
+        hooks.progress("read samples", done, len(rows))
+        if hooks.should_stop():
+            raise Interrupted("stopped while reading samples; nothing was written")
         sample = truncate(preprocessor.sample(row), seq_len)
         if sample is None:
             dropped += 1
         else:
             samples.append(sample)
-    progress("read samples", len(rows), len(rows))
+    hooks.progress("read samples", len(rows), len(rows))
     if not samples:
         raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
     if dropped:
@@ -271,8 +273,8 @@ def refuse_output(out: Path, model: Path, recipe: Recipe, *, overwrite: bool, re
         raise UsageError(f"--out {out} holds the model itself; choose another folder")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; choose another name")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
+    if not out.is_dir() or not any(p for p in out.iterdir() if p.name != LOCK and not _is_leftover(p)):
+        return  # nothing there, or what a run left that was killed before it wrote anything
     if not (out / RECIPE_FILE).is_file():
         raise UsageError(f"--out {out} holds files that vlmq-export did not write; choose another folder")
     if not overwrite and not resume:
@@ -293,14 +295,20 @@ def claimed(out: Path, *, overwrite: bool):
     except OSError as e:
         raise UsageError(f"--out {out} cannot be written ({e.strerror})") from None
     try:
-        if overwrite:
-            for path in out.iterdir():
-                if path.name != LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in sorted(
+            out.iterdir(), key=lambda p: p.name == RECIPE_FILE
+        ):  # the recipe, which says whose it is, last
+            if path.name != LOCK and (overwrite or _is_leftover(path)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
     finally:
-        lock.release()
         (out / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a killed process left it: what it had not renamed yet."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def _same_recipe(recipe: Recipe, out: Path) -> None:
@@ -315,11 +323,12 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
 def _publish(target: Path, write: Callable[[Path], object]) -> object:
     """Call write(temporary sibling folder) and rename it to `target` when whole."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    for stale in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(stale)
     try:
         temporary.mkdir()
         value = write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync(file)
         temporary.rename(target)
         return value
     except OSError as e:
