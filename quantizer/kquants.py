@@ -84,7 +84,7 @@ class BlockGrid:
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
         """float32, as ggml computes it."""
-        return scale * (codes - self.centre) - minimum
+        return scale * (codes.float() - self.centre) - minimum
 
     def fit(self, weights: torch.Tensor, importance: torch.Tensor) -> Params:
         """Parameters of whole blocks. weights: float32 [rows, k · block]; importance > 0: float32 [k · block]."""

@@ -93,7 +93,9 @@ def prepare(matrix: torch.Tensor, diagonal: torch.Tensor, *, group: int, act_ord
         backwards = order.flip(0)  # LAPACK's lower factor of the reversed matrix is the upper one that the loop needs
         permuted = _permuted(matrix, backwards)
         own = permuted.diagonal()
-        own.masked_fill_(dead[backwards], mean).add_(step * damp * mean)  # dead: zero elsewhere, any positive value does
+        own.masked_fill_(dead[backwards], mean).add_(
+            step * damp * mean
+        )  # dead: zero elsewhere, any positive value does
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(permuted.mT, out=(permuted.mT, info))  # LAPACK's column order: in place
         if int(info) == 0 and bool(torch.isfinite(own).all()):
@@ -179,7 +181,7 @@ def solve(
     target = target.float().masked_fill(hessian.dead, 0)
     natural = order // group  # natural group of each step
     group_of = torch.arange(in_features, device=order.device) // group if act_order == "dynamic" else natural
-    loop = _Loop(target.T[order].contiguous(), hessian.factor, columns, grid, group, block, group_of.tolist())
+    loop = _Loop(target.T[order].contiguous(), hessian.factor, columns, grid, group, group, block, group_of.tolist())
     if act_order == "static":
         loop.scales, loop.zeros = (p.T.contiguous() for p in grid.fit(target.view(out_features, -1, group)))
         loop.fitted = True
@@ -195,14 +197,15 @@ class _Loop:
     """One run of the column loop, in loop order; a column of the weights is one contiguous row here."""
 
     def __init__(
-        self, target: torch.Tensor, factor: torch.Tensor, columns: torch.Tensor | None, grid: Affine, group: int,
-        block: int, group_of: list[int],
+        self, target: torch.Tensor, factor: torch.Tensor, columns: torch.Tensor | None, grid: Affine | BlockGrid, group: int,
+        shared: int, block: int, group_of: list[int],
     ):  # fmt: skip
+        """`group` columns are fitted together, `shared` of them have one scale: the `group_of` of their step."""
         in_features, out_features = target.shape
         self.target = target  # t, [in, out]; once rounded: what P multiplies
         self.shift = torch.zeros_like(target)  # Σ (t_q − ŵ_q)·K_qj so far, [in, out]; once rounded: t_j − ŵ_j
         self.codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=target.device)
-        self.scales = torch.empty(in_features // group, out_features, device=target.device)
+        self.scales = torch.empty(in_features // shared, out_features, device=target.device)
         self.zeros = torch.empty_like(self.scales)
         self.factor, self.columns, self.grid, self.group, self.group_of = factor, columns, grid, group, group_of
         self.fitted = False  # whether the groups were fitted before the loop
@@ -238,8 +241,12 @@ class _Loop:
         """Fit a group on its weights as the columns before it leave them: with E their errors, t + E·K_<≥·(K_≥≥)⁻¹."""
         own = self.factor[start:stop, start:stop].T
         shift = torch.linalg.solve_triangular(own, self.shift[start:stop], upper=False, unitriangular=True)
+        self._fit_to(start, stop, self.target[start:stop] + shift)
+
+    def _fit_to(self, start: int, _stop: int, weights: torch.Tensor) -> None:
+        """weights: [group, out], in loop order."""
         group = self.group_of[start]
-        self.scales[group], self.zeros[group] = self.grid.fit(self.target[start:stop] + shift, dim=0)
+        self.scales[group], self.zeros[group] = self.grid.fit(weights, dim=0)
 
     def _leaf(self, start: int, stop: int) -> None:
         """One column after the other. The tensors are small here: what counts is the number of calls."""
@@ -302,45 +309,36 @@ def solve_blocks(
     hessian: Hessian,  # prepared with group = grid.block, its order keeping each block of columns together
     grid: BlockGrid,
     *,
-    block: int,  # lazy-update block
+    block: int,  # as in `solve`
     columns: torch.Tensor | None = None,  # GPTAQ's P, loop order
 ) -> BlockSolution:
-    """`solve` on a block type: when the loop reaches a block, all its parameters are fitted on the compensated weights.
-
-    A column's weight in that fit is 1/U_qq², what an error there costs once later columns have made up for it.
-    """
+    """`solve` on a block type: when the loop reaches a block, all its parameters are fitted on the compensated weights."""
     target = target.float().masked_fill(hessian.dead, 0)
     if hessian.fallback:
         return nearest_in_blocks(target, grid)
-    order, upper, (out_features, in_features) = hessian.order, hessian.upper, target.shape
-    w = target.T[order].contiguous()  # [in, out], loop order
-    codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=target.device)
-    pivots = upper.diagonal()
-    fitted: list[Params] = [None] * (in_features // grid.block)  # type: ignore[list-item]
-    for start, stop in _blocks(in_features, grid.block, block):
-        if start % grid.block == 0:
-            span = order[start : start + grid.block]
-            natural = span.argsort()
-            params = grid.fit(
-                w[start : start + grid.block][natural].T, pivots[start : start + grid.block][natural] ** -2
-            )
-            fitted[int(span.min()) // grid.block] = params
-            sub = (span - span.min()) // grid.sub_block
-            scales, minima = (p.T[sub].contiguous() for p in params.decoded())  # [block, out], loop order
-        errors = torch.empty(stop - start, out_features, device=target.device)
-        added = torch.empty_like(errors) if columns is not None else None
-        for i in range(start, stop):
-            scale, minimum = scales[i % grid.block], minima[i % grid.block]
-            code = grid.encode(w[i], scale, minimum)
-            codes[i] = code
-            rounded = grid.decode(code, scale, minimum)
-            error = (w[i] - rounded) / pivots[i]
-            w[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
-            errors[i - start] = error
-            if columns is not None:
-                w[i + 1 : stop].addr_(columns[i, i + 1 : stop], w[i])
-                added[i - start] = rounded
-        w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-        if columns is not None:
-            w[stop:].addmm_(columns[start:stop, stop:].T, added)
-    return BlockSolution(grid, codes[order.argsort()].T.contiguous(), Params.joined(fitted))
+    order = hessian.order
+    loop = _BlockLoop(target.T[order].contiguous(), hessian, columns, grid, block)
+    loop.run(0, len(order))
+    return BlockSolution(grid, loop.codes[order.argsort()].T.contiguous(), Params.joined(loop.params))
+
+
+class _BlockLoop(_Loop):
+    """The loop on a block type. A scale and minimum belong to a sub-block, whose columns the order may scatter."""
+
+    def __init__(
+        self, target: torch.Tensor, hessian: Hessian, columns: torch.Tensor | None, grid: BlockGrid, block: int
+    ):
+        sub_block_of = (hessian.order // grid.sub_block).tolist()
+        super().__init__(target, hessian.factor, columns, grid, grid.block, grid.sub_block, block, sub_block_of)
+        self.order, self.pivots = hessian.order, hessian.pivots
+        self.params: list[Params] = [None] * (len(target) // grid.block)  # type: ignore[list-item]
+
+    def _fit_to(self, start: int, stop: int, weights: torch.Tensor) -> None:
+        """A column's weight in the fit is its pivot: what an error there costs once later columns have made up for it."""
+        span = self.order[start:stop]
+        natural, index = span.argsort(), int(span.min()) // self.group
+        params = self.grid.fit(weights[natural].T.contiguous(), self.pivots[start:stop][natural])
+        self.params[index] = params
+        first = index * self.group // self.grid.sub_block
+        for held, found in zip((self.scales, self.zeros), params.decoded()):
+            held[first : first + found.shape[1]] = found.T
