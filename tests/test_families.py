@@ -23,7 +23,7 @@ from vlmq_export.quantizer.streams import _equal_lengths, advance, decoder_input
 
 CPU = torch.device("cpu")
 NEW = ("llava_onevision", "internvl", "qwen3_vl")
-ROWS = 6
+ROWS = 4
 
 
 class Loaded:
@@ -98,7 +98,7 @@ def test_both_generations_of_files_are_one_checkpoint(arch, tiny):
     assert old.tensors.keys() == new.tensors.keys()
     for name in old.tensors:
         assert torch.equal(old.tensor(name), new.tensor(name))
-    saved = {t.stored for t in new.tensors.values()}
+    saved = load_file(tiny(arch, generation="modules") / "model.safetensors")
     assert all(n.startswith(("model.", "lm_head.")) for n in saved)
 
 
