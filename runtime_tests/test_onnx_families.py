@@ -260,5 +260,5 @@ def test_genai_answers_about_images_as_qwen3_vl(exported, tmp_path):
 def test_what_genai_does_not_know_is_said_and_not_half_written(exported, arch, tmp_path):
     reference, folder = exported(arch)
     assert not (folder / "genai_config.json").exists()
-    (note,) = write_genai(Artifact(reference.artifact), tmp_path)
+    (note,) = write_genai(Artifact(reference.artifact), tmp_path, FormatOptions())
     assert arch in note and not list(tmp_path.iterdir())

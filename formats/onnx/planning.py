@@ -7,7 +7,6 @@ from vlmq_export.formats.onnx.packing import block_size_for, container_bits
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.families import text_config
 
-HALF = ("qwen2_vl", "qwen2_5_vl")  # families whose graphs can be float16: those that mobius builds
 _GRAPH_BYTES = 9_000  # protobuf a linear: its node, names, and its share of the other nodes
 
 
@@ -25,8 +24,6 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     if not 0 <= options.onnx_accuracy_level <= 4:
         refusals.append(f"--accuracy-level {options.onnx_accuracy_level}: 0 (float32) to 4 (int8 activations)")
     half = options.onnx_dtype == "float16"
-    if half and model.model_type not in HALF:
-        refusals.append(f"--onnx-dtype float16: {model.model_type} has a float32 graph only; use float32")
     if refusals:
         return FormatPlan(0.0, 0, refusals)
     block, bits = block_size_for(config.group_size), container_bits(config.bits)
@@ -41,7 +38,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         )
         if config.act_order == "dynamic" and config.group_size != -1:
             stored += 8 * x.in_features
-    floats = sum((4 if "visual." in t.name else width) * t.numel for t in model.floats)
+    floats = sum((4 if "vis" in t.name else width) * t.numel for t in model.floats)
     embedding = next((width * t.numel for t in model.floats if t.name.endswith("embed_tokens.weight")), 0)
     tied = not any(t.name.endswith("lm_head.weight") for t in model.floats)
     text = text_config(model.source_config)
