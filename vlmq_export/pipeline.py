@@ -21,9 +21,10 @@ from vlmq_export.formats.base import Check, CheckSettings
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
-from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, truncate
+from vlmq_export.quantizer.calibration import Row, Sample, read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.loading import read_samples
 from vlmq_export.quantizer.memory import MemoryPlan, free_memory
 from vlmq_export.quantizer.model import pick_device
 from vlmq_export.quantizer.quantize import quantize
@@ -205,18 +206,13 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) ->
         log.warning("calibrating on the bundled drawn images; give --calibration for images like those of your users")
     rows = draw(read_rows(path, recipe.image_root), recipe.samples, recipe.seed)
     seq_len = recipe.seq_len or family_of(checkpoint.config).seq_len
-    preprocessor = Preprocessor(checkpoint.path)
-    samples, dropped = [], 0
-    for done, row in enumerate(rows):
+
+    def progress(done: int) -> None:
         hooks.progress("read samples", done, len(rows))
         if hooks.should_stop():
             raise Interrupted("stopped while reading samples; nothing was written")
-        sample = truncate(preprocessor.sample(row), seq_len)
-        if sample is None:
-            dropped += 1
-        else:
-            samples.append(sample)
-    hooks.progress("read samples", len(rows), len(rows))
+
+    samples, dropped = read_samples(checkpoint.path, rows, seq_len, progress=progress)
     if not samples:
         raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
     if dropped:
