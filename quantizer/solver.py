@@ -92,7 +92,9 @@ def prepare(matrix: torch.Tensor, diagonal: torch.Tensor, *, group: int, act_ord
         backwards = order.flip(0)  # LAPACK's lower factor of the reversed matrix is the upper one that the loop needs
         permuted = _permuted(matrix, backwards)
         own = permuted.diagonal()
-        own.masked_fill_(dead[backwards], mean).add_(step * damp * mean)  # dead: zero elsewhere, any positive value does
+        own.masked_fill_(dead[backwards], mean).add_(
+            step * damp * mean
+        )  # dead: zero elsewhere, any positive value does
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(permuted.mT, out=(permuted.mT, info))  # LAPACK's column order: in place
         if int(info) == 0 and bool(torch.isfinite(own).all()):
