@@ -26,9 +26,9 @@ def attention_block(layer: nn.Module, hidden: torch.Tensor, kwargs: Mapping) -> 
 
 
 def output_gradients(
-    layer: nn.Module, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: Mapping
+    layer: nn.Module, hidden: torch.Tensor, target: torch.Tensor, kwargs: Mapping
 ) -> dict[str, torch.Tensor]:
-    """∂L/∂Z at the output Z of each projection: name → float32 [batch, tokens, out].
+    """∂L/∂Z at the output Z of each projection: name → float32 [batch, tokens, out]; `target` is Attn(X̃).
 
     L is a sum over tokens and channels, so samples do not weigh on each other. o_proj's output enters L additively: its
     gradient is 2·(Attn(X) − Attn(X̃)), without a backward pass. The parameters are left alone.
@@ -39,7 +39,6 @@ def output_gradients(
             stack.enter_context(_leaf_output(layer.get_submodule(name), leaves, name))
         # The fused backward adds in no fixed order on CUDA; this one does, and a resumed run must match.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        target = attention_block(layer, hidden_full, kwargs).detach()
         student = attention_block(layer, hidden, kwargs)
         error = 2 * (student.detach() - target)
         gradients = torch.autograd.grad(student, list(leaves.values()), grad_outputs=error)

@@ -15,70 +15,62 @@ from vlmq_export.quantizer.grids import grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gradients, token_factors
 from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.statistics import Statistics
-from vlmq_export.quantizer.streams import Batch, FullPass, linear_input, put
+from vlmq_export.quantizer.walk import LayerWalk
 
 Solved = tuple[QuantizedLinear, dict]  # with its metrics
 
 
 def quantize_layer(
-    layer: nn.Module,
+    walk: LayerWalk,  # of a layer that has its source weights
     prefix: str,  # hub name of the layer, with the dot
-    groups: Sequence[Sequence[str]],  # linears that share an input, in order
-    batches: list[Batch],
-    full: FullPass,  # of this layer, with its source weights
+    groups: Sequence[Sequence[str]],  # linears that share an input, in the walk's order
     config: QuantConfig,
 ) -> list[Solved]:
-    """Solve every linear of a layer that has its source weights, and leave the decoded weights in it.
+    """Solve every linear of a layer, and leave the decoded weights in it.
 
     Group after group, so that each is calibrated on inputs that the groups before it have already disturbed.
     """
     method = method_named(config.method)
-    factors = importance_factors(layer, batches, method.importance)
+    factors = importance_factors(walk, method.importance)
     solved: list[Solved] = []
-    for group in groups:
+    for stage, group in enumerate(groups):
         shared = [[name] for name in group] if group[0] in factors else [list(group)]
-        statistics = (
-            collect(layer, shared, batches, full, factors, method) if method.calibrated else [None] * len(shared)
-        )
-        for names, sums in zip(shared, statistics):
-            solved += _solve(layer, prefix, names, sums, config, method)
+        sums = collect(walk, stage, shared, factors, method) if method.calibrated else [None] * len(shared)
+        for names in shared:
+            solved += _solve(walk.layer, prefix, names, sums.pop(0), config, method)
         for name, (linear, _) in zip(group, solved[-len(group) :]):
-            put(layer, name, linear)
+            walk.put(name, linear)
     return solved
 
 
-def importance_factors(layer: nn.Module, batches: list[Batch], norm: str) -> dict[str, list[torch.Tensor]]:
+def importance_factors(walk: LayerWalk, norm: str) -> dict[str, list[torch.Tensor]]:
     """projection → one factor a valid token, a tensor a batch, normalized over all of them."""
     if norm == "none":
         return {}
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in PROJECTIONS}
-    for batch in batches:
-        gradients = output_gradients(layer, batch.quantized, batch.full, batch.kwargs)
-        for name, gradient in gradients.items():
-            raw[name].append(batch.tokens(token_factors(gradient, norm)))
+    for index, batch in enumerate(walk.batches):
+        hidden = batch.quantized
+        if torch.equal(hidden, batch.full):  # layer 0: exactly no gradient, whatever kernel computes the two attentions
+            none = torch.zeros(len(batch.tokens(hidden)), device=hidden.device)
+            factors = dict.fromkeys(PROJECTIONS, none)
+        else:
+            gradients = output_gradients(walk.layer, hidden, walk.attention_target(index), batch.kwargs)
+            factors = {name: batch.tokens(token_factors(g, norm)) for name, g in gradients.items()}
+        for name in PROJECTIONS:
+            raw[name].append(factors[name])
     return {name: normalized(factors) for name, factors in raw.items()}
 
 
 @torch.no_grad()
 def collect(
-    layer: nn.Module,
-    shared: list[list[str]],
-    batches: list[Batch],
-    full: FullPass,
-    factors: dict[str, list[torch.Tensor]],
-    method: Method,
+    walk: LayerWalk, stage: int, shared: list[list[str]], factors: dict[str, list[torch.Tensor]], method: Method
 ) -> list[Statistics]:
-    """Statistics of one input, a set for each list of linears that also share their token weights."""
-    lead = shared[0][0]
-    module = layer.get_submodule(lead)
-    sums = [
-        Statistics.empty(module.in_features, drift=method.drift != "plain", device=module.weight.device) for _ in shared
-    ]
-    for i, batch in enumerate(batches):
-        x = batch.tokens(linear_input(layer, lead, batch.quantized, batch.kwargs))
-        x_full = batch.tokens(full.inputs[i][lead]) if method.drift != "plain" else None
+    """Statistics of one group's input, a set for each list of linears that also share their token weights."""
+    module, drift = walk.layer.get_submodule(shared[0][0]), method.drift != "plain"
+    sums = [Statistics.empty(module.in_features, drift=drift, device=module.weight.device) for _ in shared]
+    for i, (x, x_full) in enumerate(walk.inputs(stage)):
         for names, part in zip(shared, sums):
-            part.add(x, x_full, factors[names[0]][i] if names[0] in factors else None)
+            part.add(x, x_full if drift else None, factors[names[0]][i] if names[0] in factors else None)
     return sums
 
 

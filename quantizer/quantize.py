@@ -41,8 +41,9 @@ from vlmq_export.quantizer.layer import quantize_layer
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
 from vlmq_export.quantizer.shelf import Place, Shelf
-from vlmq_export.quantizer.streams import Batch, advance, decoder_inputs, full_pass, put
+from vlmq_export.quantizer.streams import Batch, decoder_inputs, put
 from vlmq_export.quantizer.untrusted import read_json
+from vlmq_export.quantizer.walk import LayerWalk
 
 log = logging.getLogger("vlmq_export")
 SCRATCH = ".activations.tmp"
@@ -116,7 +117,6 @@ def quantize(
     with clock("floats"):
         write_source(folder, checkpoint)
         write_floats(folder, checkpoint, _float_names(checkpoint, family.linear_names(count)))
-    leads = [group[0] for group in family.groups] if method.drift != "plain" else []
     batches: list[Batch] = []
     lost = 0
     with exact_arithmetic(), _shelf(target, place, folder) as shelf:
@@ -138,13 +138,14 @@ def quantize(
                 )
             solved = i < done
             with clock("layers"), model.filled_layer(i) as layer:
-                full = full_pass(layer, [] if solved else leads, batches)
+                walk = LayerWalk(layer, batches, two_streams=method.two_streams)
                 if solved:
+                    walk.pass_full()
                     _restore(layer, folder, i, f"{family.layers}{i}.")
                 else:
-                    linears = quantize_layer(layer, f"{family.layers}{i}.", family.groups, batches, full, config)
+                    linears = quantize_layer(walk, f"{family.layers}{i}.", family.groups, config)
                     write_layer(folder, i, [q for q, _ in linears], [_record(q, i, metrics) for q, metrics in linears])
-                lost += advance(layer, batches, full)
+                lost += walk.advance()
                 refuse_many_lost(lost, len(samples))
             if not solved and i + 1 < count and should_stop():
                 raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
