@@ -1,7 +1,7 @@
 """Several processes on one model: samples are split over ranks, statistics summed, linears solved by different ranks.
 
 Started by `torchrun --nproc-per-node N -m vlmq_export …`: gloo on CPUs, NCCL on GPUs. Every rank walks all layers with its
-share of the samples; rank 0 alone writes. The number of ranks changes the order of sums and nothing else. `ALONE` is the
+share of the batches; rank 0 alone writes. The number of ranks changes the order of float64 sums and nothing else. `ALONE` is the
 object of a single process: everything in it returns at once.
 """
 
@@ -38,11 +38,13 @@ class Ranks:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def share(self, samples: Sequence[T]) -> list[T]:
-        """This rank's samples. Raises CalibrationError where some rank would get none."""
-        if 0 < len(samples) < self.size:
-            raise CalibrationError(f"{len(samples)} samples for {self.size} processes; give more, or start fewer")
-        return list(samples[self.rank :: self.size])
+    def share(self, batches: Sequence[T]) -> list[T]:
+        """This rank's. Raises CalibrationError where some rank would get none."""
+        if 0 < len(batches) < self.size:
+            raise CalibrationError(
+                f"{len(batches)} batches of samples for {self.size} processes; give more samples, or start fewer"
+            )
+        return list(batches[self.rank :: self.size])
 
     def owner(self, unit: int) -> int:
         """Which rank solves the unit-th list of linears of a group."""
@@ -52,12 +54,15 @@ class Ranks:
         """Sums over all ranks, in float64."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
+    def count(self, value: int) -> int:
+        return int(self.total(int(value))[0])
+
     def largest(self, value: float) -> float:
         return self._reduced((value,), dist.ReduceOp.MAX)[0]
 
     def same(self, value: int) -> int:
         """Rank 0's value."""
-        return int(self.total(value if self.first else 0)[0])
+        return self.count(value if self.first else 0)
 
     def _reduced(self, values: Sequence[float], how) -> list[float]:
         if self.size == 1:
@@ -73,16 +78,16 @@ class Ranks:
         for field in fields(sums):
             if isinstance(value := getattr(sums, field.name), torch.Tensor):
                 dist.reduce(value, owner)
-        sums.tokens, sums.weight, sums.weight_squared = self.total(sums.tokens, sums.weight, sums.weight_squared)
-        sums.tokens = int(sums.tokens)
+        tokens, sums.weight, sums.weight_squared = self.total(sums.tokens, sums.weight, sums.weight_squared)
+        sums.tokens = int(tokens)
         return sums if self.rank == owner else None
 
     def broadcast(self, tensor: torch.Tensor, owner: int) -> torch.Tensor:
         """The owner's tensor; others give one of the same shape and dtype, which is overwritten."""
         if self.size > 1:
-            data = tensor.contiguous().view(torch.uint8).to(self.device)  # bytes: every backend has them
+            data = tensor.contiguous().view(-1).view(torch.uint8).to(self.device)  # bytes: every backend has them
             dist.broadcast(data, owner)
-            tensor = data.to(tensor.device).view(tensor.dtype).view(tensor.shape)
+            return data.to(tensor.device).view(tensor.dtype).view(tensor.shape)
         return tensor
 
     def broadcast_json(self, value: dict | None, owner: int) -> dict:
@@ -90,7 +95,7 @@ class Ranks:
         if self.size == 1:
             return value
         text = json.dumps(value).encode() if self.rank == owner else b""
-        length = int(self.total(len(text))[0])
+        length = self.count(len(text))
         data = torch.tensor(list(text) or [0] * length, dtype=torch.uint8)
         return json.loads(bytes(self.broadcast(data, owner).tolist()))
 
@@ -105,12 +110,10 @@ def joined(device: torch.device):
     if size == 1:
         yield ALONE
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
-        torch.cuda.set_device(local)
-        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield replace(ALONE, rank=rank, size=size, device=device)
+        yield replace(ALONE, rank=int(os.environ["RANK"]), size=size, device=device)
     finally:
         dist.destroy_process_group()

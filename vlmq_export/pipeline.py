@@ -23,6 +23,7 @@ from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, pl
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
 from vlmq_export.quantizer.calibration import Row, Sample, read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
+from vlmq_export.quantizer.distributed import Ranks, joined
 from vlmq_export.quantizer.families import family_of
 from vlmq_export.quantizer.loading import read_samples
 from vlmq_export.quantizer.memory import MemoryPlan, free_memory
@@ -82,29 +83,37 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
     rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
     samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks)
-    with claimed(out, overwrite=overwrite):
-        result = Result(out, plan)
-        write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
-        with result.timed("quantize"):
-            if checkpoint is not None:
-                memory = plan_memory(
-                    plan.model,
-                    recipe,
-                    plan.memory.host_free,
-                    plan.memory.device_free,
-                    sum(len(s.input_ids) for s in samples),
-                )
-                _tell_memory(memory)
-                quantize(
-                    checkpoint, samples, recipe.quant_config(), out / "artifact", name=plan.model.name, calibration=described,
-                    device=recipe.device.value, resume=resume, place=memory.place, progress=hooks.progress, should_stop=hooks.should_stop,
-                )  # fmt: skip
-            elif artifact is not None and not (out / "artifact").exists():
-                _publish(out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True))
-        _export(recipe, out, result, hooks)
-        source = model if checkpoint else None
-        finish(out, recipe, result, rows, source, hooks)
+    result = Result(out, plan)
+    with joined(pick_device(recipe.device.value)) as ranks:
+        if not ranks.first:
+            _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+            return result
+        with claimed(out, overwrite=overwrite):
+            write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
+            with result.timed("quantize"):
+                if checkpoint is not None:
+                    _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+                elif artifact is not None and not (out / "artifact").exists():
+                    _publish(
+                        out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
+                    )
+            _export(recipe, out, result, hooks)
+            finish(out, recipe, result, rows, model if checkpoint else None, hooks)
     return result
+
+
+def _quantize(
+    recipe, checkpoint, samples, described, result: Result, hooks: Hooks, ranks: Ranks, *, resume: bool
+) -> None:
+    memory = result.plan.memory
+    tokens = sum(len(s.input_ids) for s in samples) // ranks.size
+    memory = plan_memory(result.plan.model, recipe, memory.host_free, memory.device_free, tokens)
+    _tell_memory(memory)
+    quantize(
+        checkpoint, samples, recipe.quant_config(), result.out / "artifact", name=result.plan.model.name,
+        calibration=described, device=recipe.device.value, resume=resume, place=memory.place, ranks=ranks,
+        progress=hooks.progress, should_stop=hooks.should_stop,
+    )  # fmt: skip
 
 
 def dry_run(recipe: Recipe) -> RunPlan:
