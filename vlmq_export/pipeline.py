@@ -351,7 +351,8 @@ def finish(
     if verify if verify is not None else recipe.verify:
         settings = CheckSettings(threads=os.cpu_count() or 1)
         with result.timed("verify"):
-            reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source)
+            memory, _ = free_memory(pick_device("cpu"), recipe.max_memory)
+            reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source, memory)
             result.parity = check_formats(folders, reference, options, settings, hooks.progress, hooks.should_stop)
         if changed is not None:
             result.parity.checks.insert(0, _checksum_row(changed))
