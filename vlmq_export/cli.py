@@ -147,9 +147,10 @@ def _export(recipe: Recipe, overwrite: bool, resume: bool, dry_run: bool, as_jso
         else:
             terminal.print_plan(plan)
         return UsageError.exit_code if plan.refusals else 0
-    with terminal.Stages(quiet) as stages, _StopSignals() as stopped:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
+    with terminal.Stages(quiet or not first) as stages, _StopSignals() as stopped:
         result = pipeline.run(recipe, overwrite=overwrite, resume=resume, hooks=pipeline.Hooks(stages, stopped))
-    return _present(result, as_json)
+    return _present(result, as_json) if first else 0
 
 
 def _verify(out: Path, verify_data: Path | None, image_root: Path | None, as_json: bool, quiet: bool) -> int:
@@ -229,7 +230,7 @@ def _run(job, as_json: bool, quiet: bool, verbose: int) -> None:
     """Call `job`, turn what a user can meet into one line and an exit code."""
     from vlmq_export import terminal
 
-    terminal.set_up_logging(verbose, quiet)
+    terminal.set_up_logging(verbose, quiet or os.environ.get("RANK", "0") != "0")
     try:
         code = job()
     except (VlmqError, OSError) as e:

@@ -23,9 +23,11 @@ from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, w
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
-from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, truncate
+from vlmq_export.quantizer.calibration import Row, Sample, read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
+from vlmq_export.quantizer.distributed import Ranks, joined
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.loading import read_samples
 from vlmq_export.quantizer.memory import MemoryPlan, free_memory
 from vlmq_export.quantizer.model import pick_device
 from vlmq_export.quantizer.quantize import quantize
@@ -85,32 +87,41 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     samples, described = [], {}
     if checkpoint is not None and not imported:
         samples, described = calibration_samples(recipe, checkpoint, hooks)
-    with claimed(out, overwrite=overwrite):
-        result = Result(out, plan)
-        write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
-        with result.timed("quantize"):
-            if isinstance(checkpoint, GptqCheckpoint):
-                if not (out / "artifact").exists():
-                    _publish(out / "artifact", lambda folder: write_artifact(checkpoint, folder, plan.model.name))
-            elif checkpoint is not None:
-                memory = plan_memory(
-                    plan.model,
-                    recipe,
-                    plan.memory.host_free,
-                    plan.memory.device_free,
-                    sum(len(s.input_ids) for s in samples),
-                )
-                _tell_memory(memory)
-                quantize(
-                    checkpoint, samples, plan.model.config, out / "artifact", name=plan.model.name, calibration=described,
-                    device=recipe.device.value, resume=resume, place=memory.place, progress=hooks.progress, should_stop=hooks.should_stop,
-                )  # fmt: skip
-            elif artifact is not None and not (out / "artifact").exists():
-                _publish(out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True))
-        _export(recipe, out, result, hooks)
-        source = model if checkpoint else None
-        finish(out, recipe, result, rows, source, hooks)
+    result = Result(out, plan)
+    with joined(pick_device(recipe.device.value)) as ranks:
+        if not ranks.first:
+            if not imported:
+                _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+            return result
+        with claimed(out, overwrite=overwrite):
+            write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
+            with result.timed("quantize"):
+                if isinstance(checkpoint, GptqCheckpoint):
+                    if not (out / "artifact").exists():
+                        _publish(out / "artifact", lambda folder: write_artifact(checkpoint, folder, plan.model.name))
+                elif checkpoint is not None:
+                    _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+                elif artifact is not None and not (out / "artifact").exists():
+                    _publish(
+                        out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
+                    )
+            _export(recipe, out, result, hooks)
+            finish(out, recipe, result, rows, model if checkpoint else None, hooks)
     return result
+
+
+def _quantize(
+    recipe, checkpoint, samples, described, result: Result, hooks: Hooks, ranks: Ranks, *, resume: bool
+) -> None:
+    memory = result.plan.memory
+    tokens = sum(len(s.input_ids) for s in samples) // ranks.size
+    memory = plan_memory(result.plan.model, recipe, memory.host_free, memory.device_free, tokens)
+    _tell_memory(memory)
+    quantize(
+        checkpoint, samples, result.plan.model.config, result.out / "artifact", name=result.plan.model.name,
+        calibration=described, device=recipe.device.value, resume=resume, place=memory.place, ranks=ranks,
+        progress=hooks.progress, should_stop=hooks.should_stop,
+    )  # fmt: skip
 
 
 def dry_run(recipe: Recipe) -> RunPlan:
@@ -235,18 +246,13 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) ->
         log.warning("calibrating on the bundled drawn images; give --calibration for images like those of your users")
     rows = draw(read_rows(path, recipe.image_root), recipe.samples, recipe.seed)
     seq_len = recipe.seq_len or family_of(checkpoint.config).seq_len
-    preprocessor = Preprocessor(checkpoint.path)
-    samples, dropped = [], 0
-    for done, row in enumerate(rows):
+
+    def progress(done: int) -> None:
         hooks.progress("read samples", done, len(rows))
         if hooks.should_stop():
             raise Interrupted("stopped while reading samples; nothing was written")
-        sample = truncate(preprocessor.sample(row), seq_len)
-        if sample is None:
-            dropped += 1
-        else:
-            samples.append(sample)
-    hooks.progress("read samples", len(rows), len(rows))
+
+    samples, dropped = read_samples(checkpoint.path, rows, seq_len, progress=progress)
     if not samples:
         raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
     if dropped:
@@ -376,7 +382,8 @@ def finish(
     if verify if verify is not None else recipe.verify:
         settings = CheckSettings(threads=os.cpu_count() or 1)
         with result.timed("verify"):
-            reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source)
+            memory, _ = free_memory(pick_device("cpu"), recipe.max_memory)
+            reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source, memory)
             result.parity = check_formats(folders, reference, options, settings, hooks.progress, hooks.should_stop)
         if changed is not None:
             result.parity.checks.insert(0, _checksum_row(changed))

@@ -24,6 +24,8 @@ from vlmq_export.quantizer.families import family_of
 _AFFINE = ("codes", "scales", "zero_points", "g_idx")
 _BLOCKS = ("codes", "d", "sub_scales", "dmin", "sub_mins")
 _CENTRES = {"Q3_K": 4, "Q4_0": 8, "Q5_0": 16, "Q6_K": 32, "Q8_0": 128}  # code of zero in the types without a minimum
+# A weight, while the reference is loaded (decoded, and in the model) and once more in the runtime beside it.
+_WHOLE_MODEL_BYTES = 3 * 4
 
 
 class Weights:
@@ -103,10 +105,12 @@ class Weights:
 class Reference:
     """The reference model with its held-out prompts. Everything is computed once and kept."""
 
-    def __init__(self, artifact: Path, rows: list[Row], source: Path | None = None):
-        """`rows`: held-out conversations with images; the last assistant turn is the expected answer."""
+    def __init__(self, artifact: Path, rows: list[Row], source: Path | None = None, memory: int | None = None):
+        """`rows`: held-out conversations with images; the last assistant turn is the expected answer. `memory`: bytes that
+        whole models may take, None for any number."""
         self.artifact = artifact
         self.source = source
+        self.memory = memory
         self.weights = Weights(artifact, source)
         self.folder = artifact / "source"
         self.config: dict = json.loads((self.folder / "config.json").read_text("utf-8"))
@@ -116,6 +120,14 @@ class Reference:
         self.rows = [replace(row, id=f"{row.id} ({n})") if row.id in twice else row for n, row in enumerate(rows)]
         self._logits: dict[str, np.ndarray] = {}
         self._answers: dict[str, list[int]] = {}
+
+    @cached_property
+    def too_large(self) -> str:
+        """Why whole models are not run, or nothing. Weights are compared one at a time whatever their number."""
+        need = _WHOLE_MODEL_BYTES * self.weights.count
+        if self.memory is None or need <= self.memory:
+            return ""
+        return f"needs {need / 1e9:.0f} GB for whole models in float32, {self.memory / 1e9:.0f} GB are there"
 
     @cached_property
     def prompts(self) -> list[Sample]:
