@@ -21,12 +21,13 @@ from dataclasses import dataclass
 
 import torch
 
+from vlmq_export.quantizer import kernels
 from vlmq_export.quantizer.grids import Affine
 
 PRECISION = torch.float64  # of the factorization
 _BAND = 512  # rows or columns worked on together
 DAMP_STEPS = (1, 10, 100)  # times the recipe's damping, tried in turn before falling back to plain rounding
-LEAF = 32  # columns that are rounded one by one between two matrix products
+LEAF = 32  # columns that are rounded one by one between two matrix products, where no kernel takes more
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def solve(
     target = target.float().masked_fill(hessian.dead, 0)
     natural = order // group  # natural group of each step
     group_of = torch.arange(in_features, device=order.device) // group if act_order == "dynamic" else natural
-    loop = _Loop(target.T[order].contiguous(), hessian.factor, columns, grid, group, block, group_of.tolist())
+    loop = _Loop(target.T[order].contiguous(), hessian.factor, columns, grid, group, block, group_of)
     if act_order == "static":
         loop.scales, loop.zeros = (p.T.contiguous() for p in grid.fit(target.view(out_features, -1, group)))
         loop.fitted = True
@@ -197,7 +198,7 @@ class _Loop:
 
     def __init__(
         self, target: torch.Tensor, factor: torch.Tensor, columns: torch.Tensor | None, grid: Affine, group: int,
-        block: int, group_of: list[int],
+        block: int, group_of: torch.Tensor,
     ):  # fmt: skip
         in_features, out_features = target.shape
         self.target = target  # t, [in, out]; once rounded: what P multiplies
@@ -205,11 +206,20 @@ class _Loop:
         self.codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=target.device)
         self.scales = torch.empty(in_features // group, out_features, device=target.device)
         self.zeros = torch.empty_like(self.scales)
-        self.factor, self.columns, self.grid, self.group, self.group_of = factor, columns, grid, group, group_of
+        self.factor, self.columns, self.grid, self.group, self.group_of = (
+            factor,
+            columns,
+            grid,
+            group,
+            group_of.tolist(),
+        )
+        self.group_index = group_of.to(torch.int32)
         self.fitted = False  # whether the groups were fitted before the loop
         # A group is fitted on weights that carry every earlier update: no range but whole groups may straddle two.
         self.lazy = block if group >= block else block // group * group
-        self.units = sorted({group, self.lazy, min(LEAF, group)}, reverse=True)
+        self.kernel = kernels.usable(target.device, grid)
+        leaf = min(kernels.BLOCK if self.kernel else LEAF, group, self.lazy)
+        self.units = sorted({group, self.lazy, leaf}, reverse=True)
 
     def run(self, start: int, stop: int, *, inside: bool = False) -> None:
         """Round columns start … stop, which already carry the updates of all before them; `inside` a lazy block or not.
@@ -223,7 +233,7 @@ class _Loop:
         lazy = not inside and size <= self.lazy
         unit = next((u for u in self.units if u < size), None)
         if unit is None:
-            self._leaf(start, stop)
+            (self._fused if self.kernel else self._leaf)(start, stop)
         else:
             middle = start + -(-size // unit) // 2 * unit
             self.run(start, middle, inside=inside or lazy)
@@ -261,6 +271,14 @@ class _Loop:
             if term is not None:
                 t.copy_(weights)
         self.codes[start:stop] = codes
+
+    def _fused(self, start: int, stop: int) -> None:
+        """`_leaf` as one kernel."""
+        here = slice(start, stop)
+        kernels.round_block(
+            self.target[here], self.shift[here], self.codes[here], self.scales, self.zeros, self.group_index[here],
+            self.factor[here, here], None if self.columns is None else self.columns[here, here], self.grid.top,
+        )  # fmt: skip
 
 
 def weighted_loss(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -> float:
