@@ -58,8 +58,14 @@ class Solution:
 
     def decode(self) -> torch.Tensor:
         """float32 [out, in]."""
-        group = self.g_idx.long()
-        return self.scales.float()[:, group] * (self.codes.float() - self.zero_points.float()[:, group])
+        codes, scales, zeros = self.codes.float(), self.scales.float(), self.zero_points.float()
+        group = self.codes.shape[1] // scales.shape[1]
+        if bool((self.g_idx.view(-1, group) == self.g_idx.view(-1, group)[:, :1]).all()):  # groups lie together
+            first = self.g_idx[::group].long()
+            grouped = codes.view(len(codes), -1, group)
+            return grouped.sub_(zeros[:, first, None]).mul_(scales[:, first, None]).view_as(codes)
+        index = self.g_idx.long()
+        return codes.sub_(zeros[:, index]).mul_(scales[:, index])
 
     def rows(self, start: int, stop: int) -> Solution:
         return Solution(self.codes[start:stop], self.scales[start:stop], self.zero_points[start:stop], self.g_idx)
@@ -178,10 +184,12 @@ def solve(
     if hessian.fallback:
         return round_to_nearest(target, grid, group=group)
     order, (out_features, in_features) = hessian.order, target.shape
-    target = target.float().masked_fill(hessian.dead, 0)
+    target = target.float()
+    if bool(hessian.dead.any()):
+        target = target.masked_fill(hessian.dead, 0)
     natural = order // group  # natural group of each step
     group_of = torch.arange(in_features, device=order.device) // group if act_order == "dynamic" else natural
-    loop = _Loop(target.T[order].contiguous(), hessian.factor, columns, grid, group, block, group_of)
+    loop = _Loop(target.T.contiguous()[order], hessian.factor, columns, grid, group, block, group_of)
     if act_order == "static":
         loop.scales, loop.zeros = (p.T.contiguous() for p in grid.fit(target.view(out_features, -1, group)))
         loop.fitted = True
