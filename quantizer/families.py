@@ -140,5 +140,7 @@ def layer_count(config: dict) -> int:
     """Decoder layers of a source config. Raises CheckpointError for a number that no model has."""
     layers = text_config(config).get("num_hidden_layers")
     if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
-        raise CheckpointError(f"num_hidden_layers in config.json is {layers!r}; a number from 1 to {MAX_LAYERS} is expected")
+        raise CheckpointError(
+            f"num_hidden_layers in config.json is {layers!r}; a number from 1 to {MAX_LAYERS} is expected"
+        )
     return layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -16,6 +15,7 @@ from vlmq_export import __version__, formats
 from vlmq_export.errors import FormatError, Interrupted, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings, FormatOptions
 from vlmq_export.quantizer.artifact import write_json
+from vlmq_export.quantizer.untrusted import read_json
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
@@ -45,9 +45,9 @@ class Parity:
     @classmethod
     def read(cls, path: Path) -> Parity:
         try:
-            raw = json.loads(path.read_text("utf-8"))
+            raw = read_json(path, error=FormatError)
             return cls(**(raw | {"checks": [Check(**c) for c in raw["checks"]]}))
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as e:
+        except (KeyError, TypeError) as e:
             raise FormatError(f"{path}: cannot be read as a parity report ({e}); run verify again") from None
 
 

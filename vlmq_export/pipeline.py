@@ -16,12 +16,20 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vlmq_export import bundled, checksums, formats, report
-from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageError, VlmqError
+from vlmq_export.errors import CalibrationError, CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
-from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, truncate
+from vlmq_export.quantizer.calibration import (
+    Preprocessor,
+    Row,
+    Sample,
+    read_rows,
+    refuse_all,
+    refuse_unreadable,
+    truncate,
+)
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.families import family_of
 from vlmq_export.quantizer.quantize import quantize
@@ -76,7 +84,9 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     refuse_missing_packages(recipe)
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
-    rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
+    rows = held_out(recipe.verify_data, recipe.image_root) if recipe.verify else []
+    if recipe.verify:
+        Preprocessor(artifact.source if artifact else model)  # raises for what the proof would miss after all the work
     samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks.progress)
     with claimed(out, overwrite=overwrite):
         result = Result(out, plan)
@@ -114,7 +124,7 @@ def verify(
     recipe = load_recipe(out / RECIPE_FILE, {})
     artifact = Artifact(out / "artifact")
     result = Result(out, plan_run(artifact_plan(artifact), recipe))
-    rows = read_rows(verify_data or recipe.verify_data or bundled.HELDOUT, image_root or recipe.image_root)
+    rows = held_out(verify_data or recipe.verify_data, image_root or recipe.image_root)
     source = same_source(recipe.model, artifact)
     finish(out, recipe, result, rows, source, hooks, changed=checksums.changed_files(out), verify=True)
     return result
@@ -173,6 +183,14 @@ def refuse_missing_packages(recipe: Recipe) -> None:
             log.warning("%s will be written but not proven: %s not installed; %s", name, lacking, hint)
 
 
+def held_out(path: Path | None, image_root: Path | None) -> list[Row]:
+    """As many rows as the checks use. Raises CalibrationError for one of them that they could not use."""
+    settings = CheckSettings()
+    rows = read_rows(path or bundled.HELDOUT, image_root)[: max(settings.images, settings.questions)]
+    refuse_unreadable(path or bundled.HELDOUT, rows)
+    return rows
+
+
 def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> tuple[list[Sample], dict]:
     """The samples of the recipe, and what the manifest says of them."""
     if recipe.method.value == "rtn":
@@ -183,19 +201,26 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progre
     rows = draw(read_rows(path, recipe.image_root), recipe.samples, recipe.seed)
     seq_len = recipe.seq_len or family_of(checkpoint.config).seq_len
     preprocessor = Preprocessor(checkpoint.path)
-    samples, dropped = [], 0
+    samples, dropped, errors = [], 0, []
     for done, row in enumerate(rows):
         progress("read samples", done, len(rows))
-        sample = truncate(preprocessor.sample(row), seq_len)
+        try:
+            sample = truncate(preprocessor.sample(row), seq_len)
+        except CalibrationError as e:
+            errors.append(str(e))
+            continue
         if sample is None:
             dropped += 1
         else:
             samples.append(sample)
+    refuse_all(path, "samples cannot be used", errors)
     progress("read samples", len(rows), len(rows))
     if not samples:
         raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
     if dropped:
         log.warning("%d of %d samples dropped: --seq-len %d would cut their vision tokens", dropped, len(rows), seq_len)
+    if not any(s.images for s in samples):
+        log.warning("%s: no sample has an image; the model is calibrated on text alone", path.name)
     tokens = sum(len(s.input_ids) for s in samples)
     vision = sum(int(s.vision.sum()) for s in samples)
     described = {
