@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from vlmq_export import bundled, checksums, formats, report
 from vlmq_export.errors import CalibrationError, CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
-from vlmq_export.parity import PARITY_FILE, Parity, check_formats
+from vlmq_export.parity import PARITY_FILE, Parity, check_formats, forget_places
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
 from vlmq_export.quantizer.calibration import (
@@ -344,6 +344,7 @@ def finish(
         if changed is not None:
             result.parity.checks.insert(0, _checksum_row(changed))
             result.parity.verified &= not changed
+        forget_places(result.parity.checks, out, source)
         result.parity.write(out / PARITY_FILE)
     report.write(out, recipe, artifact, result)
     checksums.write_sums(out)
