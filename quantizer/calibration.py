@@ -250,8 +250,8 @@ def load_image(path: Path) -> Image.Image:
     try:
         if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
             raise ValueError(f"{size} bytes; {MAX_IMAGE_BYTES} is the limit")
-        with warnings.catch_warnings(), Image.open(path, formats=IMAGE_FORMATS) as image:
-            warnings.simplefilter("ignore")  # of Pillow, about the sizes that are checked here
+        # Pillow warns of sizes, which are checked here, and of damage that it can read past.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
             w, h = image.size
             if w * h > MAX_PIXELS:
                 raise ValueError(f"{w}×{h} pixels; {MAX_PIXELS} is the limit")
