@@ -157,7 +157,7 @@ def read_layer_records(folder: Path, index: int) -> list[ModuleRecord]:
     try:
         with safe_open(file, framework="pt") as f:
             return [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
@@ -166,8 +166,12 @@ def read_layer(folder: Path, index: int) -> list[Linear]:
     file = folder / layer_file(index)
     try:
         infos = read_infos(file)
-        return [r.linear(lambda key: read_tensor(folder, infos[key])) for r in read_layer_records(folder, index)]
-    except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError) as e:
+        linears = [r.linear(lambda key: read_tensor(folder, infos[key])) for r in read_layer_records(folder, index)]
+        for q in linears:
+            if problem := q.out_of_range():
+                raise ValueError(f"{q.name}: {problem}")
+        return linears
+    except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 

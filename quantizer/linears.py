@@ -47,7 +47,9 @@ class QuantizedLinear:
 
     def out_of_range(self) -> str:
         """What in the tensors lies outside the grid, or nothing."""
-        top, groups = 2**self.bits - 1, self.scales.shape[1]
+        top, (out_features, groups) = 2**self.bits - 1, self.scales.shape
+        if self.codes.shape != (out_features, len(self.g_idx)) or self.zero_points.shape != self.scales.shape:
+            return "shapes that do not fit together"
         return _wrong(
             {
                 f"codes over {top}": self.codes > top,

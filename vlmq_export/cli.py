@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlmq_export import __version__
-from vlmq_export.errors import CTRL_C, PARITY_FAILED, Interrupted, UsageError, VlmqError
+from vlmq_export.errors import CTRL_C, PARITY_FAILED, Interrupted, UsageError, VlmqError, one_line
 from vlmq_export.recipe import (
     ActOrder,
     Device,
@@ -235,7 +235,7 @@ def _run(job, as_json: bool, quiet: bool, verbose: int) -> None:
         code = job()
     except (VlmqError, OSError) as e:
         code = getattr(e, "exit_code", VlmqError.exit_code)
-        message = str(e) if isinstance(e, VlmqError) else f"{e.filename or 'a file'}: {e.strerror or e}"
+        message = one_line(e if isinstance(e, VlmqError) else f"{e.filename or 'a file'}: {e.strerror or e}")
         terminal.err.print(f"error: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
         if as_json:
             _print_json({"error": message, "exit_code": code})
