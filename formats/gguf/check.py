@@ -29,7 +29,8 @@ from vlmq_export.reference import Reference
 # Each ten times or more above what a right file gives and below what one wrong fp16 scale gives (docs/verification.md).
 E_ROW = 3e-7  # right: 5e-8; one scale by one ulp: 3e-6 at 1024 columns
 TWIN = 5e-6  # right: 1e-6
-EMBEDDING = {"f32": 2e-3, "f16": 2.5e-3}  # right: 6e-4 from fp16 pixels and a tanh GELU table; f16 weights add 5e-4
+# right: 6e-4 from fp16 pixels and a tanh GELU table; f16 weights add 5e-4; q8_0 rounds activations to 8 bits: 2e-2
+EMBEDDING = {"f32": 2e-3, "f16": 2.5e-3, "q8_0": 5e-2}
 SHIPPED = 5e-2  # right: 2e-2 to 3e-2, by 8-bit activations alone
 ANSWER = 16  # most tokens of a greedy answer
 TEXT_PROMPTS = 8
@@ -87,7 +88,8 @@ class _Files:
         text, mmproj = find_files(folder)
         vision = {name: t.type for name, t in GGUFFile(mmproj).tensors.items()}
         types = {name: t.type for name, t in GGUFFile(text).tensors.items()} | vision
-        return cls(text, mmproj, text_to_hub(reference.config), types, "f16" if "F16" in vision.values() else "f32")
+        dtype = next((t.lower() for t in ("Q8_0", "F16") if t in vision.values()), "f32")
+        return cls(text, mmproj, text_to_hub(reference.config), types, dtype)
 
     def threads(self, settings: CheckSettings) -> int:
         return settings.threads if self.text.stat().st_size >= SMALL else 1
@@ -106,18 +108,23 @@ def _complete(files: _Files, reference: Reference) -> Check:
 
 
 def _weights(files: _Files, reference: Reference) -> Iterator[Check]:
-    from vlmq_export.formats.gguf import read
+    from vlmq_export.formats.gguf import names, read
 
     readers = {
         "gguf-py": read.decode_gguf_py,
         "llama.cpp's own decoder": read.decode_libggml,
         "our reader": read.decode_ours,
     }
-    detail = "linears of the mmproj against the source cast to float16" if files.mmproj_dtype == "f16" else ""
+    detail = (
+        "" if files.mmproj_dtype == "f32" else f"linears of the mmproj against the source cast to {files.mmproj_dtype}"
+    )
+    idle = names.unused(reference.config)
+    count = reference.weights.count - sum(
+        reference.weights.array(n).size for n in reference.weights.names() if n in idle
+    )
     for who, reader in readers.items():
         name, pairs = f"weights by {who}", _Pairs(files, reference, reader)
         try:
-            count = reference.weights.count
             yield compare_weights("gguf", name, pairs.expected(), pairs.found.get, count=count, detail=detail)
         except MissingRuntime as e:
             yield Check.not_run("gguf", "L1", name, str(e))
@@ -133,24 +140,24 @@ class _Pairs:
         self.found: dict[str, np.ndarray] = {}  # the tensor that `expected` is at, by the name that it yields
 
     def expected(self) -> Iterator[tuple[str, np.ndarray]]:
-        from vlmq_export.formats.gguf.names import expected_mmproj
+        from vlmq_export.formats.gguf.names import expected_mmproj, head, unused, vision_to_hub
 
-        weights = self.reference.weights
+        weights, config = self.reference.weights, self.reference.config
         # A tied output matrix is the embedding itself: a checkpoint that stores it twice has one tensor in the file.
-        left = set(weights.names())
+        left = set(weights.names()) - unused(config) - set(vision_to_hub(config).values())
         for name, got in self.reader(self.files.text):
             hubs = [self.files.hub.get(name)]
             if name == "token_embd.weight" and "output.weight" not in self.files.hub:
-                hubs.append("lm_head.weight")
+                hubs.append(head(config))
             for hub in left.intersection(hubs):
                 yield from self._pair(hub, got, weights.array(hub))
             left.difference_update(hubs)
-        vision = dict(expected_mmproj(weights, self.reference.config, self.files.mmproj_dtype))
+        vision = dict(expected_mmproj(weights, config, self.files.mmproj_dtype))
         for name, got in self.reader(self.files.mmproj):
             if name in vision:
                 yield from self._pair(name, got, vision.pop(name))
         yield from vision.items()
-        yield from ((hub, weights.array(hub)) for hub in sorted(left) if not hub.startswith("visual."))
+        yield from ((hub, weights.array(hub)) for hub in sorted(left))
 
     def _pair(self, name: str, got: np.ndarray, want: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         self.found[name] = got
@@ -168,23 +175,25 @@ def _shipped(files: _Files, reference: Reference, settings: CheckSettings, scrat
     watched = [
         runner.exact_prompt(reference, runner.text_only(reference, first), scratch, "watched-text"),
         runner.exact_prompt(reference, first, scratch, "watched-image"),
-        runner.mtmd_prompt(first, scratch, "watched-mtmd"),
+        runner.mtmd_prompt(reference, first, scratch, "watched-mtmd"),
     ]
     prompts = [{**p, "logits": True, "capture": True} for p in watched]
     for i, s in enumerate(samples):
-        prompts.append(runner.mtmd_prompt(s, scratch, f"image-{i}", logits=i < len(compared), answer=ANSWER))
+        prompts.append(runner.mtmd_prompt(reference, s, scratch, f"image-{i}", logits=i < len(compared), answer=ANSWER))
     run = runner.run(scratch, files.text, files.mmproj, prompts, reference, files.threads(settings), ANSWER)
     return [*_products(files, reference, run), *_mtmd(files, reference, run, samples, compared, offset=len(watched))]
 
 
 def _products(files: _Files, reference: Reference, run: runner.Run) -> Iterator[Check]:
-    from vlmq_export.formats.gguf.names import expected_mmproj
+    from vlmq_export.formats.gguf.names import expected_mmproj, vision_places
+    from vlmq_export.formats.gguf.params import vision_params
 
     hub, weights = files.hub, reference.weights
     text = [name for name in run.captured if name in hub]
     yield _row_errors(files, reference, run, "language model", ((n, hub[n], weights.array(hub[n])) for n in text))
     vision = dict(expected_mmproj(weights, reference.config, files.mmproj_dtype))
-    vision = {n: w for n, w in vision.items() if w.ndim == 2}  # the patch convolution is not a plain product
+    places = vision_places(vision_params(reference.config))
+    vision = {n: w for n, w in vision.items() if places[n].linear}
     yield _row_errors(files, reference, run, "vision tower", ((n, n, vision[n]) for n in run.captured if n in vision))
     unseen = {f"{n}.weight" for n in weights.linears} - {hub[n] for n in text} | set(vision) - set(run.captured)
     yield _gate(
@@ -236,7 +245,7 @@ def _mtmd(
     )  # fmt: skip
     features, logits = {}, {}
     for i, sample in enumerate(compared):
-        features[sample.id] = _error(run.array(results[i]["image"]), reference.vision_features(sample))
+        features[sample.id] = _error(run.array(results[i]["image"]), runner.image_rows(reference, sample))
         text = ~sample.vision.numpy()
         logits[sample.id] = _error(run.logits(offset + i)[:, : reference.vocabulary], reference.logits(sample)[text])
     name, value = _worst(features)

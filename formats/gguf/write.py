@@ -40,7 +40,8 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
 def _image_note(artifact: Artifact) -> list[str]:
     """The processor's own pixel limits go into the mmproj; a large one means long prompts."""
     most = image_params(artifact.source).max_pixels or 0
-    tokens = most // (2 * vision_params(artifact.source_config).patch) ** 2  # a token is 2 × 2 patches
+    p = vision_params(artifact.source_config)
+    tokens = most // (p.graph.merge * p.patch) ** 2
     if tokens <= LLAMA_CPP_TOKENS:
         return []
     return [
