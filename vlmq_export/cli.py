@@ -17,6 +17,7 @@ from vlmq_export import __version__
 from vlmq_export.errors import PARITY_FAILED, UsageError, VlmqError
 from vlmq_export.recipe import (
     ActOrder,
+    ClassRow,
     Device,
     FormatName,
     GptqNames,
@@ -83,6 +84,7 @@ def export(
     gptq_version: Annotated[GptqVersion | None, typer.Option(help="How zero-points are stored.  [default: v1]", show_default=False)] = None,
     gptq_names: Annotated[GptqNames | None, typer.Option(help="Tensor names; module suits GPTQModel.load.  [default: hub]", show_default=False)] = None,
     accuracy_level: Annotated[int | None, typer.Option(help="MatMulNBits attribute: 0 exact, 4 int8 activations.  [default: 0]", show_default=False)] = None,
+    class_row: Annotated[ClassRow | None, typer.Option(help="Where InternVL's GGUF has the class token's position: last for llama.cpp b11549, first as on the hub.  [default: last]", show_default=False)] = None,
     mmproj: Annotated[MmprojType | None, typer.Option(help="Type of GGUF vision weights.  [default: f16]", show_default=False)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with the same keys; flags win.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: named after model and recipe]", show_default=False)] = None,

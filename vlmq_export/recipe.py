@@ -58,6 +58,12 @@ class GptqNames(StrEnum):
 class MmprojType(StrEnum):
     f16 = "f16"
     f32 = "f32"
+    q8_0 = "q8_0"
+
+
+class ClassRow(StrEnum):
+    last = "last"
+    first = "first"
 
 
 class Recipe(BaseModel):
@@ -85,6 +91,7 @@ class Recipe(BaseModel):
     gptq_names: GptqNames = GptqNames.hub
     accuracy_level: Annotated[int, Field(ge=0, le=4)] = 0
     mmproj: MmprojType = MmprojType.f16
+    class_row: ClassRow = ClassRow.last
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -110,6 +117,7 @@ class Recipe(BaseModel):
         return FormatOptions(
             name=name, gptq_version=self.gptq_version.value, gptq_names=self.gptq_names.value,
             onnx_accuracy_level=self.accuracy_level, mmproj_dtype=self.mmproj.value,
+            mmproj_class_row=self.class_row.value,
         )  # fmt: skip
 
     def label(self) -> str:

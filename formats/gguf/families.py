@@ -57,10 +57,14 @@ def _single(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten(0, -2).squeeze(0)  # [1, 1, n] → [n], [1, k, n] → [k, n]
 
 
+def class_row_first(rows: torch.Tensor) -> torch.Tensor:
+    """InternVL's position rows as on the hub: the class token's is row 0. [1, patches + 1, hidden] → [patches + 1, hidden]"""
+    return rows[0]
+
+
 def class_row_last(rows: torch.Tensor) -> torch.Tensor:
-    """InternVL's position rows for llama.cpp's graph, which appends the class token behind the patches but adds the
-    rows in file order: hub row 0 is the class token's, so it goes last. [1, patches + 1, hidden] → [patches + 1, hidden]
-    """
+    """The same for llama.cpp b11549, whose graph appends the class token behind the patches and adds the rows in file
+    order: patch i takes row i, and row 0 of the hub belongs at the end."""
     return rows[0].roll(-1, 0)
 
 

@@ -11,7 +11,7 @@ from vlmq_export.errors import FormatError
 from vlmq_export.formats.gguf.complete import require_complete
 from vlmq_export.formats.gguf.metadata import add_general, add_keys
 from vlmq_export.formats.gguf.names import Place, vision_places, vision_to_hub
-from vlmq_export.formats.gguf.params import VisionParams, image_params, vision_params
+from vlmq_export.formats.gguf.params import image_params, vision_params
 from vlmq_export.formats.gguf.types import TYPES
 from vlmq_export.formats.gguf.writer import Entry, float_bytes, write_container
 from vlmq_export.quantizer.artifact import Artifact
@@ -20,23 +20,27 @@ if TYPE_CHECKING:
     import gguf
 
 ARCH = "clip"
+CLASS_ROW = "vlmq.class_row"  # key: where the class token's position row is, last or first
 
 
-def write_mmproj(artifact: Artifact, path: Path, dtype: str = "f16", name: str | None = None) -> None:
-    """`dtype` f16, f32 or q8_0 is that of the linears; patches, positions, norms and biases are F32 in all.
+def write_mmproj(
+    artifact: Artifact, path: Path, dtype: str = "f16", name: str | None = None, class_row: str = "last"
+) -> None:
+    """`dtype` f16, f32 or q8_0 is that of the linears; patches, positions, norms and biases are F32 in all. `class_row`
+    is for towers with a class token, see `names.vision_places`.
 
     Raises FormatError naming what cannot be written, or what the written file lacks.
     """
     p, image = vision_params(artifact.source_config), image_params(artifact.source)
-    places = vision_places(p)
+    places = vision_places(p, class_row)
     total = sum(int(np.prod(place.shape)) for place in places.values())
 
     def metadata(writer: gguf.GGUFWriter) -> None:
         label = name or artifact.manifest.name
         add_general(writer, artifact, kind="mmproj", name=label, parameters=total, dominant=dtype.upper())
-        add_keys(writer, p.keys() | image.keys())
+        add_keys(writer, p.keys() | image.keys() | ({CLASS_ROW: class_row} if p.graph.class_token else {}))
 
-    write_container(path, ARCH, metadata, _entries(artifact, p, dtype))
+    write_container(path, ARCH, metadata, _entries(artifact, places, dtype))
     require_complete(path, artifact.source_config, artifact.source)
 
 
@@ -47,10 +51,10 @@ def stored_type(place: Place, dtype: str) -> str:
     return "F16" if place.shape[-1] % TYPES[dtype.upper()].block else dtype.upper()
 
 
-def _entries(artifact: Artifact, p: VisionParams, dtype: str) -> list[Entry]:
+def _entries(artifact: Artifact, places: dict[str, Place], dtype: str) -> list[Entry]:
     hub_names, present = vision_to_hub(artifact.source_config), set(artifact.float_names())
     entries = []
-    for name, place in vision_places(p).items():
+    for name, place in places.items():
         if hub_names[name] not in present:
             raise FormatError(
                 f"{artifact.path}: {hub_names[name]} is missing from the artifact; the mmproj would lack {name}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
 import torch
 
-from vlmq_export.formats.gguf.families import Row
+from vlmq_export.formats.gguf.families import Row, class_row_first, class_row_last
 from vlmq_export.formats.gguf.params import TextParams, VisionParams, text_params, vision_params
 from vlmq_export.quantizer.families import family_of
 
@@ -37,11 +37,15 @@ def text_places(p: TextParams) -> dict[str, Place]:
     return places
 
 
-def vision_places(p: VisionParams) -> dict[str, Place]:
+def vision_places(p: VisionParams, class_row: str = "last") -> dict[str, Place]:
     """Every tensor of the mmproj, in file order. DeepStack's are named after their block in the file, by number on the
-    hub."""
+    hub. `class_row`: where the class token's position row is, last for llama.cpp b11549 or first as on the hub."""
     each = {"{i}": list(enumerate(range(p.layers))), "{d}": [(i, block) for i, block in enumerate(p.stacked)]}
-    return _places(p.graph.rows, p.sizes, each)
+    places = _places(p.graph.rows, p.sizes, each)
+    if class_row == "first":
+        moved = {n: replace(x, part=class_row_first) for n, x in places.items() if x.part is class_row_last}
+        places |= moved
+    return places
 
 
 def _places(rows: tuple[Row, ...], sizes: dict[str, int], each: dict[str, list[tuple[int, int]]]) -> dict[str, Place]:
@@ -108,12 +112,14 @@ def head(config: dict) -> str:
     return family_of(config).hub_name("lm_head.weight")
 
 
-def expected_mmproj(weights, config: dict, dtype: str = "f16") -> Iterator[tuple[str, np.ndarray]]:
+def expected_mmproj(
+    weights, config: dict, dtype: str = "f16", class_row: str = "last"
+) -> Iterator[tuple[str, np.ndarray]]:
     """(GGUF name, float32 array) of every tensor of the mmproj, from `reference.Weights`: what a reader must find.
 
     Raises FormatError for a tower that an mmproj cannot express.
     """
-    places, hub = vision_places(vision_params(config)), vision_to_hub(config)
+    places, hub = vision_places(vision_params(config), class_row), vision_to_hub(config)
     for name, place in places.items():
         array = np.ascontiguousarray(place.of(torch.from_numpy(weights.array(hub[name]))).numpy())
         yield name, _ROUNDED.get(dtype, _as_is)(array) if place.linear else array

@@ -28,7 +28,7 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
     vision = folder / f"mmproj-{file_stem(options.name, size, options.mmproj_dtype)}.gguf"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        write_mmproj(artifact, vision, options.mmproj_dtype, options.name)
+        write_mmproj(artifact, vision, options.mmproj_dtype, options.name, options.mmproj_class_row)
         write_text(artifact, text, options, homes=homes)
     except BaseException:
         for file in (text, vision):  # both or none
