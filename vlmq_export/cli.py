@@ -86,6 +86,7 @@ def export(
     accuracy_level: Annotated[int | None, typer.Option(help="MatMulNBits attribute: 0 exact, 4 int8 activations.  [default: 0]", show_default=False)] = None,
     class_row: Annotated[ClassRow | None, typer.Option(help="Where InternVL's GGUF has the class token's position: last for llama.cpp b11549, first as on the hub.  [default: last]", show_default=False)] = None,
     mmproj: Annotated[MmprojType | None, typer.Option(help="Type of GGUF vision weights.  [default: f16]", show_default=False)] = None,
+    split_max_size: Annotated[str | None, typer.Option(help="Split the GGUF text model into files of this size, as 2G or 500M.  [default: one file]", show_default=False)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with the same keys; flags win.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: named after model and recipe]", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of ours.")] = False,

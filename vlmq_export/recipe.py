@@ -92,6 +92,7 @@ class Recipe(BaseModel):
     accuracy_level: Annotated[int, Field(ge=0, le=4)] = 0
     mmproj: MmprojType = MmprojType.f16
     class_row: ClassRow = ClassRow.last
+    split_max_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}[MG]$")] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -107,6 +108,11 @@ class Recipe(BaseModel):
     def symmetric(self) -> bool:
         return self.bits == 8 if self.sym is None else self.sym
 
+    @property
+    def split_bytes(self) -> int:
+        size = self.split_max_size
+        return int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]] if size else 0
+
     def quant_config(self) -> QuantConfig:
         return QuantConfig(
             method=self.method.value, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric,
@@ -117,7 +123,7 @@ class Recipe(BaseModel):
         return FormatOptions(
             name=name, gptq_version=self.gptq_version.value, gptq_names=self.gptq_names.value,
             onnx_accuracy_level=self.accuracy_level, mmproj_dtype=self.mmproj.value,
-            mmproj_class_row=self.class_row.value,
+            mmproj_class_row=self.class_row.value, gguf_split_bytes=self.split_bytes,
         )  # fmt: skip
 
     def label(self) -> str:

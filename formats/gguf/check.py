@@ -106,7 +106,8 @@ class _Files:
         return expected_mmproj(reference.weights, reference.config, self.mmproj_dtype, self.class_row)
 
     def threads(self, settings: CheckSettings) -> int:
-        return settings.threads if self.text.stat().st_size >= SMALL else 1
+        folder = self.text.parent
+        return settings.threads if sum(f.stat().st_size for f in folder.glob("*.gguf")) >= SMALL else 1
 
 
 # --- L1 ---------------------------------------------------------------------------------------------------------------

@@ -112,5 +112,6 @@ def _tensor_problems(file: GGUFFile, shapes: Shapes) -> list[str]:
 def require_complete(path: Path, config: dict, source: Path) -> None:
     """Raises FormatError with every problem, and removes the file: a half-right GGUF must not be left to load."""
     if problems := complete(path, config, source):
-        path.unlink()
+        for part in GGUFFile(path).parts:
+            part.unlink()
         raise FormatError(f"{path.name}: {'; '.join(problems)}")

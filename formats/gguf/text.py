@@ -16,7 +16,7 @@ from vlmq_export.formats.gguf.metadata import add_general, add_keys, add_tokeniz
 from vlmq_export.formats.gguf.names import text_shapes, text_to_hub, without_place
 from vlmq_export.formats.gguf.params import TextParams, text_params
 from vlmq_export.formats.gguf.types import TYPES
-from vlmq_export.formats.gguf.writer import Entry, float_bytes, source_type, write_container
+from vlmq_export.formats.gguf.writer import Entry, float_bytes, source_type, write_shards
 from vlmq_export.quantizer.artifact import Artifact
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ def write_text(
         add_keys(writer, p.keys())
         add_tokenizer(writer, tokenizer)
 
-    write_container(path, p.graph.arch, metadata, _entries(artifact, p, homes, twin))
-    require_complete(path, artifact.source_config, artifact.source)
+    entries = _entries(artifact, p, homes, twin)
+    first = write_shards(path, p.graph.arch, metadata, entries, 0 if twin else options.gguf_split_bytes)
+    require_complete(first, artifact.source_config, artifact.source)
 
 
 def _entries(artifact: Artifact, p: TextParams, homes: dict[str, str], twin: bool) -> list[Entry]:

@@ -33,7 +33,7 @@ def copy_container(shipped: Path, path: Path, *, change: Callable[[str, np.ndarr
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         for key, value in file.metadata.items():
             kind = gguf.GGUFValueType(file.types[key])
-            if key in _OWN_KEYS:
+            if key in _OWN_KEYS or key.startswith("split."):
                 continue
             if isinstance(value, list):
                 if value:

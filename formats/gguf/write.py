@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 from vlmq_export.errors import FormatError
@@ -31,7 +32,7 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
         write_mmproj(artifact, vision, options.mmproj_dtype, options.name, options.mmproj_class_row)
         write_text(artifact, text, options, homes=homes)
     except BaseException:
-        for file in (text, vision):  # both or none
+        for file in (text, vision, *folder.glob(f"{escape(text.stem)}-*-of-*.gguf")):  # all or none
             file.unlink(missing_ok=True)
         raise
     return [*plan_notes(model, homes), *_image_note(artifact)]
