@@ -74,6 +74,12 @@ class OnnxProvider(StrEnum):
 class MmprojType(StrEnum):
     f16 = "f16"
     f32 = "f32"
+    q8_0 = "q8_0"
+
+
+class ClassRow(StrEnum):
+    last = "last"
+    first = "first"
 
 
 class Recipe(BaseModel):
@@ -105,9 +111,9 @@ class Recipe(BaseModel):
     onnx_dtype: OnnxDtype = OnnxDtype.float32
     onnx_provider: OnnxProvider = OnnxProvider.cpu
     mmproj: MmprojType = MmprojType.f16
-    gguf_type: str | None = (
-        None  # a mix of block types as the grid: Q4_K_M; None: the affine grid of bits and group_size
-    )
+    class_row: ClassRow = ClassRow.last
+    split_max_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}[MG]$")] | None = None
+    gguf_type: str | None = None  # a mix of block types in place of the affine grid: Q4_K_M
     tensor_type: list[str] = Field(default_factory=list)  # regex=TYPE on GGUF tensor names, first match wins
 
     @model_validator(mode="after")
@@ -142,6 +148,11 @@ class Recipe(BaseModel):
     def symmetric(self) -> bool:
         return self.bits == 8 if self.sym is None else self.sym
 
+    @property
+    def split_bytes(self) -> int:
+        size = self.split_max_size
+        return int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]] if size else 0
+
     def quant_config(self) -> QuantConfig:
         return QuantConfig(
             method=self.method.value, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric,
@@ -153,6 +164,7 @@ class Recipe(BaseModel):
             name=name, gptq_version=self.gptq_version.value, gptq_names=self.gptq_names.value,
             onnx_accuracy_level=self.accuracy_level, onnx_graph=self.onnx_graph.value, onnx_dtype=self.onnx_dtype.value,
             onnx_provider=self.onnx_provider.value, mmproj_dtype=self.mmproj.value,
+            mmproj_class_row=self.class_row.value, gguf_split_bytes=self.split_bytes,
         )  # fmt: skip
 
     def label(self) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.base import FormatOptions, FormatPlan, ModelPlan
 from vlmq_export.formats.gguf.homes import grid_home, planned_home, why_homeless
 from vlmq_export.formats.gguf.mix import MIXES
+from vlmq_export.formats.gguf.mmproj import stored_type
+from vlmq_export.formats.gguf.names import head, unused, vision_places, vision_to_hub
 from vlmq_export.formats.gguf.params import text_params, vision_params
 from vlmq_export.formats.gguf.types import TYPES
 from vlmq_export.quantizer.config import QuantConfig
@@ -46,19 +49,26 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
 
 
 def _float_bytes(model: ModelPlan, options: FormatOptions) -> int:
+    config = model.source_config
+    try:
+        tower, hub = vision_places(vision_params(config)), vision_to_hub(config)
+        aside = set(hub.values()) | unused(config) | ({head(config)} if _tied(config) else set())
+    except FormatError:  # refused anyway
+        tower, aside = {}, set()
     total = 0
+    for place in tower.values():
+        kind = TYPES[stored_type(place, options.mmproj_dtype)]
+        total += prod(place.shape[:-1]) * kind.row_bytes(place.shape[-1])
     for t in model.floats:
         if kind := model.config.types.get(t.name.removesuffix(".weight")):
             total += t.shape[0] * TYPES[kind].row_bytes(t.shape[1])
-        elif t.name.startswith("visual."):
-            total += t.numel * (2 if len(t.shape) == 2 and options.mmproj_dtype == "f16" else 4)
-        elif not (t.name == "lm_head.weight" and _tied(model.source_config)):
+        elif t.name not in aside:
             total += t.numel * (4 if len(t.shape) == 1 else _DTYPE_BYTES.get(t.dtype, 4))
     return total
 
 
 def _vocabulary(model: ModelPlan) -> int:
-    return next((t.shape[0] for t in model.floats if t.name == "model.embed_tokens.weight"), 0)
+    return next((t.shape[0] for t in model.floats if t.name.endswith("embed_tokens.weight")), 0)
 
 
 def _tied(config: dict) -> bool:
@@ -90,9 +100,9 @@ def plan_notes(model: ModelPlan, homes: dict[str, str | None]) -> list[str]:
         )
     if config.types:
         return [*notes, *_fallbacks(config)]
-    head = "model.embed_tokens.weight" if _tied(model.source_config) else "lm_head.weight"
+    matrix = "embed_tokens.weight" if _tied(model.source_config) else "lm_head.weight"
     for t in model.floats:
-        if t.name == head and t.dtype in ("BF16", "F16"):
+        if t.name.endswith(matrix) and t.dtype in ("BF16", "F16"):
             rounding = {"BF16": "bfloat16, 1.6e-3", "F16": "float16, 2e-4"}[t.dtype]
             notes.append(
                 f"the output matrix stays {t.dtype}: llama.cpp rounds its input to {rounding} relative per product"
