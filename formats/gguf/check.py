@@ -56,6 +56,8 @@ def check(folder: Path, reference: Reference, options: FormatOptions, settings: 
         rows = [_complete(files, reference), *_weights(files, reference)]
     except FormatError as e:
         return [_failed("L1", "files", str(e))]
+    if reference.too_large:
+        return rows + [Check.not_run("gguf", level, name, reference.too_large) for level, name in _LATER]
     if not any(s.images for s in reference.prompts):
         why = "no held-out prompt has an image; give --verify-data with images"
         return rows + [Check.not_run("gguf", level, name, why) for level, name in _LATER]
@@ -219,7 +221,10 @@ def _products(files: _Files, reference: Reference, run: runner.Run) -> Iterator[
     places = vision_places(vision_params(reference.config))
     vision = {n: w for n, w in vision.items() if places[n].linear}
     yield _row_errors(files, reference, run, "vision tower", ((n, n, vision[n]) for n in run.captured if n in vision))
-    unseen = {f"{n}.weight" for n in weights.linears} - {hub[n] for n in text} | set(vision) - set(run.captured)
+    looked_up = set() if "output.weight" not in hub else {hub["token_embd.weight"]}  # rows are taken, not multiplied
+    unseen = {f"{n}.weight" for n in weights.linears} - looked_up - {hub[n] for n in text} | set(vision) - set(
+        run.captured
+    )
     yield _gate(
         "L2", "linears seen in the run", len(unseen), 0, unit="missing", compared=len(weights.linears) + len(vision),
         worst=", ".join(sorted(unseen)[:4]),
@@ -250,6 +255,8 @@ def _row_errors(files: _Files, reference: Reference, run: runner.Run, part: str,
 def _offset(reference: Reference, hub: str) -> np.ndarray:
     """m of w = d·q + m for every block of 32 columns: −scale · zero_point, float32 [out, in/32]."""
     module = hub.removesuffix(".weight")
+    if f"{module}.dmin" in reference.weights.parts:
+        return -reference.weights.tensor(f"{module}.dmin").numpy().astype(np.float32)
     scales, zeros, g_idx = (
         reference.weights.tensor(f"{module}.{k}").numpy() for k in ("scales", "zero_points", "g_idx")
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vlmq_export import __version__
 from vlmq_export.errors import FormatError
+from vlmq_export.formats.gguf.mix import FILE_TYPES
 from vlmq_export.formats.gguf.types import TYPES
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.families import text_config
@@ -43,7 +44,7 @@ class Tokenizer:
 def add_general(
     writer: gguf.GGUFWriter, artifact: Artifact, *, kind: str, name: str, parameters: int, dominant: str
 ) -> None:
-    """`kind`: model or mmproj; `parameters` of this file; `dominant`: the type that most weights have."""
+    """`kind`: model or mmproj; `parameters` of this file; `dominant`: a mix, or the type that most weights have."""
     import gguf
 
     m, config = artifact.manifest, artifact.config
@@ -57,13 +58,16 @@ def add_general(
     if version:
         writer.add_version(version)
     writer.add_size_label(label or gguf.size_label(parameters, 0, 0, 0))
-    writer.add_file_type(TYPES[dominant].file_type)
+    writer.add_file_type(FILE_TYPES[dominant] if dominant in FILE_TYPES else TYPES[dominant].file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_quantized_by(f"vlmq-export {__version__}")
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, m.name)
     if text := next((f for f in ("LICENSE", "LICENSE.txt") if (artifact.source / f).is_file()), None):
         _add_license(writer, (artifact.source / text).read_text("utf-8", errors="replace"))
+    if config.gguf_type:
+        writer.add_string("vlmq.method", config.method)
+        return
     for key in ("method", "bits", "group_size", "symmetric", "act_order"):  # where the integers came from
         writer.add_string(f"vlmq.{key}", str(getattr(config, key)))
 

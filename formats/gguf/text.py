@@ -56,9 +56,10 @@ def write_text(
     elif homes is None:
         homes = choose_homes(artifact)
     main = dominant(artifact, homes)
+    label = "F32" if twin else artifact.config.gguf_type or main
 
     def metadata(writer: gguf.GGUFWriter) -> None:
-        add_general(writer, artifact, kind="model", name=options.name, parameters=parameters(artifact), dominant=main)
+        add_general(writer, artifact, kind="model", name=options.name, parameters=parameters(artifact), dominant=label)
         add_keys(writer, p.keys())
         add_tokenizer(writer, tokenizer)
 

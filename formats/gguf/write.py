@@ -25,7 +25,7 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
         raise FormatError(refusals[0])
     homes = choose_homes(artifact)
     size = parameters(artifact)
-    text = folder / f"{file_stem(options.name, size, dominant(artifact, homes))}.gguf"
+    text = folder / f"{file_stem(options.name, size, artifact.config.gguf_type or dominant(artifact, homes))}.gguf"
     vision = folder / f"mmproj-{file_stem(options.name, size, options.mmproj_dtype)}.gguf"
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 
 from vlmq_export.errors import FormatError
+from vlmq_export.quantizer.untrusted import third_party
 
 GRAPHS = ("vision", "embedding", "text")
-_FLOAT, _UINT8, _INT64 = 1, 2, 7  # TensorProto.DataType
+_FLOATS, _UINT8, _INT64 = (1, 10), 2, 7  # TensorProto.DataType: float32 or float16, ...
 _EXTERNAL = 1  # TensorProto.DataLocation
+
+
+def guarded(reader):
+    """A function of a path or of an OnnxFolder whose surprises are FormatErrors: a damaged graph has bytes for strings,
+    node inputs that are not there, types that do not exist."""
+
+    @wraps(reader)
+    def read(where, *arguments):
+        with third_party(f"{getattr(where, 'path', where)}: damaged graph, export again", FormatError):
+            return reader(where, *arguments)
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -22,7 +36,7 @@ class Linear:
     bits: int
     block_size: int
     weight: np.ndarray  # uint8 [out, blocks, bytes a block]
-    scales: np.ndarray  # float32 [out, blocks]
+    scales: np.ndarray  # float32 or float16 [out, blocks]
     zero_points: np.ndarray  # uint8 [out, bytes a row]
     order: np.ndarray | None  # int64 [in]: the Gather before the node
     in_features: int
@@ -34,7 +48,9 @@ class Linear:
         codes = _unpack(self.weight, self.bits)[..., : self.block_size]  # [out, blocks, block]
         zeros = _unpack(self.zero_points, self.bits)[:, :blocks]  # [out, blocks]
         steps = codes.astype(np.int32) - zeros.astype(np.int32)[..., None]
-        sorted_ = (self.scales[..., None] * steps.astype(np.float32)).reshape(out, -1)[:, : self.in_features]
+        sorted_ = (self.scales.astype(np.float32)[..., None] * steps.astype(np.float32)).reshape(out, -1)[
+            :, : self.in_features
+        ]
         if self.order is None:
             return sorted_
         weights = np.empty_like(sorted_)
@@ -64,6 +80,7 @@ class OnnxFolder:
             _check_external(self.path, f"{name}.onnx", model)
             self._index(model)
 
+    @guarded
     def _index(self, model) -> None:
         constants = {t.name: t for t in model.graph.initializer}
         producers = {o: n for n in model.graph.node for o in n.output}
@@ -87,7 +104,7 @@ class OnnxFolder:
             self._linears[module] = (attributes, *(constants[i] for i in node.input[1:4]), order)
             parts |= set(node.input[1:4])
         for name, tensor in constants.items():
-            if name not in parts and tensor.data_type == _FLOAT:
+            if name not in parts and tensor.data_type in _FLOATS:
                 self.floats.setdefault(name, []).append(tensor)
 
     def _attributes(self, node, module: str, weight, scales, zeros, order) -> dict[str, int]:
@@ -102,11 +119,11 @@ class OnnxFolder:
                 f"{self.path}: {module} has {bits} bits in blocks of {block}; ONNX Runtime takes 2, 4, 8 in 16 to 256"
             )
         blocks = -(-inputs // block)
-        expected = [(weight, _UINT8, (outputs, blocks, block * bits // 8)), (scales, _FLOAT, (outputs, blocks)),
-                    (zeros, _UINT8, (outputs, -(-blocks * bits // 8)))]  # fmt: skip
-        expected += [] if order is None else [(order, _INT64, (inputs,))]
-        for tensor, kind, shape in expected:
-            if tensor.data_type != kind or tuple(tensor.dims) != shape:
+        expected = [(weight, (_UINT8,), (outputs, blocks, block * bits // 8)), (scales, _FLOATS, (outputs, blocks)),
+                    (zeros, (_UINT8,), (outputs, -(-blocks * bits // 8)))]  # fmt: skip
+        expected += [] if order is None else [(order, (_INT64,), (inputs,))]
+        for tensor, kinds, shape in expected:
+            if tensor.data_type not in kinds or tuple(tensor.dims) != shape:
                 raise FormatError(
                     f"{self.path}: {tensor.name} has shape {list(tensor.dims)}, its node asks for {list(shape)}"
                 )
@@ -121,6 +138,16 @@ class OnnxFolder:
         """Of all MatMulNBits nodes; {0} of none."""
         return {a.get("accuracy_level", 0) for a, *_ in self._linears.values()} or {0}
 
+    @property
+    def half(self) -> bool:
+        """Whether activations and cache of the decoder are float16."""
+        return self.models["text"].graph.input[0].type.tensor_type.elem_type == _FLOATS[1]
+
+    def stored_as(self, name: str) -> type:
+        """The type in which a float weight lies in the file."""
+        return np.float16 if any(t.data_type == _FLOATS[1] for t in self.floats.get(name, [])) else np.float32
+
+    @guarded
     def linear(self, name: str) -> Linear:
         attributes, weight, scales, zeros, order = self._linears[name]
         columns = None if order is None else self._array(order)
@@ -139,8 +166,9 @@ class OnnxFolder:
         except (ValueError, OSError) as e:
             raise FormatError(f"{self.path}: {tensor.name} cannot be read ({e}); export again") from None
 
+    @guarded
     def weight(self, name: str) -> np.ndarray | None:
-        """float32 by hub name, decoded if quantized; None if the file does not hold it, NaN where copies differ."""
+        """float by hub name, decoded if quantized; None if the file does not hold it, NaN where copies differ."""
         module = name.removesuffix(".weight")
         if module in self._linears:
             return self.linear(module).decode()
@@ -183,6 +211,7 @@ def _tensors(message):
                 yield from _tensors(part)
 
 
+@guarded
 def _check_external(folder: Path, name: str, model) -> None:
     """Every external tensor in a plain file of this folder, and the file exactly as long as its tensors need."""
     ends: dict[str, int] = {}
