@@ -10,7 +10,8 @@ from vlmq_export.quantizer.checkpoint import Checkpoint, read_infos, read_tensor
 from vlmq_export.quantizer.families import family_of
 from vlmq_export.quantizer.model import StreamedModel, load_model
 from vlmq_export.quantizer.shelf import Shelf
-from vlmq_export.quantizer.streams import advance, decoder_inputs, full_pass
+from vlmq_export.quantizer.streams import decoder_inputs
+from vlmq_export.quantizer.walk import LayerWalk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,8 +52,10 @@ def test_streamed_parts_are_the_whole_model(arch, generation, tiny):
         with streamed.filled_layer(layer) as other:
             assert held(streamed.model) == sum(p.nbytes for p in own.parameters()), module
             assert all(torch.equal(p, q) for p, q in zip(own.parameters(), other.parameters()))
-            advance(own, expected, full_pass(own, [], expected))
-            advance(other, batches, full_pass(other, [], batches))
+            for module, stream in ((own, expected), (other, batches)):
+                walk = LayerWalk(module, stream, two_streams=True)
+                walk.pass_full()
+                walk.advance()
         for batch, other in zip(expected, batches):
             assert torch.equal(batch.quantized, other.quantized) and torch.equal(batch.full, other.full)
         layer += 1
