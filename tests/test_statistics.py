@@ -89,10 +89,10 @@ def test_one_stream_keeps_no_drift():
         add_all([(x, None, g)])
 
 
-def test_half_precision_inputs_are_summed_in_float32():
+def test_half_precision_inputs_are_multiplied_in_float32_and_summed_in_float64():
     x, full, g = tokens()
     sums = add_all([(x.half(), full.half(), g)])
-    assert sums.hessian.dtype == sums.drift.dtype == torch.float32
+    assert sums.hessian.dtype == sums.drift.dtype == torch.float64
     torch.testing.assert_close(sums.hessian, add_all([(x, full, g)]).hessian, rtol=1e-2, atol=1e-1)
 
 

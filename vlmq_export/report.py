@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jinja2
 
 from vlmq_export import __version__
 from vlmq_export.formats.base import Check
-from vlmq_export.quantizer.artifact import Artifact, ModuleRecord, write_atomic
+from vlmq_export.quantizer.artifact import TIMING, Artifact, ModuleRecord, write_atomic
 from vlmq_export.recipe import Recipe
 
 RUN_WITH = {
@@ -35,6 +36,7 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         "layers": layer_errors(artifact.manifest.modules),
         "calibrated": any("relative_error" in r.metrics for r in artifact.manifest.modules),
         "result": result,
+        "timing": _timing(artifact),
         "parity": result.parity,
         "sizes": {f.value: _size(out / f.value) for f in recipe.format},
         "plans": result.plan.formats,
@@ -43,6 +45,14 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
     for template, target in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
         text = environment.get_template(template).render(facts)
         write_atomic(out / target, lambda t, text=text: t.write_text(text, "utf-8"))
+
+
+def _timing(artifact: Artifact) -> dict | None:
+    """What the quantizer took, where it was measured on this machine: an artifact that was copied here brings none."""
+    try:
+        return json.loads((artifact.path / TIMING).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def figure(value: float | None) -> str:
