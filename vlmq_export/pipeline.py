@@ -32,6 +32,7 @@ from vlmq_export.quantizer.calibration import (
 )
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.model import pick_device
 from vlmq_export.quantizer.quantize import quantize
 from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, load_recipe
 from vlmq_export.reference import Reference
@@ -82,6 +83,8 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
     refuse_missing_packages(recipe)
+    if checkpoint is not None:
+        pick_device(recipe.device.value)  # raises where it is not there
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
     rows = held_out(recipe.verify_data, recipe.image_root) if recipe.verify else []
