@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vlmq_export.errors import ArtifactError, CheckpointError
-from vlmq_export.quantizer.checkpoint import COMPANIONS, Checkpoint, read_header
+from vlmq_export.quantizer.checkpoint import COMPANIONS, Checkpoint, TensorInfo, read_infos, read_tensor
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
 from vlmq_export.quantizer.untrusted import contained, read_json
 
@@ -101,19 +102,28 @@ class Manifest:
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call write(temporary sibling) and rename it to `path`, mode 0644, when whole."""
+    """Call write(temporary sibling) and rename it to `path`, mode 0644, when whole and on the disk.
+
+    Raises ArtifactError where it cannot be written; nothing is left of it then.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            write(temporary)
-        except SafetensorError as e:  # its errors of input and output are no OSError
-            raise ArtifactError(f"{path}: cannot be written ({e}); free space and use --resume") from None
+        write(temporary)
         temporary.chmod(0o644)  # safetensors creates its files with mode 0600
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
+        sync(temporary)
         temporary.replace(path)
+    except (SafetensorError, OSError) as e:  # safetensors' errors of input and output are no OSError
+        raise ArtifactError(
+            f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); free space and use --resume"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
 
 
 def write_json(path: Path, value) -> None:
@@ -150,28 +160,29 @@ def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
     """The linears of one published layer, before there is a manifest. Raises ArtifactError when it is damaged."""
     file = folder / layer_file(index)
     try:
-        read_header(file)
-        with safe_open(file, framework="pt") as f:
-            records = [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
-            linears = [
-                QuantizedLinear(
-                    r.name,
-                    *(f.get_tensor(f"{r.name}.{part}") for part in ("codes", "scales", "zero_points", "g_idx")),
-                    f.get_tensor(f"{r.name}.bias") if r.bias else None,
-                    r.bits, r.group_size, r.symmetric,
-                )
-                for r in records
-            ]  # fmt: skip
+        infos = read_infos(file)
+        linears = [
+            QuantizedLinear(
+                r.name,
+                *(read_tensor(folder, infos[f"{r.name}.{part}"]) for part in ("codes", "scales", "zero_points", "g_idx")),
+                read_tensor(folder, infos[f"{r.name}.bias"]) if r.bias else None,
+                r.bits, r.group_size, r.symmetric,
+            )
+            for r in read_layer_records(folder, index)
+        ]  # fmt: skip
         for q in linears:
             if problem := _out_of_range(q.codes, q.scales, q.zero_points, q.g_idx, q.bits):
                 raise ValueError(f"{q.name}: {problem}")
         return linears
-    except (CheckpointError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
+    except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
 def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None:
-    """Copy every tensor that is not quantized, in its source dtype, in shards of about 2 GiB."""
+    """Copy every tensor that is not quantized, in its source dtype, in shards of about 2 GiB; a whole shard is kept.
+
+    One tensor is in memory at a time. Wide types come first in a shard, so that every tensor is aligned to its own width.
+    """
     shards: list[list[str]] = [[]]
     room = _FLOAT_SHARD_BYTES
     for name in names:
@@ -182,8 +193,26 @@ def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None
         shards[-1].append(name)
         room -= size
     for i, shard in enumerate(shards, start=1):
-        tensors = {name: checkpoint.tensor(name).clone() for name in shard}
-        write_atomic(folder / f"float-{i:05d}.safetensors", lambda t, tensors=tensors: save_file(tensors, t))
+        file = folder / f"float-{i:05d}.safetensors"
+        if file.is_file():
+            continue  # resumed: renamed only when whole
+        infos = [checkpoint.tensors[name] for name in shard]
+        infos.sort(key=lambda t: (-t.nbytes // max(1, t.numel), t.name))
+        write_atomic(file, lambda t, infos=infos: _write_tensors(t, infos, checkpoint.tensor))
+
+
+def _write_tensors(path: Path, infos: list[TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
+    """A safetensors file, tensor by tensor; the library's own writer wants all of them in memory."""
+    header, end = {}, 0
+    for t in infos:
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for t in infos:
+            f.write(read(t.name).view(-1).view(torch.uint8).numpy().data)
 
 
 def write_source(folder: Path, checkpoint: Checkpoint) -> None:
@@ -220,25 +249,25 @@ class Artifact:
         self.records = {m.name: m for m in self.manifest.modules}
         self._where = self._index()
 
-    def _index(self) -> dict[str, Path]:
+    def _index(self) -> dict[str, TensorInfo]:
         layers = sorted({m.layer for m in self.manifest.modules})
         files = [self.path / layer_file(i) for i in layers]
         missing = [f.name for f in files if not f.is_file()]
         floats = sorted(self.path.glob("float-*.safetensors"))
         if missing or not floats:
             raise ArtifactError(f"{self.path}: incomplete, {', '.join(missing[:8]) or 'float tensors'} missing")
-        self._float_names: list[str] = []
-        where: dict[str, Path] = {}
+        self._floats: list[TensorInfo] = []
+        where: dict[str, TensorInfo] = {}
         expected = self._expected()
         for file in [*files, *floats]:
-            header = _header(file)
-            if twice := where.keys() & header.keys():
+            infos = _infos(file)
+            if twice := where.keys() & infos.keys():
                 raise ArtifactError(f"{self.path}: tensor {min(twice)} is in two files; quantize again")
-            where |= dict.fromkeys(header, file)
+            where |= infos
             if file.name.startswith("float-"):
-                self._float_names += header
-            for name, info in header.items():
-                found, want = (info["dtype"], tuple(info["shape"])), expected.pop(name, None)
+                self._floats += infos.values()
+            for name, info in infos.items():
+                found, want = (info.dtype, info.shape), expected.pop(name, None)
                 if found != want and (want or file.name.startswith("layer-")):
                     raise ArtifactError(f"{file}: {name} is {found}, the manifest says {want}; quantize again")
         if expected:
@@ -269,9 +298,8 @@ class Artifact:
 
     def _read(self, key: str) -> torch.Tensor:
         try:
-            with safe_open(self._where[key], framework="pt") as f:
-                return f.get_tensor(key)
-        except (KeyError, SafetensorError, OSError) as e:
+            return read_tensor(self.path, self._where[key])
+        except (KeyError, EOFError, OSError) as e:
             raise ArtifactError(f"{self.path}: cannot read {key} ({e}); the artifact is damaged") from None
 
     def linear_names(self) -> list[str]:
@@ -282,7 +310,9 @@ class Artifact:
         r = self.records[name]
         parts = {k: self._read(f"{name}.{k}") for k in ("codes", "scales", "zero_points", "g_idx")}
         if problem := _out_of_range(**parts, bits=r.bits):
-            raise ArtifactError(f"{self._where[f'{name}.codes']}: {name}: {problem}; the artifact is damaged")
+            raise ArtifactError(
+                f"{self.path / self._where[f'{name}.codes'].file}: {name}: {problem}; the artifact is damaged"
+            )
         bias = self._read(f"{name}.bias") if r.bias else None
         return QuantizedLinear(name, **parts, bias=bias, bits=r.bits, group_size=r.group_size, symmetric=r.symmetric)
 
@@ -291,21 +321,20 @@ class Artifact:
 
     def float_names(self) -> list[str]:
         """Hub names of every tensor that is not a quantized weight nor a quantized module's bias."""
-        return self._float_names
+        return [t.name for t in self._floats]
 
     def float_info(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """(hub name, shape, dtype in safetensors' spelling) of the same tensors."""
-        for file in sorted(self.path.glob("float-*.safetensors")):
-            yield from ((name, tuple(i["shape"]), i["dtype"]) for name, i in _header(file).items())
+        return ((t.name, t.shape, t.dtype) for t in self._floats)
 
     def float_tensor(self, name: str) -> torch.Tensor:
         """Source dtype and bytes."""
         return self._read(name)
 
 
-def _header(file: Path) -> dict[str, dict]:
+def _infos(file: Path) -> dict[str, TensorInfo]:
     try:
-        return read_header(file)
+        return read_infos(file)
     except CheckpointError as e:
         raise ArtifactError(f"{file.parent}: {e}") from None
 

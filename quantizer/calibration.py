@@ -46,6 +46,7 @@ class Row:
     messages: tuple[dict, ...]  # {"role", "content": [{"type": "text", "text"} | {"type": "image"}]}
     images: tuple[Path, ...]
     task: str = ""
+    where: str = ""  # row or line number in its file
 
     @property
     def answer(self) -> str:
@@ -97,7 +98,7 @@ def read_rows(path: Path, image_root: Path | None = None) -> list[Row]:
         except (ValueError, KeyError, TypeError, OSError) as e:
             why = e.args[0] if isinstance(e, ValueError) else f"malformed ({e!r})"
             errors.append(f"{where}: {one_line(why)[:_LONGEST_WHY]}")
-    refuse_all(path, "bad rows", errors)
+    _refuse(path, "bad rows", errors)
     if not rows:
         raise CalibrationError(f"{path}: no rows")
     if twice := len(rows) - len({(str(row.messages), row.images) for row in rows}):
@@ -117,10 +118,10 @@ def refuse_unreadable(path: Path, rows: Sequence[Row]) -> None:
             load_image(image)
         except CalibrationError as e:
             errors.append(str(e))
-    refuse_all(path, "bad images", errors)
+    _refuse(path, "bad images", errors)
 
 
-def refuse_all(path: Path, what: str, errors: Sequence[str]) -> None:
+def _refuse(path: Path, what: str, errors: Sequence[str]) -> None:
     """Raises CalibrationError with the first few of `errors` and their count, if there are any."""
     if errors:
         more = f" (and {len(errors) - _ERRORS_SHOWN} more)" if len(errors) > _ERRORS_SHOWN else ""
@@ -186,7 +187,7 @@ def _row(raw: object, root: Path, where: str) -> Row:
         raise ValueError(f"{len(images)} images; {MAX_IMAGES} in one row is the limit")
     paths = [_image_path(i, root) for i in images]
     identity, task = (one_line(raw.get(key, "") or "")[:_LONGEST_ID] for key in ("id", "task"))
-    return Row(identity or where, tuple(messages), tuple(paths), task)
+    return Row(identity or where, tuple(messages), tuple(paths), task, where)
 
 
 def _check_text(messages: list[dict]) -> None:

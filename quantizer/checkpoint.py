@@ -1,7 +1,8 @@
 """A source checkpoint on disk, read one tensor at a time.
 
 Only safetensors are read, headers are checked against file sizes before anything else, and a shard path that leaves
-the folder is refused (transformers follows `../` in the index; we do not).
+the folder is refused (transformers follows `../` in the index; we do not). Tensors are read into memory of their own,
+not mapped: what was read and dropped no longer counts, whatever the size of the shard.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import hashlib
 import logging
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vlmq_export.errors import CheckpointError, VlmqError
 from vlmq_export.quantizer.families import FAMILIES
@@ -26,6 +27,12 @@ HEADER_CAP = 100 * 2**20  # the safetensors format's own cap
 _PROBLEMS_SHOWN = 8
 _ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
               "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # fmt: skip
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+    "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
+}  # fmt: skip
+_CHUNK = 2**24  # elements looked at together
 # What runs beside the weights: copied as they are into every export.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -42,7 +49,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str  # safetensors' spelling: BF16, F32, ...
     file: str
-    stored: str = ""  # its name in the file, where that is not the hub's
+    offset: int = 0  # of its first byte in the file
 
     @property
     def numel(self) -> int:
@@ -54,7 +61,48 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """The JSON header of one safetensors file: every entry checked, the data as long as it says, without gap or overlap.
+    """The JSON header of one safetensors file, checked against the file's size."""
+    return _read_header(path)[0]
+
+
+def read_infos(path: Path) -> dict[str, TensorInfo]:
+    """name → TensorInfo of one safetensors file. Raises CheckpointError as `read_header` does."""
+    header, start = _read_header(path)
+    return {
+        name: TensorInfo(name, tuple(i["shape"]), i["dtype"], path.name, start + i["data_offsets"][0])
+        for name, i in header.items()
+    }
+
+
+def read_tensor(folder: Path, info: TensorInfo, rows: Sequence[int] | None = None) -> torch.Tensor:
+    """A tensor in its source dtype, or some rows of it. Raises OSError, or EOFError where the file ends too early."""
+    shape = info.shape if rows is None else (len(rows), *info.shape[1:])
+    value = torch.empty(shape, dtype=_DTYPES[info.dtype])
+    data = memoryview(value.view(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
+    pieces = [(0, len(data))] if rows is None else [(row, len(data) // len(rows)) for row in rows]
+    done = 0
+    with (folder / info.file).open("rb", buffering=0) as f:
+        for row, size in pieces:
+            f.seek(info.offset + row * size)
+            stop = done + size
+            while done < stop:  # one read gives at most 2 GiB
+                got = f.readinto(data[done:stop])
+                if not got:
+                    raise EOFError(f"{info.file} ends before {info.name} does")
+                done += got
+    return value
+
+
+def count_non_finite(value: torch.Tensor) -> int:
+    """NaN and infinite values of a tensor, looked at in parts so that no mask of its size is made."""
+    if not value.is_floating_point():
+        return 0
+    parts = value.reshape(-1).split(_CHUNK)
+    return sum(int((~torch.isfinite(p.float() if p.element_size() == 1 else p)).sum()) for p in parts)
+
+
+def _read_header(path: Path) -> tuple[dict[str, dict], int]:
+    """The header and where the data begins: every entry checked, the data as long as it says, without gap or overlap.
 
     Raises CheckpointError naming file and byte when the header is damaged or the data is cut short.
     """
@@ -79,7 +127,7 @@ def read_header(path: Path) -> dict[str, dict]:
         raise CheckpointError(
             f"{path.name}: truncated or damaged, {size} bytes where the header asks for {8 + length + end}; copy it again"
         )
-    return header
+    return header, 8 + length
 
 
 def _span(path: Path, name: str, info: object) -> tuple[int, int]:
@@ -149,17 +197,17 @@ class Checkpoint:
         for file in files:
             try:
                 shard = contained(self.path, file)
-                header = read_header(shard) if shard.is_file() else None
+                infos = read_infos(shard) if shard.is_file() else None
             except (CheckpointError, ValueError) as e:
                 problems.append(str(e))
                 continue
-            if header is None:
+            if infos is None:
                 problems.append(f"shard {file} is missing")
                 continue
-            for name, info in header.items():
+            for name, info in infos.items():
                 if name in tensors:
                     problems.append(f"tensor {name} is in both {tensors[name].file} and {file}")
-                tensors[name] = TensorInfo(name, tuple(info["shape"]), info["dtype"], file)
+                tensors[name] = replace(info, file=file)
         if expected and not problems:
             absent = sorted(n for n, f in expected.items() if n not in tensors or tensors[n].file != f)
             if absent:
@@ -178,11 +226,10 @@ class Checkpoint:
         family = FAMILIES.get(self.model_type)
         if family is None:
             return tensors
-        named = {
-            family.hub_name(name): replace(t, name=family.hub_name(name), stored=name) for name, t in tensors.items()
-        }
+        named = {family.hub_name(name): replace(t, name=family.hub_name(name)) for name, t in tensors.items()}
         if len(named) < len(tensors):
-            twice = next(n for n, t in tensors.items() if named[family.hub_name(n)].stored != n)
+            seen: set[str] = set()
+            twice = next(n for n in tensors if (hub := family.hub_name(n)) in seen or seen.add(hub))
             raise CheckpointError(f"{self.path}: tensor {twice} is there under two names; keep one of them")
         return named
 
@@ -194,19 +241,17 @@ class Checkpoint:
             )
         return self.tensors[name]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in its source dtype. Raises CheckpointError naming it if it is missing or not finite."""
+    def tensor(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """One tensor, or some of its rows, in its source dtype.
+
+        Raises CheckpointError naming it if it is missing, cannot be read or is not finite.
+        """
         info = self.info(name)
         try:
-            with safe_open(self.path / info.file, framework="pt") as f:
-                value = f.get_tensor(info.stored or name)
-        except (SafetensorError, OSError) as e:
+            value = read_tensor(self.path, info, rows)
+        except (OSError, EOFError) as e:
             raise CheckpointError(f"{info.file}: cannot read {name} ({e}); copy the file again") from None
-        if (
-            value.is_floating_point()
-            and not (finite := torch.isfinite(value.float() if value.element_size() == 1 else value)).all()
-        ):
-            bad = int((~finite).sum())
+        if bad := count_non_finite(value):
             raise CheckpointError(f"{info.file}: {name} has {bad} NaN or infinite values; this checkpoint is damaged")
         return value
 
@@ -214,10 +259,14 @@ class Checkpoint:
     def companions(self) -> list[Path]:
         return [self._contained(n) for n in COMPANIONS if (self.path / n).is_file()]
 
-    def fingerprint(self) -> dict[str, str]:
-        """file → SHA-256 of config.json and of every weight file: the identity that a resumed run must share."""
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
         files = ["config.json", *sorted({t.file for t in self.tensors.values()})]
         return {name: sha256_file(self.path / name) for name in files}
+
+    def fingerprint(self) -> dict[str, str]:
+        """file → SHA-256 of config.json and of every weight file: the identity that a resumed run must share."""
+        return self._fingerprint
 
 
 def weight_map(index: Path, error: type[VlmqError] = CheckpointError) -> dict[str, str]:

@@ -16,10 +16,11 @@ from vlmq_export.quantizer.calibration import Preprocessor, Row, read_rows, trun
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.families import FAMILIES, family_of
-from vlmq_export.quantizer.importance import output_gradients
+from vlmq_export.quantizer.importance import attention_block, output_gradients
 from vlmq_export.quantizer.layer import quantize_layer
 from vlmq_export.quantizer.model import load_model
-from vlmq_export.quantizer.streams import _equal_lengths, advance, decoder_inputs, full_pass
+from vlmq_export.quantizer.streams import _equal_lengths, decoder_inputs
+from vlmq_export.quantizer.walk import LayerWalk
 
 CPU = torch.device("cpu")
 NEW = ("llava_onevision", "internvl", "qwen3_vl")
@@ -225,7 +226,11 @@ def test_layers_walked_one_by_one_are_the_model(loaded):
     if loaded.family.added:
         assert all(len(b.added) == 2 and float(b.added[0].abs().max()) > 0 for b in batches)
     for layer in loaded.layers:
-        assert advance(layer, batches, full_pass(layer, [], batches)) == 0
+        expected = [None if b.added else layer(b.quantized, **b.kwargs) for b in batches]
+        walk = LayerWalk(layer, batches, two_streams=True)
+        walk.pass_full()
+        assert walk.advance() == 0
+        assert all(own is None or torch.equal(b.quantized, own) for b, own in zip(batches, expected))
     travelling = [sample for group in _equal_lengths(loaded.samples) for sample in group]
     arrived = [hidden for batch in batches for hidden in batch.quantized]
     for sample, hidden in zip(travelling, arrived, strict=True):
@@ -241,7 +246,9 @@ def test_importance_is_autograds_own(loaded):
     layer = loaded.layers[0]
     generator = torch.Generator().manual_seed(0)
     full = batches[0].full + 0.1 * torch.randn(batches[0].full.shape, generator=generator)
-    ours = output_gradients(layer, batches[0].quantized, full, batches[0].kwargs)
+    with torch.no_grad():
+        target = attention_block(layer, full, batches[0].kwargs)
+    ours = output_gradients(layer, batches[0].quantized, target, batches[0].kwargs)
     brute = attention_gradients(layer, batches[0].quantized, full, batches[0].kwargs)
     for name, gradient in brute.items():
         assert float(gradient.abs().max()) > 0
@@ -254,11 +261,12 @@ def test_what_is_added_between_layers_reaches_both_streams(tiny):
     batches = loaded.walked()
     features = [b.added[0].clone() for b in batches]
     layer = loaded.layers[0]
-    full = full_pass(layer, [g[0] for g in loaded.family.groups], batches)
-    quantize_layer(layer, "l.", loaded.family.groups, batches, full, QuantConfig(method="vlmq", bits=3))
-    outputs = [o.clone() for o in full.outputs]
+    with torch.no_grad():
+        outputs = [layer(b.full, **b.kwargs) for b in batches]
     before = [(b.quantized, b.kwargs) for b in batches]
-    advance(layer, batches, full)
+    walk = LayerWalk(layer, batches, two_streams=True)
+    quantize_layer(walk, "l.", loaded.family.groups, QuantConfig(method="vlmq", bits=3))
+    walk.advance()
     for batch, output, feature, (hidden, kwargs) in zip(batches, outputs, features, before, strict=True):
         with torch.no_grad():
             quantized = layer(hidden, **kwargs)

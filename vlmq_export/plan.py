@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlmq_export import formats
 from vlmq_export.errors import CheckpointError
@@ -10,7 +10,9 @@ from vlmq_export.formats.base import FormatOptions, FormatPlan, LinearSpec, Mode
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.families import family_of, layer_count
+from vlmq_export.quantizer.families import family_of, layer_count, text_config
+from vlmq_export.quantizer.memory import MemoryPlan, Shapes, memory_plan
+from vlmq_export.quantizer.methods import method_named
 from vlmq_export.recipe import Recipe
 
 
@@ -18,12 +20,15 @@ from vlmq_export.recipe import Recipe
 class RunPlan:
     model: ModelPlan
     formats: dict[str, FormatPlan]
+    memory: MemoryPlan | None = None  # None: nothing is quantized
+    too_large: list[str] = field(default_factory=list)  # for the memory that was allowed
 
     @property
     def refusals(self) -> list[str]:
         """Everything that cannot be, one line each: the grid's own limits first, then each format's."""
         return [
             *group_refusals(self.model),
+            *self.too_large,
             *(f"{n}: {why}" for n, plan in self.formats.items() for why in plan.refusals),
         ]
 
@@ -64,9 +69,44 @@ def group_refusals(model: ModelPlan) -> list[str]:
     ]
 
 
-def plan_run(model: ModelPlan, recipe: Recipe) -> RunPlan:
+def shapes_of(model: ModelPlan) -> Shapes:
+    """What the memory plan needs to know. A matrix with a row for every token of the vocabulary is never held."""
+    family, text = family_of(model.source_config), text_config(model.source_config)
+    layers, heads, rows = layer_count(model.source_config), text.get("num_attention_heads"), (text.get("vocab_size"),)
+    kept = [t for t in model.floats if not t.name.startswith(family.layers) and t.shape[:1] != rows]
+    return Shapes(
+        layers=layers, hidden=model.linears[0].in_features, heads=heads if isinstance(heads, int) else 1,
+        linears=tuple((x.out_features, x.in_features) for x in model.linears[: len(model.linears) // layers]),
+        groups=tuple(len(group) for group in family.groups), prefix=sum(t.numel for t in kept),
+        weights=sum(x.out_features * x.in_features for x in model.linears) + sum(t.numel for t in model.floats),
+    )  # fmt: skip
+
+
+def plan_memory(
+    model: ModelPlan, recipe: Recipe, host_free: int, device_free: int, tokens: int | None = None
+) -> MemoryPlan:
+    """Without `tokens`, as many as the recipe allows."""
+    seq_len = recipe.seq_len or family_of(model.source_config).seq_len
+    return memory_plan(
+        shapes_of(model), method_named(recipe.method.value), tokens=tokens or recipe.samples * seq_len, seq_len=seq_len,
+        host_free=host_free, device_free=device_free,
+    )  # fmt: skip
+
+
+def memory_refusals(memory: MemoryPlan | None, limit: float | None) -> list[str]:
+    """A limit that was given is kept or refused; that less seems free is only warned of."""
+    if memory is None or not limit or memory.host <= memory.host_free:
+        return []
+    return [
+        f"--max-memory {limit:g}: one layer at a time needs {memory.host / 1e9:.1f} GB, activations on disk; "
+        "raise it, or give fewer or shorter samples"
+    ]
+
+
+def plan_run(model: ModelPlan, recipe: Recipe, memory: MemoryPlan | None = None) -> RunPlan:
     options = recipe.format_options(model.name)
-    return RunPlan(model, {f.value: _format_plan(f.value, model, options) for f in recipe.format})
+    plans = {f.value: _format_plan(f.value, model, options) for f in recipe.format}
+    return RunPlan(model, plans, memory, memory_refusals(memory, recipe.max_memory))
 
 
 def _format_plan(name: str, model: ModelPlan, options: FormatOptions) -> FormatPlan:

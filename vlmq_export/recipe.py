@@ -81,6 +81,7 @@ class Recipe(BaseModel):
     verify_data: Path | None = None  # None: the bundled held-out set
     verify: bool = True
     device: Device = Device.auto
+    max_memory: Annotated[float, Field(gt=0)] | None = None  # GB of host memory; None: what is free
     out: Path | None = None
     gptq_version: GptqVersion = GptqVersion.v1
     gptq_names: GptqNames = GptqNames.hub
