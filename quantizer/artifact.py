@@ -154,7 +154,7 @@ def read_layer_records(folder: Path, index: int) -> list[ModuleRecord]:
     try:
         with safe_open(file, framework="pt") as f:
             return [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
@@ -163,7 +163,7 @@ def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
     file = folder / layer_file(index)
     try:
         infos = read_infos(file)
-        return [
+        linears = [
             QuantizedLinear(
                 r.name,
                 *(read_tensor(folder, infos[f"{r.name}.{part}"]) for part in ("codes", "scales", "zero_points", "g_idx")),
@@ -172,7 +172,11 @@ def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
             )
             for r in read_layer_records(folder, index)
         ]  # fmt: skip
-    except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError) as e:
+        for q in linears:
+            if problem := _out_of_range(q.codes, q.scales, q.zero_points, q.g_idx, q.bits):
+                raise ValueError(f"{q.name}: {problem}")
+        return linears
+    except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
@@ -393,7 +397,9 @@ def _out_of_range(
     codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, g_idx: torch.Tensor, bits: int
 ) -> str:
     """What in the tensors of a linear lies outside its grid, or nothing."""
-    top, groups = 2**bits - 1, scales.shape[1]
+    top, (out_features, groups) = 2**bits - 1, scales.shape
+    if codes.shape != (out_features, len(g_idx)) or zero_points.shape != scales.shape:
+        return "shapes that do not fit together"
     wrong = {
         f"codes over {top}": codes > top,
         f"zero-points over {top}": zero_points > top,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from vlmq_export.errors import CheckpointError
+from vlmq_export.errors import CheckpointError, VlmqError
 from vlmq_export.quantizer.families import FAMILIES
 from vlmq_export.quantizer.untrusted import contained, parse_object, read_json
 
@@ -183,7 +183,7 @@ class Checkpoint:
         single = self.path / "model.safetensors"
         expected: dict[str, str] | None = None
         if index_path.is_file():
-            expected = _weight_map(index_path)
+            expected = weight_map(index_path)
             files = sorted(set(expected.values()))
             if single.is_file() and single.name not in files:  # transformers would read that one
                 raise CheckpointError(f"{self.path}: {single.name} and {index_path.name} are both here; delete one")
@@ -269,11 +269,11 @@ class Checkpoint:
         return self._fingerprint
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """tensor → shard as the index says."""
-    found = read_json(index).get("weight_map")
+def weight_map(index: Path, error: type[VlmqError] = CheckpointError) -> dict[str, str]:
+    """tensor → shard as the index says. Raises `error` where it does not say so."""
+    found = read_json(index, error=error).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
-        raise CheckpointError(f"{index}: no weight_map from tensor names to file names; copy it again")
+        raise error(f"{index}: no weight_map from tensor names to file names; copy it again")
     return found
 
 

@@ -18,10 +18,10 @@ from filelock import FileLock, Timeout
 from vlmq_export import bundled, checksums, formats, report
 from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
-from vlmq_export.parity import PARITY_FILE, Parity, check_formats
+from vlmq_export.parity import PARITY_FILE, Parity, check_formats, forget_places
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
-from vlmq_export.quantizer.calibration import Row, Sample, read_rows
+from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, refuse_unreadable
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.distributed import Ranks, joined
 from vlmq_export.quantizer.families import family_of
@@ -79,9 +79,13 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
     refuse_missing_packages(recipe)
+    if checkpoint is not None:
+        pick_device(recipe.device.value)  # raises where it is not there
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
-    rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
+    rows = held_out(recipe.verify_data, recipe.image_root) if recipe.verify else []
+    if recipe.verify:
+        Preprocessor(artifact.source if artifact else model)  # raises for what the proof would miss after all the work
     samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks)
     result = Result(out, plan)
     with joined(pick_device(recipe.device.value)) as ranks:
@@ -135,7 +139,7 @@ def verify(
     recipe = load_recipe(out / RECIPE_FILE, {})
     artifact = Artifact(out / "artifact")
     result = Result(out, plan_run(artifact_plan(artifact), recipe))
-    rows = read_rows(verify_data or recipe.verify_data or bundled.HELDOUT, image_root or recipe.image_root)
+    rows = held_out(verify_data or recipe.verify_data, image_root or recipe.image_root)
     source = same_source(recipe.model, artifact)
     finish(out, recipe, result, rows, source, hooks, changed=checksums.changed_files(out), verify=True)
     return result
@@ -206,6 +210,14 @@ def refuse_missing_packages(recipe: Recipe) -> None:
             log.warning("%s will be written but not proven: %s not installed; %s", name, lacking, hint)
 
 
+def held_out(path: Path | None, image_root: Path | None) -> list[Row]:
+    """As many rows as the checks use. Raises CalibrationError for one of them that they could not use."""
+    settings = CheckSettings()
+    rows = read_rows(path or bundled.HELDOUT, image_root)[: max(settings.images, settings.questions)]
+    refuse_unreadable(path or bundled.HELDOUT, rows)
+    return rows
+
+
 def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) -> tuple[list[Sample], dict]:
     """The samples of the recipe, and what the manifest says of them."""
     if recipe.method.value == "rtn":
@@ -226,6 +238,8 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) ->
         raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
     if dropped:
         log.warning("%d of %d samples dropped: --seq-len %d would cut their vision tokens", dropped, len(rows), seq_len)
+    if all(s.pixel_values is None for s in samples):
+        log.warning("%s: no sample has an image; the model is calibrated on text alone", path.name)
     tokens = sum(len(s.input_ids) for s in samples)
     vision = sum(int(s.vision.sum()) for s in samples)
     described = {
@@ -357,6 +371,7 @@ def finish(
         if changed is not None:
             result.parity.checks.insert(0, _checksum_row(changed))
             result.parity.verified &= not changed
+        forget_places(result.parity.checks, out, source)
         result.parity.write(out / PARITY_FILE)
     report.write(out, recipe, artifact, result)
     checksums.write_sums(out)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import json
+=======
+import re
+>>>>>>> hostile
 from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
 
 from vlmq_export import __version__
+from vlmq_export.errors import one_line
 from vlmq_export.formats.base import Check
 from vlmq_export.quantizer.artifact import TIMING, Artifact, ModuleRecord, write_atomic
 from vlmq_export.recipe import Recipe
@@ -26,7 +31,7 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         loader=jinja2.PackageLoader("vlmq_export"), autoescape=jinja2.select_autoescape(["html", "html.j2"]),
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"figure": figure, "mib": lambda n: f"{n / 2**20:,.1f} MiB"}
+    environment.filters |= {"figure": figure, "mib": lambda n: f"{n / 2**20:,.1f} MiB", "md": markdown}
     facts = {
         "name": artifact.manifest.name,
         "version": __version__,
@@ -47,12 +52,19 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         write_atomic(out / target, lambda t, text=text: t.write_text(text, "utf-8"))
 
 
+<<<<<<< HEAD
 def _timing(artifact: Artifact) -> dict | None:
     """What the quantizer took, where it was measured on this machine: an artifact that was copied here brings none."""
     try:
         return json.loads((artifact.path / TIMING).read_text("utf-8"))
     except (OSError, ValueError):
         return None
+=======
+def markdown(text: object) -> str:
+    """Text of a file or a user as text of the card: no tag, cell, link or code of its own."""
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
+    return re.sub(r"([\\|*\[\]])", r"\\\1", line)
+>>>>>>> hostile
 
 
 def figure(value: float | None) -> str:
