@@ -159,13 +159,16 @@ class Checkpoint:
         if not (self.path / "config.json").is_file():
             raise CheckpointError(f"{path}: no config.json in this folder; give a folder in the Hugging Face layout")
         self.config: dict = read_json(self._contained("config.json"))
-        if "quantization_config" in self.config:
-            settings = self.config["quantization_config"]
-            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-            raise CheckpointError(f"{path}: already quantized ({method}); give the original float checkpoint")
+        self._refuse_quantized()
         if (self.path / "adapter_config.json").is_file():  # transformers would load the model that it names instead
             raise CheckpointError(f"{path}: holds an adapter (adapter_config.json); merge it into the model first")
         self.tensors: dict[str, TensorInfo] = self._hub_names(self._index())
+
+    def _refuse_quantized(self) -> None:
+        if "quantization_config" in self.config:
+            settings = self.config["quantization_config"]
+            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
+            raise CheckpointError(f"{self.path}: already quantized ({method}); give the original float checkpoint")
 
     def _contained(self, name: str) -> Path:
         try:

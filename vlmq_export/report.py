@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import json
-=======
 import re
->>>>>>> hostile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,19 +49,23 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         write_atomic(out / target, lambda t, text=text: t.write_text(text, "utf-8"))
 
 
-<<<<<<< HEAD
-def _timing(artifact: Artifact) -> dict | None:
-    """What the quantizer took, where it was measured on this machine: an artifact that was copied here brings none."""
+def _timing(artifact: Artifact) -> str:
+    """What the quantizer took, or nothing where that is not known; the file may be another's."""
     try:
-        return json.loads((artifact.path / TIMING).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-=======
+        t = json.loads((artifact.path / TIMING).read_text("utf-8"))
+        phases = ", ".join(f"{phase} {float(seconds):.1f} s" for phase, seconds in t["seconds"].items())
+        memory = f"peak memory {t['peak_host_bytes'] / 1e9:.2f} GB"
+        if t["peak_device_bytes"]:
+            memory += f", on the GPU {t['peak_device_bytes'] / 1e9:.2f} GB"
+        return f"quantizer: {phases}; {t['tokens_per_second']:.0f} tokens/s through a layer; {memory}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
 def markdown(text: object) -> str:
     """Text of a file or a user as text of the card: no tag, cell, link or code of its own."""
     line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
     return re.sub(r"([\\|*\[\]])", r"\\\1", line)
->>>>>>> hostile
 
 
 def figure(value: float | None) -> str:
