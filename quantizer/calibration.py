@@ -98,7 +98,7 @@ def read_rows(path: Path, image_root: Path | None = None) -> list[Row]:
         except (ValueError, KeyError, TypeError, OSError) as e:
             why = e.args[0] if isinstance(e, ValueError) else f"malformed ({e!r})"
             errors.append(f"{where}: {one_line(why)[:_LONGEST_WHY]}")
-    refuse_all(path, "bad rows", errors)
+    _refuse(path, "bad rows", errors)
     if not rows:
         raise CalibrationError(f"{path}: no rows")
     if twice := len(rows) - len({(str(row.messages), row.images) for row in rows}):
@@ -118,10 +118,10 @@ def refuse_unreadable(path: Path, rows: Sequence[Row]) -> None:
             load_image(image)
         except CalibrationError as e:
             errors.append(str(e))
-    refuse_all(path, "bad images", errors)
+    _refuse(path, "bad images", errors)
 
 
-def refuse_all(path: Path, what: str, errors: Sequence[str]) -> None:
+def _refuse(path: Path, what: str, errors: Sequence[str]) -> None:
     """Raises CalibrationError with the first few of `errors` and their count, if there are any."""
     if errors:
         more = f" (and {len(errors) - _ERRORS_SHOWN} more)" if len(errors) > _ERRORS_SHOWN else ""

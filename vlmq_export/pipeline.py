@@ -81,15 +81,17 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
     refuse_missing_packages(recipe)
+    unquantized = None if imported else checkpoint
+    if unquantized is not None:
+        pick_device(recipe.device.value)  # raises where it is not there
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{'export' if imported or artifact else recipe.label()}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
     rows = held_out(recipe.verify_data, recipe.image_root) if recipe.verify else []
     if recipe.verify:
         Preprocessor(artifact.source if artifact else model)  # raises for what the proof would miss after all the work
-    unquantized = None if imported else checkpoint
     samples, described = ([], {}) if unquantized is None else calibration_samples(recipe, unquantized, hooks)
     result = Result(out, plan)
-    with joined(pick_device(recipe.device.value)) as ranks:
+    with joined(pick_device(recipe.device.value if unquantized else "cpu")) as ranks:
         if not ranks.first:
             if unquantized is not None:
                 _quantize(recipe, unquantized, samples, described, result, hooks, ranks, resume=resume)
@@ -269,7 +271,7 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) ->
         raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
     if dropped:
         log.warning("%d of %d samples dropped: --seq-len %d would cut their vision tokens", dropped, len(rows), seq_len)
-    if not any(s.images for s in samples):
+    if all(s.pixel_values is None for s in samples):
         log.warning("%s: no sample has an image; the model is calibrated on text alone", path.name)
     tokens = sum(len(s.input_ids) for s in samples)
     vision = sum(int(s.vision.sum()) for s in samples)

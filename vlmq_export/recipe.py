@@ -204,6 +204,8 @@ def _recipe_text(path: Path) -> str:
         raw = f.read(MAX_RECIPE_BYTES + 1)
     if len(raw) > MAX_RECIPE_BYTES:
         raise ValueError(f"over {MAX_RECIPE_BYTES} bytes")
+    if raw.count(b"[") + raw.count(b"{") > 64:  # the parser's time grows with the square of the depth
+        raise ValueError("too many brackets for a recipe")
     return raw.decode("utf-8-sig")
 
 
