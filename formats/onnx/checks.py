@@ -199,13 +199,15 @@ def _logits(folder, written: OnnxFolder, reference, settings: CheckSettings, pro
     level = max(written.accuracy_levels)
     # A file of level 0 is run as it lies; another one with the attribute rewritten in memory.
     runner = OnnxRunner(folder, accuracy_level=0 if level else None, threads=settings.threads, provider=provider)
-    features, errors, different = [], [], []
+    features, errors, different, agree = [], [], [], []
     for p in prompts:
         positions = reference.position_ids(p)
         if p.pixel_values is not None:
             want = np.concatenate([reference.vision_features(p), *reference.added_features(p)], axis=-1)
             features.append((relative_error(runner.prompt_features(p), want), p.id))
-        errors.append((relative_error(runner.logits(p, positions)[:, :vocabulary], reference.logits(p)), p.id))
+        got, want = runner.logits(p, positions)[:, :vocabulary], reference.logits(p)
+        errors.append((relative_error(got, want), p.id))
+        agree.append(got.argmax(-1) == want.argmax(-1))
         if runner.answer(p, positions, stop=reference.stop_ids) != reference.answer(p):
             different.append(p.id)
     first = prompts[0]
@@ -221,23 +223,30 @@ def _logits(folder, written: OnnxFolder, reference, settings: CheckSettings, pro
         Check.at_most("onnx", "L3", "greedy answers that differ", float(len(different)), float(allowed), unit="answers",
                       compared=count, worst=", ".join(different[:8])),
     ]  # fmt: skip
+    if written.half:
+        rows.append(_agreement(0, np.concatenate(agree)))
     return rows if level == 0 else [*rows, *_shipped_level(folder, level, prompts, reference, settings, provider)]
 
 
 def _shipped_level(folder, level: int, prompts, reference, settings: CheckSettings, provider: str) -> list[Check]:
     """The file as it is, where it asks for less than float32 activations."""
     runner = OnnxRunner(folder, threads=settings.threads, provider=provider)
-    errors, agree, total = [], 0, 0
+    errors, agree = [], []
     for p in prompts:
         want = reference.logits(p)
         got = runner.logits(p, reference.position_ids(p))[:, : reference.vocabulary]
         errors.append((relative_error(got, want), p.id))
-        agree += int((got.argmax(-1) == want.argmax(-1)).sum())
-        total += len(want)
+        agree.append(got.argmax(-1) == want.argmax(-1))
     return [
         _at_most(f"logits at accuracy_level {level}", errors, KERNEL_GATE, "as shipped: int8 activations"),
-        Check("onnx", "L3", f"argmax agreement at accuracy_level {level}", "info", agree / total, unit="share", compared=total),
+        _agreement(level, np.concatenate(agree)),
     ]  # fmt: skip
+
+
+def _agreement(level: int, same: np.ndarray) -> Check:
+    """`same`: bool a position, whether its most likely token is the reference's."""
+    name = f"argmax agreement at accuracy_level {level}"
+    return Check("onnx", "L3", name, "info", float(same.mean()), unit="share", compared=len(same))
 
 
 def _at_most(name: str, errors: list[tuple[float, str]], gate: float, detail: str) -> Check:

@@ -94,13 +94,14 @@ def _mask_inputs(graph: ir.Graph, mask: ir.Value, embeds: ir.Value) -> list[ir.V
     dtype = (embeds.dtype or ir.DataType.FLOAT).numpy()
     one, axes = constant("one", [1], np.int64), constant("axes", [1, 2], np.int64)
     by_value = constant("by_value", [np.finfo(dtype).min / 2, 0], dtype)
-    batch = tape.op("Shape", [mask], {"start": 0, "end": 1})
     new = tape.op("Shape", [embeds], {"start": 1, "end": 2})
     total = tape.op("Cast", [tape.op("Shape", [mask], {"start": 1, "end": 2})], {"to": ir.DataType.INT32})
-    last = tape.op("Sub", [total, constant("step", [1], np.int32)])
+    last = tape.op(
+        "ArgMax", [mask], {"axis": 1, "keepdims": 0, "select_last_index": 1}
+    )  # [B], that of the newest token
     of_keys = tape.op("Unsqueeze", [tape.op("Gather", [by_value, mask]), axes])  # [B, 1, 1, T]
     bias = tape.op("Expand", [of_keys, tape.op("Concat", [one, one, new, one], {"axis": 0})])
-    wanted = [tape.op("Expand", [last, batch]), tape.op("Squeeze", [total]), bias]
+    wanted = [tape.op("Cast", [last], {"to": ir.DataType.INT32}), total, bias]
     for i, node in enumerate(tape.nodes):
         node.outputs[0].name = f"attention_bias.{node.op_type}_{i}"
     for value in tape.initializers:
