@@ -83,6 +83,17 @@ def test_the_standard_operators_pass_every_gate(exported, arch):
     assert {n.op_type for n in nodes if n.domain} == {"MatMulNBits"}
 
 
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_level_4_has_a_gate_of_its_own(exported, tmp_path, arch):
+    reference, _ = exported(arch)
+    options = FormatOptions(onnx_accuracy_level=4)
+    onnx_format.write(Artifact(reference.artifact), tmp_path, options)
+    rows = onnx_format.check(tmp_path, reference, options, replace(SETTINGS, images=1))
+    assert not [c for c in rows if c.status not in ("passed", "info")], rows
+    kernel = next(c for c in rows if c.name == "logits at accuracy_level 4")
+    assert 1e-4 < kernel.value <= kernel.gate  # the level was really used
+
+
 @pytest.mark.parametrize(("arch", "generation"), [("qwen3_vl", "hub"), ("llava_onevision", "modules")])
 def test_a_tied_head_and_names_of_transformers_5(exported, arch, generation):
     reference, folder = exported(arch, tied=True, generation=generation)
