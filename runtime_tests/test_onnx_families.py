@@ -142,7 +142,7 @@ def test_an_image_token_without_an_image_is_a_word_and_too_few_features_an_error
     want = words(torch.from_numpy(ids)).detach().numpy()
     got = runner.embed(ids)
     assert np.array_equal(got[..., : want.shape[-1]], want) and not got[..., want.shape[-1] :].any()
-    with pytest.raises(Exception, match="(?i)index"):
+    with pytest.raises(Exception, match=r"(?i)index"):
         runner.embed(ids, np.zeros((1, got.shape[-1]), np.float32))
 
 
