@@ -12,6 +12,7 @@ import pytest
 from runtime_tests.test_onnx import SETTINGS, assert_all_pass, damage, export, weight_rows
 from tests.artifacts import GRIDS, edit
 from vlmq_export.bundled import HELDOUT
+from vlmq_export.errors import FormatError
 from vlmq_export.formats import onnx as onnx_format
 from vlmq_export.formats.base import FormatOptions, relative_error
 from vlmq_export.formats.onnx.checks import FORMAT_GATE, HALF_GATE
@@ -238,3 +239,50 @@ def test_genai_with_two_images_in_one_prompt(packages):
     prompt = reference.preprocessor.sample(both, prompt_only=True)
     with image_files(prompt.images) as files:
         assert GenaiModel(folder).answer(prompt, files, reference.stop_ids) == reference.answer(prompt)
+
+
+# -- linears merged for level 4 ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("level4"), GRIDS["w4g128"], None, FormatOptions(onnx_accuracy_level=4))
+
+
+def test_at_level_4_linears_of_one_input_are_one_node_and_nothing_else_changes(packages, merged):
+    reference, folder = merged
+    found, _ = operators(folder)
+    assert found["com.microsoft", "MatMulNBits"] == 4 * LAYERS and found["", "Split"] == 2 * LAYERS
+    rows = onnx_format.check(folder, reference, FormatOptions(onnx_accuracy_level=4), SETTINGS)
+    assert_all_pass(rows)
+    assert next(r for r in rows if r.name == "logits at accuracy_level 0").value <= FORMAT_GATE
+    apart = OnnxRunner(packages()[1], accuracy_level=4)
+    p, positions = reference.prompts[0], reference.position_ids(reference.prompts[0])
+    assert np.array_equal(OnnxRunner(folder).logits(p, positions), apart.logits(p, positions))
+
+
+def test_columns_in_an_order_of_their_own_are_not_merged(tmp_path):
+    options = FormatOptions(onnx_accuracy_level=4)
+    reference, folder = export(tmp_path, GRIDS["w4g128-dynamic"], None, options)
+    assert operators(folder)[0]["com.microsoft", "MatMulNBits"] == 7 * LAYERS
+    assert_all_pass(onnx_format.check(folder, reference, options, replace(SETTINGS, images=1, questions=1)))
+
+
+@pytest.mark.parametrize(
+    ("linear", "sizes"), [("self_attn.q_proj|k_proj|v_proj", [128, 256, 128]), ("mlp.gate_proj|up_proj", [512, 256])]
+)
+def test_a_split_at_the_wrong_row_is_caught(merged, tmp_path, linear, sizes):
+    reference, folder = merged
+    shutil.copytree(folder, tmp_path / "onnx")
+    file = tmp_path / "onnx" / "text.onnx"
+    model = onnx.load(file, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == f"model.layers.0.{linear}.sizes")
+    tensor.raw_data = np.array(sizes, np.int64).tobytes()
+    file.write_bytes(model.SerializeToString())
+    settings = replace(SETTINGS, images=1, questions=1)
+    try:
+        rows = onnx_format.check(tmp_path / "onnx", reference, FormatOptions(onnx_accuracy_level=4), settings)
+    except FormatError as e:
+        assert "is not split into" in str(e) and sum(sizes) != 1024
+    else:
+        assert {r.status for r in weight_rows(rows)} == {"failed"}

@@ -1,7 +1,8 @@
 """The written folder in onnxruntime-genai, from image files, against the fake-quantized reference.
 
 genai decodes, resizes and normalises images with code of its own. Answers are compared on images that it need not resize,
-as the reference is fed; what its resize makes of other images is measured apart, without a gate (Pillow's filter, as the reference: 1.5e-7).
+as the reference is fed; what its resize makes of other images is measured apart, without a gate (1.5e-7: Pillow's filter,
+which is the reference's too).
 """
 
 from __future__ import annotations
