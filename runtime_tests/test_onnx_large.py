@@ -24,15 +24,17 @@ LAYERS, WIDTH, INNER = 13, 4096, 11008
 SHAPES = {"q_proj": (WIDTH, WIDTH), "k_proj": (512, WIDTH), "v_proj": (512, WIDTH), "o_proj": (WIDTH, WIDTH),
           "gate_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH), "down_proj": (WIDTH, INNER)}  # fmt: skip
 WRITE = """
-import resource, sys
+import sys
 from pathlib import Path
 from vlmq_export.formats.base import FormatOptions
 from vlmq_export.formats.onnx.writer import write
 from vlmq_export.quantizer.artifact import Artifact
 import mobius, onnx, transformers
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this process alone: ru_maxrss starts at the parent's
+    return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+before = peak()
 write(Artifact(Path(sys.argv[1])), Path(sys.argv[2]), FormatOptions())
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print((peak() - before) * 1024)
 """
 
 
