@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from vlmq_export.formats.onnx.genai import write_genai
 from vlmq_export.formats.onnx.graphs import float_graphs
 from vlmq_export.formats.onnx.runner import OnnxRunner
 from vlmq_export.parity import required_runtimes
+from vlmq_export.plan import artifact_plan
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.calibration import read_rows
 from vlmq_export.reference import Reference
@@ -49,13 +51,13 @@ def exported(tmp_path_factory):
     """get(family, grid) → (reference, folder), made once."""
     made = {}
 
-    def get(arch, tag="w4g128", **options):
-        key = (arch, tag, *options.items())
+    def get(arch, tag="w4g128", graph="fused", **options):
+        key = (arch, tag, graph, *options.items())
         if key not in made:
             folder = tmp_path_factory.mktemp(f"{arch}-{tag}")
             artifact = rtn_artifact(folder / "artifact", GRIDS[tag], make_tiny(folder / "model", arch, **options))
             (folder / "onnx").mkdir()
-            onnx_format.write(artifact, folder / "onnx", FormatOptions())
+            onnx_format.write(artifact, folder / "onnx", FormatOptions(onnx_graph=graph))
             made[key] = Reference(artifact.path, read_rows(HELDOUT)[:4]), folder / "onnx"
         return made[key]
 
@@ -73,13 +75,23 @@ def test_every_grid_passes_every_gate(exported, arch, tag):
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_the_standard_operators_pass_every_gate(exported, tmp_path, arch):
-    reference, _ = exported(arch)
-    onnx_format.write(Artifact(reference.artifact), tmp_path, FormatOptions(onnx_graph="plain"))
-    rows = onnx_format.check(tmp_path, reference, FormatOptions(onnx_graph="plain"), replace(SETTINGS, images=1))
+def test_the_standard_operators_pass_every_gate(exported, arch):
+    reference, folder = exported(arch, graph="plain")
+    rows = onnx_format.check(folder, reference, FormatOptions(onnx_graph="plain"), replace(SETTINGS, images=1))
     assert not [c for c in rows if c.status not in ("passed", "info")], rows
-    nodes = onnx.load(tmp_path / "text.onnx", load_external_data=False).graph.node
+    nodes = onnx.load(folder / "text.onnx", load_external_data=False).graph.node
     assert {n.op_type for n in nodes if n.domain} == {"MatMulNBits"}
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_level_4_has_a_gate_of_its_own(exported, tmp_path, arch):
+    reference, _ = exported(arch)
+    options = FormatOptions(onnx_accuracy_level=4)
+    onnx_format.write(Artifact(reference.artifact), tmp_path, options)
+    rows = onnx_format.check(tmp_path, reference, options, replace(SETTINGS, images=1))
+    assert not [c for c in rows if c.status not in ("passed", "info")], rows
+    kernel = next(c for c in rows if c.name == "logits at accuracy_level 4")
+    assert 1e-4 < kernel.value <= kernel.gate  # the level was really used
 
 
 @pytest.mark.parametrize(("arch", "generation"), [("qwen3_vl", "hub"), ("llava_onevision", "modules")])
@@ -120,10 +132,11 @@ def test_a_prompt_without_an_image(exported, arch):
     assert relative_error(got[:, : reference.vocabulary], reference.logits(prompt)) <= FORMAT_GATE
 
 
+@pytest.mark.parametrize("graph", ["plain", "fused"])
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_a_left_padded_batch_and_its_next_token(exported, arch):
+def test_a_left_padded_batch_and_its_next_token(exported, arch, graph):
     """Two prompts of unequal length through one embedding and one text run, then one more token a row by the cache."""
-    reference, folder = exported(arch)
+    reference, folder = exported(arch, graph=graph)
     row = reference.rows[0]
     longer = replace(row, id="longer", messages=({
         "role": "user", "content": [*row.messages[0]["content"], {"type": "text", "text": " Read the text, all of it."}],
@@ -208,10 +221,19 @@ def test_the_graphs_are_valid_and_their_lengths_free(exported, arch):
     _, folder = exported(arch)
     for name in ("vision", "embedding", "text"):
         onnx.checker.check_model(folder / f"{name}.onnx")
+        assert str(Path(torch.__file__).parent.parent).encode() not in (folder / f"{name}.onnx").read_bytes()
     text = onnx.load(folder / "text.onnx", load_external_data=False).graph
     lengths = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in text.input}
     assert lengths["inputs_embeds"][:2] == ["batch", "sequence"]
     assert lengths["past_key_values.1.value"] == ["batch", 2, "past_sequence", 64]
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_the_plan_tells_the_size_before(exported, arch):
+    reference, folder = exported(arch)
+    plan = onnx_format.plan(artifact_plan(Artifact(reference.artifact)), FormatOptions())
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    assert plan.refusals == [] and plan.size_bytes == pytest.approx(size, rel=0.05)
 
 
 def test_a_changed_frequency_is_caught(exported, tmp_path):

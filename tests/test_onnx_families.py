@@ -1,5 +1,6 @@
 """What the traced graphs compute of images, in torch, against the code of the models themselves."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.onnx.graphs import float_graphs
+from vlmq_export.formats.onnx.planning import graph_refusals
 from vlmq_export.formats.onnx.torch_graphs import empty
 from vlmq_export.formats.onnx.torch_text import Embedding, Rotary, Text
 from vlmq_export.formats.onnx.torch_vision import LlavaOnevision, hidden_state, patch_grid, resized, taps
@@ -163,13 +165,37 @@ def test_sliding_windows_are_refused():
 
 
 @pytest.mark.parametrize("arch", ["qwen3_vl", "llava_onevision", "internvl"])
-def test_every_weight_of_the_checkpoint_is_a_parameter_of_a_graph(tiny, arch):
+def test_every_weight_of_the_checkpoint_is_a_parameter_of_a_graph(tiny, arch, capfd):
     from vlmq_export.quantizer.checkpoint import Checkpoint
 
     source = tiny(arch)
     known = set(Checkpoint(source).tensors)
+    capfd.readouterr()
     graphs = float_graphs(source, known)
+    assert capfd.readouterr().out == ""  # `--json` owns it
     found = {n for g in graphs.values() for n, v in g.graph.initializers.items() if v.const_value is None}
     assert found == known
     constants = [v.const_value for g in graphs.values() for v in g.graph.initializers.values()]
     assert sum(np.prod(c.shape) for c in constants if c is not None) < 200
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "words"),
+    [
+        (
+            "internvl",
+            {"text_config": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}},
+            "sliding",
+        ),
+        ("internvl", {"vision_feature_layer": [-1, -2]}, "one vision layer"),
+        ("llava_onevision", {"vision_feature_select_strategy": "default"}, "every patch"),
+        ("llava_onevision", {"text_config": {"model_type": "phi"}}, "do not know this llava_onevision"),
+        ("qwen3_vl", {}, None),
+    ],
+)
+def test_what_the_graphs_lack_is_refused_before_anything_is_quantized(tiny, arch, change, words):
+    config = json.loads((tiny(arch) / "config.json").read_text())
+    for key, value in change.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    found = graph_refusals(config)
+    assert found == [] if words is None else words in found[0] and "\n" not in found[0]

@@ -34,7 +34,7 @@ def missing() -> str | None:
     """Packages that writing and checking need and that are not installed."""
     from importlib.util import find_spec
 
-    lacking = [name for name in ("onnx", "onnx_ir", "mobius", "onnxruntime") if find_spec(name) is None]
+    lacking = [name for name in ("onnx", "onnx_ir", "onnxscript", "mobius", "onnxruntime") if find_spec(name) is None]
     return ", ".join(lacking) or None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from vlmq_export.errors import FormatError
+from vlmq_export.formats.onnx.planning import TRACED
 
 # our file name → mobius' component; the prefixes turn mobius' parameter names into the hub's
 GRAPHS = {"vision": "vision_encoder", "embedding": "embedding", "text": "decoder"}
@@ -56,7 +57,7 @@ def float_graphs(source: Path, known: Collection[str], dtype: ir.DataType = ir.D
     from vlmq_export.formats.onnx import torch_graphs
 
     whole = transformers.AutoConfig.from_pretrained(source)
-    if whole.model_type in torch_graphs.VISION:
+    if whole.model_type in TRACED:
         return torch_graphs.float_graphs(source, known, dtype)
     from mobius import build_from_module, registry
     from mobius.__main__ import _config_from_hf, _default_task_for_model  # what `mobius build --config` does

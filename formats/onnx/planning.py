@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+import torch
+
+from vlmq_export.errors import FormatError
 from vlmq_export.formats.base import FormatOptions, FormatPlan, ModelPlan
 from vlmq_export.formats.onnx.packing import block_size_for, container_bits
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.families import text_config
+from vlmq_export.quantizer.families import family_of, text_config
 
+TRACED = ("qwen3_vl", "llava_onevision", "internvl")  # families whose graphs torch_graphs makes
 _GRAPH_BYTES = 9_000  # protobuf a linear: its node, names, and its share of the other nodes
 
 
@@ -24,6 +30,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     if not 0 <= options.onnx_accuracy_level <= 4:
         refusals.append(f"--accuracy-level {options.onnx_accuracy_level}: 0 (float32) to 4 (int8 activations)")
     half = options.onnx_dtype == "float16"
+    refusals += graph_refusals(model.source_config)
     if refusals:
         return FormatPlan(0.0, 0, refusals)
     block, bits = block_size_for(config.group_size), container_bits(config.bits)
@@ -38,12 +45,14 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         )
         if config.act_order == "dynamic" and config.group_size != -1:
             stored += 8 * x.in_features
-    floats = sum((4 if "vis" in t.name else width) * t.numel for t in model.floats)
+    family = family_of(model.source_config)
+    floats = sum((4 if family.is_vision(t.name) else width) * t.numel for t in model.floats)
     embedding = next((width * t.numel for t in model.floats if t.name.endswith("embed_tokens.weight")), 0)
     tied = not any(t.name.endswith("lm_head.weight") for t in model.floats)
     text = text_config(model.source_config)
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    rope = width * text["max_position_embeddings"] * head  # cosines and sines of every position
+    traced = model.model_type in TRACED  # computes cosines and sines, where mobius stores those of every position
+    rope = 0 if traced else width * text["max_position_embeddings"] * head
     size = stored + floats + (embedding if tied else 0) + rope + _GRAPH_BYTES * len(model.linears)
     return FormatPlan(8 * stored / weights, size, [], notes_for(config, options))
 
@@ -51,6 +60,19 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
 def is_fused(options: FormatOptions) -> bool:
     """Whether the decoder gets ONNX Runtime's CPU operators."""
     return options.onnx_graph == "fused" and options.onnx_provider == "cpu"
+
+
+def graph_refusals(source_config: dict) -> list[str]:
+    """What the graphs of this model lack, found by making its modules without weights and without tracing them."""
+    if source_config["model_type"] not in TRACED or any(find_spec(p) is None for p in ("onnx_ir", "onnxscript")):
+        return []
+    from vlmq_export.formats.onnx import torch_graphs
+
+    try:
+        torch_graphs.Parts(torch_graphs.config_of(source_config), torch.float32)
+    except FormatError as e:
+        return [str(e)]
+    return []
 
 
 def notes_for(config: QuantConfig, options: FormatOptions) -> list[str]:

@@ -6,6 +6,7 @@ that neither a large model's floats nor random ones are ever in memory. Paramete
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Collection
@@ -16,37 +17,59 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from vlmq_export.errors import FormatError
 from vlmq_export.formats.onnx.graphs import IR_VERSION, cast_output, rename
+from vlmq_export.formats.onnx.planning import TRACED
 from vlmq_export.formats.onnx.torch_text import OPSET, Embedding, Text
 from vlmq_export.formats.onnx.torch_vision import InternVision, LlavaOnevision, Qwen3Vision
 from vlmq_export.quantizer.families import family_of
 
-VISION = {"qwen3_vl": Qwen3Vision, "llava_onevision": LlavaOnevision, "internvl": InternVision}
+VISION = dict(zip(TRACED, (Qwen3Vision, LlavaOnevision, InternVision), strict=True))
+
+
+class Parts:
+    """The three modules to trace, without weights. Raises FormatError for what they have no place for."""
+
+    def __init__(self, config, kind: torch.dtype):
+        """`config`: transformers' own; `kind`: type of embedding and decoder. The vision tower is float32."""
+        import transformers
+
+        family = family_of(config.to_dict())
+        with torch.device("meta"):
+            model = getattr(transformers, config.architectures[0])(config).eval()
+        empty(model, lambda name: torch.float32 if family.is_vision(family.hub_name(name)) else kind)
+        try:
+            vision = VISION[config.model_type](model)
+            deepstack = getattr(vision, "deepstack", 0)
+            self.traced = {
+                "vision": (vision, *vision.example()),
+                "embedding": _embedding(model, config, deepstack),
+                "text": _text(model, config, deepstack),
+            }
+        except AttributeError as e:  # another language model or tower than this family was published with
+            raise FormatError(
+                f"ONNX graphs do not know this {config.model_type} ({e}); leave out --format onnx"
+            ) from None
+        self.names = {id(p): family.hub_name(name) for name, p in model.named_parameters()}
+        self.model = model
 
 
 def float_graphs(source: Path, known: Collection[str], dtype: ir.DataType = ir.DataType.FLOAT) -> dict[str, ir.Model]:
     """vision, embedding and text of the model in `source` (config.json); arguments and errors as graphs.float_graphs."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(source)
-    family = family_of(config.to_dict())
-    kind = torch.float16 if dtype == ir.DataType.FLOAT16 else torch.float32
-    with torch.device("meta"):
-        model = getattr(transformers, config.architectures[0])(config).eval()
-    empty(model, lambda name: torch.float32 if family.is_vision(family.hub_name(name)) else kind)
-    vision = VISION[config.model_type](model)
-    deepstack = getattr(vision, "deepstack", 0)
-    names = {id(p): family.hub_name(name) for name, p in model.named_parameters()}
-    parts = {
-        "vision": (vision, *vision.example()),
-        "embedding": _embedding(model, config, deepstack),
-        "text": _text(model, config, deepstack),
-    }
-    graphs = {name: export(name, *part, names) for name, part in parts.items()}
+    config = config_of(json.loads((source / "config.json").read_text("utf-8")))
+    parts = Parts(config, torch.float16 if dtype == ir.DataType.FLOAT16 else torch.float32)
+    graphs = {name: export(name, *part, parts.names) for name, part in parts.traced.items()}
     if dtype != ir.DataType.FLOAT:
         cast_output(graphs["vision"].graph, dtype)
-    _keep_unused(graphs, model, names, known)
+    _keep_unused(graphs, parts.model, parts.names, known)
     return graphs
+
+
+def config_of(source_config: dict):
+    """transformers' configuration from the contents of config.json."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[source_config["model_type"]].from_dict(source_config)
 
 
 def empty(model: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> None:
@@ -82,6 +105,9 @@ def export(
             rename(model.graph, value, "lm_head.weight" if tied_head else name)
         else:
             rename(model.graph, value, f"{graph}.{value.name}")
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
+    for part in (model, model.graph, *model.graph, *values):
+        part.metadata_props.clear()  # lines of source, with the paths of this machine
     return model
 
 

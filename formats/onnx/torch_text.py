@@ -12,7 +12,7 @@ from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from vlmq_export.errors import FormatError
 
-OPSET = 24
+OPSET = 23
 
 
 class Text(nn.Module):
