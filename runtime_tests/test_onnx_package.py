@@ -19,6 +19,7 @@ from vlmq_export.formats.onnx.checks import FORMAT_GATE, HALF_GATE
 from vlmq_export.formats.onnx.genai_check import PIXELS, GenaiModel, _odd_sizes, genai_rows, image_files
 from vlmq_export.formats.onnx.runner import OnnxRunner, available
 from vlmq_export.quantizer.calibration import read_rows
+from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.reference import Reference
 
 LAYERS = 6  # of the reference VLM
@@ -239,6 +240,19 @@ def test_genai_with_two_images_in_one_prompt(packages):
     prompt = reference.preprocessor.sample(both, prompt_only=True)
     with image_files(prompt.images) as files:
         assert GenaiModel(folder).answer(prompt, files, reference.stop_ids) == reference.answer(prompt)
+
+
+# -- every grid of the gate, on both vision towers --------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["reference", "qwen2_vl"])
+@pytest.mark.parametrize("group", [32, 128, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width_and_group_passes_every_gate(bits, group, arch, qwen2_vl, tmp_path):
+    source = qwen2_vl if arch == "qwen2_vl" else None
+    reference, folder = export(tmp_path, QuantConfig("rtn", bits, group, symmetric=bits == 8), source)
+    assert_all_pass(onnx_format.check(folder, reference, FormatOptions(), replace(SETTINGS, images=2, questions=2)))
 
 
 # -- linears merged for level 4 ---------------------------------------------------------------------------------
