@@ -64,7 +64,9 @@ class FormatOptions:
     onnx_graph: str = "fused"  # fused | plain
     onnx_dtype: str = "float32"  # float32 | float16
     onnx_provider: str = "cpu"  # cpu | cuda
-    mmproj_dtype: str = "f16"  # f16 | f32
+    gguf_split_bytes: int = 0  # of tensors in a file of the text model; 0: one file
+    mmproj_dtype: str = "f16"  # f16 | f32 | q8_0
+    mmproj_class_row: str = "last"  # last | first: of the class token's position, for InternVL
 
 
 @dataclass(frozen=True)

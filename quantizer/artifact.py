@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,54 +27,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vlmq_export.errors import ArtifactError, CheckpointError
-from vlmq_export.quantizer.checkpoint import Checkpoint, read_header
-from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.checkpoint import COMPANIONS, Checkpoint, TensorInfo, read_infos, read_tensor
+from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
+from vlmq_export.quantizer.kquants import GRIDS, Params
+from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
+from vlmq_export.quantizer.untrusted import contained, read_json
 
 SCHEMA = 1
+OUTER = -1  # the "layer" of embedding and output matrix
 MANIFEST = "manifest.json"
 _FLOAT_SHARD_BYTES = 2 * 2**30
 
 
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """The integers of one linear: `weight = scales[:, g_idx] * (codes − zero_points[:, g_idx])`.
-
-    `g_idx[k]` is the group of input column k in the original order. `bias` is the source bias rounded to float16,
-    which is what every runtime will add.
-    """
-
-    name: str  # hub name of the module: model.layers.0.self_attn.q_proj
-    codes: torch.Tensor  # uint8 [out, in]
-    scales: torch.Tensor  # float16 [out, groups]
-    zero_points: torch.Tensor  # uint8 [out, groups]
-    g_idx: torch.Tensor  # int32 [in]
-    bias: torch.Tensor | None  # float16 [out]
-    bits: int
-    group_size: int  # −1: per output channel
-    symmetric: bool
-
-    @property
-    def out_features(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.codes.shape[1]
-
-    @property
-    def natural_order(self) -> bool:
-        """Whether groups are contiguous in the original column order, so that no `g_idx` is needed."""
-        return bool((self.g_idx[1:] >= self.g_idx[:-1]).all())
-
-    def decode(self) -> torch.Tensor:
-        """float32 [out, in]; exact but for the one rounding of the product."""
-        group = self.g_idx.long()
-        return self.scales.float()[:, group] * (self.codes.float() - self.zero_points.float()[:, group])
-
-
 @dataclass
 class ModuleRecord:
-    """What the manifest says of one linear."""
+    """What the manifest says of one linear. `layer` is −1 for the embedding and the output matrix."""
 
     name: str
     layer: int
@@ -84,6 +52,45 @@ class ModuleRecord:
     in_features: int
     bias: bool
     metrics: dict = field(default_factory=dict)  # loss, relative error, damp used, fallback, seconds
+    type: str = ""  # a GGUF block type; empty for the affine grid
+
+    @classmethod
+    def of(cls, linear: Linear, layer: int, metrics: dict) -> ModuleRecord:
+        shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
+        if isinstance(linear, BlockLinear):
+            grid = GRIDS[linear.type]
+            return cls(
+                linear.name, layer, grid.bits, grid.sub_block, not grid.affine, *shape, bias, metrics, linear.type
+            )
+        return cls(linear.name, layer, linear.bits, linear.group_size, linear.symmetric, *shape, bias, metrics)
+
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype (safetensors' spelling) and shape of each of its tensors."""
+        codes = {"codes": ("U8", (self.out_features, self.in_features))}
+        bias = {"bias": ("F16", (self.out_features,))} if self.bias else {}
+        if self.type:
+            grid = GRIDS[self.type]
+            blocks, subs = ((self.out_features, self.in_features // n) for n in (grid.block, grid.sub_block))
+            minimum = {"dmin": ("F16", blocks), "sub_mins": ("U8", subs)} if grid.affine else {}
+            return codes | {"d": ("F16", blocks), "sub_scales": ("I8", subs)} | minimum | bias
+        groups = (self.out_features, 1 if self.group_size == -1 else self.in_features // self.group_size)
+        parts = {"scales": ("F16", groups), "zero_points": ("U8", groups), "g_idx": ("I32", (self.in_features,))}
+        return codes | parts | bias
+
+    def linear(self, read: Callable[[str], torch.Tensor]) -> Linear:
+        """The integers themselves; `read(key)` gives a stored tensor and raises KeyError where there is none."""
+
+        def part(key: str) -> torch.Tensor:
+            return read(f"{self.name}.{key}")
+
+        bias = part("bias") if self.bias else None
+        if not self.type:
+            parts = (part(k) for k in ("codes", "scales", "zero_points", "g_idx"))
+            return QuantizedLinear(self.name, *parts, bias, self.bits, self.group_size, self.symmetric)
+        d, scales, minimum = part("d"), part("sub_scales").to(torch.int16), ()
+        if GRIDS[self.type].affine:
+            minimum = (part("dmin"), part("sub_mins").to(torch.int16))
+        return BlockLinear(self.name, part("codes"), Params(d, scales, *minimum), bias, self.type)
 
 
 @dataclass
@@ -100,19 +107,28 @@ class Manifest:
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call write(temporary sibling) and rename it to `path`, mode 0644, when whole."""
+    """Call write(temporary sibling) and rename it to `path`, mode 0644, when whole and on the disk.
+
+    Raises ArtifactError where it cannot be written; nothing is left of it then.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            write(temporary)
-        except SafetensorError as e:  # its errors of input and output are no OSError
-            raise ArtifactError(f"{path}: cannot be written ({e}); free space and use --resume") from None
+        write(temporary)
         temporary.chmod(0o644)  # safetensors creates its files with mode 0600
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
+        sync(temporary)
         temporary.replace(path)
+    except (SafetensorError, OSError) as e:  # safetensors' errors of input and output are no OSError
+        raise ArtifactError(
+            f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); free space and use --resume"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
 
 
 def write_json(path: Path, value) -> None:
@@ -120,15 +136,15 @@ def write_json(path: Path, value) -> None:
 
 
 def layer_file(index: int) -> str:
-    return f"layer-{index:05d}.safetensors"
+    """−1 is what lies outside the layers: embedding and output matrix, where the recipe quantizes them."""
+    return f"layer-{index:05d}.safetensors" if index >= 0 else "layer-outer.safetensors"
 
 
-def write_layer(folder: Path, index: int, linears: Iterable[QuantizedLinear], records: Iterable[ModuleRecord]) -> None:
+def write_layer(folder: Path, index: int, linears: Iterable[Linear], records: Iterable[ModuleRecord]) -> None:
     """One decoder layer with its records in the header: what a resumed run needs is in the one file."""
     tensors: dict[str, torch.Tensor] = {}
     for q in linears:
-        tensors |= {f"{q.name}.codes": q.codes, f"{q.name}.scales": q.scales}
-        tensors |= {f"{q.name}.zero_points": q.zero_points, f"{q.name}.g_idx": q.g_idx}
+        tensors |= {f"{q.name}.{part}": value for part, value in q.tensors().items()}
         if q.bias is not None:
             tensors[f"{q.name}.bias"] = q.bias
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
@@ -137,32 +153,33 @@ def write_layer(folder: Path, index: int, linears: Iterable[QuantizedLinear], re
 
 
 def read_layer_records(folder: Path, index: int) -> list[ModuleRecord]:
-    with safe_open(folder / layer_file(index), framework="pt") as f:
-        return [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
+    file = folder / layer_file(index)
+    try:
+        with safe_open(file, framework="pt") as f:
+            return [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
-def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
+def read_layer(folder: Path, index: int) -> list[Linear]:
     """The linears of one published layer, before there is a manifest. Raises ArtifactError when it is damaged."""
     file = folder / layer_file(index)
     try:
-        read_header(file)
-        with safe_open(file, framework="pt") as f:
-            records = [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
-            return [
-                QuantizedLinear(
-                    r.name,
-                    *(f.get_tensor(f"{r.name}.{part}") for part in ("codes", "scales", "zero_points", "g_idx")),
-                    f.get_tensor(f"{r.name}.bias") if r.bias else None,
-                    r.bits, r.group_size, r.symmetric,
-                )
-                for r in records
-            ]  # fmt: skip
-    except (CheckpointError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        infos = read_infos(file)
+        linears = [r.linear(lambda key: read_tensor(folder, infos[key])) for r in read_layer_records(folder, index)]
+        for q in linears:
+            if problem := q.out_of_range():
+                raise ValueError(f"{q.name}: {problem}")
+        return linears
+    except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
 def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None:
-    """Copy every tensor that is not quantized, in its source dtype, in shards of about 2 GiB."""
+    """Copy every tensor that is not quantized, in its source dtype, in shards of about 2 GiB; a whole shard is kept.
+
+    One tensor is in memory at a time. Wide types come first in a shard, so that every tensor is aligned to its own width.
+    """
     shards: list[list[str]] = [[]]
     room = _FLOAT_SHARD_BYTES
     for name in names:
@@ -173,8 +190,26 @@ def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None
         shards[-1].append(name)
         room -= size
     for i, shard in enumerate(shards, start=1):
-        tensors = {name: checkpoint.tensor(name).clone() for name in shard}
-        write_atomic(folder / f"float-{i:05d}.safetensors", lambda t, tensors=tensors: save_file(tensors, t))
+        file = folder / f"float-{i:05d}.safetensors"
+        if file.is_file():
+            continue  # resumed: renamed only when whole
+        infos = [checkpoint.tensors[name] for name in shard]
+        infos.sort(key=lambda t: (-t.nbytes // max(1, t.numel), t.name))
+        write_atomic(file, lambda t, infos=infos: _write_tensors(t, infos, checkpoint.tensor))
+
+
+def _write_tensors(path: Path, infos: list[TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
+    """A safetensors file, tensor by tensor; the library's own writer wants all of them in memory."""
+    header, end = {}, 0
+    for t in infos:
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for t in infos:
+            f.write(read(t.name).view(-1).view(torch.uint8).numpy().data)
 
 
 def write_source(folder: Path, checkpoint: Checkpoint) -> None:
@@ -196,33 +231,51 @@ class Artifact:
         manifest = self.path / MANIFEST
         if not manifest.is_file():
             raise ArtifactError(f"{path}: no {MANIFEST}; not an artifact, or one whose run was stopped (try --resume)")
+        _refuse_strangers(self.path)
+        raw = read_json(manifest, error=ArtifactError)
+        if raw.get("schema") != SCHEMA:
+            raise ArtifactError(f"{manifest}: schema {raw.get('schema')}, this version reads {SCHEMA}; quantize again")
         try:
-            raw = json.loads(manifest.read_text("utf-8"))
-            if raw["schema"] != SCHEMA:
-                raise ArtifactError(f"{manifest}: schema {raw['schema']}, this version reads {SCHEMA}; quantize again")
             raw["modules"] = [ModuleRecord(**m) for m in raw["modules"]]
             self.manifest = Manifest(**raw)
             self.config = QuantConfig(**self.manifest.config)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+        except (KeyError, TypeError) as e:
             raise ArtifactError(f"{manifest}: damaged ({e!r}); quantize again") from None
+        if problems := manifest_problems(self.manifest, self.config):
+            raise ArtifactError(f"{manifest}: damaged ({'; '.join(problems[:4])}); quantize again")
         self.records = {m.name: m for m in self.manifest.modules}
         self._where = self._index()
 
-    def _index(self) -> dict[str, Path]:
+    def _index(self) -> dict[str, TensorInfo]:
         layers = sorted({m.layer for m in self.manifest.modules})
         files = [self.path / layer_file(i) for i in layers]
         missing = [f.name for f in files if not f.is_file()]
         floats = sorted(self.path.glob("float-*.safetensors"))
         if missing or not floats:
-            raise ArtifactError(f"{self.path}: incomplete, {', '.join(missing) or 'float tensors'} missing")
-        self._float_names: list[str] = []
-        where: dict[str, Path] = {}
+            raise ArtifactError(f"{self.path}: incomplete, {', '.join(missing[:8]) or 'float tensors'} missing")
+        self._floats: list[TensorInfo] = []
+        where: dict[str, TensorInfo] = {}
+        expected = self._expected()
         for file in [*files, *floats]:
-            names = list(read_header(file))
-            where |= dict.fromkeys(names, file)
+            infos = _infos(file)
+            if twice := where.keys() & infos.keys():
+                raise ArtifactError(f"{self.path}: tensor {min(twice)} is in two files; quantize again")
+            where |= infos
             if file.name.startswith("float-"):
-                self._float_names += names
+                self._floats += infos.values()
+            for name, info in infos.items():
+                found, want = (info.dtype, info.shape), expected.pop(name, None)
+                if found != want and (want or file.name.startswith("layer-")):
+                    raise ArtifactError(f"{file}: {name} is {found}, the manifest says {want}; quantize again")
+        if expected:
+            raise ArtifactError(
+                f"{self.path}: {len(expected)} tensors of the manifest missing, first {min(expected)}; quantize again"
+            )
         return where
+
+    def _expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Every tensor of the layer files: its dtype and shape, as the manifest has them."""
+        return {f"{m.name}.{part}": held for m in self.manifest.modules for part, held in m.stored().items()}
 
     @property
     def source(self) -> Path:
@@ -231,37 +284,105 @@ class Artifact:
 
     @cached_property
     def source_config(self) -> dict:
-        return json.loads((self.source / "config.json").read_text("utf-8"))
+        return read_json(self.source / "config.json", error=ArtifactError)
 
     def _read(self, key: str) -> torch.Tensor:
         try:
-            with safe_open(self._where[key], framework="pt") as f:
-                return f.get_tensor(key)
-        except (KeyError, SafetensorError, OSError) as e:
+            return read_tensor(self.path, self._where[key])
+        except (KeyError, EOFError, OSError) as e:
             raise ArtifactError(f"{self.path}: cannot read {key} ({e}); the artifact is damaged") from None
 
     def linear_names(self) -> list[str]:
         """Hub names of the quantized modules, in layer order."""
         return list(self.records)
 
-    def linear(self, name: str) -> QuantizedLinear:
-        r = self.records[name]
-        parts = {k: self._read(f"{name}.{k}") for k in ("codes", "scales", "zero_points", "g_idx")}
-        bias = self._read(f"{name}.bias") if r.bias else None
-        return QuantizedLinear(name, **parts, bias=bias, bits=r.bits, group_size=r.group_size, symmetric=r.symmetric)
+    def linear(self, name: str) -> Linear:
+        linear = self.records[name].linear(self._read)
+        if problem := linear.out_of_range():
+            raise ArtifactError(
+                f"{self.path / self._where[f'{name}.codes'].file}: {name}: {problem}; the artifact is damaged"
+            )
+        return linear
 
-    def linears(self) -> Iterator[QuantizedLinear]:
+    def linears(self) -> Iterator[Linear]:
         return (self.linear(name) for name in self.linear_names())
 
     def float_names(self) -> list[str]:
         """Hub names of every tensor that is not a quantized weight nor a quantized module's bias."""
-        return self._float_names
+        return [t.name for t in self._floats]
 
     def float_info(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """(hub name, shape, dtype in safetensors' spelling) of the same tensors."""
-        for file in sorted(self.path.glob("float-*.safetensors")):
-            yield from ((name, tuple(i["shape"]), i["dtype"]) for name, i in read_header(file).items())
+        return ((t.name, t.shape, t.dtype) for t in self._floats)
 
     def float_tensor(self, name: str) -> torch.Tensor:
         """Source dtype and bytes."""
         return self._read(name)
+
+
+def _infos(file: Path) -> dict[str, TensorInfo]:
+    try:
+        return read_infos(file)
+    except CheckpointError as e:
+        raise ArtifactError(f"{file.parent}: {e}") from None
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """An artifact is copied whole into an output folder, and its source/ into every export: neither may bring a link to
+    somebody's own files, nor a file that takes the place of one that we write."""
+    for file in folder.rglob("*"):
+        if file.is_symlink():
+            try:
+                contained(folder, file.relative_to(folder).as_posix())
+            except ValueError as e:
+                raise ArtifactError(f"{folder}: {e}") from None
+    source = folder / "source"
+    if not (source / "config.json").is_file():
+        raise ArtifactError(f"{folder}: source/config.json is missing; quantize again")
+    if strange := sorted({p.name for p in source.iterdir()} - {"config.json", *COMPANIONS}):
+        raise ArtifactError(f"{source}: {strange[0]} does not belong there; delete it")
+
+
+def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
+    """What a manifest says that no artifact of ours can say: it is a file like any other and may be damaged or hostile."""
+    problems = []
+    if (
+        not isinstance(m.name, str)
+        or not m.name.strip(".")
+        or "/" in m.name
+        or "\\" in m.name
+        or not m.name.isprintable()
+    ):
+        problems.append(f"name {m.name!r} is no file name")  # output files are named after it
+    if not isinstance(m.model_type, str) or not all(isinstance(x, dict) for x in (m.source, m.calibration, m.phases)):
+        problems.append("model_type, source, calibration or phases of another type")
+    if not _is_grid(config) or config.act_order not in ACT_ORDERS or not isinstance(config.method, str):
+        problems.append(f"a recipe of {config.bits} bits in groups of {config.group_size}, order {config.act_order}")
+    names: set[str] = set()
+    for r in m.modules:
+        sizes = (r.layer, r.out_features, r.in_features)
+        if not isinstance(r.name, str) or r.name in names:
+            problems.append(f"linear {r.name!r} twice")
+        elif not all(type(n) is int and OUTER <= n < 2**31 for n in sizes) or min(sizes[1:]) < 1:
+            problems.append(f"{r.name} has layer and shape {sizes}")
+        elif not _fits(r):
+            problems.append(
+                f"{r.name} has {r.in_features} columns of {r.type or f'{r.bits} bits in groups of {r.group_size}'}"
+            )
+        elif not isinstance(r.bias, bool) or not isinstance(r.metrics, dict):
+            problems.append(f"{r.name} has bias {r.bias!r}")
+        names.add(str(r.name))
+    return problems if m.modules else [*problems, "no linears"]
+
+
+def _fits(r: ModuleRecord) -> bool:
+    """Whether a linear's columns fall into whole groups of a grid that there is."""
+    if r.type:
+        return isinstance(r.type, str) and r.type in GRIDS and r.in_features % GRIDS[r.type].block == 0
+    return _is_grid(r) and (r.group_size == -1 or r.in_features % r.group_size == 0)
+
+
+def _is_grid(g: QuantConfig | ModuleRecord) -> bool:
+    if [type(x) for x in (g.bits, g.group_size, g.symmetric)] != [int, int, bool]:
+        return False
+    return g.bits in BITS and (g.group_size == -1 or g.group_size >= 1)

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlmq_export.quantizer.distributed import ALONE, Ranks
+
 # As named in every supported family; the paper weighs these four and leaves the MLP alone.
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
@@ -26,9 +28,9 @@ def attention_block(layer: nn.Module, hidden: torch.Tensor, kwargs: Mapping) -> 
 
 
 def output_gradients(
-    layer: nn.Module, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: Mapping
+    layer: nn.Module, hidden: torch.Tensor, target: torch.Tensor, kwargs: Mapping
 ) -> dict[str, torch.Tensor]:
-    """∂L/∂Z at the output Z of each projection: name → float32 [batch, tokens, out].
+    """∂L/∂Z at the output Z of each projection: name → float32 [batch, tokens, out]; `target` is Attn(X̃).
 
     L is a sum over tokens and channels, so samples do not weigh on each other. o_proj's output enters L additively: its
     gradient is 2·(Attn(X) − Attn(X̃)), without a backward pass. The parameters are left alone.
@@ -39,7 +41,6 @@ def output_gradients(
             stack.enter_context(_leaf_output(layer.get_submodule(name), leaves, name))
         # The fused backward adds in no fixed order on CUDA; this one does, and a resumed run must match.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        target = attention_block(layer, hidden_full, kwargs).detach()
         student = attention_block(layer, hidden, kwargs)
         error = 2 * (student.detach() - target)
         gradients = torch.autograd.grad(student, list(leaves.values()), grad_outputs=error)
@@ -66,16 +67,17 @@ def token_factors(gradient: torch.Tensor, norm: str) -> torch.Tensor:
     return gradient.abs().mean(-1) if norm == "l1" else gradient.norm(dim=-1)
 
 
-def normalized(factors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The factors of one projection over all samples, scaled to mean(g²) = 1 (D1); all ones if the largest is 0 (D3).
+def normalized(factors: Iterable[torch.Tensor], ranks: Ranks = ALONE) -> list[torch.Tensor]:
+    """The factors of one projection over all samples of all ranks, scaled to mean(g²) = 1 (D1); all ones if the largest is 0 (D3).
 
     The scale of g has no influence on the integers; this one keeps float32 sums in range.
     """
     factors = list(factors)
-    largest = max((float(g.max()) for g in factors if g.numel()), default=0.0)
+    largest = ranks.largest(max((float(g.max()) for g in factors if g.numel()), default=0.0))
     if largest == 0:
         return [torch.ones_like(g) for g in factors]
-    total = sum(float((g.double() / largest).square().sum()) for g in factors)
-    count = sum(g.numel() for g in factors)
+    total, count = ranks.total(
+        sum(float((g.double() / largest).square().sum()) for g in factors), sum(g.numel() for g in factors)
+    )
     scale = (count / total) ** 0.5 / largest
     return [(g.double() * scale).float() for g in factors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from vlmq_export._version import __version__
 from vlmq_export.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from vlmq_export.quantizer.artifact import (
     MANIFEST,
+    OUTER,
     SCHEMA,
+    BlockLinear,
     Manifest,
     ModuleRecord,
-    QuantizedLinear,
     layer_file,
     read_layer,
     read_layer_records,
@@ -35,15 +36,27 @@ from vlmq_export.quantizer.artifact import (
 from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
-from vlmq_export.quantizer.families import family_of, text_config
+from vlmq_export.quantizer.distributed import ALONE, Ranks
+from vlmq_export.quantizer.families import Family, family_of, layer_count
+from vlmq_export.quantizer.kquants import GRIDS, Params
 from vlmq_export.quantizer.layer import quantize_layer
+from vlmq_export.quantizer.memory import peak_host
 from vlmq_export.quantizer.methods import method_named
-from vlmq_export.quantizer.model import exact_arithmetic, load_model, pick_device
-from vlmq_export.quantizer.streams import Batch, advance, decoder_inputs, full_pass, put
+from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
+from vlmq_export.quantizer.shelf import Place, Shelf
+from vlmq_export.quantizer.solver import nearest_in_blocks
+from vlmq_export.quantizer.streams import Batch, decoder_inputs, put
+from vlmq_export.quantizer.timing import Clock
+from vlmq_export.quantizer.untrusted import read_json
+from vlmq_export.quantizer.walk import LayerWalk
 
 log = logging.getLogger("vlmq_export")
+SCRATCH = ".activations.tmp"
+_WHOLE = -1  # layers "done" of a folder that has its manifest
 RUN = "run.json"  # what this folder is a run of: a resumed run must ask for the same
 TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
+_ROWS = 4096  # of an embedding, solved at once
+MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
 Progress = Callable[[str, int, int], None]
 
 
@@ -65,7 +78,7 @@ def check_shapes(linears: Iterable[Shape], config: QuantConfig) -> None:
         raise UsageError(
             f"group size {config.group_size} is not possible; give a number of columns, or -1 for per-channel"
         )
-    odd = [l for l in linears if l.in_features % config.group_columns(l.in_features)]
+    odd = [l for l in linears if l.name not in config.types and l.in_features % config.group_columns(l.in_features)]
     if odd:
         raise UsageError(
             f"group size {config.group_size} does not divide the {odd[0].in_features} inputs of {odd[0].name}"
@@ -83,13 +96,16 @@ def quantize(
     calibration: dict,
     device: str = "auto",
     resume: bool = False,
+    place: Place = "device",
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
     """Write the artifact of `checkpoint` into `folder`; a folder with a manifest is whole.
 
     `calibration` is what the manifest says of the samples. With `resume`, layers that are on disk are not solved again
-    and the folder ends with the bytes of a run that was never stopped (same device and number of threads).
+    and the folder ends with the bytes of a run that was never stopped (same device, number of threads and of ranks). Of
+    several ranks each is given all samples and walks its share; the first writes, the others need to read what it wrote.
 
     Raises UsageError, CheckpointError and CalibrationError before heavy work where it can; ArtifactError when the folder
     belongs to another run; Interrupted after a layer was published and `should_stop()` is true.
@@ -97,61 +113,108 @@ def quantize(
     progress = progress or (lambda *_: None)
     should_stop = should_stop or (lambda: False)
     method, family, target = method_named(config.method), family_of(checkpoint.config), pick_device(device)
-    count = int(text_config(checkpoint.config)["num_hidden_layers"])
+    count = layer_count(checkpoint.config)
     check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
     if method.calibrated and not samples:
         raise CalibrationError(f"method {config.method} needs calibration samples; give some, or use --method rtn")
-    done = _claim(folder, _identity(checkpoint, samples, config, calibration, target), resume)
-    if (folder / MANIFEST).is_file():
-        return
-    clock = Clock()
-    with clock("floats"):
-        write_source(folder, checkpoint)
-        write_floats(folder, checkpoint, _float_names(checkpoint, family.linear_names(count)))
+    clock = Clock(target)
+    clock.tokens = sum(len(sample.input_ids) for sample in samples)
     with clock("load"):
-        model = load_model(checkpoint, target)
-    layers = [model.get_submodule(family.module_name(f"{family.layers}{i}")) for i in range(count)]
-    leads = [group[0] for group in family.groups] if method.drift != "plain" else []
+        model = StreamedModel(checkpoint, target)
+    done = 0
+    if ranks.first:
+        done = _claim(
+            folder, _identity(checkpoint, samples, config, calibration, target) | {"ranks": ranks.size}, resume
+        )
+        if (folder / MANIFEST).is_file():
+            done = _WHOLE
+    if (done := ranks.same(done)) == _WHOLE:
+        return
+    outer = _solve_outer(checkpoint, config, family.linear_names(count))
+    if ranks.first:
+        with clock("floats"):
+            write_source(folder, checkpoint)
+            quantized = [*family.linear_names(count), *(q.name for q in outer)]
+            write_floats(folder, checkpoint, _float_names(checkpoint, quantized))
+            if outer:
+                write_layer(folder, OUTER, outer, [ModuleRecord.of(q, OUTER, {}) for q in outer])
     batches: list[Batch] = []
     lost = 0
-    with exact_arithmetic():
+    with exact_arithmetic(), _shelf(target, place, folder) as shelf:
         if method.calibrated:
             with clock("prefix"):
-                batches = decoder_inputs(
-                    model, layers[0], samples, two_streams=method.two_streams, device=target, added=family.added
-                )
-                lost = sum(batch.drop_non_finite() for batch in batches)
-        for i, layer in enumerate(layers):
+                ids = torch.cat([sample.input_ids for sample in samples])
+                with model.filled_prefix(ids) as prefix:
+                    batches = decoder_inputs(
+                        prefix, model.layer(0), samples, two_streams=method.two_streams, device=target,
+                        added=family.added, shelf=shelf, ranks=ranks,
+                    )  # fmt: skip
+                    _start_from(prefix, outer, batches, samples, family, shelf, ranks)
+                lost = ranks.count(sum(batch.drop_non_finite() for batch in batches))
+                refuse_many_lost(lost, len(samples))
+        for i in range(count):
             progress("quantize", i, count)
-            if method.calibrated and not any(bool(b.valid.any()) for b in batches):
+            if method.calibrated and not ranks.count(sum(int(b.valid.sum()) for b in batches)):
                 raise CalibrationError(
                     f"no sample has finite activations at layer {i}; the model or the images are damaged"
                 )
-            with clock("layers"):
-                solved = i < done
-                full = full_pass(layer, [] if solved else leads, batches)
+            solved = i < done
+            with clock("layers", None if solved else i), model.filled_layer(i) as layer:
+                walk = LayerWalk(layer, batches, two_streams=method.two_streams)
                 if solved:
+                    walk.pass_full()
                     _restore(layer, folder, i, f"{family.layers}{i}.")
                 else:
-                    for part in [t for t in checkpoint.tensors if t.startswith(f"{family.layers}{i}.")]:
-                        checkpoint.tensor(part)  # raises where the checkpoint is damaged, with the name
-                    linears = quantize_layer(layer, f"{family.layers}{i}.", family.groups, batches, full, config)
-                    write_layer(folder, i, [q for q, _ in linears], [_record(q, i, metrics) for q, metrics in linears])
-                lost += advance(layer, batches, full)
-            if not solved and i + 1 < count and should_stop():
-                raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
+                    linears = quantize_layer(walk, f"{family.layers}{i}.", family.groups, config, ranks)
+                    if ranks.first:
+                        records = [ModuleRecord.of(q, i, metrics) for q, metrics in linears]
+                        write_layer(folder, i, [q for q, _ in linears], records)
+                lost += ranks.count(walk.advance())
+                refuse_many_lost(lost, len(samples))
+            if not solved:
+                log.debug(
+                    "layer %d of %d: %.1f s, %.0f tokens/s, peak %.2f GB",
+                    i + 1, count, clock.layers[i], clock.tokens_per_second(), peak_host() / 1e9,
+                )  # fmt: skip
+                if i + 1 < count and ranks.count(should_stop()):
+                    raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
     progress("quantize", count, count)
+    if not ranks.first:
+        return
     if method.calibrated:
         calibration = calibration | {"non_finite": lost}
     if lost:
         log.warning("%d of %d samples left out: their activations are not finite", lost, len(samples))
-    modules = [record for i in range(count) for record in read_layer_records(folder, i)]
+    modules = [record for i in [*([OUTER] if outer else []), *range(count)] for record in read_layer_records(folder, i)]
     _warn_of_fallbacks(modules)
-    write_json(folder / TIMING, clock.seconds)
+    write_json(folder / TIMING, clock.to_dict())
     manifest = Manifest(
         SCHEMA, __version__, name, checkpoint.model_type, checkpoint.fingerprint(), config.to_dict(), calibration, modules
     )  # fmt: skip
     write_manifest(folder, manifest)
+
+
+@contextmanager
+def _shelf(device: torch.device, place: Place, folder: Path):
+    """A shelf whose files, if it has any, are gone afterwards."""
+    scratch = folder / SCRATCH
+    if place == "disk":
+        scratch.mkdir()
+    try:
+        yield Shelf(device, place, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_many_lost(lost: int, samples: int) -> None:
+    """A few samples with NaN or infinite activations are left out and counted; more mean that something is broken.
+
+    Raises CalibrationError.
+    """
+    if 0 < lost < samples and lost > MAX_LOST * samples:  # all of them: the walk says at which layer
+        raise CalibrationError(
+            f"{lost} of {samples} samples have NaN or infinite activations; the model or these images are damaged"
+        )
 
 
 @dataclass(frozen=True)
@@ -160,19 +223,38 @@ class _Shape:
     in_features: int
 
 
-class Clock:
-    """Seconds by phase."""
+def _solve_outer(checkpoint: Checkpoint, config: QuantConfig, linears: Sequence[str]) -> list[BlockLinear]:
+    """Embedding and output matrix on the block types that the recipe names, rounded to nearest: nothing calibrates them."""
+    solved = []
+    for name in [n for n in config.types if n not in set(linears)]:
+        weight, kind = checkpoint.tensor(f"{name}.weight"), config.types[name]
+        parts = [nearest_in_blocks(some, GRIDS[kind]) for some in weight.split(_ROWS)]  # in float32 a part at a time
+        params = Params.joined([part.params for part in parts], 0)
+        solved.append(BlockLinear(name, torch.cat([part.codes for part in parts]), params, None, kind))
+    return solved
 
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 3)
+def _start_from(
+    prefix: nn.Module,
+    outer: Sequence[BlockLinear],
+    batches: Sequence[Batch],
+    samples: Sequence[Sample],
+    family: Family,
+    shelf: Shelf,
+    ranks: Ranks,
+) -> None:
+    """Let the quantized stream begin with the embedding that ships, where that is quantized."""
+    embedding = prefix.get_input_embeddings()
+    shipped = next((q for q in outer if family.module_name(q.name).endswith(".embed_tokens")), None)
+    if shipped is None:
+        return
+    embedding.weight.copy_(shipped.at(embedding.ids.cpu()).decode())
+    again = decoder_inputs(
+        prefix, prefix.get_submodule(family.module_name(f"{family.layers}0")), samples, two_streams=False,
+        device=embedding.ids.device, added=family.added, shelf=shelf, ranks=ranks,
+    )  # fmt: skip
+    for batch, start in zip(batches, again):
+        batch.quantized = start.quantized
 
 
 def _float_names(checkpoint: Checkpoint, linears: Sequence[str]) -> list[str]:
@@ -207,34 +289,37 @@ def _claim(folder: Path, identity: dict, resume: bool) -> int:
         raise ArtifactError(f"{folder} holds files of an earlier run; resume it or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".*.tmp"):
-        stale.unlink()
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     if not file.is_file():
         if any(folder.iterdir()):
             raise ArtifactError(f"{folder} has no {RUN}, so it cannot be resumed; choose another folder")
         write_json(file, identity)
         return 0
-    try:
-        before = json.loads(file.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ArtifactError(f"{file}: damaged ({e}); start again in another folder") from None
+    before = read_json(file, error=ArtifactError)
     if changed := [key for key in identity if before.get(key) != identity[key]]:
-        raise ArtifactError(f"{folder} was begun with another {' and '.join(changed)}; give the same, or start again")
+        details = "; ".join(filter(None, (_difference(key, before.get(key), identity[key]) for key in changed)))
+        raise ArtifactError(
+            f"{folder} was begun with another {' and '.join(changed)} ({details}); give the same, or start again"
+        )
     layers = 0
     while (folder / layer_file(layers)).is_file():
         layers += 1
     return layers
 
 
+def _difference(name: str, before: object, now: object) -> str:
+    """What changed, in a few words: keys of a dict with their values where these are short."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        changed = [k for k in before | now if before.get(k) != now.get(k)]
+        return ", ".join(_difference(k, before.get(k), now.get(k)) for k in changed)
+    short = all(len(str(value)) <= 40 for value in (before, now))
+    return f"{name} was {before}, now {now}" if short else f"{name} has other contents"
+
+
 def _restore(layer: nn.Module, folder: Path, index: int, prefix: str) -> None:
     """Give a layer what an earlier run solved."""
     for linear in read_layer(folder, index):
         put(layer, linear.name.removeprefix(prefix), linear)
-
-
-def _record(q: QuantizedLinear, layer: int, metrics: dict) -> ModuleRecord:
-    return ModuleRecord(
-        q.name, layer, q.bits, q.group_size, q.symmetric, q.out_features, q.in_features, q.bias is not None, metrics
-    )  # fmt: skip
 
 
 def _warn_of_fallbacks(modules: Sequence[ModuleRecord]) -> None:

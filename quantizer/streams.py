@@ -7,44 +7,83 @@ from the same decoder inputs, which one pass through vision tower and embeddings
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from vlmq_export.quantizer.artifact import QuantizedLinear
+from vlmq_export.quantizer.artifact import Linear
 from vlmq_export.quantizer.calibration import Sample
+from vlmq_export.quantizer.distributed import ALONE, Ranks
+from vlmq_export.quantizer.shelf import Shelf
 
 BATCH_TOKENS = 4096
 
 
-@dataclass
 class Batch:
-    """Samples of one length at the input of a decoder layer. `full` is None where the method needs one stream only."""
+    """Samples of one length at the input of a decoder layer. `full` is None where the method needs one stream only.
 
-    quantized: torch.Tensor  # X, float32 [samples, tokens, hidden]
-    full: torch.Tensor | None  # X̃, same shape
-    kwargs: dict  # attention mask and position embeddings, the same for every layer
-    valid: torch.Tensor  # bool [samples]: activations finite so far
-    vision: torch.Tensor | None = None  # bool [samples, tokens], of what is in `added`
-    added: list[torch.Tensor] = field(
-        default_factory=list
-    )  # [vision tokens, hidden] each, for the next layers' outputs
+    What is read is on the device; between two uses it rests where the shelf puts it.
+    """
+
+    def __init__(
+        self,
+        quantized: torch.Tensor,  # X, float32 [samples, tokens, hidden]
+        full: torch.Tensor | None,  # X̃, same shape
+        kwargs: dict,  # attention mask and position embeddings, the same for every layer
+        valid: torch.Tensor,  # bool [samples]: activations finite so far
+        vision: torch.Tensor | None = None,  # bool [samples, tokens], of what is in `added`
+        added: Sequence[torch.Tensor] = (),  # [vision tokens, hidden] each, for the next layers' outputs
+        shelf: Shelf | None = None,
+    ):
+        self._shelf = shelf or Shelf(quantized.device)
+        self._quantized = self._shelf.put(quantized)
+        self._full = self._quantized if full is quantized else self._shelf.put(full)
+        self._kwargs = self._shelf.put(kwargs)
+        self._added = [self._shelf.put(features) for features in added]
+        self.valid, self.vision = valid, vision
+
+    @property
+    def quantized(self) -> torch.Tensor:
+        return self._quantized.get()
+
+    @quantized.setter
+    def quantized(self, value: torch.Tensor) -> None:
+        self._quantized = self._shelf.put(value)
+
+    @property
+    def full(self) -> torch.Tensor | None:
+        return self._full.get()
+
+    @full.setter
+    def full(self, value: torch.Tensor | None) -> None:
+        self._full = self._shelf.put(value)
+
+    @property
+    def kwargs(self) -> dict:
+        return self._kwargs.get()
+
+    @property
+    def added(self) -> list[torch.Tensor]:
+        return [features.get() for features in self._added]
 
     def pass_layer(self, quantized: torch.Tensor, full: torch.Tensor | None) -> None:
         """Take a layer's outputs, adding what the model adds to its image tokens after that layer (DeepStack)."""
-        if self.added:
-            features = self.added.pop(0)
+        if self._added:
+            features = self._added.pop(0).get()
             quantized, full = (x if x is None else _add(x, self.vision, features) for x in (quantized, full))
         self.quantized, self.full = quantized, full
+
+    def aside(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Put something of this batch where its activations rest; call the result to have it back."""
+        return self._shelf.put(value).get
 
     def drop_non_finite(self) -> int:
         """Leave out samples whose activations are not finite; how many are new."""
         finite = torch.isfinite(self.quantized).all(2).all(1)
-        if self.full is not None:
-            finite &= torch.isfinite(self.full).all(2).all(1)
+        if (full := self.full) is not None:
+            finite &= torch.isfinite(full).all(2).all(1)
         lost = int((self.valid & ~finite).sum())
         self.valid &= finite
         return lost
@@ -60,12 +99,12 @@ def _add(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> to
     return hidden
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once what was wanted is there."""
 
 
 @contextmanager
-def _before(module: nn.Module, action):
+def before(module: nn.Module, action):
     """Call action(args, kwargs) before each forward of the module."""
     handle = module.register_forward_pre_hook(lambda _m, args, kwargs: action(args, kwargs), with_kwargs=True)
     try:
@@ -83,27 +122,30 @@ def decoder_inputs(
     two_streams: bool,
     device: torch.device,
     added: tuple[str, str] | None = None,
+    shelf: Shelf | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Batch]:
-    """Run vision tower and embeddings, and stop at the first decoder layer. `added`: see Family."""
+    """Of several ranks each gets its share of the batches, which are the same for any number of ranks. Run vision tower and embeddings, and stop at the first decoder layer. `added`: see Family."""
     caught: list[tuple[torch.Tensor, dict]] = []
     given: dict = {}  # to the language model
 
     def catch(args, kwargs):
         hidden = args[0] if args else kwargs.pop("hidden_states")
         caught.append((hidden, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
-        raise _Stop
+        raise Stop
 
     batches = []
-    with _before(first_layer, catch), _before(model.model.language_model, lambda _args, kwargs: given.update(kwargs)):
-        for group in _equal_lengths(samples):
+    with before(first_layer, catch), before(model.model.language_model, lambda _args, kwargs: given.update(kwargs)):
+        for group in ranks.share(list(_equal_lengths(samples))):
             try:
                 model.model(**_stack(group, device), use_cache=False)
-            except _Stop:
+            except Stop:
                 hidden, kwargs = caught.pop()
             valid = torch.ones(len(group), dtype=torch.bool, device=device)
             mask, features = (given.get(name) for name in added) if added else (None, None)
             given.clear()
-            batches.append(Batch(hidden, hidden if two_streams else None, kwargs, valid, mask, list(features or [])))
+            streams = (hidden, hidden if two_streams else None)
+            batches.append(Batch(*streams, kwargs, valid, mask, features or (), shelf))
     return batches
 
 
@@ -125,68 +167,7 @@ def _stack(group: Sequence[Sample], device: torch.device) -> dict[str, torch.Ten
 
 
 @torch.no_grad()
-def run_layer(layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
-    """The layer's output, [samples, tokens, hidden]."""
-    output = layer(hidden, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _recorded(layer: nn.Module, names: Sequence[str], *, stop: bool = False):
-    """A dict that fills with the inputs of the named linears; with `stop` the pass ends when it has them all."""
-    seen: dict[str, torch.Tensor] = {}
-
-    def recorder(name: str):
-        def record(args, _kwargs):
-            seen[name] = args[0]
-            if stop and len(seen) == len(names):
-                raise _Stop
-
-        return record
-
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(_before(layer.get_submodule(name), recorder(name)))
-        yield seen
-
-
-def linear_input(layer: nn.Module, name: str, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
-    """[samples, tokens, in], the input of the named linear; nothing after it is run."""
-    with _recorded(layer, [name], stop=True) as seen, suppress(_Stop):
-        run_layer(layer, hidden, kwargs)
-    return seen[name]
-
-
-@dataclass
-class FullPass:
-    """What the full-precision stream left in one layer, one entry a batch."""
-
-    inputs: list[dict[str, torch.Tensor]]  # linear → [samples, tokens, in]
-    outputs: list[torch.Tensor | None]  # of the layer
-
-
-def full_pass(layer: nn.Module, names: Sequence[str], batches: list[Batch]) -> FullPass:
-    """Run the full-precision stream through a layer that still has its source weights, recording the named inputs."""
-    done = FullPass([], [])
-    for batch in batches:
-        with _recorded(layer, names) as seen:
-            done.outputs.append(None if batch.full is None else run_layer(layer, batch.full, batch.kwargs))
-        done.inputs.append(seen)
-    return done
-
-
-def advance(layer: nn.Module, batches: list[Batch], full: FullPass) -> int:
-    """Move both streams past a layer that has its decoded weights; how many samples were lost to NaN on the way.
-
-    The quantized stream is run the same way whether the layer was solved just now or in an earlier run.
-    """
-    for batch, output in zip(batches, full.outputs):
-        batch.pass_layer(run_layer(layer, batch.quantized, batch.kwargs), output)
-    return sum(batch.drop_non_finite() for batch in batches)
-
-
-@torch.no_grad()
-def put(layer: nn.Module, name: str, linear: QuantizedLinear) -> None:
+def put(layer: nn.Module, name: str, linear: Linear) -> None:
     """Give a linear of the layer the weights and bias that will be on disk."""
     module = layer.get_submodule(name)
     module.weight.copy_(linear.decode())

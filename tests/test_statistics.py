@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmq_export.quantizer.statistics import Statistics
+from vlmq_export.quantizer import statistics
+from vlmq_export.quantizer.statistics import Statistics, tf32
 
 
 def tokens(count=60, width=12, seed=0):
@@ -38,7 +39,7 @@ def test_against_the_formula():
     d = sum(g[n].double() ** 2 * torch.outer(full[n] - x[n], x[n]).double() for n in range(60))
     torch.testing.assert_close(sums.hessian.double(), a, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums.drift.double(), d, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sums.diagonal, x.square().sum(0))
+    torch.testing.assert_close(sums.diagonal, x.square().sum(0).double())
     assert sums.tokens == 60 and sums.weight == pytest.approx(float(g.double().square().sum()))
 
 
@@ -89,8 +90,66 @@ def test_one_stream_keeps_no_drift():
         add_all([(x, None, g)])
 
 
+@pytest.mark.parametrize(("precision", "bits"), [("float32", 22), ("tf32", 11), ("bf16", 8), ("bf16x3", 15)])
+def test_precision_of_products(precision, bits):
+    """Relative to √(A_ii·A_jj) the error is that of the factors' significant bits, and the sum of squares stays positive."""
+    x, full, g = tokens(2000, 40)
+    x = x * torch.linspace(-12, 12, 40).exp2()
+    full = full * torch.linspace(-12, 12, 40).exp2()
+    sums = Statistics.empty(40, drift=True, precision=precision)
+    sums.add(x, full, g)
+    w = (x * g[:, None]).double()
+    scale = w.norm(dim=0)
+    assert float(((sums.hessian.double() - w.T @ w) / scale / scale[:, None]).abs().max()) < 2.0 ** (1 - bits)
+    delta = ((full - x) * g[:, None]).double()
+    error = (sums.drift.double() - delta.T @ w) / scale / delta.norm(dim=0)[:, None]
+    assert float(error.abs().max()) < 2.0 ** (1 - bits)
+    assert float(torch.linalg.eigvalsh(sums.hessian.double() / scale / scale[:, None]).min()) > 0
+
+
+def test_tf32_rounds_to_nearest_even():
+    one = 1.0 + 2.0**-10
+    x = torch.tensor([1.0, one, 1.0 + 2.0**-11, one + 2.0**-11, -one - 2.0**-12, 3e38, 0.0, float("inf")])
+    expected = torch.tensor([1.0, one, 1.0, 1.0 + 2.0**-9, -one, tf32(torch.tensor([3e38])).item(), 0.0, float("inf")])
+    assert torch.equal(tf32(x), expected)
+
+
+@pytest.mark.parametrize("width", [5, 16, 17, 40])
+def test_only_the_upper_bands_are_summed(monkeypatch, width):
+    monkeypatch.setattr(statistics, "_BAND", 16)
+    x, full, g = tokens(60, width)
+    sums = Statistics.empty(width, drift=True)
+    sums.add(x, full, g)
+    half = sums.hessian.clone()
+    assert torch.equal(half, half.T) or width <= 16
+    sums.add(x, full, g)  # reading A in between changes nothing
+    weighted = x * g[:, None]
+    torch.testing.assert_close(sums.hessian, 2 * weighted.T @ weighted)
+    torch.testing.assert_close(sums.drift, 2 * ((full - x) * g[:, None]).T @ weighted)
+
+
 def test_half_precision_inputs_are_summed_in_float32():
     x, full, g = tokens()
     sums = add_all([(x.half(), full.half(), g)])
     assert sums.hessian.dtype == sums.drift.dtype == torch.float32
     torch.testing.assert_close(sums.hessian, add_all([(x, full, g)]).hessian, rtol=1e-2, atol=1e-1)
+
+
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_batches_changes_no_bit(random):
+    """Rounded once from float64; with float32 sums every order gives other last bits."""
+    parts = [tokens(30, 24, seed) for seed in range(16)]
+
+    def summed(parts) -> Statistics:
+        sums = Statistics.empty(24, drift=True)
+        for x, full, weight in parts:
+            sums.add(x, full, weight)
+        return sums.rounded()
+
+    first = summed(parts)
+    random.shuffle(parts)
+    second = summed(parts)
+    for field in ("hessian", "drift", "diagonal"):
+        assert getattr(first, field).dtype == torch.float32
+        assert torch.equal(getattr(first, field), getattr(second, field))

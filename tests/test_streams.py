@@ -12,9 +12,10 @@ from vlmq_export.quantizer.calibration import Preprocessor, read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.families import DECODER_GROUPS, family_of
-from vlmq_export.quantizer.layer import quantize_layer
+from vlmq_export.quantizer.layer import importance_factors, quantize_layer
 from vlmq_export.quantizer.model import load_model
-from vlmq_export.quantizer.streams import advance, decoder_inputs, full_pass, linear_input, run_layer
+from vlmq_export.quantizer.streams import decoder_inputs
+from vlmq_export.quantizer.walk import DOWN, GATE_UP, OUT, QKV, LayerWalk
 
 CPU = torch.device("cpu")
 
@@ -65,7 +66,9 @@ def test_layers_walked_one_by_one_are_the_model(walk, samples):
     model, layers = walk
     batches = decoder_inputs(model, layers[0], samples, two_streams=True, device=CPU)
     for layer in layers:
-        assert advance(layer, batches, full_pass(layer, [], batches)) == 0
+        walk = LayerWalk(layer, batches, two_streams=True)
+        walk.pass_full()
+        assert walk.advance() == 0
     for sample in samples[:6]:
         batch, row = find(batches, grouped(samples), sample)
         logits = model.lm_head(model.model.language_model.norm(batch.quantized[row]))
@@ -86,19 +89,49 @@ def test_batches_have_no_padding_and_lose_nobody(samples, monkeypatch):
 
 
 @torch.no_grad()
-def test_linear_input_is_the_input_and_the_pass_ends_there(walk, samples):
+def test_inputs_are_those_of_the_linears_in_the_layers_own_forward(walk, samples):
+    """Both streams, every group, bit for bit; so are the layer's outputs."""
     model, layers = walk
     layer = layers[1]
-    (batch, *_) = decoder_inputs(model, layers[0], samples[:4], two_streams=False, device=CPU)
-    ran = []
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        layer.get_submodule(name).register_forward_hook(lambda _m, _i, _o, name=name: ran.append(name))
-    inner = linear_input(layer, "self_attn.q_proj", batch.quantized, batch.kwargs)
-    assert ran == [] and torch.equal(inner, layer.input_layernorm(batch.quantized))
-    gate = linear_input(layer, "mlp.gate_proj", batch.quantized, batch.kwargs)
-    assert ran == ["self_attn.o_proj"]
-    assert torch.equal(gate, linear_input(layer, "mlp.up_proj", batch.quantized, batch.kwargs))
+    batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
+    seen, expected = {}, []
+    for stage, (lead, *_) in enumerate(DECODER_GROUPS):
+        layer.get_submodule(lead).register_forward_pre_hook(lambda _m, args, s=stage: seen.setdefault(s, args[0]))
+    for batch in batches:
+        batch.full = batch.full * 1.01
+        own, full = layer(batch.quantized, **batch.kwargs), None
+        inputs, seen = [dict(seen)], {}
+        full = layer(batch.full, **batch.kwargs)
+        inputs, seen = [*inputs, dict(seen)], {}
+        expected.append((inputs, own, full))
+    for module in layer.modules():
+        module._forward_pre_hooks.clear()
+    steps = LayerWalk(layer, batches, two_streams=True)
+    for stage in (QKV, OUT, GATE_UP, DOWN):
+        for i, (x, x_full) in enumerate(steps.inputs(stage)):
+            assert torch.equal(x, expected[i][0][0][stage].flatten(0, 1))
+            assert torch.equal(x_full, expected[i][0][1][stage].flatten(0, 1))
+    assert steps.advance() == 0
+    for batch, (_, own, full) in zip(batches, expected):
+        assert torch.equal(batch.quantized, own) and torch.equal(batch.full, full)
     assert not any(m._forward_pre_hooks for m in layer.modules())
+
+
+@torch.no_grad()
+def test_each_projection_runs_once_a_stream(walk, samples):
+    """But for gate and up of the quantized stream: their product is too wide to keep until down is solved."""
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples[:4], two_streams=True, device=CPU)
+    runs = {name: 0 for group in DECODER_GROUPS for name in group}
+    for name in runs:
+        layers[0].get_submodule(name).register_forward_hook(
+            lambda *_, name=name: runs.__setitem__(name, runs[name] + 1)
+        )
+    steps = LayerWalk(layers[0], batches, two_streams=True)
+    quantize_layer(steps, "l.", DECODER_GROUPS, QuantConfig(method="gptaq", bits=3))
+    steps.advance()
+    extra = {"mlp.gate_proj": len(batches), "mlp.up_proj": len(batches)}
+    assert runs == {name: 2 * len(batches) + extra.get(name, 0) for name in runs}
 
 
 def test_text_only_samples_travel_with_the_others(walk, samples):
@@ -124,12 +157,12 @@ def test_a_sample_with_nan_is_left_out_and_counted_once(walk, samples):
     assert sum(int(b.valid.sum()) for b in batches) == 7
     for layer in layers[:2]:
         config = QuantConfig(method="vlmq", bits=3)
-        full = full_pass(layer, [g[0] for g in DECODER_GROUPS], batches)
-        for linear, metrics in quantize_layer(layer, "l.", DECODER_GROUPS, batches, full, config):
+        steps = LayerWalk(layer, batches, two_streams=True)
+        for linear, metrics in quantize_layer(steps, "l.", DECODER_GROUPS, config):
             assert bool(torch.isfinite(linear.scales).all())
             assert metrics["tokens"] == sum(len(s.input_ids) for s in chosen if s is not broken)
             assert not metrics["fallback"]
-        assert advance(layer, batches, full) == 0
+        assert steps.advance() == 0
 
 
 @torch.no_grad()
@@ -139,8 +172,9 @@ def test_the_quantized_stream_runs_on_what_will_be_on_disk(walk, samples):
     batches = decoder_inputs(model, layers[0], samples[:8], two_streams=True, device=CPU)
     before = [b.quantized for b in batches]
     source = {n: p.clone() for n, p in layers[0].named_parameters()}
-    full = full_pass(layers[0], [g[0] for g in DECODER_GROUPS], batches)
-    solved = quantize_layer(layers[0], "l.", DECODER_GROUPS, batches, full, QuantConfig(method="gptaq", bits=3))
+    expected_full = [layers[0](b.full, **b.kwargs) for b in batches]
+    steps = LayerWalk(layers[0], batches, two_streams=True)
+    solved = quantize_layer(steps, "l.", DECODER_GROUPS, QuantConfig(method="gptaq", bits=3))
     changed = set()
     for linear, _ in solved:
         name = linear.name.removeprefix("l.")
@@ -152,29 +186,41 @@ def test_the_quantized_stream_runs_on_what_will_be_on_disk(walk, samples):
     assert [q.name.removeprefix("l.") for q, _ in solved] == [n for g in DECODER_GROUPS for n in g]
     for name, value in layers[0].named_parameters():
         assert name in changed or torch.equal(value, source[name])
-    advance(layers[0], batches, full)
-    for batch, hidden in zip(batches, before):
-        assert torch.equal(batch.quantized, run_layer(layers[0], hidden, batch.kwargs))
+    steps.advance()
+    for batch, hidden, full in zip(batches, before, expected_full):
+        assert torch.equal(batch.quantized, layers[0](hidden, **batch.kwargs))
+        assert torch.equal(batch.full, full)  # source weights to the end
         assert not torch.equal(batch.quantized, batch.full)
+
+
+def test_equal_streams_weigh_every_token_the_same(walk, samples):
+    """Layer 0, and only there: the smallest drift gives importance."""
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
+    for factors in importance_factors(LayerWalk(layers[0], batches, two_streams=True), "l1").values():
+        assert all(bool((g == 1).all()) for g in factors)
+    batches[0].quantized = batches[0].quantized * 1.001
+    for factors in importance_factors(LayerWalk(layers[0], batches, two_streams=True), "l1").values():
+        assert float(torch.cat(factors).std()) > 0 and all(float(g.max()) == 0 for g in factors[1:])
 
 
 def test_groups_see_what_the_groups_before_them_did(walk, samples):
     """True-sequential: o_proj's input comes from attention with quantized q, k, v."""
     model, layers = walk
     batches = decoder_inputs(model, layers[0], samples[:8], two_streams=True, device=CPU)
-    full = full_pass(layers[0], [g[0] for g in DECODER_GROUPS], batches)
     seen = {}
     from vlmq_export.quantizer import layer as module
 
-    def spy(layer, shared, *args):
-        sums = collect(layer, shared, *args)
+    def spy(steps, stage, shared, *args):
+        sums = collect(steps, stage, shared, *args)
         seen[shared[0][0]] = sums[0]
-        return sums
+        return list(sums)
 
     collect = module.collect
     module.collect = spy
     try:
-        quantize_layer(layers[0], "l.", DECODER_GROUPS, batches, full, QuantConfig(method="gptaq", bits=2))
+        steps = LayerWalk(layers[0], batches, two_streams=True)
+        quantize_layer(steps, "l.", DECODER_GROUPS, QuantConfig(method="gptaq", bits=2))
     finally:
         module.collect = collect
     assert float(seen["self_attn.q_proj"].drift.abs().max()) == 0  # first layer: the streams are still equal

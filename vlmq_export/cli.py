@@ -14,9 +14,10 @@ import typer
 from typer.core import TyperGroup
 
 from vlmq_export import __version__
-from vlmq_export.errors import PARITY_FAILED, UsageError, VlmqError
+from vlmq_export.errors import CTRL_C, PARITY_FAILED, Interrupted, UsageError, VlmqError, one_line
 from vlmq_export.recipe import (
     ActOrder,
+    ClassRow,
     Device,
     FormatName,
     GptqNames,
@@ -83,13 +84,18 @@ def export(
     verify_data: Annotated[Path | None, typer.Option(help="Held-out rows for the parity checks.  [default: bundled]", show_default=False)] = None,
     verify: Annotated[bool | None, typer.Option("--verify/--no-verify", help="Prove the files in their runtimes.  [default: verify]", show_default=False)] = None,
     device: Annotated[Device | None, typer.Option(help="Where to quantize.  [default: auto]", show_default=False)] = None,
+    max_memory: Annotated[float | None, typer.Option(help="GB of host memory to stay within.  [default: what is free]", show_default=False)] = None,
     gptq_version: Annotated[GptqVersion | None, typer.Option(help="How zero-points are stored.  [default: v1]", show_default=False)] = None,
     gptq_names: Annotated[GptqNames | None, typer.Option(help="Tensor names; module suits GPTQModel.load.  [default: hub]", show_default=False)] = None,
     accuracy_level: Annotated[int | None, typer.Option(help="MatMulNBits attribute: 0 exact, 4 int8 activations.  [default: 0]", show_default=False)] = None,
     onnx_graph: Annotated[OnnxGraph | None, typer.Option(help="ONNX Runtime's decoder operators, or standard ones.  [default: fused]", show_default=False)] = None,
     onnx_dtype: Annotated[OnnxDtype | None, typer.Option(help="Activations, cache and float weights of ONNX.  [default: float32]", show_default=False)] = None,
     onnx_provider: Annotated[OnnxProvider | None, typer.Option(help="Where the ONNX package runs.  [default: cpu]", show_default=False)] = None,
+    gguf_type: Annotated[str | None, typer.Option(help="Solve on llama.cpp's own types: Q2_K … Q6_K, Q4_K_M, Q8_0; GGUF only.", show_default=False)] = None,
+    tensor_type: Annotated[list[str] | None, typer.Option(help="REGEX=TYPE on GGUF tensor names, over the mix; repeat.", show_default=False)] = None,
+    class_row: Annotated[ClassRow | None, typer.Option(help="Where InternVL's GGUF has the class token's position: last for llama.cpp b11549, first as on the hub.  [default: last]", show_default=False)] = None,
     mmproj: Annotated[MmprojType | None, typer.Option(help="Type of GGUF vision weights.  [default: f16]", show_default=False)] = None,
+    split_max_size: Annotated[str | None, typer.Option(help="Split the GGUF text model into files of this size, as 2G or 500M.  [default: one file]", show_default=False)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with the same keys; flags win.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: named after model and recipe]", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of ours.")] = False,
@@ -101,7 +107,7 @@ def export(
 ) -> None:
     """Quantize MODEL and write it for each --format, then prove each file in its runtime.
 
-    Exit codes: 0 fine, 1 failed, 2 usage, 3 a parity gate failed, 75 stopped but resumable.
+    Exit codes: 0 fine, 1 failed, 2 usage, 3 a parity gate failed; 75 or, by Ctrl-C, 130 stopped but resumable.
     """
     flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None and v != []}
     _run(lambda: _export(load_recipe(recipe, flags), overwrite, resume, dry_run, as_json, quiet), as_json, quiet, verbose)
@@ -138,20 +144,23 @@ def _export(recipe: Recipe, overwrite: bool, resume: bool, dry_run: bool, as_jso
     if dry_run:
         plan = pipeline.dry_run(recipe)
         if as_json:
-            _print_json({"model": plan.model.name, "formats": plan.formats, "refused": plan.refusals})
+            _print_json(
+                {"model": plan.model.name, "formats": plan.formats, "memory": plan.memory, "refused": plan.refusals}
+            )
         else:
             terminal.print_plan(plan)
         return UsageError.exit_code if plan.refusals else 0
-    with terminal.Stages(quiet) as stages, _stop_signals() as stopped:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
+    with terminal.Stages(quiet or not first) as stages, _StopSignals() as stopped:
         result = pipeline.run(recipe, overwrite=overwrite, resume=resume, hooks=pipeline.Hooks(stages, stopped))
-    return _present(result, as_json)
+    return _present(result, as_json) if first else 0
 
 
 def _verify(out: Path, verify_data: Path | None, image_root: Path | None, as_json: bool, quiet: bool) -> int:
     from vlmq_export import pipeline, terminal
 
-    with terminal.Stages(quiet) as stages:
-        hooks = pipeline.Hooks(stages)
+    with terminal.Stages(quiet) as stages, _StopSignals() as stopped:
+        hooks = pipeline.Hooks(stages, stopped)
         result = pipeline.verify(out, verify_data=verify_data, image_root=image_root, hooks=hooks)
     return _present(result, as_json)
 
@@ -194,40 +203,48 @@ def _print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-class _stop_signals:
-    """SIGTERM and Ctrl-C ask for a stop after the layer in hand; a second Ctrl-C stops at once."""
+class _StopSignals:
+    """SIGTERM and Ctrl-C ask for a stop after the layer in hand; a second one stops at once. Both leave a run to resume."""
 
-    def __enter__(self):
-        self.asked = False
+    def __enter__(self) -> _StopSignals:
+        self.number: int | None = None
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return lambda: self.asked
+        return self
 
-    def _ask(self, number, _frame) -> None:
-        if self.asked:
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    def _ask(self, number: int, _frame) -> None:
+        again, self.number = self.number is not None, number
+        if again:
             raise KeyboardInterrupt
-        self.asked = True
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _kind, error, _trace) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt):
+            error = Interrupted("stopped at once; continue with --resume")
+        if isinstance(error, Interrupted):
+            error.exit_code = CTRL_C if self.number == signal.SIGINT else Interrupted.exit_code
+            raise error from None
 
 
 def _run(job, as_json: bool, quiet: bool, verbose: int) -> None:
     """Call `job`, turn what a user can meet into one line and an exit code."""
     from vlmq_export import terminal
 
-    terminal.set_up_logging(verbose, quiet)
+    terminal.set_up_logging(verbose, quiet or os.environ.get("RANK", "0") != "0")
     try:
         code = job()
     except (VlmqError, OSError) as e:
         code = getattr(e, "exit_code", VlmqError.exit_code)
-        message = str(e) if isinstance(e, VlmqError) else f"{e.filename or 'a file'}: {e.strerror or e}"
+        message = one_line(e if isinstance(e, VlmqError) else f"{e.filename or 'a file'}: {e.strerror or e}")
         terminal.err.print(f"error: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
         if as_json:
             _print_json({"error": message, "exit_code": code})
     except KeyboardInterrupt:
         terminal.err.print("stopped; --resume continues", highlight=False)
-        code = 75
+        code = CTRL_C
     raise typer.Exit(code)
 
 

@@ -1,10 +1,22 @@
 """The few kinds of error a user can meet. Every message is one line: what is wrong, where, what to do."""
 
+_LONGEST = 2000  # characters: messages quote files, and a file may hold anything
+
+
+def one_line(text: object) -> str:
+    """`text` as one line that cannot drive a terminal: names and library messages come from files of others."""
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else "?" for c in line)
+    return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
+
 
 class VlmqError(Exception):
     """Something failed; the command ends with exit code 1."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UsageError(VlmqError):
@@ -34,9 +46,10 @@ class MissingRuntime(VlmqError):
 
 
 class Interrupted(VlmqError):
-    """Stopped by a signal after publishing what was whole; `--resume` continues; exit code 75."""
+    """Stopped by a signal after publishing what was whole; `--resume` continues; exit code 75, of Ctrl-C 130."""
 
     exit_code = 75
 
 
+CTRL_C = 130  # exit code of a shell's command that was stopped from the keyboard
 PARITY_FAILED = 3  # exit code when files were written but a parity gate failed

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,18 +18,25 @@ from filelock import FileLock, Timeout
 from vlmq_export import bundled, checksums, formats, report
 from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
-from vlmq_export.parity import PARITY_FILE, Parity, check_formats
-from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_run
-from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
-from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, truncate
+from vlmq_export.formats.gguf.mix import mix_named, module_types
+from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, write_artifact
+from vlmq_export.parity import PARITY_FILE, Parity, check_formats, forget_places
+from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
+from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
+from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, refuse_unreadable
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
+from vlmq_export.quantizer.distributed import Ranks, joined
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.loading import read_samples
+from vlmq_export.quantizer.memory import MemoryPlan, free_memory
+from vlmq_export.quantizer.model import pick_device
 from vlmq_export.quantizer.quantize import quantize
 from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, load_recipe
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
 LOCK = ".lock"
+_FREE = ("out", "max_memory")  # keys that change no byte of what is written
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -67,32 +74,56 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
         raise UsageError("no --format given; choose one or more of gptq, onnx, gguf")
     model = locate_model(recipe.model)
     artifact = Artifact(model) if (model / MANIFEST).is_file() else None
-    checkpoint = None if artifact else Checkpoint(model)
-    if artifact is not None:
-        recipe = recipe_of_artifact(recipe, artifact)
+    checkpoint = None if artifact else open_checkpoint(model)
+    recipe = recipe_of(recipe, artifact, checkpoint)
+    imported = isinstance(checkpoint, GptqCheckpoint)
     plan = plan_of(recipe, checkpoint, artifact)
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
     refuse_missing_packages(recipe)
-    out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
+    out = recipe.out or Path(f"vlmq-{plan.model.name}-{'export' if imported or artifact else recipe.label()}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
-    rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
-    samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks.progress)
-    with claimed(out, overwrite=overwrite):
-        result = Result(out, plan)
-        write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
-        with result.timed("quantize"):
-            if checkpoint is not None:
-                quantize(
-                    checkpoint, samples, recipe.quant_config(), out / "artifact", name=plan.model.name, calibration=described,
-                    device=recipe.device.value, resume=resume, progress=hooks.progress, should_stop=hooks.should_stop,
-                )  # fmt: skip
-            elif artifact is not None and not (out / "artifact").exists():
-                _publish(out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True))
-        _export(recipe, out, result, hooks)
-        source = model if checkpoint else None
-        finish(out, recipe, result, rows, source, hooks)
+    rows = held_out(recipe.verify_data, recipe.image_root) if recipe.verify else []
+    if recipe.verify:
+        Preprocessor(artifact.source if artifact else model)  # raises for what the proof would miss after all the work
+    samples, described = [], {}
+    if checkpoint is not None and not imported:
+        samples, described = calibration_samples(recipe, checkpoint, hooks)
+    result = Result(out, plan)
+    with joined(pick_device(recipe.device.value)) as ranks:
+        if not ranks.first:
+            if not imported:
+                _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+            return result
+        with claimed(out, overwrite=overwrite):
+            write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
+            with result.timed("quantize"):
+                if isinstance(checkpoint, GptqCheckpoint):
+                    if not (out / "artifact").exists():
+                        _publish(out / "artifact", lambda folder: write_artifact(checkpoint, folder, plan.model.name))
+                elif checkpoint is not None:
+                    _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+                elif artifact is not None and not (out / "artifact").exists():
+                    _publish(
+                        out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
+                    )
+            _export(recipe, out, result, hooks)
+            finish(out, recipe, result, rows, model if checkpoint else None, hooks)
     return result
+
+
+def _quantize(
+    recipe, checkpoint, samples, described, result: Result, hooks: Hooks, ranks: Ranks, *, resume: bool
+) -> None:
+    memory = result.plan.memory
+    tokens = sum(len(s.input_ids) for s in samples) // ranks.size
+    memory = plan_memory(result.plan.model, recipe, memory.host_free, memory.device_free, tokens)
+    _tell_memory(memory)
+    quantize(
+        checkpoint, samples, result.plan.model.config, result.out / "artifact", name=result.plan.model.name,
+        calibration=described, device=recipe.device.value, resume=resume, place=memory.place, ranks=ranks,
+        progress=hooks.progress, should_stop=hooks.should_stop,
+    )  # fmt: skip
 
 
 def dry_run(recipe: Recipe) -> RunPlan:
@@ -100,8 +131,9 @@ def dry_run(recipe: Recipe) -> RunPlan:
     model = locate_model(recipe.model)
     if (model / MANIFEST).is_file():
         artifact = Artifact(model)
-        return plan_of(recipe_of_artifact(recipe, artifact), None, artifact)
-    return plan_of(recipe, Checkpoint(model), None)
+        return plan_of(recipe_of(recipe, artifact, None), None, artifact)
+    checkpoint = open_checkpoint(model)
+    return plan_of(recipe_of(recipe, None, checkpoint), checkpoint, None)
 
 
 def verify(
@@ -114,7 +146,7 @@ def verify(
     recipe = load_recipe(out / RECIPE_FILE, {})
     artifact = Artifact(out / "artifact")
     result = Result(out, plan_run(artifact_plan(artifact), recipe))
-    rows = read_rows(verify_data or recipe.verify_data or bundled.HELDOUT, image_root or recipe.image_root)
+    rows = held_out(verify_data or recipe.verify_data, image_root or recipe.image_root)
     source = same_source(recipe.model, artifact)
     finish(out, recipe, result, rows, source, hooks, changed=checksums.changed_files(out), verify=True)
     return result
@@ -141,23 +173,57 @@ def locate_model(model: str | None) -> Path:
         raise CheckpointError(f"{model}: neither a local folder nor to be had from the hub ({first})") from None
 
 
+def open_checkpoint(model: Path) -> Checkpoint:
+    """A float checkpoint, or one that others quantized with GPTQ, which then shows its float model's shapes."""
+    return Checkpoint(model) if quantization_of(model) is None else GptqCheckpoint(model)
+
+
 def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | None) -> RunPlan:
     if artifact is not None:
         return plan_run(artifact_plan(artifact), recipe)
     assert checkpoint is not None
     name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
-    return plan_run(model_plan(checkpoint, recipe.quant_config(), name), recipe)
+    model = model_plan(checkpoint, recipe.quant_config(), name)
+    if recipe.gguf_type is not None:
+        mix = mix_named(recipe.gguf_type)
+        types = module_types(model, mix, recipe.tensor_type)
+        model = replace(model, config=replace(model.config, gguf_type=mix, types=types))
+    if isinstance(checkpoint, GptqCheckpoint):
+        return plan_run(model, recipe)
+    memory = plan_memory(model, recipe, *free_memory(pick_device(recipe.device.value), recipe.max_memory))
+    return plan_run(model, recipe, memory)
 
 
-def recipe_of_artifact(recipe: Recipe, artifact: Artifact) -> Recipe:
-    """The recipe with the grid that the artifact has; a flag that asks for another is refused, not ignored."""
-    c = artifact.config
+def _tell_memory(memory: MemoryPlan) -> None:
+    where = {"device": "with the layer", "host": "in host memory", "disk": "on disk"}[memory.place]
+    log.debug("about %.1f GB of memory, activations of %.2f GB %s", memory.host / 1e9, memory.activations / 1e9, where)
+    if not memory.fits:
+        log.warning(
+            "needs about %.1f GB of memory and %.1f GB on the GPU where %.1f and %.1f are free; it may be killed",
+            *(n / 1e9 for n in (memory.host, memory.device, memory.host_free, memory.device_free)),
+        )
+
+
+def recipe_of(recipe: Recipe, artifact: Artifact | None, checkpoint: Checkpoint | None) -> Recipe:
+    """The recipe with the grid that a quantized model has; a flag that asks for another is refused, not ignored."""
+    if artifact is not None:
+        c, what = artifact.config, "artifact"
+        if c.types:
+            if recipe.gguf_type is not None and mix_named(recipe.gguf_type) != c.gguf_type:
+                raise UsageError(
+                    f"--gguf-type {recipe.gguf_type}: the artifact has {c.gguf_type} already; quantize the model again"
+                )
+            recipe = recipe.model_copy(update={"gguf_type": c.gguf_type})
+    elif isinstance(checkpoint, GptqCheckpoint):
+        c, what = checkpoint.quant_config, "checkpoint"
+    else:
+        return recipe
     fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order)}
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
             flag = "--" + key.replace("_", "-")
             raise UsageError(
-                f"{flag} {getattr(recipe, key)}: the artifact has {value} already; quantize the model again"
+                f"{flag} {getattr(recipe, key)}: the {what} has {value} already; quantize the float model again"
             )
     return recipe.model_copy(update=fixed | {"method": Method(c.method), "seed": c.seed})
 
@@ -173,7 +239,15 @@ def refuse_missing_packages(recipe: Recipe) -> None:
             log.warning("%s will be written but not proven: %s not installed; %s", name, lacking, hint)
 
 
-def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> tuple[list[Sample], dict]:
+def held_out(path: Path | None, image_root: Path | None) -> list[Row]:
+    """As many rows as the checks use. Raises CalibrationError for one of them that they could not use."""
+    settings = CheckSettings()
+    rows = read_rows(path or bundled.HELDOUT, image_root)[: max(settings.images, settings.questions)]
+    refuse_unreadable(path or bundled.HELDOUT, rows)
+    return rows
+
+
+def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) -> tuple[list[Sample], dict]:
     """The samples of the recipe, and what the manifest says of them."""
     if recipe.method.value == "rtn":
         return [], {"rows": 0}
@@ -182,20 +256,19 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progre
         log.warning("calibrating on the bundled drawn images; give --calibration for images like those of your users")
     rows = draw(read_rows(path, recipe.image_root), recipe.samples, recipe.seed)
     seq_len = recipe.seq_len or family_of(checkpoint.config).seq_len
-    preprocessor = Preprocessor(checkpoint.path)
-    samples, dropped = [], 0
-    for done, row in enumerate(rows):
-        progress("read samples", done, len(rows))
-        sample = truncate(preprocessor.sample(row), seq_len)
-        if sample is None:
-            dropped += 1
-        else:
-            samples.append(sample)
-    progress("read samples", len(rows), len(rows))
+
+    def progress(done: int) -> None:
+        hooks.progress("read samples", done, len(rows))
+        if hooks.should_stop():
+            raise Interrupted("stopped while reading samples; nothing was written")
+
+    samples, dropped = read_samples(checkpoint.path, rows, seq_len, progress=progress)
     if not samples:
         raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
     if dropped:
         log.warning("%d of %d samples dropped: --seq-len %d would cut their vision tokens", dropped, len(rows), seq_len)
+    if not any(s.images for s in samples):
+        log.warning("%s: no sample has an image; the model is calibrated on text alone", path.name)
     tokens = sum(len(s.input_ids) for s in samples)
     vision = sum(int(s.vision.sum()) for s in samples)
     described = {
@@ -218,8 +291,8 @@ def refuse_output(out: Path, model: Path, recipe: Recipe, *, overwrite: bool, re
         raise UsageError(f"--out {out} holds the model itself; choose another folder")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; choose another name")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
+    if not out.is_dir() or not any(p for p in out.iterdir() if p.name != LOCK and not _is_leftover(p)):
+        return  # nothing there, or what a run left that was killed before it wrote anything
     if not (out / RECIPE_FILE).is_file():
         raise UsageError(f"--out {out} holds files that vlmq-export did not write; choose another folder")
     if not overwrite and not resume:
@@ -240,21 +313,27 @@ def claimed(out: Path, *, overwrite: bool):
     except OSError as e:
         raise UsageError(f"--out {out} cannot be written ({e.strerror})") from None
     try:
-        if overwrite:
-            for path in out.iterdir():
-                if path.name != LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in sorted(
+            out.iterdir(), key=lambda p: p.name == RECIPE_FILE
+        ):  # the recipe, which says whose it is, last
+            if path.name != LOCK and (overwrite or _is_leftover(path)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
     finally:
-        lock.release()
         (out / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a killed process left it: what it had not renamed yet."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def _same_recipe(recipe: Recipe, out: Path) -> None:
     """Resuming under another recipe would mix two runs in one folder."""
     before = load_recipe(out / RECIPE_FILE, {}).model_dump(mode="json")
     now = recipe.model_dump(mode="json")
-    differ = [f"{k} was {before[k]}, now {now[k]}" for k in now if k != "out" and before[k] != now[k]]
+    differ = [f"{k} was {before[k]}, now {now[k]}" for k in now if k not in _FREE and before[k] != now[k]]
     if differ:
         raise UsageError(f"--resume {out}: the recipe differs ({'; '.join(differ)}); use --overwrite or another --out")
 
@@ -262,11 +341,12 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
 def _publish(target: Path, write: Callable[[Path], object]) -> object:
     """Call write(temporary sibling folder) and rename it to `target` when whole."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    for stale in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(stale)
     try:
         temporary.mkdir()
         value = write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync(file)
         temporary.rename(target)
         return value
     except OSError as e:
@@ -298,7 +378,7 @@ def same_source(model: str | None, artifact: Artifact) -> Path | None:
     """The source folder if it is still at hand and still what was quantized; else None."""
     try:
         path = locate_model(model)
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         return path if checkpoint.fingerprint() == artifact.manifest.source else None
     except VlmqError:
         return None
@@ -314,11 +394,13 @@ def finish(
     if verify if verify is not None else recipe.verify:
         settings = CheckSettings(threads=os.cpu_count() or 1)
         with result.timed("verify"):
-            reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source)
+            memory, _ = free_memory(pick_device("cpu"), recipe.max_memory)
+            reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source, memory)
             result.parity = check_formats(folders, reference, options, settings, hooks.progress, hooks.should_stop)
         if changed is not None:
             result.parity.checks.insert(0, _checksum_row(changed))
             result.parity.verified &= not changed
+        forget_places(result.parity.checks, out, source)
         result.parity.write(out / PARITY_FILE)
     report.write(out, recipe, artifact, result)
     checksums.write_sums(out)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlmq_export import formats
-from vlmq_export.formats.base import FormatPlan, LinearSpec, ModelPlan, TensorSpec
+from vlmq_export.errors import CheckpointError
+from vlmq_export.formats.base import FormatOptions, FormatPlan, LinearSpec, ModelPlan, TensorSpec
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.families import family_of, text_config
+from vlmq_export.quantizer.families import family_of, layer_count, text_config
+from vlmq_export.quantizer.memory import MemoryPlan, Shapes, memory_plan
+from vlmq_export.quantizer.methods import method_named
 from vlmq_export.recipe import Recipe
 
 
@@ -17,12 +20,15 @@ from vlmq_export.recipe import Recipe
 class RunPlan:
     model: ModelPlan
     formats: dict[str, FormatPlan]
+    memory: MemoryPlan | None = None  # None: nothing is quantized
+    too_large: list[str] = field(default_factory=list)  # for the memory that was allowed
 
     @property
     def refusals(self) -> list[str]:
         """Everything that cannot be, one line each: the grid's own limits first, then each format's."""
         return [
             *group_refusals(self.model),
+            *self.too_large,
             *(f"{n}: {why}" for n, plan in self.formats.items() for why in plan.refusals),
         ]
 
@@ -30,10 +36,11 @@ class RunPlan:
 def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelPlan:
     """Raises CheckpointError for a model that is not supported or lacks a tensor."""
     family = family_of(checkpoint.config)
-    layers = int(text_config(checkpoint.config)["num_hidden_layers"])
     linears = []
-    for linear in family.linear_names(layers):
+    for linear in family.linear_names(layer_count(checkpoint.config)):
         shape = checkpoint.info(f"{linear}.weight").shape
+        if len(shape) != 2 or 0 in shape:
+            raise CheckpointError(f"{linear}.weight has shape {list(shape)}, which is no linear's; copy the file again")
         linears.append(LinearSpec(linear, shape[0], shape[1], f"{linear}.bias" in checkpoint.tensors))
     taken = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
     floats = [TensorSpec(t.name, t.shape, t.dtype) for t in checkpoint.tensors.values() if t.name not in taken]
@@ -43,6 +50,7 @@ def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelP
 def artifact_plan(artifact: Artifact) -> ModelPlan:
     """The same description of a model that is quantized already."""
     m = artifact.manifest
+    family_of(artifact.source_config)  # raises for what the manifest cannot be about
     linears = [LinearSpec(r.name, r.out_features, r.in_features, r.bias) for r in m.modules]
     floats = [TensorSpec(*info) for info in artifact.float_info()]
     return ModelPlan(m.name, m.model_type, artifact.source_config, linears, floats, artifact.config)
@@ -50,7 +58,7 @@ def artifact_plan(artifact: Artifact) -> ModelPlan:
 
 def group_refusals(model: ModelPlan) -> list[str]:
     size = model.config.group_size
-    bad = [x for x in model.linears if size != -1 and x.in_features % size]
+    bad = [x for x in model.linears if size != -1 and x.in_features % size and x.name not in model.config.types]
     if not bad:
         return []
     widths = sorted({x.in_features for x in bad})
@@ -61,6 +69,50 @@ def group_refusals(model: ModelPlan) -> list[str]:
     ]
 
 
-def plan_run(model: ModelPlan, recipe: Recipe) -> RunPlan:
+def shapes_of(model: ModelPlan) -> Shapes:
+    """What the memory plan needs to know. A matrix with a row for every token of the vocabulary is never held."""
+    family, text = family_of(model.source_config), text_config(model.source_config)
+    layers, heads, rows = layer_count(model.source_config), text.get("num_attention_heads"), (text.get("vocab_size"),)
+    kept = [t for t in model.floats if not t.name.startswith(family.layers) and t.shape[:1] != rows]
+    return Shapes(
+        layers=layers, hidden=model.linears[0].in_features, heads=heads if isinstance(heads, int) else 1,
+        linears=tuple((x.out_features, x.in_features) for x in model.linears[: len(model.linears) // layers]),
+        groups=tuple(len(group) for group in family.groups), prefix=sum(t.numel for t in kept),
+        weights=sum(x.out_features * x.in_features for x in model.linears) + sum(t.numel for t in model.floats),
+    )  # fmt: skip
+
+
+def plan_memory(
+    model: ModelPlan, recipe: Recipe, host_free: int, device_free: int, tokens: int | None = None
+) -> MemoryPlan:
+    """Without `tokens`, as many as the recipe allows."""
+    seq_len = recipe.seq_len or family_of(model.source_config).seq_len
+    return memory_plan(
+        shapes_of(model), method_named(recipe.method.value), tokens=tokens or recipe.samples * seq_len, seq_len=seq_len,
+        host_free=host_free, device_free=device_free,
+    )  # fmt: skip
+
+
+def memory_refusals(memory: MemoryPlan | None, limit: float | None) -> list[str]:
+    """A limit that was given is kept or refused; that less seems free is only warned of."""
+    if memory is None or not limit or memory.host <= memory.host_free:
+        return []
+    return [
+        f"--max-memory {limit:g}: one layer at a time needs {memory.host / 1e9:.1f} GB, activations on disk; "
+        "raise it, or give fewer or shorter samples"
+    ]
+
+
+def plan_run(model: ModelPlan, recipe: Recipe, memory: MemoryPlan | None = None) -> RunPlan:
     options = recipe.format_options(model.name)
-    return RunPlan(model, {f.value: formats.get(f.value).plan(model, options) for f in recipe.format})
+    plans = {f.value: _format_plan(f.value, model, options) for f in recipe.format}
+    return RunPlan(model, plans, memory, memory_refusals(memory, recipe.max_memory))
+
+
+def _format_plan(name: str, model: ModelPlan, options: FormatOptions) -> FormatPlan:
+    try:
+        return formats.get(name).plan(model, options)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:  # settings that are not there
+        raise CheckpointError(
+            f"config.json of {model.name} cannot be used for --format {name} ({e!r}); copy it from the original model"
+        ) from None

@@ -15,6 +15,7 @@ from vlmq_export.formats.base import FormatOptions
 from vlmq_export.quantizer.config import QuantConfig
 
 RECIPE_FILE = "recipe.yaml"
+MAX_RECIPE_BYTES = 2**16  # 20 keys of one line each
 
 
 class FormatName(StrEnum):
@@ -73,6 +74,12 @@ class OnnxProvider(StrEnum):
 class MmprojType(StrEnum):
     f16 = "f16"
     f32 = "f32"
+    q8_0 = "q8_0"
+
+
+class ClassRow(StrEnum):
+    last = "last"
+    first = "first"
 
 
 class Recipe(BaseModel):
@@ -83,18 +90,19 @@ class Recipe(BaseModel):
     model: str | None = None
     format: list[FormatName] = Field(default_factory=list)
     bits: int = 4
-    group_size: int = 128
+    group_size: Annotated[int, Field(le=2**20)] = 128
     sym: bool | None = None  # None: symmetric at 8 bits, asymmetric below
     method: Method = Method.vlmq
     act_order: ActOrder = ActOrder.gar
     calibration: Path | None = None  # None: the bundled set
     image_root: Path | None = None
-    samples: Annotated[int, Field(ge=1)] = 512
-    seq_len: Annotated[int, Field(ge=8)] | None = None  # None: the paper's for the family
-    seed: int = 0
+    samples: Annotated[int, Field(ge=1, le=10**7)] = 512
+    seq_len: Annotated[int, Field(ge=8, le=2**20)] | None = None  # None: the paper's for the family
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     verify_data: Path | None = None  # None: the bundled held-out set
     verify: bool = True
     device: Device = Device.auto
+    max_memory: Annotated[float, Field(gt=0)] | None = None  # GB of host memory; None: what is free
     out: Path | None = None
     gptq_version: GptqVersion = GptqVersion.v1
     gptq_names: GptqNames = GptqNames.hub
@@ -103,6 +111,10 @@ class Recipe(BaseModel):
     onnx_dtype: OnnxDtype = OnnxDtype.float32
     onnx_provider: OnnxProvider = OnnxProvider.cpu
     mmproj: MmprojType = MmprojType.f16
+    class_row: ClassRow = ClassRow.last
+    split_max_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}[MG]$")] | None = None
+    gguf_type: str | None = None  # a mix of block types in place of the affine grid: Q4_K_M
+    tensor_type: list[str] = Field(default_factory=list)  # regex=TYPE on GGUF tensor names, first match wins
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -110,13 +122,36 @@ class Recipe(BaseModel):
             raise ValueError(f"--bits {self.bits}: the runtimes decode 2, 3, 4 or 8 bits")
         if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(f"--group-size {self.group_size}: a multiple of 16, or -1 for one scale an output channel")
+        if self.tensor_type and self.gguf_type is None:
+            raise ValueError("--tensor-type changes a mix; give --gguf-type too")
+        if self.gguf_type is not None:
+            self._check_mix()
         if len(set(self.format)) != len(self.format):
             raise ValueError("--format is given twice with the same value")
         return self
 
+    def _check_mix(self) -> None:
+        for key in ("bits", "group_size", "sym"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                flag = "--" + key.replace("_", "-")
+                raise ValueError(f"{flag} and --gguf-type {self.gguf_type} exclude each other: the type sets the grid")
+        if self.act_order in (ActOrder.static, ActOrder.dynamic):
+            raise ValueError(
+                f"--act-order {self.act_order}: with --gguf-type a block's columns stay together; use gar or off"
+            )
+        if any(f != FormatName.gguf for f in self.format):
+            raise ValueError(
+                f"--gguf-type {self.gguf_type}: only GGUF holds these integers; export other formats without it"
+            )
+
     @property
     def symmetric(self) -> bool:
         return self.bits == 8 if self.sym is None else self.sym
+
+    @property
+    def split_bytes(self) -> int:
+        size = self.split_max_size
+        return int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]] if size else 0
 
     def quant_config(self) -> QuantConfig:
         return QuantConfig(
@@ -129,10 +164,13 @@ class Recipe(BaseModel):
             name=name, gptq_version=self.gptq_version.value, gptq_names=self.gptq_names.value,
             onnx_accuracy_level=self.accuracy_level, onnx_graph=self.onnx_graph.value, onnx_dtype=self.onnx_dtype.value,
             onnx_provider=self.onnx_provider.value, mmproj_dtype=self.mmproj.value,
+            mmproj_class_row=self.class_row.value, gguf_split_bytes=self.split_bytes,
         )  # fmt: skip
 
     def label(self) -> str:
         """Short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
+        if self.gguf_type is not None:
+            return f"{self.gguf_type}-{self.method}"
         group = "" if self.group_size == -1 else f"g{self.group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
         return f"w{self.bits}{group}{sym}-{self.method}"
@@ -141,15 +179,43 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """Plain values without aliases, which can spell a billion items in a line, and no key twice, of which one is lost."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*) are not allowed in a recipe")
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > 8:
+            raise yaml.YAMLError("nested too deeply for a recipe")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        if twice := [k for i, k in enumerate(keys) if k in keys[:i]]:
+            raise yaml.YAMLError(f"key {twice[0]} appears twice")
+        return super().construct_mapping(node, deep)
+
+
+def _recipe_text(path: Path) -> str:
+    with path.open("rb") as f:
+        raw = f.read(MAX_RECIPE_BYTES + 1)
+    if len(raw) > MAX_RECIPE_BYTES:
+        raise ValueError(f"over {MAX_RECIPE_BYTES} bytes")
+    return raw.decode("utf-8-sig")
+
+
 def load_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """The recipe file's keys overlaid with the flags that were given. Raises UsageError with one line."""
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(path.read_text("utf-8")) or {}
+            values = yaml.load(_recipe_text(path), _RecipeLoader) or {}
         except OSError as e:
-            raise UsageError(f"--recipe {path}: {e.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise UsageError(f"--recipe {path}: {e.strerror or e}") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as e:  # PyYAML's own constructors raise ValueError
             raise UsageError(f"--recipe {path}: not YAML: {' '.join(str(e).split())}") from None
         if not isinstance(values, dict):
             raise UsageError(f"--recipe {path}: keys and values are expected, got a {type(values).__name__}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
 
 from vlmq_export import __version__
+from vlmq_export.errors import one_line
 from vlmq_export.formats.base import Check
 from vlmq_export.quantizer.artifact import Artifact, ModuleRecord, write_atomic
 from vlmq_export.recipe import Recipe
@@ -25,7 +27,7 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         loader=jinja2.PackageLoader("vlmq_export"), autoescape=jinja2.select_autoescape(["html", "html.j2"]),
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"figure": figure, "mib": lambda n: f"{n / 2**20:,.1f} MiB"}
+    environment.filters |= {"figure": figure, "mib": lambda n: f"{n / 2**20:,.1f} MiB", "md": markdown}
     facts = {
         "name": artifact.manifest.name,
         "version": __version__,
@@ -43,6 +45,12 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
     for template, target in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
         text = environment.get_template(template).render(facts)
         write_atomic(out / target, lambda t, text=text: t.write_text(text, "utf-8"))
+
+
+def markdown(text: object) -> str:
+    """Text of a file or a user as text of the card: no tag, cell, link or code of its own."""
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
+    return re.sub(r"([\\|*\[\]])", r"\\\1", line)
 
 
 def figure(value: float | None) -> str:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 
 from vlmq_export.errors import FormatError
+from vlmq_export.quantizer.untrusted import third_party
 
 GRAPHS = ("vision", "embedding", "text")
 _FLOATS, _UINT8, _INT64 = (1, 10), 2, 7  # TensorProto.DataType: float32 or float16, ...
 _EXTERNAL = 1  # TensorProto.DataLocation
+
+
+def guarded(reader):
+    """A function of a path or of an OnnxFolder whose surprises are FormatErrors: a damaged graph has bytes for strings,
+    node inputs that are not there, types that do not exist."""
+
+    @wraps(reader)
+    def read(where, *arguments):
+        with third_party(f"{getattr(where, 'path', where)}: damaged graph, export again", FormatError):
+            return reader(where, *arguments)
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -66,9 +80,11 @@ class OnnxFolder:
             _check_external(self.path, f"{name}.onnx", model)
             self._index(model)
 
+    @guarded
     def _index(self, model) -> None:
         constants = {t.name: t for t in model.graph.initializer}
         producers = {o: n for n in model.graph.node for o in n.output}
+        consumers = {i: n for n in model.graph.node for i in n.input}
         parts: set[str] = set()
         for node in model.graph.node:
             if node.op_type != "MatMulNBits":
@@ -86,11 +102,28 @@ class OnnxFolder:
                 order = constants[gather.input[1]]
                 parts.add(gather.input[1])
             attributes = self._attributes(node, module, *(constants[i] for i in node.input[1:4]), order)
-            self._linears[module] = (attributes, *(constants[i] for i in node.input[1:4]), order)
+            for name, rows in self._rows(node, module, attributes["N"], consumers, constants):
+                self._linears[name] = (attributes, *(constants[i] for i in node.input[1:4]), order, rows)
             parts |= set(node.input[1:4])
         for name, tensor in constants.items():
             if name not in parts and tensor.data_type in _FLOATS:
                 self.floats.setdefault(name, []).append(tensor)
+
+    def _rows(self, node, module: str, outputs: int, consumers: dict, constants: dict) -> list[tuple[str, slice]]:
+        """The linears of a node and their rows: one, or those that the Split behind it (and behind a bias) takes apart."""
+        if "|" not in module:
+            return [(module, slice(None))]
+        first, *others = module.split("|")
+        names = [first, *(f"{first.rpartition('.')[0]}.{other}" for other in others)]
+        split = consumers.get(node.output[0])
+        if split is not None and split.op_type == "Add":
+            split = consumers.get(split.output[0])
+        lengths = constants.get(split.input[1]) if split is not None and split.op_type == "Split" else None
+        sizes = [] if lengths is None else self._array(lengths).tolist()
+        if len(sizes) != len(names) or sum(sizes) != outputs or min(sizes) < 1:
+            raise FormatError(f"{self.path}: {module} is not split into {len(names)} linears; export again")
+        ends = np.cumsum(sizes).tolist()
+        return [(name, slice(end - size, end)) for name, size, end in zip(names, sizes, ends, strict=True)]
 
     def _attributes(self, node, module: str, weight, scales, zeros, order) -> dict[str, int]:
         """The node's integers, its constants of the shapes that they ask for (MatMulNBits' inputs)."""
@@ -132,14 +165,15 @@ class OnnxFolder:
         """The type in which a float weight lies in the file."""
         return np.float16 if any(t.data_type == _FLOATS[1] for t in self.floats.get(name, [])) else np.float32
 
+    @guarded
     def linear(self, name: str) -> Linear:
-        attributes, weight, scales, zeros, order = self._linears[name]
+        attributes, weight, scales, zeros, order, rows = self._linears[name]
         columns = None if order is None else self._array(order)
         if columns is not None and not np.array_equal(np.sort(columns), np.arange(attributes["K"])):
             raise FormatError(f"{self.path}: {order.name} is not an order of the columns; export again")
         return Linear(
-            name, attributes["bits"], attributes["block_size"], self._array(weight), self._array(scales), self._array(zeros),
-            columns, attributes["K"], attributes.get("accuracy_level", 0),
+            name, attributes["bits"], attributes["block_size"],
+            *(self._array(part)[rows] for part in (weight, scales, zeros)), columns, attributes["K"], attributes.get("accuracy_level", 0),
         )  # fmt: skip
 
     def _array(self, tensor) -> np.ndarray:
@@ -150,6 +184,7 @@ class OnnxFolder:
         except (ValueError, OSError) as e:
             raise FormatError(f"{self.path}: {tensor.name} cannot be read ({e}); export again") from None
 
+    @guarded
     def weight(self, name: str) -> np.ndarray | None:
         """float by hub name, decoded if quantized; None if the file does not hold it, NaN where copies differ."""
         module = name.removesuffix(".weight")
@@ -194,6 +229,7 @@ def _tensors(message):
                 yield from _tensors(part)
 
 
+@guarded
 def _check_external(folder: Path, name: str, model) -> None:
     """Every external tensor in a plain file of this folder, and the file exactly as long as its tensors need."""
     ends: dict[str, int] = {}

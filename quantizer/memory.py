@@ -1,0 +1,142 @@
+"""How much memory a run takes and where its activations rest: a pure function of shapes, tokens and what is free.
+
+Peak memory follows one decoder layer and the calibration set, never the model:
+
+    fixed        Python, PyTorch, transformers
+    first pass   vision tower and projector in float32, dropped before the first layer
+    layer        its weights in float32, and the group of linears that is being solved
+    solver       statistics and factorization at the widest linear, n² times a few matrices
+    batch        what the layer makes of BATCH_TOKENS tokens, attention of the importance's backward pass included
+    activations  both streams, and inside a layer what attention made of them; these can rest in host memory or on disk
+
+The constants are measured (docs/scale.md); a test holds the plan against the peak of a real run.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlmq_export.quantizer.methods import Method
+from vlmq_export.quantizer.shelf import Place
+from vlmq_export.quantizer.streams import BATCH_TOKENS
+
+FIXED = 600 * 10**6
+_FLOAT = 4
+_SHARE = 0.9  # of what is free that a plan may count on
+_GROUP_COPIES = 4  # of the weights being solved: target, loop order, decoded, codes and scales
+_BATCH_HIDDEN, _BATCH_MLP, _BATCH_SCORES = 10, 4, 5  # tensors of these widths alive at once in a layer
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a model, from headers alone."""
+
+    layers: int
+    hidden: int
+    heads: int
+    linears: tuple[tuple[int, int], ...]  # (out, in) of one decoder layer
+    groups: tuple[int, ...]  # how many of them share an input, in order
+    prefix: int  # weights that run before the first decoder layer, embedding rows not counted
+    weights: int  # of the whole model
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes at the peak, part by part. `device` is what CUDA holds, 0 on the CPU."""
+
+    place: Place
+    parts: dict[str, int]
+    activations: int
+    host: int
+    device: int
+    disk: int  # for activations
+    host_free: int
+    device_free: int  # 0: there is none
+
+    @property
+    def fits(self) -> bool:
+        return self.host <= self.host_free and self.device <= self.device_free
+
+
+def memory_plan(
+    shapes: Shapes,
+    method: Method,
+    *,
+    tokens: int,  # of all samples
+    seq_len: int,  # of the longest sample
+    host_free: int,
+    device_free: int = 0,  # 0: everything runs on the host
+) -> MemoryPlan:
+    """Activations rest on the device if everything fits there, else in host memory, else on disk."""
+    widest = max(n for _, n in shapes.linears)
+    starts = [sum(shapes.groups[:i]) for i in range(len(shapes.groups))]
+    group = max(
+        sum(m * n for m, n in shapes.linears[start : start + size]) for start, size in zip(starts, shapes.groups)
+    )
+    # A, D and P in float32, the factorization in float64 with its result in float32.
+    matrices = (3 if method.drift != "plain" else 1) * _FLOAT + 2 * 8 + _FLOAT if method.calibrated else 0
+    batch = min(tokens, max(BATCH_TOKENS, seq_len))
+    streams = (2 if method.two_streams else 1) if method.calibrated else 0
+    parts = {
+        "first pass": shapes.prefix * _FLOAT if method.calibrated else 0,
+        "layer": (sum(m * n for m, n in shapes.linears) + _GROUP_COPIES * group) * _FLOAT,
+        "solver": matrices * widest**2,
+        "batch": batch * (_BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * widest) * _FLOAT * bool(streams)
+        + (batch * seq_len * shapes.heads * _BATCH_SCORES * _FLOAT if method.importance != "none" else 0),
+    }
+    activations = tokens * shapes.hidden * 2 * streams * _FLOAT
+    work = max(parts["first pass"], sum(parts.values()) - parts["first pass"])
+    host_room, device_room = int(_SHARE * host_free), int(_SHARE * device_free)
+    on_cuda = device_free > 0
+    if on_cuda:
+        place: Place = "device" if work + activations <= device_room else "host"
+        if place == "host" and FIXED + activations > host_room:
+            place = "disk"
+    else:
+        place = "device" if FIXED + work + activations <= host_room else "disk"
+    resting = {"device": activations if not on_cuda else 0, "host": activations, "disk": 0}[place]
+    host = FIXED + resting + (0 if on_cuda else work)
+    device = (work + (activations if place == "device" else 0)) if on_cuda else 0
+    return MemoryPlan(
+        place, {"fixed": FIXED} | parts, activations, host, device, activations if place == "disk" else 0, host_free,
+        device_free,
+    )  # fmt: skip
+
+
+def free_memory(device: torch.device, limit: float | None = None) -> tuple[int, int]:
+    """(host, device) bytes that this process may take; `limit` in GB replaces what the host says is available.
+
+    The processes that torchrun started on one host share its memory.
+    """
+    device_free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return (int(limit * 10**9) if limit else _host_available()) // int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
+    ), device_free
+
+
+def _host_available() -> int:
+    """What the kernel would give without swapping, or what the container leaves."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        pages = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        group = Path("/sys/fs/cgroup")
+        limit, used = (group / f"memory.{kind}" for kind in ("max", "current"))
+        return min(pages, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError, StopIteration):  # not Linux, or no limit
+        return pages
+
+
+def peak_host() -> int:
+    """Bytes: the most that this process has held so far (VmHWM)."""
+    try:
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,166 @@
+"""One layer's linears through our solver and GPTQModel's own: same weights, same Hessian, grid and order, alternated.
+
+    OMP_NUM_THREADS=1 python tools/bench/solver.py [--columns 256 1024 3584] [--repeat 3] [--json FILE]
+
+Both get a float32 Hessian that is already accumulated and give back codes' weights, scales and zero-points; both factorize
+once for linears that share an input (GPTQModel through its own shared cache). The figure is the median over pairs of
+our process CPU seconds / theirs, and the sum of weighted losses tr((Ŵ − W)·A·(Ŵ − W)ᵀ), ours / theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start on two cores otherwise
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import nn
+
+from vlmq_export.quantizer import solver
+from vlmq_export.quantizer.grids import Affine
+
+ORDERS = {
+    "natural": ("off", {}),
+    "act_order": ("dynamic", {"desc_act": True}),
+    "gar": ("gar", {"act_group_aware": True}),
+}
+DAMP = 0.01
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of one layer that share an input."""
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    columns: int
+
+
+def layer_groups(columns: int) -> list[Group]:
+    """A decoder layer of a Qwen2-like shape with `columns` inputs: K and V are an eighth, the MLP is as wide as its input.
+
+    The MLP of a real layer is wider; here every Hessian has the size that the run is about.
+    """
+    kv = max(columns // 8, 32)
+    return [
+        Group(("q", "k", "v"), (columns, kv, kv), columns),
+        Group(("o",), (columns,), columns),
+        Group(("gate", "up"), (columns, columns), columns),
+        Group(("down",), (columns,), columns),
+    ]
+
+
+def hessian(columns: int, generator: torch.Generator, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A = XᵀX and Σx² of heavy-tailed, correlated inputs: a few columns far larger than the rest, as in real layers."""
+    tokens = 2 * columns
+    scale = torch.randn(columns, generator=generator).exp()
+    x = torch.randn(tokens, columns, generator=generator) * scale
+    x += x.roll(1, dims=1) * 0.5 + (
+        torch.randn(tokens, 8, generator=generator) @ torch.randn(8, columns, generator=generator)
+    )
+    x = x.to(device)
+    return x.T @ x, x.square().sum(0)
+
+
+def ours(
+    weights: list[torch.Tensor], a: torch.Tensor, diagonal: torch.Tensor, bits: int, order: str
+) -> list[torch.Tensor]:
+    act_order, group = ORDERS[order][0], 128
+    ready = solver.prepare(a, diagonal, group=group, act_order=act_order, damp=DAMP)
+    stacked = torch.cat(weights)
+    solution = solver.solve(stacked, ready, Affine(bits), group=group, act_order=act_order, block=128)
+    return list(solution.decode().split([len(w) for w in weights]))
+
+
+def theirs(weights: list[torch.Tensor], a: torch.Tensor, bits: int, order: str, tokens: int) -> list[torch.Tensor]:
+    from gptqmodel import QuantizeConfig
+    from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
+
+    options = {"desc_act": False, "act_group_aware": False} | ORDERS[order][1]
+    config = QuantizeConfig(bits=bits, group_size=128, sym=False, damp_percent=DAMP, offload_to_disk=False, **options)
+    cache = SharedHessianFactorCache(0, "layer")
+    decoded = []
+    for w in weights:
+        module = nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device)
+        module.weight.data = w.clone()
+        task = GPTQ(module, config)
+        task.quantizer.configure(perchannel=True)
+        task.H, task._hessian_total_samples, task.nsamples = a.clone(), tokens, tokens
+        task.attach_shared_hessian_cache(cache)
+        decoded.append(task.quantize()[0].float())
+    return decoded
+
+
+def cpu_seconds(call) -> tuple[float, float, list[torch.Tensor]]:
+    """(process CPU seconds, wall seconds, result); on a GPU the first is wall time too."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return (wall if torch.cuda.is_available() else cpu), wall, result
+
+
+def measure(columns: int, order: str, bits: int, repeat: int, device: str) -> dict:
+    generator = torch.Generator().manual_seed(columns)
+    totals = [[0.0, 0.0] for _ in range(repeat)]
+    losses = [0.0, 0.0]
+    for group in layer_groups(columns):
+        a, diagonal = hessian(columns, generator, device)
+        weights = [(torch.randn(r, columns, generator=generator) * 0.02).to(device) for r in group.rows]
+        calls = (
+            lambda w=weights, a=a, d=diagonal: ours(w, a, d, bits, order),
+            lambda w=weights, a=a: theirs(w, a, bits, order, 2 * columns),
+        )
+        for i in range(repeat):
+            for which in (0, 1) if i % 2 == 0 else (1, 0):
+                seconds, _, decoded = cpu_seconds(calls[which])
+                totals[i][which] += seconds
+                if i == 0:
+                    losses[which] += sum(solver.weighted_loss(q, w, a) for q, w in zip(decoded, weights))
+    return {
+        "columns": columns, "order": order, "bits": bits, "ours": statistics.median(t[0] for t in totals),
+        "theirs": statistics.median(t[1] for t in totals), "ratio": statistics.median(t[0] / t[1] for t in totals),
+        "ratios": [round(t[0] / t[1], 3) for t in totals], "loss": losses[0] / losses[1],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--columns", type=int, nargs="+", default=[256, 896, 1536, 3584])
+    parser.add_argument("--orders", nargs="+", choices=list(ORDERS), default=["gar"])
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    measure(256, "natural", args.bits, 1, args.device)  # the first call of each pays for imports
+    rows = []
+    print("columns order      ours s  theirs s  ratio   loss ours/theirs   pairs")
+    for columns in args.columns:
+        for order in args.orders:
+            with torch.no_grad():
+                r = measure(columns, order, args.bits, args.repeat, args.device)
+            rows.append(r)
+            print(
+                f"{columns:7} {order:9} {r['ours']:7.2f} {r['theirs']:9.2f} {r['ratio']:6.3f} {r['loss']:9.5f}   {r['ratios']}",
+                flush=True,
+            )
+    if args.json:
+        args.json.write_text(
+            json.dumps({"device": args.device, "threads": torch.get_num_threads(), "rows": rows}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
