@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from vlmq_export.formats.base import FormatOptions, relative_error
 from vlmq_export.formats.onnx.checks import FORMAT_GATE, HALF_GATE
 from vlmq_export.formats.onnx.genai_check import PIXELS, GenaiModel, _odd_sizes, genai_rows, image_files
 from vlmq_export.formats.onnx.runner import OnnxRunner, available
+from vlmq_export.parity import required_runtimes
 from vlmq_export.quantizer.calibration import read_rows
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.reference import Reference
@@ -190,8 +192,15 @@ def test_a_package_for_cuda_has_standard_attention_and_says_so_in_genai_config(t
 # -- onnxruntime-genai ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def genai():
+    if find_spec("onnxruntime_genai") is None:
+        assert "genai" not in required_runtimes(), "VLMQ_REQUIRE declares genai, which is not installed"
+        pytest.skip("onnxruntime-genai is an optional extra")
+
+
 @pytest.mark.parametrize(("graph", "dtype"), [("fused", "float32"), ("plain", "float32"), ("fused", "float16")])
-def test_genai_answers_as_the_reference_from_every_package(packages, graph, dtype):
+def test_genai_answers_as_the_reference_from_every_package(packages, graph, dtype, genai):
     reference, folder = packages(graph, dtype)
     rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=6))}
     assert rows["onnxruntime-genai: greedy answers that differ"].status == "passed"
@@ -199,7 +208,7 @@ def test_genai_answers_as_the_reference_from_every_package(packages, graph, dtyp
     assert rows["onnxruntime-genai: pixels of images that it resizes"].status == "info"
 
 
-def test_genai_resizes_as_the_reference_does(packages):
+def test_genai_resizes_as_the_reference_does(packages, genai):
     """Both use Pillow's bicubic filter: other pixels than those of the file, the same on both sides."""
     reference, folder = packages()
     (sample, images), *_ = _odd_sizes(reference, reference.prompts[:1])
@@ -209,7 +218,7 @@ def test_genai_resizes_as_the_reference_does(packages):
     assert relative_error(got, sample.pixel_values.numpy()) <= PIXELS
 
 
-def test_wrong_pixels_in_genai_are_seen(packages, tmp_path):
+def test_wrong_pixels_in_genai_are_seen(packages, tmp_path, genai):
     reference, folder = packages()
     shutil.copytree(folder, tmp_path / "onnx")
 
@@ -223,7 +232,7 @@ def test_wrong_pixels_in_genai_are_seen(packages, tmp_path):
 
 
 @pytest.mark.slow
-def test_genai_answers_256_questions_from_image_files(tmp_path):
+def test_genai_answers_256_questions_from_image_files(tmp_path, genai):
     reference, folder = export(tmp_path, GRIDS["w4g128"])
     reference = Reference(reference.artifact, read_rows(HELDOUT)[:256])
     rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=256))}
@@ -231,7 +240,7 @@ def test_genai_answers_256_questions_from_image_files(tmp_path):
     assert row.compared == 256 and row.status == "passed", row
 
 
-def test_genai_with_two_images_in_one_prompt(packages):
+def test_genai_with_two_images_in_one_prompt(packages, genai):
     reference, folder = packages()
     one, two = reference.rows[0], reference.rows[2]
     both = replace(one, id="two", images=one.images + two.images, messages=({
