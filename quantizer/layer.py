@@ -14,6 +14,7 @@ from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids import grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gradients, token_factors
 from vlmq_export.quantizer.methods import Method, method_named
+from vlmq_export.quantizer.model import tensor_cores
 from vlmq_export.quantizer.statistics import Statistics
 from vlmq_export.quantizer.walk import LayerWalk
 
@@ -115,6 +116,7 @@ def _solve(
     return solved
 
 
+@tensor_cores()
 def _losses(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -> dict:
     """The weighted loss against the target of the method's objective, and relative to that target's own energy."""
     loss = solver.weighted_loss(rounded, target, matrix)

@@ -11,14 +11,16 @@ formed in float32 first: D has no large terms that cancel.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from vlmq_export.quantizer.model import tensor_cores
+
 Precision = Literal["float32", "tf32", "bf16", "bf16x3"]
-PRECISION: dict[str, Precision] = {"cpu": "float32", "cuda": "bf16"}  # by device type
+PRECISION: dict[str, Precision] = {"cpu": "float32", "cuda": "tf32"}  # by device type
 _BAND = 1024  # rows of A that are summed together: what lies left of their diagonal is a mirror image
 
 
@@ -38,17 +40,6 @@ def product(x: torch.Tensor, y: torch.Tensor, precision: Precision) -> torch.Ten
         return tf32(x).T @ tf32(y)
     with tensor_cores() if precision == "tf32" else nullcontext():
         return x.T @ y
-
-
-@contextmanager
-def tensor_cores():
-    """float32 products in TensorFloat-32 on CUDA; nothing changes on the CPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:
