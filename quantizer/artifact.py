@@ -102,19 +102,28 @@ class Manifest:
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call write(temporary sibling) and rename it to `path`, mode 0644, when whole."""
+    """Call write(temporary sibling) and rename it to `path`, mode 0644, when whole and on the disk.
+
+    Raises ArtifactError where it cannot be written; nothing is left of it then.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            write(temporary)
-        except SafetensorError as e:  # its errors of input and output are no OSError
-            raise ArtifactError(f"{path}: cannot be written ({e}); free space and use --resume") from None
+        write(temporary)
         temporary.chmod(0o644)  # safetensors creates its files with mode 0600
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
+        sync(temporary)
         temporary.replace(path)
+    except (SafetensorError, OSError) as e:  # safetensors' errors of input and output are no OSError
+        raise ArtifactError(
+            f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); free space and use --resume"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
 
 
 def write_json(path: Path, value) -> None:

@@ -31,6 +31,7 @@ class Row:
     messages: tuple[dict, ...]  # {"role", "content": [{"type": "text", "text"} | {"type": "image"}]}
     images: tuple[Path, ...]
     task: str = ""
+    where: str = ""  # row or line number in its file
 
     @property
     def answer(self) -> str:
@@ -129,7 +130,7 @@ def _row(raw: object, root: Path, where: str) -> Row:
     if placeholders != len(images):
         raise ValueError(f"{placeholders} image placeholders for {len(images)} images")
     paths = [_image_path(str(i), root) for i in images]
-    return Row(str(raw.get("id", where)), tuple(messages), tuple(paths), str(raw.get("task", "")))
+    return Row(str(raw.get("id", where)), tuple(messages), tuple(paths), str(raw.get("task", "")), where)
 
 
 def _llava_turn(turn: dict) -> dict:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.model import tensor_cores
 
 # As named in every supported family; the paper weighs these four and leaves the MLP alone.
@@ -68,16 +69,17 @@ def token_factors(gradient: torch.Tensor, norm: str) -> torch.Tensor:
     return gradient.abs().mean(-1) if norm == "l1" else gradient.norm(dim=-1)
 
 
-def normalized(factors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The factors of one projection over all samples, scaled to mean(g²) = 1 (D1); all ones if the largest is 0 (D3).
+def normalized(factors: Iterable[torch.Tensor], ranks: Ranks = ALONE) -> list[torch.Tensor]:
+    """The factors of one projection over all samples of all ranks, scaled to mean(g²) = 1 (D1); all ones if the largest is 0 (D3).
 
     The scale of g has no influence on the integers; this one keeps float32 sums in range.
     """
     factors = list(factors)
-    largest = max((float(g.max()) for g in factors if g.numel()), default=0.0)
+    largest = ranks.largest(max((float(g.max()) for g in factors if g.numel()), default=0.0))
     if largest == 0:
         return [torch.ones_like(g) for g in factors]
-    total = sum(float((g.double() / largest).square().sum()) for g in factors)
-    count = sum(g.numel() for g in factors)
+    total, count = ranks.total(
+        sum(float((g.double() / largest).square().sum()) for g in factors), sum(g.numel() for g in factors)
+    )
     scale = (count / total) ** 0.5 / largest
     return [(g.double() * scale).float() for g in factors]

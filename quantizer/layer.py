@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from vlmq_export.errors import CheckpointError
 from vlmq_export.quantizer import solver
 from vlmq_export.quantizer.artifact import QuantizedLinear
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.grids import grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gradients, token_factors
 from vlmq_export.quantizer.methods import Method, method_named
@@ -26,25 +28,54 @@ def quantize_layer(
     prefix: str,  # hub name of the layer, with the dot
     groups: Sequence[Sequence[str]],  # linears that share an input, in the walk's order
     config: QuantConfig,
+    ranks: Ranks = ALONE,
 ) -> list[Solved]:
     """Solve every linear of a layer, and leave the decoded weights in it.
 
-    Group after group, so that each is calibrated on inputs that the groups before it have already disturbed.
+    Group after group, so that each is calibrated on inputs that the groups before it have already disturbed. Of several
+    ranks each solves its share of a group, from the sums of all.
     """
     method = method_named(config.method)
-    factors = importance_factors(walk, method.importance)
+    factors = importance_factors(walk, method.importance, ranks)
     solved: list[Solved] = []
     for stage, group in enumerate(groups):
         shared = [[name] for name in group] if group[0] in factors else [list(group)]
         sums = collect(walk, stage, shared, factors, method) if method.calibrated else [None] * len(shared)
-        for names in shared:
-            solved += _solve(walk.layer, prefix, names, sums.pop(0), config, method)
+        owners = [ranks.owner(unit) for unit in range(len(shared))]
+        sums = [part and ranks.collect(part, owner) for part, owner in zip(sums, owners)]
+        parts: list[list[Solved | None]] = []
+        for names, owner in zip(shared, owners):  # first everybody solves, then results go round
+            own = (part := sums.pop(0)) and part.rounded()
+            parts.append(
+                _solve(walk.layer, prefix, names, own, config, method) if ranks.rank == owner else [None] * len(names)
+            )
+        for names, owner, unit in zip(shared, owners, parts):
+            solved += [exchanged(walk.layer, prefix, n, part, config, ranks, owner) for n, part in zip(names, unit)]
         for name, (linear, _) in zip(group, solved[-len(group) :]):
             walk.put(name, linear)
     return solved
 
 
-def importance_factors(walk: LayerWalk, norm: str) -> dict[str, list[torch.Tensor]]:
+def exchanged(
+    layer: nn.Module, prefix: str, name: str, solved: Solved | None, config: QuantConfig, ranks: Ranks, owner: int
+) -> Solved:
+    """What the owner solved, on every rank."""
+    if ranks.size == 1:
+        return solved
+    module = layer.get_submodule(name)
+    groups = (module.out_features, config.groups(module.in_features))
+    parts = solved[0] if solved else _linear(
+        layer, prefix, name,
+        solver.Solution(
+            torch.empty(module.weight.shape, dtype=torch.uint8), torch.empty(groups, dtype=torch.float16),
+            torch.empty(groups, dtype=torch.uint8), torch.empty(module.in_features, dtype=torch.int32),
+        ), config,
+    )  # fmt: skip
+    tensors = {k: ranks.broadcast(getattr(parts, k), owner) for k in ("codes", "scales", "zero_points", "g_idx")}
+    return replace(parts, **tensors), ranks.broadcast_json(solved and solved[1], owner)
+
+
+def importance_factors(walk: LayerWalk, norm: str, ranks: Ranks = ALONE) -> dict[str, list[torch.Tensor]]:
     """projection → one factor a valid token, a tensor a batch, normalized over all of them."""
     if norm == "none":
         return {}
@@ -59,7 +90,7 @@ def importance_factors(walk: LayerWalk, norm: str) -> dict[str, list[torch.Tenso
             factors = {name: batch.tokens(token_factors(g, norm)) for name, g in gradients.items()}
         for name in PROJECTIONS:
             raw[name].append(factors[name])
-    return {name: normalized(factors) for name, factors in raw.items()}
+    return {name: normalized(factors, ranks) for name, factors in raw.items()}
 
 
 @torch.no_grad()

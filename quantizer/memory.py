@@ -7,7 +7,7 @@ Peak memory follows one decoder layer and the calibration set, never the model:
     layer        its weights in float32, and the group of linears that is being solved
     solver       statistics and factorization at the widest linear, n² times a few matrices
     batch        what the layer makes of BATCH_TOKENS tokens, attention of the importance's backward pass included
-    activations  the streams between two layers; these are what can rest in host memory or on disk instead
+    activations  both streams, and inside a layer what attention made of them; these can rest in host memory or on disk
 
 The constants are measured (docs/scale.md); a test holds the plan against the peak of a real run.
 """
@@ -81,16 +81,14 @@ def memory_plan(
     matrices = (3 if method.drift != "plain" else 1) * _FLOAT + 2 * 8 + _FLOAT if method.calibrated else 0
     batch = min(tokens, max(BATCH_TOKENS, seq_len))
     streams = (2 if method.two_streams else 1) if method.calibrated else 0
-    leads = sum(shapes.linears[start][1] for start in starts) if method.drift != "plain" else 0
     parts = {
         "first pass": shapes.prefix * _FLOAT if method.calibrated else 0,
         "layer": (sum(m * n for m, n in shapes.linears) + _GROUP_COPIES * group) * _FLOAT,
         "solver": matrices * widest**2,
         "batch": batch * (_BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * widest) * _FLOAT * bool(streams)
         + (batch * seq_len * shapes.heads * _BATCH_SCORES * _FLOAT if method.importance != "none" else 0),
-        "layer inputs": tokens * leads * _FLOAT,
     }
-    activations = tokens * shapes.hidden * streams * _FLOAT
+    activations = tokens * shapes.hidden * 2 * streams * _FLOAT
     work = max(parts["first pass"], sum(parts.values()) - parts["first pass"])
     host_room, device_room = int(_SHARE * host_free), int(_SHARE * device_free)
     on_cuda = device_free > 0
@@ -110,9 +108,14 @@ def memory_plan(
 
 
 def free_memory(device: torch.device, limit: float | None = None) -> tuple[int, int]:
-    """(host, device) bytes that a run may take; `limit` in GB replaces what the host says is available."""
+    """(host, device) bytes that this process may take; `limit` in GB replaces what the host says is available.
+
+    The processes that torchrun started on one host share its memory.
+    """
     device_free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    return (int(limit * 10**9) if limit else _host_available()), device_free
+    return (int(limit * 10**9) if limit else _host_available()) // int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
+    ), device_free
 
 
 def _host_available() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 
 import torch
@@ -14,12 +15,14 @@ from vlmq_export.quantizer.untrusted import third_party
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UsageError where it was asked for and is not there."""
+    """`auto` is CUDA where there is one, its own under torchrun. Raises UsageError where it was asked for and is not there."""
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device} is not known; choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,17 +35,21 @@ from vlmq_export.quantizer.artifact import (
 from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
+from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.families import family_of, layer_count
 from vlmq_export.quantizer.layer import quantize_layer
+from vlmq_export.quantizer.memory import peak_host
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
 from vlmq_export.quantizer.shelf import Place, Shelf
 from vlmq_export.quantizer.streams import Batch, decoder_inputs, put
+from vlmq_export.quantizer.timing import Clock
 from vlmq_export.quantizer.untrusted import read_json
 from vlmq_export.quantizer.walk import LayerWalk
 
 log = logging.getLogger("vlmq_export")
 SCRATCH = ".activations.tmp"
+_WHOLE = -1  # layers "done" of a folder that has its manifest
 RUN = "run.json"  # what this folder is a run of: a resumed run must ask for the same
 TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
 MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
@@ -90,13 +93,15 @@ def quantize(
     device: str = "auto",
     resume: bool = False,
     place: Place = "device",
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
     """Write the artifact of `checkpoint` into `folder`; a folder with a manifest is whole.
 
     `calibration` is what the manifest says of the samples. With `resume`, layers that are on disk are not solved again
-    and the folder ends with the bytes of a run that was never stopped (same device and number of threads).
+    and the folder ends with the bytes of a run that was never stopped (same device, number of threads and of ranks). Of
+    several ranks each is given all samples and walks its share; the first writes, the others need to read what it wrote.
 
     Raises UsageError, CheckpointError and CalibrationError before heavy work where it can; ArtifactError when the folder
     belongs to another run; Interrupted after a layer was published and `should_stop()` is true.
@@ -108,15 +113,23 @@ def quantize(
     check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
     if method.calibrated and not samples:
         raise CalibrationError(f"method {config.method} needs calibration samples; give some, or use --method rtn")
-    clock = Clock()
+    clock = Clock(target)
+    clock.tokens = sum(len(sample.input_ids) for sample in samples)
     with clock("load"):
         model = StreamedModel(checkpoint, target)
-    done = _claim(folder, _identity(checkpoint, samples, config, calibration, target), resume)
-    if (folder / MANIFEST).is_file():
+    done = 0
+    if ranks.first:
+        done = _claim(
+            folder, _identity(checkpoint, samples, config, calibration, target) | {"ranks": ranks.size}, resume
+        )
+        if (folder / MANIFEST).is_file():
+            done = _WHOLE
+    if (done := ranks.same(done)) == _WHOLE:
         return
-    with clock("floats"):
-        write_source(folder, checkpoint)
-        write_floats(folder, checkpoint, _float_names(checkpoint, family.linear_names(count)))
+    if ranks.first:
+        with clock("floats"):
+            write_source(folder, checkpoint)
+            write_floats(folder, checkpoint, _float_names(checkpoint, family.linear_names(count)))
     batches: list[Batch] = []
     lost = 0
     with exact_arithmetic(), _shelf(target, place, folder) as shelf:
@@ -126,37 +139,46 @@ def quantize(
                 with model.filled_prefix(ids) as prefix:
                     batches = decoder_inputs(
                         prefix, model.layer(0), samples, two_streams=method.two_streams, device=target,
-                        added=family.added, shelf=shelf,
+                        added=family.added, shelf=shelf, ranks=ranks,
                     )  # fmt: skip
-                lost = sum(batch.drop_non_finite() for batch in batches)
+                lost = ranks.count(sum(batch.drop_non_finite() for batch in batches))
                 refuse_many_lost(lost, len(samples))
         for i in range(count):
             progress("quantize", i, count)
-            if method.calibrated and not any(bool(b.valid.any()) for b in batches):
+            if method.calibrated and not ranks.count(sum(int(b.valid.sum()) for b in batches)):
                 raise CalibrationError(
                     f"no sample has finite activations at layer {i}; the model or the images are damaged"
                 )
             solved = i < done
-            with clock("layers"), model.filled_layer(i) as layer:
+            with clock("layers", None if solved else i), model.filled_layer(i) as layer:
                 walk = LayerWalk(layer, batches, two_streams=method.two_streams)
                 if solved:
                     walk.pass_full()
                     _restore(layer, folder, i, f"{family.layers}{i}.")
                 else:
-                    linears = quantize_layer(walk, f"{family.layers}{i}.", family.groups, config)
-                    write_layer(folder, i, [q for q, _ in linears], [_record(q, i, metrics) for q, metrics in linears])
-                lost += walk.advance()
+                    linears = quantize_layer(walk, f"{family.layers}{i}.", family.groups, config, ranks)
+                    if ranks.first:
+                        records = [_record(q, i, metrics) for q, metrics in linears]
+                        write_layer(folder, i, [q for q, _ in linears], records)
+                lost += ranks.count(walk.advance())
                 refuse_many_lost(lost, len(samples))
-            if not solved and i + 1 < count and should_stop():
-                raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
+            if not solved:
+                log.debug(
+                    "layer %d of %d: %.1f s, %.0f tokens/s, peak %.2f GB",
+                    i + 1, count, clock.layers[i], clock.tokens_per_second(), peak_host() / 1e9,
+                )  # fmt: skip
+                if i + 1 < count and ranks.count(should_stop()):
+                    raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
     progress("quantize", count, count)
+    if not ranks.first:
+        return
     if method.calibrated:
         calibration = calibration | {"non_finite": lost}
     if lost:
         log.warning("%d of %d samples left out: their activations are not finite", lost, len(samples))
     modules = [record for i in range(count) for record in read_layer_records(folder, i)]
     _warn_of_fallbacks(modules)
-    write_json(folder / TIMING, clock.seconds)
+    write_json(folder / TIMING, clock.to_dict())
     manifest = Manifest(
         SCHEMA, __version__, name, checkpoint.model_type, checkpoint.fingerprint(), config.to_dict(), calibration, modules
     )  # fmt: skip
@@ -190,21 +212,6 @@ def refuse_many_lost(lost: int, samples: int) -> None:
 class _Shape:
     name: str
     in_features: int
-
-
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 3)
 
 
 def _float_names(checkpoint: Checkpoint, linears: Sequence[str]) -> list[str]:
@@ -247,11 +254,23 @@ def _claim(folder: Path, identity: dict, resume: bool) -> int:
         return 0
     before = read_json(file, error=ArtifactError)
     if changed := [key for key in identity if before.get(key) != identity[key]]:
-        raise ArtifactError(f"{folder} was begun with another {' and '.join(changed)}; give the same, or start again")
+        details = "; ".join(filter(None, (_difference(key, before.get(key), identity[key]) for key in changed)))
+        raise ArtifactError(
+            f"{folder} was begun with another {' and '.join(changed)} ({details}); give the same, or start again"
+        )
     layers = 0
     while (folder / layer_file(layers)).is_file():
         layers += 1
     return layers
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    """What changed, in a few words: keys of a dict with their values where these are short."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        changed = [k for k in before | now if before.get(k) != now.get(k)]
+        return ", ".join(_difference(k, before.get(k), now.get(k)) for k in changed)
+    short = all(len(str(value)) <= 40 for value in (before, now))
+    return f"{name} was {before}, now {now}" if short else f"{name} has other contents"
 
 
 def _restore(layer: nn.Module, folder: Path, index: int, prefix: str) -> None:

@@ -2,8 +2,10 @@
 
     A = Σ g² x xᵀ        D = Σ g² (x̃ − x) xᵀ        sums over all tokens
 
-x is the input in the quantized stream, x̃ in the full-precision stream, g the token's importance. Plain sums in float32:
-their order does not matter beyond rounding, parts can be merged, and A and D share weights, masks and precision.
+x is the input in the quantized stream, x̃ in the full-precision stream, g the token's importance. Each batch's product is
+added up in float64, then rounded once: the sums are the same whatever the order of the batches, and so are the integers.
+(One code that differs in the last bit of a sum changes the inputs of every layer after it: with float32 sums a run on two
+ranks kept 85 % of the codes.) Parts can be merged; A and D share weights, masks and precision.
 
 Products may take their factors in less than float32; what that costs is measured in docs/performance.md. x̃ − x is always
 formed in float32 first: D has no large terms that cancel.
@@ -57,9 +59,9 @@ def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Statistics:
     """Sums over the tokens seen so far of one linear, or of linears that share input and weights."""
 
-    upper: torch.Tensor  # A, float32 [in, in], of which only bands on and above the diagonal are summed
-    drift: torch.Tensor | None  # D, float32 [in, in]; None where the method has one stream only
-    diagonal: torch.Tensor  # Σ x², unweighted, float32 [in]: 0 is a dead input, which a small g must not fake
+    upper: torch.Tensor  # A, float64 [in, in] while it is added to, of which only bands from the diagonal on are summed
+    drift: torch.Tensor | None  # D, float64 likewise; None where the method has one stream only
+    diagonal: torch.Tensor  # Σ x², unweighted, float64 [in]: 0 is a dead input, which a small g must not fake
     precision: Precision = "float32"
     tokens: int = 0
     weight: float = 0.0  # Σ g²
@@ -72,7 +74,7 @@ class Statistics:
         """`precision` of the products: the device's own unless given."""
 
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         square = (in_features, in_features)
         return cls(
@@ -82,7 +84,7 @@ class Statistics:
 
     @property
     def hessian(self) -> torch.Tensor:
-        """A, float32 [in, in], symmetric to the bit."""
+        """A, [in, in], symmetric to the bit."""
         for start in range(0, len(self.upper), _BAND):
             stop = start + _BAND
             self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
@@ -118,6 +120,12 @@ class Statistics:
         self.tokens += other.tokens
         self.weight += other.weight
         self.weight_squared += other.weight_squared
+
+    def rounded(self) -> Statistics:
+        """These sums in float32, which the solver works on; the float64 ones are given up."""
+        self.upper, self.diagonal = self.upper.float(), self.diagonal.float()
+        self.drift = None if self.drift is None else self.drift.float()
+        return self
 
     @property
     def effective_tokens(self) -> float:

@@ -15,6 +15,7 @@ from torch import nn
 
 from vlmq_export.quantizer.artifact import QuantizedLinear
 from vlmq_export.quantizer.calibration import Sample
+from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.shelf import Shelf
 
 BATCH_TOKENS = 4096
@@ -122,8 +123,9 @@ def decoder_inputs(
     device: torch.device,
     added: tuple[str, str] | None = None,
     shelf: Shelf | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Batch]:
-    """Run vision tower and embeddings, and stop at the first decoder layer. `added`: see Family."""
+    """Of several ranks each gets its share of the batches, which are the same for any number of ranks. Run vision tower and embeddings, and stop at the first decoder layer. `added`: see Family."""
     caught: list[tuple[torch.Tensor, dict]] = []
     given: dict = {}  # to the language model
 
@@ -134,7 +136,7 @@ def decoder_inputs(
 
     batches = []
     with before(first_layer, catch), before(model.model.language_model, lambda _args, kwargs: given.update(kwargs)):
-        for group in _equal_lengths(samples):
+        for group in ranks.share(list(_equal_lengths(samples))):
             try:
                 model.model(**_stack(group, device), use_cache=False)
             except Stop:

@@ -352,4 +352,8 @@ def test_progress_and_timing(small, samples, tmp_path):
         progress=lambda *a: seen.append(a),
     )
     assert seen == [("quantize", i, 3) for i in range(4)]
-    assert set(json.loads((tmp_path / "a" / "timing.json").read_text())) == {"floats", "load", "prefix", "layers"}
+    timing = json.loads((tmp_path / "a" / "timing.json").read_text())
+    assert set(timing["seconds"]) == {"floats", "load", "prefix", "layers"}
+    assert list(timing["layers"]) == ["0", "1", "2"] and min(timing["layers"].values()) > 0
+    assert timing["tokens"] == sum(len(s.input_ids) for s in samples[:2]) and timing["tokens_per_second"] > 0
+    assert timing["peak_host_bytes"] > 10**8 and timing["peak_device_bytes"] == 0

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from tests.artifacts import GRIDS, rtn_artifact
+from vlmq_export import formats
 from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
+from vlmq_export.formats.base import CheckSettings, FormatOptions
+from vlmq_export.parity import check_formats
 from vlmq_export.quantizer.calibration import read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.reference import Reference, Weights
@@ -51,3 +54,20 @@ def test_rows_of_the_same_id_keep_their_own_results(artifact):
     alone = Reference(artifact.path, rows)
     for ours, theirs in zip(reference.prompts, alone.prompts):
         assert np.array_equal(reference.logits(ours), alone.logits(theirs))
+
+
+def test_a_model_too_large_for_the_memory_is_compared_weight_by_weight_and_said_not_to_be_run(artifacts, tmp_path):
+    """Nothing that was not run counts as passed, even where the environment declares the runtime present."""
+    artifact, folder = artifacts("w4g128"), tmp_path / "gptq"
+    folder.mkdir()
+    formats.get("gptq").write(artifact, folder, FormatOptions(name="m"))
+    rows = read_rows(HELDOUT)[:2]
+    assert Reference(artifact.path, rows, memory=10**12).too_large == "" == Reference(artifact.path, rows).too_large
+    reference = Reference(artifact.path, rows, memory=10**7)
+    assert "GB for whole models in float32" in reference.too_large
+    parity = check_formats({"gptq": folder}, reference, FormatOptions(name="m"), CheckSettings(images=2, questions=2))
+    assert not parity.verified and not parity.failures()
+    assert {c.status for c in parity.checks if c.level == "L1" and "our decoder" in c.name} == {"passed"}
+    whole = [c for c in parity.checks if c.level in ("L2", "L3")]
+    assert whole and all(c.status == "not run" and c.detail == reference.too_large for c in whole)
+    assert "model" not in vars(reference)  # never loaded

@@ -30,7 +30,7 @@ def whole(tmp_path_factory):
     return contents(out)
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_resume_gives_the_same_bytes(whole, tmp_path, stop, code):
     out = tmp_path / "out"
     process = start(out)
@@ -40,7 +40,7 @@ def test_resume_gives_the_same_bytes(whole, tmp_path, stop, code):
     process.send_signal(stop)
     _, err = process.communicate(timeout=120)
     assert process.returncode == code, err
-    if code == 75:
+    if code > 0:
         assert len(err.strip().splitlines()) == 1 and "--resume" in err
     assert not (out / "artifact" / "manifest.json").exists()
     again = start(out, "--resume")

@@ -113,7 +113,7 @@ def statistics_of(layer, batches) -> dict:
     sums = {}
     for stage, group in enumerate(DECODER_GROUPS):
         parts = collect(walk, stage, [[n] for n in group], factors, method_named("vlmq"))
-        sums |= dict(zip(group, parts))
+        sums |= dict(zip(group, (part.rounded() for part in parts)))
     return sums
 
 

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlmq_export import __version__
-from vlmq_export.errors import PARITY_FAILED, UsageError, VlmqError
+from vlmq_export.errors import CTRL_C, PARITY_FAILED, Interrupted, UsageError, VlmqError
 from vlmq_export.recipe import (
     ActOrder,
     Device,
@@ -96,7 +96,7 @@ def export(
 ) -> None:
     """Quantize MODEL and write it for each --format, then prove each file in its runtime.
 
-    Exit codes: 0 fine, 1 failed, 2 usage, 3 a parity gate failed, 75 stopped but resumable.
+    Exit codes: 0 fine, 1 failed, 2 usage, 3 a parity gate failed; 75 or, by Ctrl-C, 130 stopped but resumable.
     """
     flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None and v != []}
     _run(lambda: _export(load_recipe(recipe, flags), overwrite, resume, dry_run, as_json, quiet), as_json, quiet, verbose)
@@ -139,16 +139,17 @@ def _export(recipe: Recipe, overwrite: bool, resume: bool, dry_run: bool, as_jso
         else:
             terminal.print_plan(plan)
         return UsageError.exit_code if plan.refusals else 0
-    with terminal.Stages(quiet) as stages, _stop_signals() as stopped:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
+    with terminal.Stages(quiet or not first) as stages, _StopSignals() as stopped:
         result = pipeline.run(recipe, overwrite=overwrite, resume=resume, hooks=pipeline.Hooks(stages, stopped))
-    return _present(result, as_json)
+    return _present(result, as_json) if first else 0
 
 
 def _verify(out: Path, verify_data: Path | None, image_root: Path | None, as_json: bool, quiet: bool) -> int:
     from vlmq_export import pipeline, terminal
 
-    with terminal.Stages(quiet) as stages:
-        hooks = pipeline.Hooks(stages)
+    with terminal.Stages(quiet) as stages, _StopSignals() as stopped:
+        hooks = pipeline.Hooks(stages, stopped)
         result = pipeline.verify(out, verify_data=verify_data, image_root=image_root, hooks=hooks)
     return _present(result, as_json)
 
@@ -191,29 +192,37 @@ def _print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-class _stop_signals:
-    """SIGTERM and Ctrl-C ask for a stop after the layer in hand; a second Ctrl-C stops at once."""
+class _StopSignals:
+    """SIGTERM and Ctrl-C ask for a stop after the layer in hand; a second one stops at once. Both leave a run to resume."""
 
-    def __enter__(self):
-        self.asked = False
+    def __enter__(self) -> _StopSignals:
+        self.number: int | None = None
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return lambda: self.asked
+        return self
 
-    def _ask(self, number, _frame) -> None:
-        if self.asked:
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    def _ask(self, number: int, _frame) -> None:
+        again, self.number = self.number is not None, number
+        if again:
             raise KeyboardInterrupt
-        self.asked = True
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _kind, error, _trace) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt):
+            error = Interrupted("stopped at once; continue with --resume")
+        if isinstance(error, Interrupted):
+            error.exit_code = CTRL_C if self.number == signal.SIGINT else Interrupted.exit_code
+            raise error from None
 
 
 def _run(job, as_json: bool, quiet: bool, verbose: int) -> None:
     """Call `job`, turn what a user can meet into one line and an exit code."""
     from vlmq_export import terminal
 
-    terminal.set_up_logging(verbose, quiet)
+    terminal.set_up_logging(verbose, quiet or os.environ.get("RANK", "0") != "0")
     try:
         code = job()
     except (VlmqError, OSError) as e:
@@ -224,7 +233,7 @@ def _run(job, as_json: bool, quiet: bool, verbose: int) -> None:
             _print_json({"error": message, "exit_code": code})
     except KeyboardInterrupt:
         terminal.err.print("stopped; --resume continues", highlight=False)
-        code = 75
+        code = CTRL_C
     raise typer.Exit(code)
 
 

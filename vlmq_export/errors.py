@@ -46,9 +46,10 @@ class MissingRuntime(VlmqError):
 
 
 class Interrupted(VlmqError):
-    """Stopped by a signal after publishing what was whole; `--resume` continues; exit code 75."""
+    """Stopped by a signal after publishing what was whole; `--resume` continues; exit code 75, of Ctrl-C 130."""
 
     exit_code = 75
 
 
+CTRL_C = 130  # exit code of a shell's command that was stopped from the keyboard
 PARITY_FAILED = 3  # exit code when files were written but a parity gate failed

@@ -88,7 +88,7 @@ def check_formats(
             rows = [Check(name, "L1", "files read back", "failed", detail=str(e))]
         if name in required:  # the environment says that this runtime is here: not running it is a failure
             for row in rows:
-                if row.status == "not run":
+                if row.status == "not run" and row.detail != reference.too_large:
                     row.status, row.detail = "failed", f"not run, but {REQUIRE} declares {name} present: {row.detail}"
         checks += rows
         seconds[name] = round(time.perf_counter() - start, 1)

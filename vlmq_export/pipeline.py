@@ -20,10 +20,12 @@ from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageE
 from vlmq_export.formats.base import Check, CheckSettings
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
-from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
-from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, truncate
+from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
+from vlmq_export.quantizer.calibration import Row, Sample, read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
+from vlmq_export.quantizer.distributed import Ranks, joined
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.loading import read_samples
 from vlmq_export.quantizer.memory import MemoryPlan, free_memory
 from vlmq_export.quantizer.model import pick_device
 from vlmq_export.quantizer.quantize import quantize
@@ -80,30 +82,38 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
     rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
-    samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks.progress)
-    with claimed(out, overwrite=overwrite):
-        result = Result(out, plan)
-        write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
-        with result.timed("quantize"):
-            if checkpoint is not None:
-                memory = plan_memory(
-                    plan.model,
-                    recipe,
-                    plan.memory.host_free,
-                    plan.memory.device_free,
-                    sum(len(s.input_ids) for s in samples),
-                )
-                _tell_memory(memory)
-                quantize(
-                    checkpoint, samples, recipe.quant_config(), out / "artifact", name=plan.model.name, calibration=described,
-                    device=recipe.device.value, resume=resume, place=memory.place, progress=hooks.progress, should_stop=hooks.should_stop,
-                )  # fmt: skip
-            elif artifact is not None and not (out / "artifact").exists():
-                _publish(out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True))
-        _export(recipe, out, result, hooks)
-        source = model if checkpoint else None
-        finish(out, recipe, result, rows, source, hooks)
+    samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks)
+    result = Result(out, plan)
+    with joined(pick_device(recipe.device.value)) as ranks:
+        if not ranks.first:
+            _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+            return result
+        with claimed(out, overwrite=overwrite):
+            write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
+            with result.timed("quantize"):
+                if checkpoint is not None:
+                    _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+                elif artifact is not None and not (out / "artifact").exists():
+                    _publish(
+                        out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
+                    )
+            _export(recipe, out, result, hooks)
+            finish(out, recipe, result, rows, model if checkpoint else None, hooks)
     return result
+
+
+def _quantize(
+    recipe, checkpoint, samples, described, result: Result, hooks: Hooks, ranks: Ranks, *, resume: bool
+) -> None:
+    memory = result.plan.memory
+    tokens = sum(len(s.input_ids) for s in samples) // ranks.size
+    memory = plan_memory(result.plan.model, recipe, memory.host_free, memory.device_free, tokens)
+    _tell_memory(memory)
+    quantize(
+        checkpoint, samples, recipe.quant_config(), result.out / "artifact", name=result.plan.model.name,
+        calibration=described, device=recipe.device.value, resume=resume, place=memory.place, ranks=ranks,
+        progress=hooks.progress, should_stop=hooks.should_stop,
+    )  # fmt: skip
 
 
 def dry_run(recipe: Recipe) -> RunPlan:
@@ -196,7 +206,7 @@ def refuse_missing_packages(recipe: Recipe) -> None:
             log.warning("%s will be written but not proven: %s not installed; %s", name, lacking, hint)
 
 
-def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> tuple[list[Sample], dict]:
+def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) -> tuple[list[Sample], dict]:
     """The samples of the recipe, and what the manifest says of them."""
     if recipe.method.value == "rtn":
         return [], {"rows": 0}
@@ -205,16 +215,13 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, progress: Progre
         log.warning("calibrating on the bundled drawn images; give --calibration for images like those of your users")
     rows = draw(read_rows(path, recipe.image_root), recipe.samples, recipe.seed)
     seq_len = recipe.seq_len or family_of(checkpoint.config).seq_len
-    preprocessor = Preprocessor(checkpoint.path)
-    samples, dropped = [], 0
-    for done, row in enumerate(rows):
-        progress("read samples", done, len(rows))
-        sample = truncate(preprocessor.sample(row), seq_len)
-        if sample is None:
-            dropped += 1
-        else:
-            samples.append(sample)
-    progress("read samples", len(rows), len(rows))
+
+    def progress(done: int) -> None:
+        hooks.progress("read samples", done, len(rows))
+        if hooks.should_stop():
+            raise Interrupted("stopped while reading samples; nothing was written")
+
+    samples, dropped = read_samples(checkpoint.path, rows, seq_len, progress=progress)
     if not samples:
         raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
     if dropped:
@@ -241,8 +248,8 @@ def refuse_output(out: Path, model: Path, recipe: Recipe, *, overwrite: bool, re
         raise UsageError(f"--out {out} holds the model itself; choose another folder")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; choose another name")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
+    if not out.is_dir() or not any(p for p in out.iterdir() if p.name != LOCK and not _is_leftover(p)):
+        return  # nothing there, or what a run left that was killed before it wrote anything
     if not (out / RECIPE_FILE).is_file():
         raise UsageError(f"--out {out} holds files that vlmq-export did not write; choose another folder")
     if not overwrite and not resume:
@@ -263,14 +270,20 @@ def claimed(out: Path, *, overwrite: bool):
     except OSError as e:
         raise UsageError(f"--out {out} cannot be written ({e.strerror})") from None
     try:
-        if overwrite:
-            for path in out.iterdir():
-                if path.name != LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in sorted(
+            out.iterdir(), key=lambda p: p.name == RECIPE_FILE
+        ):  # the recipe, which says whose it is, last
+            if path.name != LOCK and (overwrite or _is_leftover(path)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
     finally:
-        lock.release()
         (out / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a killed process left it: what it had not renamed yet."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def _same_recipe(recipe: Recipe, out: Path) -> None:
@@ -285,11 +298,12 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
 def _publish(target: Path, write: Callable[[Path], object]) -> object:
     """Call write(temporary sibling folder) and rename it to `target` when whole."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    for stale in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(stale)
     try:
         temporary.mkdir()
         value = write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync(file)
         temporary.rename(target)
         return value
     except OSError as e:
@@ -337,7 +351,8 @@ def finish(
     if verify if verify is not None else recipe.verify:
         settings = CheckSettings(threads=os.cpu_count() or 1)
         with result.timed("verify"):
-            reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source)
+            memory, _ = free_memory(pick_device("cpu"), recipe.max_memory)
+            reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source, memory)
             result.parity = check_formats(folders, reference, options, settings, hooks.progress, hooks.should_stop)
         if changed is not None:
             result.parity.checks.insert(0, _checksum_row(changed))

@@ -21,6 +21,9 @@ from safetensors import safe_open
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample
 from vlmq_export.quantizer.families import family_of
 
+# A weight, while the reference is loaded (decoded, and in the model) and once more in the runtime beside it.
+_WHOLE_MODEL_BYTES = 3 * 4
+
 
 class Weights:
     """Hub tensor name → what the shipped model must decode to, read from an artifact folder (or a source for floats)."""
@@ -78,10 +81,12 @@ class Weights:
 class Reference:
     """The reference model with its held-out prompts. Everything is computed once and kept."""
 
-    def __init__(self, artifact: Path, rows: list[Row], source: Path | None = None):
-        """`rows`: held-out conversations with images; the last assistant turn is the expected answer."""
+    def __init__(self, artifact: Path, rows: list[Row], source: Path | None = None, memory: int | None = None):
+        """`rows`: held-out conversations with images; the last assistant turn is the expected answer. `memory`: bytes that
+        whole models may take, None for any number."""
         self.artifact = artifact
         self.source = source
+        self.memory = memory
         self.weights = Weights(artifact, source)
         self.folder = artifact / "source"
         self.config: dict = json.loads((self.folder / "config.json").read_text("utf-8"))
@@ -91,6 +96,14 @@ class Reference:
         self.rows = [replace(row, id=f"{row.id} ({n})") if row.id in twice else row for n, row in enumerate(rows)]
         self._logits: dict[str, np.ndarray] = {}
         self._answers: dict[str, list[int]] = {}
+
+    @cached_property
+    def too_large(self) -> str:
+        """Why whole models are not run, or nothing. Weights are compared one at a time whatever their number."""
+        need = _WHOLE_MODEL_BYTES * self.weights.count
+        if self.memory is None or need <= self.memory:
+            return ""
+        return f"needs {need / 1e9:.0f} GB for whole models in float32, {self.memory / 1e9:.0f} GB are there"
 
     @cached_property
     def prompts(self) -> list[Sample]:

@@ -8,17 +8,19 @@ import time
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vlmq_export.formats.base import Inspection
 from vlmq_export.parity import Parity
 from vlmq_export.plan import RunPlan
 from vlmq_export.quantizer.memory import MemoryPlan
+from vlmq_export.quantizer.timing import time_left
 from vlmq_export.report import table_rows
 
 out = Console()
 err = Console(stderr=True)
+QUIET_SECONDS = 60  # between two lines of a stage that goes on, when piped
 _STATUS = {"passed": "green", "failed": "bold red", "not run": "yellow", "info": "dim"}
 
 
@@ -50,10 +52,11 @@ class Stages:
         self.quiet = quiet
         self.bar = None if quiet or not err.is_terminal else Progress(
             TextColumn("{task.description:<16}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=err, transient=True,
+            TextColumn("{task.fields[left]}"), console=err, transient=True,
         )  # fmt: skip
         self.tasks: dict[str, object] = {}
-        self.started: dict[str, float] = {}
+        self.stamps: dict[str, list[float]] = {}  # stage → when 0, 1, 2, … steps were done
+        self.told = time.monotonic()
 
     def __enter__(self) -> Stages:
         if self.bar:
@@ -65,13 +68,28 @@ class Stages:
             self.bar.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        self.started.setdefault(stage, time.monotonic())
+        now = time.monotonic()
+        stamps = self.stamps.setdefault(stage, [])
+        stamps += [now] * (done + 1 - len(stamps))
+        left = _duration(time_left(stamps, total))
         if self.bar:
             if stage not in self.tasks:
-                self.tasks[stage] = self.bar.add_task(stage, total=total)
-            self.bar.update(self.tasks[stage], completed=done, total=total)
+                self.tasks[stage] = self.bar.add_task(stage, total=total, left="")
+            self.bar.update(self.tasks[stage], completed=done, total=total, left=left)
         elif not self.quiet and done == total and total:
-            err.print(f"{stage}: {total} in {time.monotonic() - self.started[stage]:.1f} s", highlight=False)
+            err.print(f"{stage}: {total} in {now - stamps[0]:.1f} s", highlight=False)
+        elif not self.quiet and done and now - self.told >= QUIET_SECONDS:
+            self.told = now
+            err.print(f"{stage}: {done} of {total}, {left}", highlight=False)
+
+
+def _duration(seconds: float | None) -> str:
+    """As one reads it: 40 s left, 12 min left, 3.5 h left."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 6000 else f"{seconds / 3600:.1f} h left"
 
 
 def print_plan(plan: RunPlan) -> None:

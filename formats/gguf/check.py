@@ -51,6 +51,8 @@ def check(folder: Path, reference: Reference, options: FormatOptions, settings: 
         rows = [_complete(files, reference), *_weights(files, reference)]
     except FormatError as e:
         return [_failed("L1", "files", str(e))]
+    if reference.too_large:
+        return rows + [Check.not_run("gguf", level, name, reference.too_large) for level, name in _LATER]
     if not any(s.images for s in reference.prompts):
         why = "no held-out prompt has an image; give --verify-data with images"
         return rows + [Check.not_run("gguf", level, name, why) for level, name in _LATER]

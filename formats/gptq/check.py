@@ -34,6 +34,8 @@ def check(folder: Path, reference: Reference, options: FormatOptions, settings: 
     if lacking := missing():
         why = f"{lacking} not installed; pip install 'vlmq-export[gptq]'"
         return rows + [Check.not_run("gptq", level, name, why) for level, name in _RUNTIME_ROWS]
+    if reference.too_large:
+        return rows + [Check.not_run("gptq", level, name, reference.too_large) for level, name in _RUNTIME_ROWS]
     prompts = reference.prompts[: settings.images]
     with tempfile.TemporaryDirectory(prefix="vlmq-gptq-") as scratch:
         request = runtime.Request(

@@ -1,0 +1,12 @@
+"""What every child of tests/faults.py needs, imported once."""
+
+import importlib
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in (
+    "torch", "transformers", "gguf", "vlmq_export.cli", "vlmq_export.terminal", "vlmq_export.pipeline",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl", "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+    "tests.faults",
+):  # fmt: skip
+    importlib.import_module(name)
