@@ -18,6 +18,7 @@ from vlmq_export.quantizer.grids import grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gradients, token_factors
 from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.methods import Method, method_named
+from vlmq_export.quantizer.model import tensor_cores
 from vlmq_export.quantizer.statistics import Statistics
 from vlmq_export.quantizer.walk import LayerWalk
 
@@ -171,6 +172,7 @@ def _nearest(weights: torch.Tensor, kind: str, config: QuantConfig) -> solver.So
     return solver.round_to_nearest(weights, grid_for(config, columns), group=config.group_columns(columns))
 
 
+@tensor_cores()
 def _losses(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -> dict:
     """The weighted loss against the target of the method's objective, and relative to that target's own energy."""
     loss = solver.weighted_loss(rounded, target, matrix)
