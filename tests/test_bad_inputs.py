@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import warnings
 import zipfile
 import zlib
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from tests.artifacts import edit
 from tests.attacks import seeds
 from tests.test_cli import call, refused
+from tests.test_gguf_hostile import GOOD, HOSTILE
 from vlmq_export import bundled, pipeline
 from vlmq_export.errors import ArtifactError, CalibrationError, VlmqError
 from vlmq_export.formats.base import Check
@@ -164,7 +166,7 @@ def test_row_02_a_few_bad_samples_are_left_out_and_many_stop_the_run():
 
 def test_row_03_activations_that_overflow_float16_and_float32():
     weights = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    for scale, hopeless in ((6e4, False), (1e30, True)):
+    for scale, hopeless in ((1e4, False), (1e30, True)):
         x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1)) * scale
         sums = Statistics.empty(16, drift=False)
         sums.add(x.half() if scale < 1e5 else x)
@@ -332,6 +334,23 @@ def test_row_14_so_have_safetensors_headers(shards):
     assert "does not fit" in said(Checkpoint, shards)
 
 
+def test_row_15_hostile_gguf_through_the_commands(tmp_path):
+    """`inspect` of each file, and what `verify` calls, in under a second of our own code's time."""
+    from vlmq_export.formats.gguf.check import check
+
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    call("inspect", tmp_path / "x.gguf")  # imports are no part of the time
+    for name, data in HOSTILE.items():
+        (folder / "x.gguf").write_bytes(data)
+        (folder / "mmproj-x.gguf").write_bytes(GOOD)
+        start = time.process_time()
+        err = refused("inspect", folder / "x.gguf", code=1)
+        (row,) = check(folder, None, None, None)
+        assert time.process_time() - start < 1 and "x.gguf" in err, name
+        assert row.status == "failed" and "x.gguf" in row.detail, name
+
+
 def test_row_16_a_quantized_or_adapted_source_is_named(model, tmp_path):
     edit(
         model / "config.json",
@@ -421,7 +440,7 @@ def test_row_20_a_tokenizer_or_processor_that_does_not_fit_the_model(model, dama
     assert says in said(Preprocessor, model)
 
 
-@pytest.mark.parametrize("torchvision", ["absent", "broken"])
+@pytest.mark.parametrize("torchvision", [pytest.param("absent", marks=pytest.mark.slow), "broken"])
 def test_row_21_torchvision_missing_or_built_for_another_torch(tmp_path, torchvision):
     """Wheels for CUDA beside a CPU build of torch die with this error at import; the image path must not need them."""
     if torchvision == "broken":
@@ -446,7 +465,10 @@ def test_row_21_torchvision_missing_or_built_for_another_torch(tmp_path, torchvi
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "True" or (torchvision == "broken" and "torchvision" in done.stdout), done.stdout
+    if torchvision == "absent":
+        assert done.stdout.strip() == "True"
+    else:
+        assert len(done.stdout.splitlines()) == 1 and "operator torchvision::nms does not exist" in done.stdout
 
 
 # --- calibration data --------------------------------------------------------------------------------------------------
@@ -532,7 +554,7 @@ def test_row_25_images_are_files_under_the_root(tmp_path, name):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     path = data / "rows.json"
     path.write_text(json.dumps([llava(image=name)]))
-    assert "row 0: image" in said(read_rows, path)
+    assert "1 bad rows: row 0: " in said(read_rows, path)
 
 
 def test_row_25_another_root_is_a_choice(tmp_path, monkeypatch):
@@ -615,6 +637,7 @@ def test_row_35_out_of_memory_is_a_stop_to_resume(tmp_path, monkeypatch, error):
     assert "out of" in err and "memory" in err and "--resume" in err
 
 
+@pytest.mark.slow
 def test_row_36_one_core_is_enough(tmp_path):
     probe = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"

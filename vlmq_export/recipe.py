@@ -94,6 +94,9 @@ class Recipe(BaseModel):
             raise ValueError(f"--bits {self.bits}: the runtimes decode 2, 3, 4 or 8 bits")
         if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(f"--group-size {self.group_size}: a multiple of 16, or -1 for one scale an output channel")
+        for key in ("model", "calibration", "image_root", "verify_data", "out"):
+            if "\0" in str(getattr(self, key)):
+                raise ValueError(f"--{key.replace('_', '-')}: a name with a null byte")
         if len(set(self.format)) != len(self.format):
             raise ValueError("--format is given twice with the same value")
         return self
