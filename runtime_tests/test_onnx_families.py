@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -82,6 +83,17 @@ def test_the_standard_operators_pass_every_gate(exported, arch):
     assert {n.op_type for n in nodes if n.domain} == {"MatMulNBits"}
 
 
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_level_4_has_a_gate_of_its_own(exported, tmp_path, arch):
+    reference, _ = exported(arch)
+    options = FormatOptions(onnx_accuracy_level=4)
+    onnx_format.write(Artifact(reference.artifact), tmp_path, options)
+    rows = onnx_format.check(tmp_path, reference, options, replace(SETTINGS, images=1))
+    assert not [c for c in rows if c.status not in ("passed", "info")], rows
+    kernel = next(c for c in rows if c.name == "logits at accuracy_level 4")
+    assert 1e-4 < kernel.value <= kernel.gate  # the level was really used
+
+
 @pytest.mark.parametrize(("arch", "generation"), [("qwen3_vl", "hub"), ("llava_onevision", "modules")])
 def test_a_tied_head_and_names_of_transformers_5(exported, arch, generation):
     reference, folder = exported(arch, tied=True, generation=generation)
@@ -118,6 +130,20 @@ def test_a_prompt_without_an_image(exported, arch):
     prompt = reference.preprocessor.sample(row, prompt_only=True)
     got = OnnxRunner(folder).logits(prompt, reference.position_ids(prompt))
     assert relative_error(got[:, : reference.vocabulary], reference.logits(prompt)) <= FORMAT_GATE
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_an_image_token_without_an_image_is_a_word_and_too_few_features_an_error(exported, arch):
+    """A model may generate its image token: transformers then feeds the word, and a decoding loop must not stop."""
+    reference, folder = exported(arch)
+    runner, token = OnnxRunner(folder), reference.preprocessor.image_token_id
+    words = reference.model.get_input_embeddings()
+    ids = np.array([[5, token], [token, 7]])
+    want = words(torch.from_numpy(ids)).detach().numpy()
+    got = runner.embed(ids)
+    assert np.array_equal(got[..., : want.shape[-1]], want) and not got[..., want.shape[-1] :].any()
+    with pytest.raises(Exception, match=r"(?i)index"):
+        runner.embed(ids, np.zeros((1, got.shape[-1]), np.float32))
 
 
 @pytest.mark.parametrize("graph", ["plain", "fused"])
@@ -209,6 +235,7 @@ def test_the_graphs_are_valid_and_their_lengths_free(exported, arch):
     _, folder = exported(arch)
     for name in ("vision", "embedding", "text"):
         onnx.checker.check_model(folder / f"{name}.onnx")
+        assert str(Path(torch.__file__).parent.parent).encode() not in (folder / f"{name}.onnx").read_bytes()
     text = onnx.load(folder / "text.onnx", load_external_data=False).graph
     lengths = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in text.input}
     assert lengths["inputs_embeds"][:2] == ["batch", "sequence"]

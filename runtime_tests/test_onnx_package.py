@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -12,12 +13,15 @@ import pytest
 from runtime_tests.test_onnx import SETTINGS, assert_all_pass, damage, export, weight_rows
 from tests.artifacts import GRIDS, edit
 from vlmq_export.bundled import HELDOUT
+from vlmq_export.errors import FormatError
 from vlmq_export.formats import onnx as onnx_format
 from vlmq_export.formats.base import FormatOptions, relative_error
 from vlmq_export.formats.onnx.checks import FORMAT_GATE, HALF_GATE
-from vlmq_export.formats.onnx.genai_check import GenaiModel, genai_rows, image_files
+from vlmq_export.formats.onnx.genai_check import PIXELS, GenaiModel, _odd_sizes, genai_rows, image_files
 from vlmq_export.formats.onnx.runner import OnnxRunner, available
+from vlmq_export.parity import required_runtimes
 from vlmq_export.quantizer.calibration import read_rows
+from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.reference import Reference
 
 LAYERS = 6  # of the reference VLM
@@ -83,9 +87,9 @@ def test_padding_on_the_left_reaches_no_logit_of_prompt_or_cached_step(packages,
         assert relative_error(got, reference.logits(p)) <= gate
     alone = [runner.prefill(p, reference.position_ids(p)) for p in prompts]
     for step in range(3):
-        token = runner.embed(np.full((2, 1), 40 + step))
+        token = runner.embed(np.stack([a[0][0, -1:, : reference.vocabulary].argmax(-1) for a in alone]))
         mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-        at = positions[..., -1:] + 1 + step
+        at = positions.max(axis=(0, 2), keepdims=True).repeat(3, axis=0) + 1 + step
         logits, past = runner.step(token, mask, at, past)
         for b, p in enumerate(prompts):
             ones = np.ones((1, len(p.input_ids) + step + 1), np.int64)
@@ -125,10 +129,10 @@ def test_past_and_present_in_one_buffer(packages):
                  "position_ids": positions[..., start:stop]}  # fmt: skip
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        binding.bind_output("logits")
         for name, value in cache.items():
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
-        binding.bind_output("logits")
         runner.text.run_with_iobinding(binding)
         rows.append(binding.copy_outputs_to_cpu()[0][0])
     assert relative_error(np.concatenate(rows)[:, : reference.vocabulary], reference.logits(p)) <= FORMAT_GATE
@@ -188,17 +192,33 @@ def test_a_package_for_cuda_has_standard_attention_and_says_so_in_genai_config(t
 # -- onnxruntime-genai ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def genai():
+    if find_spec("onnxruntime_genai") is None:
+        assert "genai" not in required_runtimes(), "VLMQ_REQUIRE declares genai, which is not installed"
+        pytest.skip("onnxruntime-genai is an optional extra")
+
+
 @pytest.mark.parametrize(("graph", "dtype"), [("fused", "float32"), ("plain", "float32"), ("fused", "float16")])
-def test_genai_answers_as_the_reference_from_every_package(packages, graph, dtype):
+def test_genai_answers_as_the_reference_from_every_package(packages, graph, dtype, genai):
     reference, folder = packages(graph, dtype)
     rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=6))}
     assert rows["onnxruntime-genai: greedy answers that differ"].status == "passed"
     assert rows["onnxruntime-genai: pixels of images that keep their size"].status == "passed"
-    resized = rows["onnxruntime-genai: pixels of images that it resizes"]
-    assert resized.status == "info" and 1e-4 < resized.value < 0.5
+    assert rows["onnxruntime-genai: pixels of images that it resizes"].status == "info"
 
 
-def test_wrong_pixels_in_genai_are_seen(packages, tmp_path):
+def test_genai_resizes_as_the_reference_does(packages, genai):
+    """Both use Pillow's bicubic filter: other pixels than those of the file, the same on both sides."""
+    reference, folder = packages()
+    (sample, images), *_ = _odd_sizes(reference, reference.prompts[:1])
+    assert [i.size for i in images] != [i.size for i in sample.images]
+    with image_files(images) as files:
+        got = GenaiModel(folder).pixels(sample.text, files)
+    assert relative_error(got, sample.pixel_values.numpy()) <= PIXELS
+
+
+def test_wrong_pixels_in_genai_are_seen(packages, tmp_path, genai):
     reference, folder = packages()
     shutil.copytree(folder, tmp_path / "onnx")
 
@@ -212,7 +232,7 @@ def test_wrong_pixels_in_genai_are_seen(packages, tmp_path):
 
 
 @pytest.mark.slow
-def test_genai_answers_256_questions_from_image_files(tmp_path):
+def test_genai_answers_256_questions_from_image_files(tmp_path, genai):
     reference, folder = export(tmp_path, GRIDS["w4g128"])
     reference = Reference(reference.artifact, read_rows(HELDOUT)[:256])
     rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=256))}
@@ -220,7 +240,7 @@ def test_genai_answers_256_questions_from_image_files(tmp_path):
     assert row.compared == 256 and row.status == "passed", row
 
 
-def test_genai_with_two_images_in_one_prompt(packages):
+def test_genai_with_two_images_in_one_prompt(packages, genai):
     reference, folder = packages()
     one, two = reference.rows[0], reference.rows[2]
     both = replace(one, id="two", images=one.images + two.images, messages=({
@@ -229,3 +249,63 @@ def test_genai_with_two_images_in_one_prompt(packages):
     prompt = reference.preprocessor.sample(both, prompt_only=True)
     with image_files(prompt.images) as files:
         assert GenaiModel(folder).answer(prompt, files, reference.stop_ids) == reference.answer(prompt)
+
+
+# -- every grid of the gate, on both vision towers --------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["reference", "qwen2_vl"])
+@pytest.mark.parametrize("group", [32, 128, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width_and_group_passes_every_gate(bits, group, arch, qwen2_vl, tmp_path):
+    source = qwen2_vl if arch == "qwen2_vl" else None
+    reference, folder = export(tmp_path, QuantConfig("rtn", bits, group, symmetric=bits == 8), source)
+    assert_all_pass(onnx_format.check(folder, reference, FormatOptions(), replace(SETTINGS, images=2, questions=2)))
+
+
+# -- linears merged for level 4 ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("level4"), GRIDS["w4g128"], None, FormatOptions(onnx_accuracy_level=4))
+
+
+def test_at_level_4_linears_of_one_input_are_one_node_and_nothing_else_changes(packages, merged):
+    reference, folder = merged
+    found, _ = operators(folder)
+    assert found["com.microsoft", "MatMulNBits"] == 4 * LAYERS and found["", "Split"] == 2 * LAYERS
+    rows = onnx_format.check(folder, reference, FormatOptions(onnx_accuracy_level=4), SETTINGS)
+    assert_all_pass(rows)
+    assert next(r for r in rows if r.name == "logits at accuracy_level 0").value <= FORMAT_GATE
+    apart = OnnxRunner(packages()[1], accuracy_level=4)
+    p, positions = reference.prompts[0], reference.position_ids(reference.prompts[0])
+    assert np.array_equal(OnnxRunner(folder).logits(p, positions), apart.logits(p, positions))
+
+
+def test_columns_in_an_order_of_their_own_are_not_merged(tmp_path):
+    options = FormatOptions(onnx_accuracy_level=4)
+    reference, folder = export(tmp_path, GRIDS["w4g128-dynamic"], None, options)
+    assert operators(folder)[0]["com.microsoft", "MatMulNBits"] == 7 * LAYERS
+    assert_all_pass(onnx_format.check(folder, reference, options, replace(SETTINGS, images=1, questions=1)))
+
+
+@pytest.mark.parametrize(
+    ("linear", "sizes"), [("self_attn.q_proj|k_proj|v_proj", [128, 256, 128]), ("mlp.gate_proj|up_proj", [512, 256])]
+)
+def test_a_split_at_the_wrong_row_is_caught(merged, tmp_path, linear, sizes):
+    reference, folder = merged
+    shutil.copytree(folder, tmp_path / "onnx")
+    file = tmp_path / "onnx" / "text.onnx"
+    model = onnx.load(file, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == f"model.layers.0.{linear}.sizes")
+    tensor.raw_data = np.array(sizes, np.int64).tobytes()
+    file.write_bytes(model.SerializeToString())
+    settings = replace(SETTINGS, images=1, questions=1)
+    try:
+        rows = onnx_format.check(tmp_path / "onnx", reference, FormatOptions(onnx_accuracy_level=4), settings)
+    except FormatError as e:
+        assert "is not split into" in str(e) and sum(sizes) != 1024
+    else:
+        assert {r.status for r in weight_rows(rows)} == {"failed"}

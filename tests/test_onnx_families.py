@@ -121,6 +121,8 @@ def test_features_go_to_their_tokens_and_too_few_are_an_error():
         assert torch.equal(embedding(ids[:, 2:], features[:0])[..., :3], words(ids[:, 2:]))
         with pytest.raises(IndexError):
             embedding(ids, features[:2])
+        # as the models themselves: an image token that was generated is a word
+        assert torch.equal(embedding(ids, features[:0])[..., :3], words(ids))
 
 
 @given(st.integers(1, 30), st.integers(-30, 30))
@@ -165,12 +167,14 @@ def test_sliding_windows_are_refused():
 
 
 @pytest.mark.parametrize("arch", ["qwen3_vl", "llava_onevision", "internvl"])
-def test_every_weight_of_the_checkpoint_is_a_parameter_of_a_graph(tiny, arch):
+def test_every_weight_of_the_checkpoint_is_a_parameter_of_a_graph(tiny, arch, capfd):
     from vlmq_export.quantizer.checkpoint import Checkpoint
 
     source = tiny(arch)
     known = set(Checkpoint(source).tensors)
+    capfd.readouterr()
     graphs = float_graphs(source, known)
+    assert capfd.readouterr().out == ""  # `--json` owns it
     found = {n for g in graphs.values() for n, v in g.graph.initializers.items() if v.const_value is None}
     assert found == known
     constants = [v.const_value for g in graphs.values() for v in g.graph.initializers.values()]

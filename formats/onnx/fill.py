@@ -37,7 +37,7 @@ def fill(model: ir.Model, artifact: Artifact, accuracy_level: int) -> list[str]:
             bias = artifact.linear(name.removesuffix(".bias")).bias
             if bias is None:
                 raise FormatError(f"the graph adds {name}, which the artifact does not have; quantize again")
-            value.const_value = ir.Tensor(bias.float().numpy().astype(_numpy(value)), name=name)
+            value.const_value = ir.Tensor(_typed(bias.float().numpy(), value), name=name)
         else:
             stored = embedding if name == "lm_head.weight" and name not in floats else name
             if stored not in floats:
@@ -53,7 +53,7 @@ def _lazy(artifact: Artifact, stored: str, value: ir.Value, name: str) -> ir.Laz
     assert shape is not None
 
     def read() -> ir.Tensor:
-        array = artifact.float_tensor(stored).float().numpy().astype(_numpy(value), copy=False)
+        array = _typed(artifact.float_tensor(stored).float().numpy(), value)
         if list(array.shape) != list(shape):
             raise FormatError(
                 f"{name} has shape {list(array.shape)}, the graph expects {list(shape)}; the config is not this model's"
@@ -61,6 +61,14 @@ def _lazy(artifact: Artifact, stored: str, value: ir.Value, name: str) -> ir.Laz
         return ir.Tensor(array, name=name)
 
     return ir.LazyTensor(read, ir.DataType.from_numpy(_numpy(value)), ir.Shape(shape), name=name)
+
+
+def _typed(array: np.ndarray, value: ir.Value) -> np.ndarray:
+    """In the type of the graph's parameter. Raises FormatError for a number that float16 cannot hold."""
+    limit = np.finfo(_numpy(value)).max
+    if np.abs(array).max(initial=0) > limit:
+        raise FormatError(f"{value.name} holds numbers beyond {limit:.0f}; use --onnx-dtype float32")
+    return array.astype(_numpy(value), copy=False)
 
 
 def _numpy(value: ir.Value) -> np.dtype:

@@ -84,6 +84,7 @@ class OnnxFolder:
     def _index(self, model) -> None:
         constants = {t.name: t for t in model.graph.initializer}
         producers = {o: n for n in model.graph.node for o in n.output}
+        consumers = {i: n for n in model.graph.node for i in n.input}
         parts: set[str] = set()
         for node in model.graph.node:
             if node.op_type != "MatMulNBits":
@@ -101,11 +102,28 @@ class OnnxFolder:
                 order = constants[gather.input[1]]
                 parts.add(gather.input[1])
             attributes = self._attributes(node, module, *(constants[i] for i in node.input[1:4]), order)
-            self._linears[module] = (attributes, *(constants[i] for i in node.input[1:4]), order)
+            for name, rows in self._rows(node, module, attributes["N"], consumers, constants):
+                self._linears[name] = (attributes, *(constants[i] for i in node.input[1:4]), order, rows)
             parts |= set(node.input[1:4])
         for name, tensor in constants.items():
             if name not in parts and tensor.data_type in _FLOATS:
                 self.floats.setdefault(name, []).append(tensor)
+
+    def _rows(self, node, module: str, outputs: int, consumers: dict, constants: dict) -> list[tuple[str, slice]]:
+        """The linears of a node and their rows: one, or those that the Split behind it (and behind a bias) takes apart."""
+        if "|" not in module:
+            return [(module, slice(None))]
+        first, *others = module.split("|")
+        names = [first, *(f"{first.rpartition('.')[0]}.{other}" for other in others)]
+        split = consumers.get(node.output[0])
+        if split is not None and split.op_type == "Add":
+            split = consumers.get(split.output[0])
+        lengths = constants.get(split.input[1]) if split is not None and split.op_type == "Split" else None
+        sizes = [] if lengths is None else self._array(lengths).tolist()
+        if len(sizes) != len(names) or sum(sizes) != outputs or min(sizes) < 1:
+            raise FormatError(f"{self.path}: {module} is not split into {len(names)} linears; export again")
+        ends = np.cumsum(sizes).tolist()
+        return [(name, slice(end - size, end)) for name, size, end in zip(names, sizes, ends, strict=True)]
 
     def _attributes(self, node, module: str, weight, scales, zeros, order) -> dict[str, int]:
         """The node's integers, its constants of the shapes that they ask for (MatMulNBits' inputs)."""
@@ -149,13 +167,13 @@ class OnnxFolder:
 
     @guarded
     def linear(self, name: str) -> Linear:
-        attributes, weight, scales, zeros, order = self._linears[name]
+        attributes, weight, scales, zeros, order, rows = self._linears[name]
         columns = None if order is None else self._array(order)
         if columns is not None and not np.array_equal(np.sort(columns), np.arange(attributes["K"])):
             raise FormatError(f"{self.path}: {order.name} is not an order of the columns; export again")
         return Linear(
-            name, attributes["bits"], attributes["block_size"], self._array(weight), self._array(scales), self._array(zeros),
-            columns, attributes["K"], attributes.get("accuracy_level", 0),
+            name, attributes["bits"], attributes["block_size"],
+            *(self._array(part)[rows] for part in (weight, scales, zeros)), columns, attributes["K"], attributes.get("accuracy_level", 0),
         )  # fmt: skip
 
     def _array(self, tensor) -> np.ndarray:

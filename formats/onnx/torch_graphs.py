@@ -105,6 +105,9 @@ def export(
             rename(model.graph, value, "lm_head.weight" if tied_head else name)
         else:
             rename(model.graph, value, f"{graph}.{value.name}")
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
+    for part in (model, model.graph, *model.graph, *values):
+        part.metadata_props.clear()  # lines of source, with the paths of this machine
     return model
 
 

@@ -14,6 +14,7 @@ from vlmq_export.formats.onnx.fill import fill
 from vlmq_export.formats.onnx.fuse import fuse
 from vlmq_export.formats.onnx.genai import write_genai
 from vlmq_export.formats.onnx.graphs import float_graphs
+from vlmq_export.formats.onnx.merge import merge
 from vlmq_export.formats.onnx.planning import is_fused, notes_for
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.families import text_config
@@ -34,6 +35,8 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
                 f"the decoder graph of {artifact.manifest.model_type} has no attention to fuse; use --onnx-graph plain"
             )
         found += fill(model, artifact, options.onnx_accuracy_level)
+        if name == "text" and is_fused(options) and options.onnx_accuracy_level == 4:
+            merge(model)
         save(model, folder / f"{name}.onnx")
     missing = set(artifact.linear_names()) - set(found)
     if missing or len(found) != len(artifact.linear_names()):

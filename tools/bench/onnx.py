@@ -28,6 +28,7 @@ import onnx
 import onnxruntime as ort
 import torch
 import typer
+from onnx import numpy_helper
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +37,7 @@ from tools.reference_vlm import model as reference_vlm
 from vlmq_export import formats
 from vlmq_export.bundled import REFERENCE_VLM
 from vlmq_export.formats.base import FormatOptions, relative_error
+from vlmq_export.formats.onnx.read import OnnxFolder
 from vlmq_export.quantizer.config import QuantConfig
 
 WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -110,19 +112,17 @@ def build(source: Path, folder: Path, level: int, graphs: list[str]) -> dict[str
 
 
 def assert_same_integers(ours: Path, theirs: Path) -> None:
-    """Every MatMulNBits of both graphs in order: the same codes, scales, zero-points and level; no other is quantized."""
-    found = []
-    for path in (ours, theirs):
-        model = onnx.load(path)
-        constants = {t.name: t for t in model.graph.initializer}
-        nodes = [n for n in model.graph.node if n.op_type == "MatMulNBits"]
-        levels = [next(a.i for a in n.attribute if a.name == "accuracy_level") for n in nodes]
-        parts = [
-            [constants[i].raw_data or onnx.numpy_helper.to_array(constants[i]).tobytes() for i in n.input[1:4]]
-            for n in nodes
-        ]
-        found.append((sorted(parts), levels))
-    assert found[0] == found[1], f"{ours} and {theirs} do not hold the same integers"
+    """Every linear of both graphs: the same codes, scales, zero-points and level, and no other is quantized."""
+    read = OnnxFolder(ours.parent)
+    linears = [read.linear(name) for name in read.linears]
+    mine = sorted([part.tobytes() for part in (x.weight, x.scales, x.zero_points)] for x in linears)
+    model = onnx.load(theirs)
+    constants = {t.name: t for t in model.graph.initializer}
+    nodes = [n for n in model.graph.node if n.op_type == "MatMulNBits"]
+    levels = {next(a.i for a in n.attribute if a.name == "accuracy_level") for n in nodes}
+    yours = sorted([numpy_helper.to_array(constants[i]).tobytes() for i in n.input[1:4]] for n in nodes)
+    same = mine == yours and levels == {x.accuracy_level for x in linears}
+    assert same, f"{ours} and {theirs} do not hold the same integers"
 
 
 class Decoder:
