@@ -4,6 +4,7 @@
       manifest.json              schema, source model and its hashes, recipe, one entry a linear (grid and metrics)
       layer-00000.safetensors    one file a decoder layer: codes, scales, zero_points, g_idx, and changed biases
       float-00001.safetensors    every tensor that is not quantized, bytes as in the source checkpoint
+      timing.json                seconds by phase and layer, tokens a second, peak memory
       source/                    config.json, tokenizer and processor files, as they are
 
 Each file is written to a temporary name and renamed when whole; manifest.json comes last, so a folder with a manifest is
@@ -36,6 +37,7 @@ from vlmq_export.quantizer.untrusted import contained, read_json
 SCHEMA = 1
 OUTER = -1  # the "layer" of embedding and output matrix
 MANIFEST = "manifest.json"
+TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
 _FLOAT_SHARD_BYTES = 2 * 2**30
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from vlmq_export.errors import CalibrationError, CheckpointError, one_line
+from vlmq_export.errors import CalibrationError, CheckpointError, MissingRuntime, one_line
 from vlmq_export.quantizer.families import family_of
 from vlmq_export.quantizer.images import Encoded, image_rule
 from vlmq_export.quantizer.untrusted import read_json, third_party
@@ -98,7 +98,7 @@ def read_rows(path: Path, image_root: Path | None = None) -> list[Row]:
         except (ValueError, KeyError, TypeError, OSError) as e:
             why = e.args[0] if isinstance(e, ValueError) else f"malformed ({e!r})"
             errors.append(f"{where}: {one_line(why)[:_LONGEST_WHY]}")
-    refuse_all(path, "bad rows", errors)
+    _refuse(path, "bad rows", errors)
     if not rows:
         raise CalibrationError(f"{path}: no rows")
     if twice := len(rows) - len({(str(row.messages), row.images) for row in rows}):
@@ -118,10 +118,10 @@ def refuse_unreadable(path: Path, rows: Sequence[Row]) -> None:
             load_image(image)
         except CalibrationError as e:
             errors.append(str(e))
-    refuse_all(path, "bad images", errors)
+    _refuse(path, "bad images", errors)
 
 
-def refuse_all(path: Path, what: str, errors: Sequence[str]) -> None:
+def _refuse(path: Path, what: str, errors: Sequence[str]) -> None:
     """Raises CalibrationError with the first few of `errors` and their count, if there are any."""
     if errors:
         more = f" (and {len(errors) - _ERRORS_SHOWN} more)" if len(errors) > _ERRORS_SHOWN else ""
@@ -282,7 +282,11 @@ class Preprocessor:
     """
 
     def __init__(self, folder: Path):
-        from transformers import AutoImageProcessor, AutoTokenizer
+        with third_party(
+            "transformers cannot be imported; where torchvision is named, install the build for your torch or remove it",
+            MissingRuntime,
+        ):
+            from transformers import AutoImageProcessor, AutoTokenizer
 
         self.config = read_json(folder / "config.json")
         for file in ("tokenizer_config.json", "preprocessor_config.json"):
@@ -302,6 +306,7 @@ class Preprocessor:
                     folder, use_fast=False, trust_remote_code=False
                 )
             self.images = image_rule(self.family.images, self.image_processor, self.config, self.family.newline)
+            self.fit(Image.new("RGB", (64, 64)))  # raises where its settings are no numbers
         self.image_token_id, self.image_token = self._image_token(folder)
 
     def _image_token(self, folder: Path) -> tuple[int, str]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from vlmq_export.errors import CheckpointError
 from vlmq_export.quantizer import kquants, solver
-from vlmq_export.quantizer.artifact import BlockLinear, Linear, QuantizedLinear
+from vlmq_export.quantizer.artifact import ModuleRecord
+from vlmq_export.quantizer.checkpoint import DTYPES
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.grids import grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gradients, token_factors
+from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.methods import Method, method_named
+from vlmq_export.quantizer.model import tensor_cores
 from vlmq_export.quantizer.statistics import Statistics
 from vlmq_export.quantizer.walk import LayerWalk
 
@@ -48,30 +51,25 @@ def quantize_layer(
             parts.append(
                 _solve(walk.layer, prefix, names, own, config, method) if ranks.rank == owner else [None] * len(names)
             )
-        for names, owner, unit in zip(shared, owners, parts):
-            solved += [exchanged(walk.layer, prefix, n, part, config, ranks, owner) for n, part in zip(names, unit)]
+        for owner, unit in zip(owners, parts):
+            solved += [exchanged(part, ranks, owner) for part in unit]
         for name, (linear, _) in zip(group, solved[-len(group) :]):
             walk.put(name, linear)
     return solved
 
 
-def exchanged(
-    layer: nn.Module, prefix: str, name: str, solved: Solved | None, config: QuantConfig, ranks: Ranks, owner: int
-) -> Solved:
+def exchanged(solved: Solved | None, ranks: Ranks, owner: int) -> Solved:
     """What the owner solved, on every rank."""
     if ranks.size == 1:
         return solved
-    module = layer.get_submodule(name)
-    groups = (module.out_features, config.groups(module.in_features))
-    parts = solved[0] if solved else _linear(
-        layer, prefix, name,
-        solver.Solution(
-            torch.empty(module.weight.shape, dtype=torch.uint8), torch.empty(groups, dtype=torch.float16),
-            torch.empty(groups, dtype=torch.uint8), torch.empty(module.in_features, dtype=torch.int32),
-        ), config,
-    )  # fmt: skip
-    tensors = {k: ranks.broadcast(getattr(parts, k), owner) for k in ("codes", "scales", "zero_points", "g_idx")}
-    return replace(parts, **tensors), ranks.broadcast_json(solved and solved[1], owner)
+    linear = solved and solved[0]
+    record = ModuleRecord(**ranks.broadcast_json(solved and asdict(ModuleRecord.of(linear, 0, solved[1])), owner))
+    mine = linear.tensors() | ({} if linear.bias is None else {"bias": linear.bias}) if linear else {}
+    tensors = {
+        f"{record.name}.{part}": ranks.broadcast(mine.get(part, torch.empty(shape, dtype=DTYPES[kind])), owner)
+        for part, (kind, shape) in record.stored().items()
+    }
+    return record.linear(tensors.__getitem__), record.metrics
 
 
 def importance_factors(walk: LayerWalk, norm: str, ranks: Ranks = ALONE) -> dict[str, list[torch.Tensor]]:
@@ -174,6 +172,7 @@ def _nearest(weights: torch.Tensor, kind: str, config: QuantConfig) -> solver.So
     return solver.round_to_nearest(weights, grid_for(config, columns), group=config.group_columns(columns))
 
 
+@tensor_cores()
 def _losses(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -> dict:
     """The weighted loss against the target of the method's objective, and relative to that target's own energy."""
     loss = solver.weighted_loss(rounded, target, matrix)

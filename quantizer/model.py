@@ -37,6 +37,24 @@ def exact_arithmetic():
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def tensor_cores():
+    """float32 products in TensorFloat-32 (11 significant bits) on CUDA; nothing changes on a machine without it.
+
+    For statistics and the forward passes of the walk, whose inputs are rounded far more coarsely by every runtime; what it
+    costs is in docs/performance.md. Never for the column loop or the factorization.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class StreamedModel:
     """transformers' own model in float32, without weights: those of one part are read from the shards and dropped again.
 

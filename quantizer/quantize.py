@@ -21,6 +21,7 @@ from vlmq_export.quantizer.artifact import (
     MANIFEST,
     OUTER,
     SCHEMA,
+    TIMING,
     BlockLinear,
     Manifest,
     ModuleRecord,
@@ -54,7 +55,6 @@ log = logging.getLogger("vlmq_export")
 SCRATCH = ".activations.tmp"
 _WHOLE = -1  # layers "done" of a folder that has its manifest
 RUN = "run.json"  # what this folder is a run of: a resumed run must ask for the same
-TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
 _ROWS = 4096  # of an embedding, solved at once
 MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
 Progress = Callable[[str, int, int], None]

@@ -2,24 +2,27 @@
 
     A = Σ g² x xᵀ        D = Σ g² (x̃ − x) xᵀ        sums over all tokens
 
-x is the input in the quantized stream, x̃ in the full-precision stream, g the token's importance. A batch's product has
-float32 sums and factors of the precision that the device's tensor cores like (what that costs is measured in
-docs/performance.md); x̃ − x is always formed in float32 first, so D has no large terms that cancel. Batches are added up
-in float64 and rounded once: the sums are the same whatever the order, and so are the integers. (One code that differs in
-the last bit of a sum changes the inputs of every layer after it: with float32 sums a run on two ranks kept 85 % of the
-codes.) Parts can be merged; A and D share weights and masks.
+x is the input in the quantized stream, x̃ in the full-precision stream, g the token's importance. Each batch's product is
+added up in float64, then rounded once: the sums are the same whatever the order of the batches, and so are the integers.
+(One code that differs in the last bit of a sum changes the inputs of every layer after it: with float32 sums a run on two
+ranks kept 85 % of the codes.) Parts can be merged; A and D share weights, masks and precision.
+
+Products may take their factors in less than float32; what that costs is measured in docs/performance.md. x̃ − x is always
+formed in float32 first: D has no large terms that cancel.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from vlmq_export.quantizer.model import tensor_cores
+
 Precision = Literal["float32", "tf32", "bf16", "bf16x3"]
-PRECISION: dict[str, Precision] = {"cpu": "float32", "cuda": "bf16"}  # by device type
+PRECISION: dict[str, Precision] = {"cpu": "float32", "cuda": "tf32"}  # by device type
 _BAND = 1024  # rows of A that are summed together: what lies left of their diagonal is a mirror image
 
 
@@ -41,17 +44,6 @@ def product(x: torch.Tensor, y: torch.Tensor, precision: Precision) -> torch.Ten
         return x.T @ y
 
 
-@contextmanager
-def tensor_cores():
-    """float32 products in TensorFloat-32 on CUDA; nothing changes on the CPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def tf32(x: torch.Tensor) -> torch.Tensor:
     """float32 rounded to the 11 significant bits that tensor cores read, ties to even."""
     bits = x.view(torch.int32)
@@ -67,8 +59,8 @@ def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Statistics:
     """Sums over the tokens seen so far of one linear, or of linears that share input and weights."""
 
-    upper: torch.Tensor  # A, float64 [in, in], of which only bands on and above the diagonal are summed
-    drift: torch.Tensor | None  # D, float64 [in, in]; None where the method has one stream only
+    upper: torch.Tensor  # A, float64 [in, in] while it is added to, of which only bands from the diagonal on are summed
+    drift: torch.Tensor | None  # D, float64 likewise; None where the method has one stream only
     diagonal: torch.Tensor  # Σ x², unweighted, float64 [in]: 0 is a dead input, which a small g must not fake
     precision: Precision = "float32"
     tokens: int = 0
@@ -131,7 +123,7 @@ class Statistics:
 
     def rounded(self) -> Statistics:
         """These sums in float32, which the solver works on; the float64 ones are given up."""
-        self.upper, self.diagonal = self.hessian.float(), self.diagonal.float()
+        self.upper, self.diagonal = self.upper.float(), self.diagonal.float()
         self.drift = None if self.drift is None else self.drift.float()
         return self
 

@@ -83,7 +83,10 @@ def third_party(what: str, error: type[VlmqError] = CheckpointError):
     except (VlmqError, MemoryError):
         raise
     except Exception as e:
-        raise error(f"{what} ({type(e).__name__}: {one_line(e)[:300]})") from e
+        root: BaseException = e  # lazy imports hide the reason behind errors of their own
+        while isinstance(e, ImportError) and root.__cause__ is not None:
+            root = root.__cause__
+        raise error(f"{what} ({type(root).__name__}: {one_line(root)[:300]})") from e
     except BaseException as e:
         if type(e).__name__ != "PanicException":  # what a Rust library raises where it should have returned an error
             raise

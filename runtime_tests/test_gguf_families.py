@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes as c
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +16,11 @@ from tools.reference_vlm.families import make_tiny
 from vlmq_export.errors import FormatError
 from vlmq_export.formats import gguf as gguf_format
 from vlmq_export.formats.base import CheckSettings, FormatOptions
+from vlmq_export.formats.gguf import llama
 from vlmq_export.formats.gguf.families import GRAPHS
+from vlmq_export.formats.gguf.metadata import PRE_TOKENIZERS, add_tokenizer, read_tokenizer
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
+from vlmq_export.formats.gguf.writer import write_container
 from vlmq_export.quantizer.artifact import Artifact
 
 SETTINGS = CheckSettings(images=2, questions=2, threads=1)
@@ -61,6 +66,7 @@ def test_towers_in_eight_bits_pass_too(arch, exported):
     rows = run_check(*exported(arch, "q8_0"), SETTINGS)
     assert_all_pass(rows)
     assert row(rows, "every product of the vision tower").value < 1e-7
+    assert row(rows, "image embeddings of the mmproj's float32 twin").value < 1e-3
 
 
 def test_class_row_in_the_hub_s_place_fails_and_the_report_says_which_is_right(exported):
@@ -116,6 +122,65 @@ def test_the_newline_behind_an_image_is_the_source_s(exported):
 
 
 def test_a_split_model_passes_every_gate(exported):
-    reference, folder = exported("qwen3_vl", gguf_split_bytes=10**6)
+    reference, folder = exported("qwen3_vl", gguf_split_bytes=300_000)
     assert len(list(folder.glob("*-of-*.gguf"))) > 2
     assert_all_pass(run_check(reference, folder, SETTINGS))
+
+
+# --- pre-tokenizers ---------------------------------------------------------------------------------------------------
+
+WORDS = [
+    "don't WON'T I'll",
+    "पिता की किताब में",
+    "año 1234567, 3.14!",
+    "a  b\t\n\n c\r\n  d ",
+    "naïve façade…",
+    "中文。標點 カタカナ",
+]
+
+
+def trained(folder, pattern):
+    """A byte-level BPE tokenizer whose merges reach as far as its pattern lets them."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
+    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    return tokenizer
+
+
+def llama_tokens(file, text):
+    lib = llama.load(lambda level, line: None)
+    lib.llama_tokenize.argtypes = [c.c_void_p, c.c_char_p, c.c_int32, c.c_void_p, c.c_int32, c.c_bool, c.c_bool]
+    params = lib.llama_model_default_params()
+    params.vocab_only = True
+    model = lib.llama_model_load_from_file(str(file).encode(), params)
+    raw, ids = text.encode(), np.zeros(200, np.int32)
+    n = lib.llama_tokenize(lib.llama_model_get_vocab(model), raw, len(raw), ids.ctypes.data, len(ids), False, False)
+    return ids[:n].tolist()
+
+
+@pytest.mark.parametrize(("pattern", "pre"), PRE_TOKENIZERS.items())
+def test_llama_cpp_splits_text_as_the_pre_tokenizer_that_the_file_names(pattern, pre, tmp_path):
+    tokenizer = trained(tmp_path, pattern)
+    read = read_tokenizer(tmp_path, {}, tokenizer.get_vocab_size())
+    assert read.pre == pre
+    wrong = {}
+    for name in PRE_TOKENIZERS.values():
+
+        def metadata(writer, name=name):
+            writer.add_block_count(1)
+            add_tokenizer(writer, replace(read, pre=name))
+
+        write_container(tmp_path / f"{name}.gguf", "qwen2", metadata, [])
+        wrong[name] = [w for w in WORDS if llama_tokens(tmp_path / f"{name}.gguf", w) != tokenizer.encode(w).ids]
+    assert not wrong.pop(pre)
+    # The other one splits differently; where it splits less than the merges were learnt by, that cannot show.
+    assert all(wrong.values()) or pre == "qwen2"

@@ -132,6 +132,20 @@ def test_a_prompt_without_an_image(exported, arch):
     assert relative_error(got[:, : reference.vocabulary], reference.logits(prompt)) <= FORMAT_GATE
 
 
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_an_image_token_without_an_image_is_a_word_and_too_few_features_an_error(exported, arch):
+    """A model may generate its image token: transformers then feeds the word, and a decoding loop must not stop."""
+    reference, folder = exported(arch)
+    runner, token = OnnxRunner(folder), reference.preprocessor.image_token_id
+    words = reference.model.get_input_embeddings()
+    ids = np.array([[5, token], [token, 7]])
+    want = words(torch.from_numpy(ids)).detach().numpy()
+    got = runner.embed(ids)
+    assert np.array_equal(got[..., : want.shape[-1]], want) and not got[..., want.shape[-1] :].any()
+    with pytest.raises(Exception, match=r"(?i)index"):
+        runner.embed(ids, np.zeros((1, got.shape[-1]), np.float32))
+
+
 @pytest.mark.parametrize("graph", ["plain", "fused"])
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_a_left_padded_batch_and_its_next_token(exported, arch, graph):

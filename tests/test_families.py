@@ -16,6 +16,7 @@ from vlmq_export.quantizer.calibration import Preprocessor, Row, read_rows, trun
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.families import FAMILIES, family_of
+from vlmq_export.quantizer.images import Tile
 from vlmq_export.quantizer.importance import attention_block, output_gradients
 from vlmq_export.quantizer.layer import quantize_layer
 from vlmq_export.quantizer.model import load_model
@@ -130,6 +131,18 @@ def test_image_tokens_are_as_many_as_the_model_makes(loaded):
         features = loaded.model.model.get_image_features(**sample.image_inputs()).pooler_output
         assert sum(f.reshape(-1, f.shape[-1]).shape[0] for f in features) == int(sample.vision.sum())
         assert int(sample.vision.sum()) >= 8 or loaded.family.images == "tile"
+
+
+@pytest.mark.parametrize(
+    ("vision", "more", "newline", "tokens"),
+    [
+        ({"image_size": 384, "patch_size": 14}, {}, 1, 730),  # llava-onevision-qwen2-*-ov-hf: 986 = 730 + 256
+        ({"image_size": [448, 448], "patch_size": [14, 14]}, {"downsample_ratio": 0.5}, 0, 256),  # InternVL3-*-hf
+    ],
+)
+def test_tokens_of_a_tile_at_published_sizes(vision, more, newline, tokens):
+    tile = Tile(None, {"vision_config": vision} | more, newline)
+    assert tile.tokens == tokens and tile.fit(Image.new("RGB", (50, 900))).size == (tile.side, tile.side)
 
 
 def test_several_images_and_none(loaded, tmp_path):

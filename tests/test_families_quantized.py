@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vlmq_export import bundled, formats
+from vlmq_export.errors import FormatError
 from vlmq_export.formats.base import FormatOptions
 from vlmq_export.formats.gptq.check import own_decoder
 from vlmq_export.formats.gptq.read import GptqFolder
@@ -92,11 +93,18 @@ def test_features_and_positions_are_those_of_the_models_own_pass(made):
 
 
 def test_gptq_holds_every_weight(made, tmp_path):
-    artifact, _, reference = made
+    artifact, checkpoint, reference = made
+    lacking = checkpoint.model_type == "llava_onevision"
     for names in ("hub", "module"):
+        if lacking and names == "module":
+            with pytest.raises(FormatError, match="no class for llava_onevision"):
+                formats.get("gptq").write(artifact, tmp_path, FormatOptions(gptq_names=names))
+            continue
         folder = tmp_path / names
         folder.mkdir()
-        formats.get("gptq").write(artifact, folder, FormatOptions(gptq_names=names))
+        notes = formats.get("gptq").write(artifact, folder, FormatOptions(gptq_names=names))
+        needs = "GPTQModel.load has no class" if lacking else "GPTQModel.load needs --gptq-names module"
+        assert any(needs in n for n in notes) == (names == "hub" and checkpoint.model_type != "qwen3_vl")
         row = own_decoder(GptqFolder(folder), reference)
         assert row.status == "passed" and row.compared == reference.weights.count, row
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.artifacts import GRIDS, edit, rtn_artifact
@@ -15,7 +17,7 @@ from tests.test_gptq_format import slow_pack
 from vlmq_export import formats
 from vlmq_export.errors import CheckpointError, UsageError
 from vlmq_export.formats.base import FormatOptions
-from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, write_artifact
+from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, scheme_of, write_artifact
 from vlmq_export.pipeline import dry_run, run
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.recipe import Recipe
@@ -63,8 +65,12 @@ def assert_same(ours: Artifact, theirs: Artifact) -> None:
 )
 def test_our_own_files_come_back_bit_for_bit(arch, tag, options, tiny, tmp_path):
     artifact = rtn_artifact(tmp_path / "artifact", GRIDS[tag], tiny(arch))
-    back = imported(exported(artifact, tmp_path / "gptq", **options), tmp_path / "back")
+    folder = exported(artifact, tmp_path / "gptq", **options)
+    back = imported(folder, tmp_path / "back")
     assert_same(artifact, back)
+    again = exported(back, tmp_path / "again", **options)
+    for file in folder.glob("model*"):  # not the configs: natural groups do not tell the order
+        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
     order = "dynamic" if tag == "w4g128-dynamic" else GRIDS[tag].act_order
     assert replace(back.config, act_order=order) == artifact.config
     assert back.config.act_order == ("dynamic" if tag == "w4g128-dynamic" else "gar")
@@ -185,6 +191,10 @@ REFUSED = {
     "bits": (quantization(bits=5), "bits 5"),
     "no bits": (quantization(bits=None), "bits None"),
     "group": (quantization(group_size="128"), "group_size 128 is not"),
+    "a yes": (quantization(group_size=True), "group_size True is not"),
+    "odd group": (quantization(group_size=96), "does not divide the 256 inputs"),
+    "odd rules": (quantization(dynamic=[["+:x"]]), "a grid of their own"),
+    "no layers": (lambda f: edit(f / "config.json", lambda c: c.pop("num_hidden_layers")), "num_hidden_layers"),
     "other group": (quantization(group_size=64), "its grid asks for"),
     "other version": (quantization(checkpoint_format="gptq_v2"), "v1 and v2 may be confused"),
     "a float linear": (change_tensor(L0 + "mlp.up_proj.qweight", lambda _: None), "mlp.up_proj is not quantized"),
@@ -237,6 +247,39 @@ def test_other_schemes_of_compressed_tensors_are_refused(change, says, tiny, tmp
     edit(folder / "config.json", lambda c: change(c["quantization_config"]))
     with pytest.raises(CheckpointError, match=says):
         GptqCheckpoint(folder)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([4, 128, -1, "gptq"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = (
+    "bits", "group_size", "sym", "checkpoint_format", "format", "is_marlin_format", "pack_dtype", "dynamic", "lm_head",
+    "meta", "config_groups", "kv_cache_scheme", "transform_config", "damp_percent",
+)  # fmt: skip
+GROUPS = st.fixed_dictionaries({"group_0": st.fixed_dictionaries({"weights": st.dictionaries(st.sampled_from(
+    ["num_bits", "type", "symmetric", "strategy", "group_size", "actorder"]), JSON)})})  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(KEYS), JSON),
+    st.sampled_from(["gptq", "compressed-tensors", None, 3]),
+    GROUPS | JSON,
+)
+def test_any_quantization_config_is_a_scheme_or_one_line(q, method, groups):
+    try:
+        scheme = scheme_of({**q, "quant_method": method, "config_groups": groups}, Path("model"))
+    except CheckpointError as e:
+        assert str(e).startswith("model: ")
+    else:
+        assert scheme.bits in (2, 3, 4, 8) and (scheme.group_size == -1 or scheme.group_size > 0) and scheme.maker
 
 
 def test_a_float_checkpoint_is_none(tiny):

@@ -121,6 +121,8 @@ def test_features_go_to_their_tokens_and_too_few_are_an_error():
         assert torch.equal(embedding(ids[:, 2:], features[:0])[..., :3], words(ids[:, 2:]))
         with pytest.raises(IndexError):
             embedding(ids, features[:2])
+        # as the models themselves: an image token that was generated is a word
+        assert torch.equal(embedding(ids, features[:0])[..., :3], words(ids))
 
 
 @given(st.integers(1, 30), st.integers(-30, 30))

@@ -81,32 +81,28 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
     refuse_missing_packages(recipe)
+    unquantized = None if imported else checkpoint
+    if unquantized is not None:
+        pick_device(recipe.device.value)  # raises where it is not there
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{'export' if imported or artifact else recipe.label()}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
     rows = held_out(recipe.verify_data, recipe.image_root) if recipe.verify else []
     if recipe.verify:
         Preprocessor(artifact.source if artifact else model)  # raises for what the proof would miss after all the work
-    samples, described = [], {}
-    if checkpoint is not None and not imported:
-        samples, described = calibration_samples(recipe, checkpoint, hooks)
+    samples, described = ([], {}) if unquantized is None else calibration_samples(recipe, unquantized, hooks)
     result = Result(out, plan)
-    with joined(pick_device(recipe.device.value)) as ranks:
+    with joined(pick_device(recipe.device.value if unquantized else "cpu")) as ranks:
         if not ranks.first:
-            if not imported:
-                _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+            if unquantized is not None:
+                _quantize(recipe, unquantized, samples, described, result, hooks, ranks, resume=resume)
             return result
         with claimed(out, overwrite=overwrite):
             write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
             with result.timed("quantize"):
-                if isinstance(checkpoint, GptqCheckpoint):
-                    if not (out / "artifact").exists():
-                        _publish(out / "artifact", lambda folder: write_artifact(checkpoint, folder, plan.model.name))
-                elif checkpoint is not None:
-                    _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
-                elif artifact is not None and not (out / "artifact").exists():
-                    _publish(
-                        out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
-                    )
+                if unquantized is not None:
+                    _quantize(recipe, unquantized, samples, described, result, hooks, ranks, resume=resume)
+                elif not (out / "artifact").exists():
+                    _publish(out / "artifact", lambda folder: _take_over(folder, artifact, checkpoint, plan.model.name))
             _export(recipe, out, result, hooks)
             finish(out, recipe, result, rows, model if checkpoint else None, hooks)
     return result
@@ -124,6 +120,14 @@ def _quantize(
         calibration=described, device=recipe.device.value, resume=resume, place=memory.place, ranks=ranks,
         progress=hooks.progress, should_stop=hooks.should_stop,
     )  # fmt: skip
+
+
+def _take_over(folder: Path, artifact: Artifact | None, checkpoint: Checkpoint | None, name: str) -> None:
+    """The artifact of a model that is quantized already: a copy, or what a GPTQ checkpoint holds."""
+    if artifact is not None:
+        shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
+    elif isinstance(checkpoint, GptqCheckpoint):
+        write_artifact(checkpoint, folder, name)
 
 
 def dry_run(recipe: Recipe) -> RunPlan:
@@ -267,7 +271,7 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) ->
         raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
     if dropped:
         log.warning("%d of %d samples dropped: --seq-len %d would cut their vision tokens", dropped, len(rows), seq_len)
-    if not any(s.images for s in samples):
+    if all(s.pixel_values is None for s in samples):
         log.warning("%s: no sample has an image; the model is calibrated on text alone", path.name)
     tokens = sum(len(s.input_ids) for s in samples)
     vision = sum(int(s.vision.sum()) for s in samples)

@@ -122,6 +122,9 @@ class Recipe(BaseModel):
             raise ValueError(f"--bits {self.bits}: the runtimes decode 2, 3, 4 or 8 bits")
         if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(f"--group-size {self.group_size}: a multiple of 16, or -1 for one scale an output channel")
+        for key in ("model", "calibration", "image_root", "verify_data", "out"):
+            if "\0" in str(getattr(self, key)):
+                raise ValueError(f"--{key.replace('_', '-')}: a name with a null byte")
         if self.tensor_type and self.gguf_type is None:
             raise ValueError("--tensor-type changes a mix; give --gguf-type too")
         if self.gguf_type is not None:
@@ -204,6 +207,8 @@ def _recipe_text(path: Path) -> str:
         raw = f.read(MAX_RECIPE_BYTES + 1)
     if len(raw) > MAX_RECIPE_BYTES:
         raise ValueError(f"over {MAX_RECIPE_BYTES} bytes")
+    if raw.count(b"[") + raw.count(b"{") > 64:  # the parser's time grows with the square of the depth
+        raise ValueError("too many brackets for a recipe")
     return raw.decode("utf-8-sig")
 
 

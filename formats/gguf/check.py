@@ -204,6 +204,8 @@ def _shipped(files: _Files, reference: Reference, settings: CheckSettings, scrat
     run = runner.run(scratch, files.text, files.mmproj, prompts, reference, threads, ANSWER)
     rows = [*_products(files, reference, run), *_mtmd(files, reference, run, samples, compared, offset=len(watched))]
     rows.append(deviations.resizing(reference, oblong, run.array(run.prompts[-1]["image"])))
+    if files.mmproj_dtype == "q8_0":
+        rows.append(_mmproj_twin(files, reference, compared, scratch, threads))
     shipped = _error(run.array(run.prompts[len(watched)]["image"]), runner.image_rows(reference, first))
     return [*rows, *deviations.class_row(files.mmproj, files.text, reference, first, shipped, scratch, threads)]
 
@@ -294,6 +296,24 @@ def _mtmd(
     yield Check(
         "gguf", "L3", "greedy answers of the shipped file equal", "info", 1 - len(different) / len(samples), None, "share",
         len(samples), f"{len(samples) - len(different)} of {len(samples)} equal", ", ".join(different[:4]),
+    )  # fmt: skip
+
+
+def _mmproj_twin(files: _Files, reference: Reference, samples: list[Sample], scratch: Path, threads: int) -> Check:
+    """The mmproj as the float32 numbers that it decodes to: its activations are not rounded to 8 bits."""
+    from vlmq_export.formats.gguf.twin import decoded_tower, write_twin
+
+    twin = scratch / "mmproj-twin.gguf"
+    write_twin(files.mmproj, twin)
+    prompts = [runner.mtmd_prompt(reference, s, scratch, f"twin-{i}") for i, s in enumerate(samples)]
+    run = runner.run(scratch, files.text, twin, prompts, reference, threads, ANSWER)
+    with decoded_tower(reference, twin):
+        pairs = zip(samples, run.prompts)
+        errors = {s.id: _error(run.array(p["image"]), runner.image_rows(reference, s)) for s, p in pairs}
+    name, value = _worst(errors)
+    return _gate(
+        "L3", "image embeddings of the mmproj's float32 twin", value, EMBEDDING["f32"], unit="rel", compared=len(samples),
+        worst=name, detail="reference with the same weights in its vision tower",
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from vlmq_export.quantizer.artifact import (
 )
 from vlmq_export.quantizer.checkpoint import Checkpoint, TensorInfo
 from vlmq_export.quantizer.config import BITS, QuantConfig
-from vlmq_export.quantizer.families import family_of, text_config
+from vlmq_export.quantizer.families import family_of, layer_count
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model import parameter_shapes
 from vlmq_export.quantizer.untrusted import contained, read_json
@@ -96,7 +96,8 @@ def scheme_of(q: dict, where: Path) -> Scheme:
         raise refuse(f"checkpoint_format {version} is not gptq or gptq_v2")
     if q.get("pack_dtype", "int32") != "int32":
         raise refuse(f"packed in {q['pack_dtype']}, GPTQ readers take int32")
-    if own := [rule for rule in q.get("dynamic") or {} if not str(rule).startswith("-:")]:
+    rules = q.get("dynamic") or {}
+    if own := [rule for rule in rules if not str(rule).startswith("-:")] if isinstance(rules, dict) else [rules]:
         raise refuse(f"dynamic rule {own[0]} gives modules a grid of their own, an artifact has one grid")
     if q.get("lm_head"):
         raise refuse("its lm_head is quantized, an artifact keeps it in float")
@@ -110,7 +111,8 @@ def scheme_of(q: dict, where: Path) -> Scheme:
 def _pack_quantized(q: dict, refuse) -> Scheme:
     if q.get("format") != "pack-quantized":
         raise refuse(f"compressed-tensors format {q.get('format')} does not hold GPTQ's integers")
-    groups = list((q.get("config_groups") or {}).values())
+    groups = q.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
     if len(groups) != 1 or not isinstance(groups[0], dict) or not isinstance(groups[0].get("weights"), dict):
         raise refuse(f"{len(groups)} config_groups, an artifact has one grid")
     (group,) = groups
@@ -134,7 +136,7 @@ def _pack_quantized(q: dict, refuse) -> Scheme:
 def _checked(scheme: Scheme, refuse) -> Scheme:
     if scheme.bits not in BITS:
         raise refuse(f"bits {scheme.bits}, and only {', '.join(map(str, BITS))} are known here")
-    if not isinstance(scheme.group_size, int) or (scheme.group_size < 1 and scheme.group_size != -1):
+    if type(scheme.group_size) is not int or (scheme.group_size < 1 and scheme.group_size != -1):
         raise refuse(f"group_size {scheme.group_size} is not a number of columns nor -1")
     return scheme
 
@@ -152,7 +154,7 @@ class GptqCheckpoint(Checkpoint):
         strange = {"quantization_config", *({"rope_parameters"} if "text_config" in self.config else ())}
         self.config = {k: v for k, v in self.config.items() if k not in strange}
         self.family = family_of(self.config)
-        self.layers = int(text_config(self.config)["num_hidden_layers"])
+        self.layers = layer_count(self.config)
         self.linears = self.family.linear_names(self.layers)
         self.packed: dict[str, TensorInfo] = {}
         self.dropped: list[str] = []  # biases of zeros that the model does not have
@@ -219,10 +221,15 @@ class GptqCheckpoint(Checkpoint):
         """The integers of one linear. Raises CheckpointError for what no artifact can hold without loss."""
         n, k = self.tensors[f"{name}.weight"].shape
         s = self.scheme
-        groups = 1 if s.group_size == -1 else k // s.group_size
+        size = k if s.group_size == -1 else s.group_size
+        if k % size:
+            raise self._refusal(
+                f"group_size {size} does not divide the {k} inputs of {name}", "correct quantization_config"
+            )
+        groups = k // size
         read = self._gptq_parts if s.layout == "gptq" else self._packed_parts
         codes, zeros, scales = read(name, n, k, groups)
-        if k % groups or codes.shape != (n, k) or zeros.shape != (n, groups) or scales.shape != (n, groups):
+        if codes.shape != (n, k) or zeros.shape != (n, groups) or scales.shape != (n, groups):
             raise self._refusal(f"the parts of {name} do not fit its shape {n}×{k}", "copy the folder again")
         top, middle = 2**s.bits - 1, 2 ** (s.bits - 1)
         if over := int((zeros > top).sum()):

@@ -175,7 +175,7 @@ def inspect(path: str | Path) -> Inspection:
     weights = sum(t.numel * 32 // folder.bits for t in parts if t.name.endswith(".qweight"))
     q = folder.quantization
     metadata = {k: _text(v) for k, v in q.items()} | {
-        "architecture": ", ".join(map(_text, folder.config.get("architectures") or ["unknown"])),
+        "architecture": _text(folder.config.get("architectures")).strip('[]"'),
         "model_type": folder.family.model_type,
         "quantized linears": str(len(folder.linears)),
         "files": ", ".join(sorted({t.file for t in folder.tensors.values()})),

@@ -99,7 +99,10 @@ class Rotary(nn.Module):
 
 
 class Embedding(nn.Module):
-    """input_ids [B, S], image_features [image tokens, width] → inputs_embeds [B, S, width], features in order."""
+    """input_ids [B, S], image_features [image tokens, width] → inputs_embeds [B, S, width], features in order.
+
+    Without any feature an image token is the word that it is; with fewer than image tokens the run fails.
+    """
 
     def __init__(self, model: nn.Module, image_token: int, deepstack: int = 0):
         super().__init__()
@@ -108,7 +111,8 @@ class Embedding(nn.Module):
     def forward(self, input_ids, image_features):
         words = self.embed_tokens(input_ids)
         words = torch.cat([words, *[torch.zeros_like(words)] * self.deepstack], dim=-1)
-        image = input_ids == self.image_token
+        any_feature = torch.ones_like(image_features[:, 0], dtype=torch.long).sum() > 0
+        image = (input_ids == self.image_token) & any_feature  # one that was generated is a word, as in the models
         nth = image.flatten().long().cumsum(0).view_as(input_ids)  # from 1: a feature too few is out of bounds
         rows = torch.cat([torch.zeros_like(words[0, :1]), image_features])
         return torch.where(image[..., None], rows[nth], words)

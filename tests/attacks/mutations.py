@@ -34,7 +34,7 @@ def mutate(seed: bytes, rng: random.Random) -> bytes:
 def _json(raw: bytes):
     try:
         return json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -43,7 +43,7 @@ def sums_of(parts, precision: str) -> Statistics:
         x, full, g = x.flip(0), full.flip(0), None if g is None else g.flip(0)
     for i in range(0, len(x), 4096):
         sums.add(x[i : i + 4096], full[i : i + 4096], None if g is None else g[i : i + 4096])
-    return sums
+    return sums.rounded()
 
 
 def compare(w: torch.Tensor, parts, walked, table) -> None:
