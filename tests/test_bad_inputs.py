@@ -424,6 +424,17 @@ def test_row_20_what_only_the_proof_needs_is_missed_before_the_work(model, tmp_p
     assert file in err and not (tmp_path / "out").exists()
 
 
+def test_row_20_damaged_files_beside_the_weights(model, artifact, tmp_path):
+    (model / "generation_config.json").write_text('{"eos_token_id": ')
+    err = refused(model, "--format", "gptq", *RTN, "--out", tmp_path / "out", code=1)
+    assert "generation_config.json" in err and not (tmp_path / "out").exists()
+    shutil.copyfile(model / "preprocessor_config.json", artifact / "source" / "preprocessor_config.json")
+    (artifact / "source" / "tokenizer.json").write_text("{}")  # JSON, but no tokenizer: found when it is needed
+    err = refused(artifact, "--format", "gguf", "--no-verify", "--out", tmp_path / "out", code=1)
+    assert "--format gguf cannot be written" in err and not (tmp_path / "out" / "gguf").exists()
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
