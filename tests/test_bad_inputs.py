@@ -428,8 +428,8 @@ def test_row_20_damaged_files_beside_the_weights(model, artifact, tmp_path):
     (model / "generation_config.json").write_text('{"eos_token_id": ')
     err = refused(model, "--format", "gptq", *RTN, "--out", tmp_path / "out", code=1)
     assert "generation_config.json" in err and not (tmp_path / "out").exists()
-    shutil.copyfile(model / "preprocessor_config.json", artifact / "source" / "preprocessor_config.json")
-    (artifact / "source" / "tokenizer.json").write_text("{}")  # JSON, but no tokenizer: found when it is needed
+    settings = {"image_mean": 7, "image_std": None}  # JSON, but no settings: found when they are needed
+    (artifact / "source" / "preprocessor_config.json").write_text(json.dumps(settings))
     err = refused(artifact, "--format", "gguf", "--no-verify", "--out", tmp_path / "out", code=1)
     assert "--format gguf cannot be written" in err and not (tmp_path / "out" / "gguf").exists()
     assert not list((tmp_path / "out").rglob("*.tmp"))
