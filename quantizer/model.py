@@ -37,6 +37,24 @@ def exact_arithmetic():
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def tensor_cores():
+    """float32 products in TensorFloat-32 (11 significant bits) on CUDA; nothing changes on a machine without it.
+
+    For statistics and the forward passes of the walk, whose inputs are rounded far more coarsely by every runtime; what it
+    costs is in docs/performance.md. Never for the column loop or the factorization.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class StreamedModel:
     """transformers' own model in float32, without weights: those of one part are read from the shards and dropped again.
 
@@ -45,10 +63,7 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
-        cls, config = _class_of(checkpoint)
-        with _parameters_on_meta(), third_party(f"{checkpoint.path}: transformers cannot make this model"):
-            self.model = cls._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        self.model.eval().requires_grad_(False)
+        self.model = _empty_model(checkpoint).eval().requires_grad_(False)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -126,6 +141,19 @@ class _Rows(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.weight[torch.searchsorted(self.ids, ids)]
+
+
+def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Hub name → shape of every parameter that config.json asks for; tied ones once."""
+    family = family_of(checkpoint.config)
+    return {family.hub_name(name): tuple(p.shape) for name, p in _empty_model(checkpoint).named_parameters()}
+
+
+def _empty_model(checkpoint: Checkpoint) -> nn.Module:
+    """The model in float32, its parameters without storage."""
+    cls, config = _class_of(checkpoint)
+    with _parameters_on_meta(), third_party(f"{checkpoint.path}: transformers cannot make this model"):
+        return cls._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def _class_of(checkpoint: Checkpoint):

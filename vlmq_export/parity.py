@@ -23,7 +23,18 @@ log = logging.getLogger("vlmq_export")
 PARITY_FILE = "parity.json"
 LEVELS = ("L1", "L2", "L3")
 REQUIRE = "VLMQ_REQUIRE"  # runtimes that this environment declares present: gptq,onnx,gguf
-_PACKAGES = ("torch", "transformers", "gptqmodel", "optimum", "onnx", "onnxruntime", "mobius-onnx", "gguf", "xllamacpp")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "gptqmodel",
+    "optimum",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "mobius-onnx",
+    "gguf",
+    "xllamacpp",
+)
 
 
 @dataclass

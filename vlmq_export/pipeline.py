@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from filelock import FileLock, Timeout
 from vlmq_export import bundled, checksums, formats, report
 from vlmq_export.errors import ArtifactError, CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
+from vlmq_export.formats.gguf.mix import mix_named, module_types
+from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, write_artifact
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats, forget_places
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
@@ -73,16 +75,17 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
         raise UsageError("no --format given; choose one or more of gptq, onnx, gguf")
     model = locate_model(recipe.model)
     artifact = Artifact(model) if (model / MANIFEST).is_file() else None
-    checkpoint = None if artifact else Checkpoint(model)
-    if artifact is not None:
-        recipe = recipe_of_artifact(recipe, artifact)
+    checkpoint = None if artifact else open_checkpoint(model)
+    recipe = recipe_of(recipe, artifact, checkpoint)
+    imported = isinstance(checkpoint, GptqCheckpoint)
     plan = plan_of(recipe, checkpoint, artifact)
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
     refuse_missing_packages(recipe)
-    if checkpoint is not None:
+    unquantized = None if imported else checkpoint
+    if unquantized is not None:
         pick_device(recipe.device.value)  # raises where it is not there
-    out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
+    out = recipe.out or Path(f"vlmq-{plan.model.name}-{'export' if imported or artifact else recipe.label()}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
     rows = held_out(recipe.verify_data, recipe.image_root) if recipe.verify else []
     for file in checkpoint.companions if checkpoint else artifact.companions:
@@ -90,21 +93,20 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
             read_json(file)  # every writer reads some of them: better known before the work
     if recipe.verify:
         Preprocessor(artifact.source if artifact else model)  # raises for what the proof would miss after all the work
-    samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks)
+    samples, described = ([], {}) if unquantized is None else calibration_samples(recipe, unquantized, hooks)
     result = Result(out, plan)
-    with joined(pick_device(recipe.device.value)) as ranks:
+    with joined(pick_device(recipe.device.value if unquantized else "cpu")) as ranks:
         if not ranks.first:
-            _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+            if unquantized is not None:
+                _quantize(recipe, unquantized, samples, described, result, hooks, ranks, resume=resume)
             return result
         with claimed(out, overwrite=overwrite):
             write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
             with result.timed("quantize"):
-                if checkpoint is not None:
-                    _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
-                elif artifact is not None and not (out / "artifact").exists():
-                    _publish(
-                        out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
-                    )
+                if unquantized is not None:
+                    _quantize(recipe, unquantized, samples, described, result, hooks, ranks, resume=resume)
+                elif not (out / "artifact").exists():
+                    _publish(out / "artifact", lambda folder: _take_over(folder, artifact, checkpoint, plan.model.name))
             _export(recipe, out, result, hooks)
             finish(out, recipe, result, rows, model if checkpoint else None, hooks)
     return result
@@ -118,10 +120,18 @@ def _quantize(
     memory = plan_memory(result.plan.model, recipe, memory.host_free, memory.device_free, tokens)
     _tell_memory(memory)
     quantize(
-        checkpoint, samples, recipe.quant_config(), result.out / "artifact", name=result.plan.model.name,
+        checkpoint, samples, result.plan.model.config, result.out / "artifact", name=result.plan.model.name,
         calibration=described, device=recipe.device.value, resume=resume, place=memory.place, ranks=ranks,
         progress=hooks.progress, should_stop=hooks.should_stop,
     )  # fmt: skip
+
+
+def _take_over(folder: Path, artifact: Artifact | None, checkpoint: Checkpoint | None, name: str) -> None:
+    """The artifact of a model that is quantized already: a copy, or what a GPTQ checkpoint holds."""
+    if artifact is not None:
+        shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
+    elif isinstance(checkpoint, GptqCheckpoint):
+        write_artifact(checkpoint, folder, name)
 
 
 def dry_run(recipe: Recipe) -> RunPlan:
@@ -129,8 +139,9 @@ def dry_run(recipe: Recipe) -> RunPlan:
     model = locate_model(recipe.model)
     if (model / MANIFEST).is_file():
         artifact = Artifact(model)
-        return plan_of(recipe_of_artifact(recipe, artifact), None, artifact)
-    return plan_of(recipe, Checkpoint(model), None)
+        return plan_of(recipe_of(recipe, artifact, None), None, artifact)
+    checkpoint = open_checkpoint(model)
+    return plan_of(recipe_of(recipe, None, checkpoint), checkpoint, None)
 
 
 def verify(
@@ -170,12 +181,23 @@ def locate_model(model: str | None) -> Path:
         raise CheckpointError(f"{model}: neither a local folder nor to be had from the hub ({first})") from None
 
 
+def open_checkpoint(model: Path) -> Checkpoint:
+    """A float checkpoint, or one that others quantized with GPTQ, which then shows its float model's shapes."""
+    return Checkpoint(model) if quantization_of(model) is None else GptqCheckpoint(model)
+
+
 def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | None) -> RunPlan:
     if artifact is not None:
         return plan_run(artifact_plan(artifact), recipe)
     assert checkpoint is not None
     name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
     model = model_plan(checkpoint, recipe.quant_config(), name)
+    if recipe.gguf_type is not None:
+        mix = mix_named(recipe.gguf_type)
+        types = module_types(model, mix, recipe.tensor_type)
+        model = replace(model, config=replace(model.config, gguf_type=mix, types=types))
+    if isinstance(checkpoint, GptqCheckpoint):
+        return plan_run(model, recipe)
     memory = plan_memory(model, recipe, *free_memory(pick_device(recipe.device.value), recipe.max_memory))
     return plan_run(model, recipe, memory)
 
@@ -190,15 +212,26 @@ def _tell_memory(memory: MemoryPlan) -> None:
         )
 
 
-def recipe_of_artifact(recipe: Recipe, artifact: Artifact) -> Recipe:
-    """The recipe with the grid that the artifact has; a flag that asks for another is refused, not ignored."""
-    c = artifact.config
+def recipe_of(recipe: Recipe, artifact: Artifact | None, checkpoint: Checkpoint | None) -> Recipe:
+    """The recipe with the grid that a quantized model has; a flag that asks for another is refused, not ignored."""
+    if artifact is not None:
+        c, what = artifact.config, "artifact"
+        if c.types:
+            if recipe.gguf_type is not None and mix_named(recipe.gguf_type) != c.gguf_type:
+                raise UsageError(
+                    f"--gguf-type {recipe.gguf_type}: the artifact has {c.gguf_type} already; quantize the model again"
+                )
+            recipe = recipe.model_copy(update={"gguf_type": c.gguf_type})
+    elif isinstance(checkpoint, GptqCheckpoint):
+        c, what = checkpoint.quant_config, "checkpoint"
+    else:
+        return recipe
     fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order)}
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
             flag = "--" + key.replace("_", "-")
             raise UsageError(
-                f"{flag} {getattr(recipe, key)}: the artifact has {value} already; quantize the model again"
+                f"{flag} {getattr(recipe, key)}: the {what} has {value} already; quantize the float model again"
             )
     return recipe.model_copy(update=fixed | {"method": Method(c.method), "seed": c.seed})
 
@@ -355,7 +388,7 @@ def same_source(model: str | None, artifact: Artifact) -> Path | None:
     """The source folder if it is still at hand and still what was quantized; else None."""
     try:
         path = locate_model(model)
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         return path if checkpoint.fingerprint() == artifact.manifest.source else None
     except VlmqError:
         return None
