@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = {
     1: ["test_checkpoint::test_nan_weights_are_counted_and_named", "test_quantize::test_nan_weight_is_named_when_its_layer_is_read"],
     2: ["test_quantize::test_samples_with_nan_are_counted_and_all_of_them_refused"],
-    3: ["test_statistics::test_half_precision_inputs_are_summed_in_float32", "test_solver::test_power_of_two_scaling_gives_identical_integers"],
+    3: ["test_statistics::test_half_precision_inputs_are_multiplied_in_float32_and_summed_in_float64", "test_solver::test_power_of_two_scaling_gives_identical_integers"],
     4: ["test_solver::test_dead_columns_are_zero_and_disturb_nothing", "test_solver::test_rank_deficient_hessian_is_solved_with_damping",
         "test_solver::test_damping_grows_until_the_matrix_is_definite", "test_solver::test_hopeless_hessian_falls_back_to_nearest"],
     5: ["test_solver::test_hopeless_hessian_falls_back_to_nearest"],
@@ -91,11 +91,12 @@ def _tests_of(file: Path) -> set[str]:
 def test_every_row_has_a_test():
     here = {int(name.split("_")[2]) for name in _tests_of(Path(__file__)) if name.startswith("test_row_")}
     assert here | ELSEWHERE.keys() == set(range(1, 46))
-    for tests in ELSEWHERE.values():
-        for test in tests:
-            module, name = test.split("::")
-            file = ROOT / (f"{module}.py" if "/" in module else f"tests/{module}.py")
-            assert name in _tests_of(file), test
+    gone = []
+    for test in sorted({test for tests in ELSEWHERE.values() for test in tests}):
+        module, name = test.split("::")
+        if name not in _tests_of(ROOT / (f"{module}.py" if "/" in module else f"tests/{module}.py")):
+            gone.append(test)
+    assert gone == []  # renamed or removed: name what shows the row now
 
 
 @pytest.fixture
