@@ -31,7 +31,7 @@ from tests.artifacts import edit
 from tests.attacks import seeds
 from tests.test_cli import call, refused
 from tests.test_gguf_hostile import GOOD, HOSTILE
-from vlmq_export import bundled, pipeline
+from vlmq_export import bundled, formats, pipeline
 from vlmq_export.errors import ArtifactError, CalibrationError, VlmqError
 from vlmq_export.formats.base import Check
 from vlmq_export.parity import forget_places
@@ -665,6 +665,18 @@ def test_row_37_a_device_that_is_not_there_is_said_first(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--device cpu" in refused("--format", "gptq", *RTN, "--device", "cuda", "--out", tmp_path / "out", code=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_row_39_an_onnxruntime_that_is_too_old_is_named_before_the_work(tmp_path, monkeypatch):
+    from importlib import metadata
+
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.20.1" if name == "onnxruntime" else installed(name))
+    assert formats.get("onnx").missing() == "onnxruntime>=1.31 (here is 1.20.1)"
+    (row, *_) = formats.get("onnx").check(tmp_path, None, None, None)
+    assert row.status == "not run" and "onnxruntime>=1.31" in row.detail
+    monkeypatch.undo()
+    assert formats.get("onnx").missing() is None
 
 
 @pytest.mark.parametrize("case", ["gated", "missing", "limited", "offline", "broken off"])
