@@ -4,6 +4,7 @@
       manifest.json              schema, source model and its hashes, recipe, one entry a linear (grid and metrics)
       layer-00000.safetensors    one file a decoder layer: codes, scales, zero_points, g_idx, and changed biases
       float-00001.safetensors    every tensor that is not quantized, bytes as in the source checkpoint
+      timing.json                seconds by phase and layer, tokens a second, peak memory
       source/                    config.json, tokenizer and processor files, as they are
 
 Each file is written to a temporary name and renamed when whole; manifest.json comes last, so a folder with a manifest is
@@ -33,6 +34,7 @@ from vlmq_export.quantizer.untrusted import contained, read_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
 _FLOAT_SHARD_BYTES = 2 * 2**30
 
 
@@ -152,7 +154,7 @@ def read_layer_records(folder: Path, index: int) -> list[ModuleRecord]:
     try:
         with safe_open(file, framework="pt") as f:
             return [ModuleRecord(**r) for r in json.loads(f.metadata()["records"])]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
@@ -161,7 +163,7 @@ def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
     file = folder / layer_file(index)
     try:
         infos = read_infos(file)
-        return [
+        linears = [
             QuantizedLinear(
                 r.name,
                 *(read_tensor(folder, infos[f"{r.name}.{part}"]) for part in ("codes", "scales", "zero_points", "g_idx")),
@@ -170,7 +172,11 @@ def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
             )
             for r in read_layer_records(folder, index)
         ]  # fmt: skip
-    except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError) as e:
+        for q in linears:
+            if problem := _out_of_range(q.codes, q.scales, q.zero_points, q.g_idx, q.bits):
+                raise ValueError(f"{q.name}: {problem}")
+        return linears
+    except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
@@ -391,7 +397,9 @@ def _out_of_range(
     codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, g_idx: torch.Tensor, bits: int
 ) -> str:
     """What in the tensors of a linear lies outside its grid, or nothing."""
-    top, groups = 2**bits - 1, scales.shape[1]
+    top, (out_features, groups) = 2**bits - 1, scales.shape
+    if codes.shape != (out_features, len(g_idx)) or zero_points.shape != scales.shape:
+        return "shapes that do not fit together"
     wrong = {
         f"codes over {top}": codes > top,
         f"zero-points over {top}": zero_points > top,

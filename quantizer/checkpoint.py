@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from vlmq_export.errors import CheckpointError
+from vlmq_export.errors import CheckpointError, VlmqError
 from vlmq_export.quantizer.families import FAMILIES
 from vlmq_export.quantizer.untrusted import contained, parse_object, read_json
 
@@ -159,13 +159,16 @@ class Checkpoint:
         if not (self.path / "config.json").is_file():
             raise CheckpointError(f"{path}: no config.json in this folder; give a folder in the Hugging Face layout")
         self.config: dict = read_json(self._contained("config.json"))
-        if "quantization_config" in self.config:
-            settings = self.config["quantization_config"]
-            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-            raise CheckpointError(f"{path}: already quantized ({method}); give the original float checkpoint")
+        self._refuse_quantized()
         if (self.path / "adapter_config.json").is_file():  # transformers would load the model that it names instead
             raise CheckpointError(f"{path}: holds an adapter (adapter_config.json); merge it into the model first")
         self.tensors: dict[str, TensorInfo] = self._hub_names(self._index())
+
+    def _refuse_quantized(self) -> None:
+        if "quantization_config" in self.config:
+            settings = self.config["quantization_config"]
+            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
+            raise CheckpointError(f"{self.path}: already quantized ({method}); give the original float checkpoint")
 
     def _contained(self, name: str) -> Path:
         try:
@@ -183,7 +186,7 @@ class Checkpoint:
         single = self.path / "model.safetensors"
         expected: dict[str, str] | None = None
         if index_path.is_file():
-            expected = _weight_map(index_path)
+            expected = weight_map(index_path)
             files = sorted(set(expected.values()))
             if single.is_file() and single.name not in files:  # transformers would read that one
                 raise CheckpointError(f"{self.path}: {single.name} and {index_path.name} are both here; delete one")
@@ -269,11 +272,11 @@ class Checkpoint:
         return self._fingerprint
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """tensor → shard as the index says."""
-    found = read_json(index).get("weight_map")
+def weight_map(index: Path, error: type[VlmqError] = CheckpointError) -> dict[str, str]:
+    """tensor → shard as the index says. Raises `error` where it does not say so."""
+    found = read_json(index, error=error).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
-        raise CheckpointError(f"{index}: no weight_map from tensor names to file names; copy it again")
+        raise error(f"{index}: no weight_map from tensor names to file names; copy it again")
     return found
 
 

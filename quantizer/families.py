@@ -18,6 +18,31 @@ DECODER_GROUPS = (
     ("mlp.down_proj",),
 )
 MAX_LAYERS = 1000  # the deepest published models have under 130
+MAX_SIZE = 2**24  # of any other dimension: the longest contexts have 10 million positions
+_SIZES = frozenset(
+    [
+        "depth",
+        "embed_dim",
+        "head_dim",
+        "hidden_size",
+        "image_size",
+        "in_channels",
+        "in_chans",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "out_hidden_size",
+        "patch_size",
+        "spatial_merge_size",
+        "spatial_patch_size",
+        "temporal_patch_size",
+        "vocab_size",
+        "window_size",
+    ]
+)
 # A norm and the linears that read its output, and nothing else does: what a scale can be moved between.
 DECODER_NORMS = (
     ("input_layernorm", DECODER_GROUPS[0]),
@@ -125,6 +150,8 @@ def family_of(config: dict) -> Family:
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(f"model_type {model_type} in config.json is not supported; supported: {known}")
+    for part in (config, text_config(config), config.get("vision_config") or {}):
+        _check_sizes(part)
     return FAMILIES[model_type]
 
 
@@ -144,3 +171,14 @@ def layer_count(config: dict) -> int:
             f"num_hidden_layers in config.json is {layers!r}; a number from 1 to {MAX_LAYERS} is expected"
         )
     return layers
+
+
+def _check_sizes(settings: object) -> None:
+    """Raises CheckpointError for a size that no model has: loops and tables are as long as these numbers say."""
+    if not isinstance(settings, dict):
+        raise CheckpointError("vision_config in config.json is not an object; copy the file again")
+    for key in _SIZES & settings.keys():
+        most = MAX_LAYERS if key in ("depth", "num_hidden_layers") else MAX_SIZE
+        for value in settings[key] if isinstance(settings[key], list) else [settings[key]]:
+            if value is not None and not (type(value) is int and 1 <= value <= most):
+                raise CheckpointError(f"{key} in config.json is {value!r}; a number from 1 to {most} is expected")

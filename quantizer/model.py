@@ -66,10 +66,7 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
-        cls, config = _class_of(checkpoint)
-        with _parameters_on_meta(), third_party(f"{checkpoint.path}: transformers cannot make this model"):
-            self.model = cls._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        self.model.eval().requires_grad_(False)
+        self.model = _empty_model(checkpoint).eval().requires_grad_(False)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -147,6 +144,19 @@ class _Rows(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.weight[torch.searchsorted(self.ids, ids)]
+
+
+def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Hub name → shape of every parameter that config.json asks for; tied ones once."""
+    family = family_of(checkpoint.config)
+    return {family.hub_name(name): tuple(p.shape) for name, p in _empty_model(checkpoint).named_parameters()}
+
+
+def _empty_model(checkpoint: Checkpoint) -> nn.Module:
+    """The model in float32, its parameters without storage."""
+    cls, config = _class_of(checkpoint)
+    with _parameters_on_meta(), third_party(f"{checkpoint.path}: transformers cannot make this model"):
+        return cls._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def _class_of(checkpoint: Checkpoint):

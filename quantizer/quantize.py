@@ -20,6 +20,7 @@ from vlmq_export.errors import ArtifactError, CalibrationError, Interrupted, Usa
 from vlmq_export.quantizer.artifact import (
     MANIFEST,
     SCHEMA,
+    TIMING,
     Manifest,
     ModuleRecord,
     QuantizedLinear,
@@ -51,7 +52,6 @@ log = logging.getLogger("vlmq_export")
 SCRATCH = ".activations.tmp"
 _WHOLE = -1  # layers "done" of a folder that has its manifest
 RUN = "run.json"  # what this folder is a run of: a resumed run must ask for the same
-TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
 MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
 Progress = Callable[[str, int, int], None]
 

@@ -16,17 +16,20 @@ from safetensors.torch import load_file, save_file
 from tests.artifacts import GRIDS, rtn_artifact
 from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export import bundled
-from vlmq_export.formats.base import CheckSettings, FormatOptions
+from vlmq_export.formats.base import CheckSettings, FormatOptions, compare_weights
 from vlmq_export.formats.gptq import check, missing, write
 from vlmq_export.formats.gptq.check import KERNEL_GATE, autogptq_decoder, exact_rows, own_decoder
+from vlmq_export.formats.gptq.imported import GptqCheckpoint, write_artifact
+from vlmq_export.formats.gptq.layout import GPTQMODEL_LOADS
 from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.formats.gptq.runtime import Request, RuntimeFailed, run, save_prompts
 from vlmq_export.parity import required_runtimes
 from vlmq_export.quantizer.artifact import (
     Artifact,
 )
-from vlmq_export.quantizer.calibration import read_rows
-from vlmq_export.reference import Reference
+from vlmq_export.quantizer.calibration import Preprocessor, read_rows
+from vlmq_export.quantizer.families import FAMILIES
+from vlmq_export.reference import Reference, Weights
 
 IMAGES = 4
 SETTINGS = CheckSettings(images=IMAGES, threads=2)
@@ -113,9 +116,10 @@ import json, sys
 import numpy as np, torch
 from safetensors.torch import load_file
 from gptqmodel import BACKEND, GPTQModel
-from gptqmodel.models.definitions.base_qwen2_vl import BaseQwen2VLGPTQ
-BaseQwen2VLGPTQ.require_load_processor = False  # the combined processor needs torchvision; weights are what is tested
+from gptqmodel.models.auto import MODEL_MAP
 folder, prompt, out = sys.argv[1:]
+kind = json.load(open(folder + "/config.json"))["model_type"]
+MODEL_MAP[kind].require_load_processor = False  # the combined processor needs torchvision; weights are what is tested
 model = GPTQModel.load(folder, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
 inputs = load_file(prompt)
 inputs["pixel_values"] = inputs["pixel_values"].half()
@@ -124,16 +128,32 @@ with torch.no_grad():
 """
 
 
-def test_gptqmodel_loads_module_names(tmp_path, artifact, reference):
+@pytest.mark.parametrize(
+    "arch", ["reference", *(pytest.param(a, marks=pytest.mark.slow) for a in ("qwen2_vl", "qwen3_vl", "internvl"))]
+)
+def test_gptqmodel_loads_module_names(arch, tmp_path, artifact, tiny):
+    if arch != "reference":
+        artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny(arch))
     out = exported(tmp_path / "gptq", artifact, gptq_names="module")
+    reference = Reference(artifact.path, read_rows(bundled.HELDOUT)[:1])
     prompt = reference.prompts[0]
     (file,) = save_prompts([prompt], tmp_path)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, "-c", LOAD_BY_GPTQMODEL, str(out), file, str(tmp_path / "logits.npy")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = in_its_own_process(command, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     got, want = np.load(tmp_path / "logits.npy")[:, : reference.vocabulary], reference.logits(prompt)
     assert np.linalg.norm(got - want) / np.linalg.norm(want) <= KERNEL_GATE
+
+
+def in_its_own_process(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "TORCHDYNAMO_DISABLE": "1"}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
+def test_gptqmodel_has_the_families_that_we_say(tmp_path):
+    code = "from gptqmodel.models.auto import MODEL_MAP; print(*MODEL_MAP)"
+    done = in_its_own_process([sys.executable, "-c", code], tmp_path)
+    assert set(GPTQMODEL_LOADS) == set(FAMILIES) & set(done.stdout.split())
 
 
 # --- faults: nothing but the decoded weights tells ---------------------------------------------------------------------
@@ -212,3 +232,62 @@ def test_a_runtime_that_dies_is_one_line(folder, reference, tmp_path):
     assert "could not place" in str(error.value) and "layers.6." in str(error.value)
     with pytest.raises(RuntimeFailed, match="not done after"):
         run(replace(request, out=str(tmp_path / "late")), timeout=0.05)
+
+
+# --- other families, and checkpoints of others ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["llava_onevision", "internvl", "qwen3_vl"])
+def test_every_weight_and_logit_of_the_other_families(arch, tiny, tmp_path):
+    artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny(arch))
+    out = exported(tmp_path / "gptq", artifact)
+    reference = Reference(artifact.path, read_rows(bundled.HELDOUT)[:2])
+    opened = GptqFolder(out)
+    request = Request(
+        str(out), str(tmp_path / "out"), opened.bits, save_prompts(reference.prompts, tmp_path), reference.vocabulary, 16,
+        sorted(reference.stop_ids), SETTINGS.threads, backend="gptq_torch", exact=True,
+    )  # fmt: skip
+    rows = [
+        own_decoder(opened, reference),
+        autogptq_decoder(opened, reference),
+        *exact_rows(run(request), opened, reference),
+    ]
+    assert by_level(rows) == ["L1 passed", "L1 passed", "L1 passed", "L2 passed", "L3 passed", "L3 passed"], rows
+    assert rows[0].compared == rows[2].compared == reference.weights.count
+
+
+QUANTIZER = Path(__file__).resolve().parents[1] / "tools" / "bench" / "gptqmodel_quantize.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "made",
+    [{"group_size": 128, "sym": True, "desc_act": False}, {"group_size": 64, "sym": False, "desc_act": True}],
+    ids=["sym", "asym-desc_act"],
+)
+def test_a_checkpoint_made_by_gptqmodel_is_taken_over_as_it_decodes_it(made, tmp_path):
+    """GPTQModel quantizes the bundled model; our artifact of its file decodes to what its own kernel decodes."""
+    request = made | {
+        "model": str(bundled.REFERENCE_VLM), "out": str(tmp_path / "theirs"), "rows": str(bundled.CALIBRATION), "samples": 4,
+        "bits": 4, "act_group_aware": not made["desc_act"], "gptaq": False,
+    }  # fmt: skip
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    done = in_its_own_process([sys.executable, str(QUANTIZER), str(tmp_path / "request.json")], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    checkpoint = GptqCheckpoint(tmp_path / "theirs")
+    assert checkpoint.quant_config.act_order == ("dynamic" if made["desc_act"] else "gar")
+    write_artifact(checkpoint, tmp_path / "artifact", "theirs")
+    weights = Weights(tmp_path / "artifact", tmp_path / "theirs")
+    preprocessor = Preprocessor(bundled.REFERENCE_VLM)  # it saves no preprocessor_config.json
+    prompt = preprocessor.sample(read_rows(bundled.HELDOUT)[0], prompt_only=True)
+    outcome = run(
+        Request(
+            str(tmp_path / "theirs"), str(tmp_path / "out"), 4, save_prompts([prompt], tmp_path), 384, 1, [376],
+            SETTINGS.threads, backend="gptq_torch", exact=True,
+        )
+    )  # fmt: skip
+    family = checkpoint.family
+    row = compare_weights(
+        "gptq", "taken over", weights.items(), lambda hub: outcome.weight(family.module_name(hub)), count=weights.count
+    )
+    assert row.status == "passed" and row.compared == weights.count, row

@@ -130,6 +130,7 @@ def test_scale_of_the_factors_moves_no_integer(scale):
     def codes(raw):
         sums = Statistics.empty(32, drift=True)
         sums.add(x, full, normalized([raw])[0])
+        sums = sums.rounded()
         hessian = solver.prepare(sums.hessian, sums.diagonal, group=16, act_order="dynamic", damp=0.01)
         columns = solver.column_term(hessian, sums.drift, 0.25)
         return solver.solve(weights, hessian, Affine(3), group=16, act_order="dynamic", block=16, columns=columns).codes

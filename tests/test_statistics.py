@@ -128,7 +128,7 @@ def test_only_the_upper_bands_are_summed(monkeypatch, width):
     torch.testing.assert_close(sums.drift.float(), 2 * ((full - x) * g[:, None]).T @ weighted)
 
 
-def test_half_precision_inputs_are_summed_in_float64():
+def test_half_precision_inputs_are_multiplied_in_float32_and_summed_in_float64():
     x, full, g = tokens()
     sums = add_all([(x.half(), full.half(), g)])
     assert sums.hessian.dtype == sums.drift.dtype == torch.float64

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from vlmq_export.quantizer.artifact import write_atomic
 from vlmq_export.quantizer.checkpoint import sha256_file
+from vlmq_export.quantizer.untrusted import contained
 
 SUMS = "SHA256SUMS"
 
@@ -24,9 +25,13 @@ def changed_files(folder: Path) -> list[str] | None:
     if not sums.is_file():
         return None
     wrong = []
-    for line in sums.read_text("utf-8").splitlines():
+    for line in sums.read_text("utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
-        path = folder / name
+        try:
+            path = contained(folder, name)
+        except ValueError as e:
+            wrong.append(str(e))
+            continue
         if not path.is_file():
             wrong.append(f"{name} (missing)")
         elif sha256_file(path) != digest:

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlmq_export import __version__
-from vlmq_export.errors import CTRL_C, PARITY_FAILED, Interrupted, UsageError, VlmqError
+from vlmq_export.errors import CTRL_C, PARITY_FAILED, Interrupted, UsageError, VlmqError, one_line
 from vlmq_export.recipe import (
     ActOrder,
     Device,
@@ -224,10 +224,10 @@ def _run(job, as_json: bool, quiet: bool, verbose: int) -> None:
 
     terminal.set_up_logging(verbose, quiet or os.environ.get("RANK", "0") != "0")
     try:
-        code = job()
+        code = _in_memory(job)
     except (VlmqError, OSError) as e:
         code = getattr(e, "exit_code", VlmqError.exit_code)
-        message = str(e) if isinstance(e, VlmqError) else f"{e.filename or 'a file'}: {e.strerror or e}"
+        message = one_line(e if isinstance(e, VlmqError) else f"{e.filename or 'a file'}: {e.strerror or e}")
         terminal.err.print(f"error: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
         if as_json:
             _print_json({"error": message, "exit_code": code})
@@ -235,6 +235,22 @@ def _run(job, as_json: bool, quiet: bool, verbose: int) -> None:
         terminal.err.print("stopped; --resume continues", highlight=False)
         code = CTRL_C
     raise typer.Exit(code)
+
+
+def _in_memory(job) -> int:
+    """job(), where running out of memory is a stop that can be resumed. Whole layers on disk are kept."""
+    try:
+        return job()
+    except MemoryError:
+        where = "memory"
+    except RuntimeError as e:
+        if type(e).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            where = "GPU memory"
+        elif "can't allocate memory" in str(e):  # torch's allocator on the CPU
+            where = "memory"
+        else:
+            raise
+    raise Interrupted(f"out of {where}; free some, lower --samples or --seq-len, or --resume on a larger machine")
 
 
 def main() -> None:

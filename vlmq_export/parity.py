@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +16,7 @@ from vlmq_export import __version__, formats
 from vlmq_export.errors import FormatError, Interrupted, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings, FormatOptions
 from vlmq_export.quantizer.artifact import write_json
+from vlmq_export.quantizer.untrusted import read_json
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
@@ -45,10 +46,19 @@ class Parity:
     @classmethod
     def read(cls, path: Path) -> Parity:
         try:
-            raw = json.loads(path.read_text("utf-8"))
+            raw = read_json(path, error=FormatError)
             return cls(**(raw | {"checks": [Check(**c) for c in raw["checks"]]}))
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as e:
+        except (KeyError, TypeError) as e:
             raise FormatError(f"{path}: cannot be read as a parity report ({e}); run verify again") from None
+
+
+def forget_places(checks: list[Check], *folders: Path | None) -> None:
+    """Rows quote error messages; a report that is passed on should not say where on this machine the files were."""
+    known = [f for f in (*folders, Path(tempfile.gettempdir()), Path.home()) if f is not None]
+    places = {str(p) for f in known for p in (f.absolute(), f.resolve())} - {"/"}
+    for c in checks:
+        for place in sorted(places, key=len, reverse=True):
+            c.detail, c.worst = (text.replace(f"{place}/", "").replace(place, "…") for text in (c.detail, c.worst))
 
 
 def environment() -> dict:

@@ -18,10 +18,11 @@ from filelock import FileLock, Timeout
 from vlmq_export import bundled, checksums, formats, report
 from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
-from vlmq_export.parity import PARITY_FILE, Parity, check_formats
+from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, write_artifact
+from vlmq_export.parity import PARITY_FILE, Parity, check_formats, forget_places
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
-from vlmq_export.quantizer.calibration import Row, Sample, read_rows
+from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, refuse_unreadable
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.distributed import Ranks, joined
 from vlmq_export.quantizer.families import family_of
@@ -72,31 +73,35 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
         raise UsageError("no --format given; choose one or more of gptq, onnx, gguf")
     model = locate_model(recipe.model)
     artifact = Artifact(model) if (model / MANIFEST).is_file() else None
-    checkpoint = None if artifact else Checkpoint(model)
-    if artifact is not None:
-        recipe = recipe_of_artifact(recipe, artifact)
+    checkpoint = None if artifact else open_checkpoint(model)
+    recipe = recipe_of(recipe, artifact, checkpoint)
+    imported = isinstance(checkpoint, GptqCheckpoint)
     plan = plan_of(recipe, checkpoint, artifact)
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
     refuse_missing_packages(recipe)
-    out = recipe.out or Path(f"vlmq-{plan.model.name}-{recipe.label() if checkpoint else 'export'}")
+    unquantized = None if imported else checkpoint
+    if unquantized is not None:
+        pick_device(recipe.device.value)  # raises where it is not there
+    out = recipe.out or Path(f"vlmq-{plan.model.name}-{'export' if imported or artifact else recipe.label()}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
-    rows = read_rows(recipe.verify_data or bundled.HELDOUT, recipe.image_root) if recipe.verify else []
-    samples, described = ([], {}) if checkpoint is None else calibration_samples(recipe, checkpoint, hooks)
+    rows = held_out(recipe.verify_data, recipe.image_root) if recipe.verify else []
+    if recipe.verify:
+        Preprocessor(artifact.source if artifact else model)  # raises for what the proof would miss after all the work
+    samples, described = ([], {}) if unquantized is None else calibration_samples(recipe, unquantized, hooks)
     result = Result(out, plan)
-    with joined(pick_device(recipe.device.value)) as ranks:
+    with joined(pick_device(recipe.device.value if unquantized else "cpu")) as ranks:
         if not ranks.first:
-            _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
+            if unquantized is not None:
+                _quantize(recipe, unquantized, samples, described, result, hooks, ranks, resume=resume)
             return result
         with claimed(out, overwrite=overwrite):
             write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
             with result.timed("quantize"):
-                if checkpoint is not None:
-                    _quantize(recipe, checkpoint, samples, described, result, hooks, ranks, resume=resume)
-                elif artifact is not None and not (out / "artifact").exists():
-                    _publish(
-                        out / "artifact", lambda folder: shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
-                    )
+                if unquantized is not None:
+                    _quantize(recipe, unquantized, samples, described, result, hooks, ranks, resume=resume)
+                elif not (out / "artifact").exists():
+                    _publish(out / "artifact", lambda folder: _take_over(folder, artifact, checkpoint, plan.model.name))
             _export(recipe, out, result, hooks)
             finish(out, recipe, result, rows, model if checkpoint else None, hooks)
     return result
@@ -116,13 +121,22 @@ def _quantize(
     )  # fmt: skip
 
 
+def _take_over(folder: Path, artifact: Artifact | None, checkpoint: Checkpoint | None, name: str) -> None:
+    """The artifact of a model that is quantized already: a copy, or what a GPTQ checkpoint holds."""
+    if artifact is not None:
+        shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
+    elif isinstance(checkpoint, GptqCheckpoint):
+        write_artifact(checkpoint, folder, name)
+
+
 def dry_run(recipe: Recipe) -> RunPlan:
     """What `run` would do, from config and headers alone; refusals are in the plan, not raised."""
     model = locate_model(recipe.model)
     if (model / MANIFEST).is_file():
         artifact = Artifact(model)
-        return plan_of(recipe_of_artifact(recipe, artifact), None, artifact)
-    return plan_of(recipe, Checkpoint(model), None)
+        return plan_of(recipe_of(recipe, artifact, None), None, artifact)
+    checkpoint = open_checkpoint(model)
+    return plan_of(recipe_of(recipe, None, checkpoint), checkpoint, None)
 
 
 def verify(
@@ -135,7 +149,7 @@ def verify(
     recipe = load_recipe(out / RECIPE_FILE, {})
     artifact = Artifact(out / "artifact")
     result = Result(out, plan_run(artifact_plan(artifact), recipe))
-    rows = read_rows(verify_data or recipe.verify_data or bundled.HELDOUT, image_root or recipe.image_root)
+    rows = held_out(verify_data or recipe.verify_data, image_root or recipe.image_root)
     source = same_source(recipe.model, artifact)
     finish(out, recipe, result, rows, source, hooks, changed=checksums.changed_files(out), verify=True)
     return result
@@ -162,12 +176,19 @@ def locate_model(model: str | None) -> Path:
         raise CheckpointError(f"{model}: neither a local folder nor to be had from the hub ({first})") from None
 
 
+def open_checkpoint(model: Path) -> Checkpoint:
+    """A float checkpoint, or one that others quantized with GPTQ, which then shows its float model's shapes."""
+    return Checkpoint(model) if quantization_of(model) is None else GptqCheckpoint(model)
+
+
 def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | None) -> RunPlan:
     if artifact is not None:
         return plan_run(artifact_plan(artifact), recipe)
     assert checkpoint is not None
     name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
     model = model_plan(checkpoint, recipe.quant_config(), name)
+    if isinstance(checkpoint, GptqCheckpoint):
+        return plan_run(model, recipe)
     memory = plan_memory(model, recipe, *free_memory(pick_device(recipe.device.value), recipe.max_memory))
     return plan_run(model, recipe, memory)
 
@@ -182,15 +203,20 @@ def _tell_memory(memory: MemoryPlan) -> None:
         )
 
 
-def recipe_of_artifact(recipe: Recipe, artifact: Artifact) -> Recipe:
-    """The recipe with the grid that the artifact has; a flag that asks for another is refused, not ignored."""
-    c = artifact.config
+def recipe_of(recipe: Recipe, artifact: Artifact | None, checkpoint: Checkpoint | None) -> Recipe:
+    """The recipe with the grid that a quantized model has; a flag that asks for another is refused, not ignored."""
+    if artifact is not None:
+        c, what = artifact.config, "artifact"
+    elif isinstance(checkpoint, GptqCheckpoint):
+        c, what = checkpoint.quant_config, "checkpoint"
+    else:
+        return recipe
     fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order)}
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
             flag = "--" + key.replace("_", "-")
             raise UsageError(
-                f"{flag} {getattr(recipe, key)}: the artifact has {value} already; quantize the model again"
+                f"{flag} {getattr(recipe, key)}: the {what} has {value} already; quantize the float model again"
             )
     return recipe.model_copy(update=fixed | {"method": Method(c.method), "seed": c.seed})
 
@@ -204,6 +230,14 @@ def refuse_missing_packages(recipe: Recipe) -> None:
             raise UsageError(f"--format {name} needs {', '.join(lacking)}; {hint}")
         if recipe.verify and (lacking := module.missing()):
             log.warning("%s will be written but not proven: %s not installed; %s", name, lacking, hint)
+
+
+def held_out(path: Path | None, image_root: Path | None) -> list[Row]:
+    """As many rows as the checks use. Raises CalibrationError for one of them that they could not use."""
+    settings = CheckSettings()
+    rows = read_rows(path or bundled.HELDOUT, image_root)[: max(settings.images, settings.questions)]
+    refuse_unreadable(path or bundled.HELDOUT, rows)
+    return rows
 
 
 def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) -> tuple[list[Sample], dict]:
@@ -226,6 +260,8 @@ def calibration_samples(recipe: Recipe, checkpoint: Checkpoint, hooks: Hooks) ->
         raise UsageError(f"--seq-len {seq_len} would cut the vision tokens of all {len(rows)} samples; raise it")
     if dropped:
         log.warning("%d of %d samples dropped: --seq-len %d would cut their vision tokens", dropped, len(rows), seq_len)
+    if all(s.pixel_values is None for s in samples):
+        log.warning("%s: no sample has an image; the model is calibrated on text alone", path.name)
     tokens = sum(len(s.input_ids) for s in samples)
     vision = sum(int(s.vision.sum()) for s in samples)
     described = {
@@ -335,7 +371,7 @@ def same_source(model: str | None, artifact: Artifact) -> Path | None:
     """The source folder if it is still at hand and still what was quantized; else None."""
     try:
         path = locate_model(model)
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         return path if checkpoint.fingerprint() == artifact.manifest.source else None
     except VlmqError:
         return None
@@ -357,6 +393,7 @@ def finish(
         if changed is not None:
             result.parity.checks.insert(0, _checksum_row(changed))
             result.parity.verified &= not changed
+        forget_places(result.parity.checks, out, source)
         result.parity.write(out / PARITY_FILE)
     report.write(out, recipe, artifact, result)
     checksums.write_sums(out)

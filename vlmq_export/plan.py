@@ -50,6 +50,7 @@ def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelP
 def artifact_plan(artifact: Artifact) -> ModelPlan:
     """The same description of a model that is quantized already."""
     m = artifact.manifest
+    family_of(artifact.source_config)  # raises for what the manifest cannot be about
     linears = [LinearSpec(r.name, r.out_features, r.in_features, r.bias) for r in m.modules]
     floats = [TensorSpec(*info) for info in artifact.float_info()]
     return ModelPlan(m.name, m.model_type, artifact.source_config, linears, floats, artifact.config)

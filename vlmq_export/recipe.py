@@ -15,6 +15,7 @@ from vlmq_export.formats.base import FormatOptions
 from vlmq_export.quantizer.config import QuantConfig
 
 RECIPE_FILE = "recipe.yaml"
+MAX_RECIPE_BYTES = 2**16  # 20 keys of one line each
 
 
 class FormatName(StrEnum):
@@ -68,15 +69,15 @@ class Recipe(BaseModel):
     model: str | None = None
     format: list[FormatName] = Field(default_factory=list)
     bits: int = 4
-    group_size: int = 128
+    group_size: Annotated[int, Field(le=2**20)] = 128
     sym: bool | None = None  # None: symmetric at 8 bits, asymmetric below
     method: Method = Method.vlmq
     act_order: ActOrder = ActOrder.gar
     calibration: Path | None = None  # None: the bundled set
     image_root: Path | None = None
-    samples: Annotated[int, Field(ge=1)] = 512
-    seq_len: Annotated[int, Field(ge=8)] | None = None  # None: the paper's for the family
-    seed: int = 0
+    samples: Annotated[int, Field(ge=1, le=10**7)] = 512
+    seq_len: Annotated[int, Field(ge=8, le=2**20)] | None = None  # None: the paper's for the family
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     verify_data: Path | None = None  # None: the bundled held-out set
     verify: bool = True
     device: Device = Device.auto
@@ -123,15 +124,45 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """Plain values without aliases, which can spell a billion items in a line, and no key twice, of which one is lost."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*) are not allowed in a recipe")
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > 8:
+            raise yaml.YAMLError("nested too deeply for a recipe")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        if twice := [k for i, k in enumerate(keys) if k in keys[:i]]:
+            raise yaml.YAMLError(f"key {twice[0]} appears twice")
+        return super().construct_mapping(node, deep)
+
+
+def _recipe_text(path: Path) -> str:
+    with path.open("rb") as f:
+        raw = f.read(MAX_RECIPE_BYTES + 1)
+    if len(raw) > MAX_RECIPE_BYTES:
+        raise ValueError(f"over {MAX_RECIPE_BYTES} bytes")
+    if raw.count(b"[") + raw.count(b"{") > 64:  # the parser's time grows with the square of the depth
+        raise ValueError("too many brackets for a recipe")
+    return raw.decode("utf-8-sig")
+
+
 def load_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """The recipe file's keys overlaid with the flags that were given. Raises UsageError with one line."""
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(path.read_text("utf-8")) or {}
+            values = yaml.load(_recipe_text(path), _RecipeLoader) or {}
         except OSError as e:
-            raise UsageError(f"--recipe {path}: {e.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise UsageError(f"--recipe {path}: {e.strerror or e}") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as e:  # PyYAML's own constructors raise ValueError
             raise UsageError(f"--recipe {path}: not YAML: {' '.join(str(e).split())}") from None
         if not isinstance(values, dict):
             raise UsageError(f"--recipe {path}: keys and values are expected, got a {type(values).__name__}")

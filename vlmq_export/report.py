@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
 
 from vlmq_export import __version__
+from vlmq_export.errors import one_line
 from vlmq_export.formats.base import Check
-from vlmq_export.quantizer.artifact import Artifact, ModuleRecord, write_atomic
+from vlmq_export.quantizer.artifact import TIMING, Artifact, ModuleRecord, write_atomic
 from vlmq_export.recipe import Recipe
 
 RUN_WITH = {
@@ -25,7 +28,7 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         loader=jinja2.PackageLoader("vlmq_export"), autoescape=jinja2.select_autoescape(["html", "html.j2"]),
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"figure": figure, "mib": lambda n: f"{n / 2**20:,.1f} MiB"}
+    environment.filters |= {"figure": figure, "mib": lambda n: f"{n / 2**20:,.1f} MiB", "md": markdown}
     facts = {
         "name": artifact.manifest.name,
         "version": __version__,
@@ -35,6 +38,7 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         "layers": layer_errors(artifact.manifest.modules),
         "calibrated": any("relative_error" in r.metrics for r in artifact.manifest.modules),
         "result": result,
+        "timing": _timing(artifact),
         "parity": result.parity,
         "sizes": {f.value: _size(out / f.value) for f in recipe.format},
         "plans": result.plan.formats,
@@ -43,6 +47,25 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
     for template, target in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
         text = environment.get_template(template).render(facts)
         write_atomic(out / target, lambda t, text=text: t.write_text(text, "utf-8"))
+
+
+def _timing(artifact: Artifact) -> str:
+    """What the quantizer took, or nothing where that is not known; the file may be another's."""
+    try:
+        t = json.loads((artifact.path / TIMING).read_text("utf-8"))
+        phases = ", ".join(f"{phase} {float(seconds):.1f} s" for phase, seconds in t["seconds"].items())
+        memory = f"peak memory {t['peak_host_bytes'] / 1e9:.2f} GB"
+        if t["peak_device_bytes"]:
+            memory += f", on the GPU {t['peak_device_bytes'] / 1e9:.2f} GB"
+        return f"quantizer: {phases}; {t['tokens_per_second']:.0f} tokens/s through a layer; {memory}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
+def markdown(text: object) -> str:
+    """Text of a file or a user as text of the card: no tag, cell, link or code of its own."""
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
+    return re.sub(r"([\\|*\[\]])", r"\\\1", line)
 
 
 def figure(value: float | None) -> str:

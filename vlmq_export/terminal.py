@@ -8,9 +8,11 @@ import time
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vlmq_export.errors import one_line
 from vlmq_export.formats.base import Inspection
 from vlmq_export.parity import Parity
 from vlmq_export.plan import RunPlan
@@ -24,11 +26,19 @@ QUIET_SECONDS = 60  # between two lines of a stage that goes on, when piped
 _STATUS = {"passed": "green", "failed": "bold red", "not run": "yellow", "info": "dim"}
 
 
+class _OneLine(logging.Formatter):
+    """Log lines quote names of files and rows as errors do."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
+
+
 def set_up_logging(verbosity: int, quiet: bool) -> None:
     level = logging.ERROR if quiet else logging.DEBUG if verbosity else logging.INFO
     handler = RichHandler(
         console=err, show_path=False, show_time=False, show_level=level <= logging.DEBUG, markup=False
     )
+    handler.setFormatter(_OneLine("%(message)s"))
     logger = logging.getLogger("vlmq_export")
     logger.handlers[:] = [handler]
     logger.setLevel(level)
@@ -92,11 +102,17 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min left" if seconds < 6000 else f"{seconds / 3600:.1f} h left"
 
 
+def plain(text: object) -> str:
+    """Text of a file for a table: no markup, no control characters."""
+    return escape(one_line(text))
+
+
 def print_plan(plan: RunPlan) -> None:
     m = plan.model
     weights = sum(s.out_features * s.in_features for s in m.linears)
     kept = sum(t.numel for t in m.floats)
-    out.print(f"{m.name} ({m.model_type}): {len(m.linears)} linears, {weights:,} weights to quantize", highlight=False)
+    name = plain(f"{m.name} ({m.model_type})")
+    out.print(f"{name}: {len(m.linears)} linears, {weights:,} weights to quantize", highlight=False)
     out.print(f"{len(m.floats)} tensors, {kept:,} weights stay in their dtype", highlight=False)
     kinds: dict[tuple[str, int, int], int] = {}
     for x in m.linears:
@@ -104,7 +120,7 @@ def print_plan(plan: RunPlan) -> None:
         kinds[key] = kinds.get(key, 0) + 1
     modules = Table("modules", "count", "out", "in", box=None, pad_edge=False)
     for (kind, rows, columns), count in kinds.items():
-        modules.add_row(kind, str(count), str(rows), str(columns))
+        modules.add_row(plain(kind), str(count), str(rows), str(columns))
     out.print(modules)
     table = Table("format", "bits per weight", "size", box=None, pad_edge=False)
     for name, f in plan.formats.items():
@@ -119,9 +135,9 @@ def print_plan(plan: RunPlan) -> None:
         print_memory(plan.memory)
     for name, f in plan.formats.items():
         for note in f.notes:
-            out.print(f"{name}: {note}", highlight=False)
+            out.print(plain(f"{name}: {note}"), highlight=False)
     for line in plan.refusals:
-        out.print(f"refused: {line}", style="bold red", highlight=False)
+        out.print(plain(f"refused: {line}"), style="bold red", highlight=False)
 
 
 def print_memory(memory: MemoryPlan) -> None:
@@ -152,11 +168,11 @@ def print_parity(parity: Parity) -> None:
     table.add_column("status", no_wrap=True)
     for (fmt, level, name, figure, gate, compared, status), c in zip(table_rows(parity.checks), parity.checks):
         what = f"{level} {name}" + (f", {compared}" if compared else "")
-        table.add_row(fmt, what, figure, gate, f"[{_STATUS[c.status]}]{status}[/]")
+        table.add_row(fmt, plain(what), figure, gate, f"[{_STATUS[c.status]}]{status}[/]")
     out.print(table)
     for c in parity.failures():
         out.print(
-            f"failed: {c.format} {c.level} {c.name}: {c.worst or c.detail}",
+            one_line(f"failed: {c.format} {c.level} {c.name}: {c.worst or c.detail}"),
             style="bold red",
             highlight=False,
             markup=False,
@@ -166,11 +182,12 @@ def print_parity(parity: Parity) -> None:
 def print_inspection(found: Inspection) -> None:
     out.print(found.kind, highlight=False)
     for key, value in found.metadata.items():
-        text = " ".join(str(value).split())
-        out.print(f"  {key}: {text if len(text) <= 120 else text[:117] + '...'}", highlight=False, markup=False)
+        text = one_line(value)
+        shown = text if len(text) <= 120 else text[:117] + "..."
+        out.print(f"  {one_line(key)}: {shown}", highlight=False, markup=False)
     table = Table("tensor", "shape", "type", "bytes", box=None, pad_edge=False)
     for t in found.tensors:
-        table.add_row(t.name, "×".join(map(str, t.shape)), t.type, f"{t.nbytes:,}")
+        table.add_row(plain(t.name), "×".join(map(str, t.shape)), plain(t.type), f"{t.nbytes:,}")
     out.print(table)
     total = sum(t.nbytes for t in found.tensors)
     out.print(

@@ -20,6 +20,7 @@ MARLIN_GROUPS = (-1, 32, 64, 128)  # vLLM's gptq_marlin
 FUSED_CPU_GROUPS = (32, 64, 128, 256)  # the 4-bit kernel that GPTQModel picks on CPU
 # GPTQModel takes asymmetric v1 only from a quantizer that lists itself with at least version 0.9: a tag of the format.
 FORMAT_TAG = "gptqmodel:7.7.0"
+GPTQMODEL_LOADS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")  # of our families, those in its MODEL_MAP
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def _refusals(model: ModelPlan, options: FormatOptions) -> Iterator[str]:
         yield f"--gptq-version {options.gptq_version}: choose v1 or v2"
     if options.gptq_names not in ("hub", "module"):
         yield f"--gptq-names {options.gptq_names}: choose hub or module"
+    if options.gptq_names == "module" and model.model_type not in GPTQMODEL_LOADS:
+        yield f"--gptq-names module is for GPTQModel.load, which has no class for {model.model_type}; use --gptq-names hub"
     if c.bits not in BITS:
         yield f"--bits {c.bits}: GPTQ readers decode 2, 3, 4 or 8 bits; choose one of these"
     if c.group_size not in GROUP_SIZES:
@@ -153,10 +156,9 @@ def notes(model: ModelPlan, options: FormatOptions) -> list[str]:
         out.append("checkpoint_format gptq_v2: read by GPTQModel, transformers and vLLM, not by AutoGPTQ or ORT-GenAI")
     if not c.symmetric and options.gptq_version == "v1":
         out.append(f"meta.quantizer lists {FORMAT_TAG} as a format tag: GPTQModel takes asymmetric v1 only with it")
-    if (
-        options.gptq_names == "hub"
-        and renamer(model.source_config, FormatOptions(gptq_names="module"))("model.") != "model."
-    ):
+    if model.model_type not in GPTQMODEL_LOADS:
+        out.append(f"GPTQModel.load has no class for {model.model_type}: load with transformers or vLLM")
+    elif options.gptq_names == "hub" and family_of(model.source_config).prefixes:
         out.append("hub tensor names: transformers and vLLM load them; GPTQModel.load needs --gptq-names module")
     return out
 

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from vlmq_export.errors import CheckpointError, FormatError
 from vlmq_export.formats.base import Inspection, TensorRow
-from vlmq_export.quantizer.checkpoint import TensorInfo, read_header
+from vlmq_export.quantizer.checkpoint import TensorInfo, read_header, weight_map
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.untrusted import contained, read_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -39,7 +40,7 @@ class GptqFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.config = self._json("config.json")
+        self.config = read_json(self.path / "config.json", error=FormatError)
         q = self.config.get("quantization_config")
         if not isinstance(q, dict) or q.get("quant_method") != "gptq":
             raise FormatError(
@@ -47,46 +48,36 @@ class GptqFolder:
             )
         self.quantization = q
         checkpoint_format = q.get("checkpoint_format", "gptq")
-        if checkpoint_format not in ("gptq", "gptq_v2") or q.get("bits") not in (2, 3, 4, 8):
-            raise FormatError(
-                f"{path}: checkpoint_format {checkpoint_format} with {q.get('bits')} bits is not readable here"
-            )
-        self.bits: int = q["bits"]
+        bits = q.get("bits")
+        if checkpoint_format not in ("gptq", "gptq_v2") or type(bits) is not int or bits not in (2, 3, 4, 8):
+            raise FormatError(f"{path}: checkpoint_format {checkpoint_format} with {bits} bits is not readable here")
+        self.bits: int = bits
         self.zero_offset = 1 if checkpoint_format == "gptq" else 0  # v1 stores the zero-point minus one
         self.tensors = self._headers()
         self.family = family_of(self.config)
         # transformers loads either style of names; a folder has one.
         self.hub_style = any(
-            name.startswith(self.family.layers) and name[len(self.family.layers)].isdigit() for name in self.tensors
+            name.startswith(self.family.layers) and name.removeprefix(self.family.layers)[:1].isdigit()
+            for name in self.tensors
         )
-
-    def _json(self, name: str) -> dict:
-        try:
-            value = json.loads((self.path / name).read_text("utf-8"))
-        except OSError as e:
-            raise FormatError(f"{self.path}: {name} cannot be read ({e.strerror}); export again") from None
-        except ValueError as e:
-            raise FormatError(f"{self.path}: {name} is not JSON ({e}); export again") from None
-        if not isinstance(value, dict):
-            raise FormatError(f"{self.path}: {name} is not a JSON object; export again")
-        return value
 
     def _headers(self) -> dict[str, TensorInfo]:
         index: dict[str, str] = {}
         files = [_SINGLE]
         if (self.path / _INDEX).is_file():
-            index = self._json(_INDEX).get("weight_map", {})
+            index = weight_map(self.path / _INDEX, FormatError)
             files = sorted(set(index.values()))
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            # transformers would follow ../ in an index; a shard is a plain name in this folder, and not a link out of it
-            if Path(file).name != file or not (self.path / file).resolve().is_relative_to(self.path.resolve()):
-                raise FormatError(f"{self.path}: {_INDEX} names {file}, which is outside the folder; do not load it")
-            if not (self.path / file).is_file():
+            try:  # transformers would follow ../ in an index
+                shard = contained(self.path, file)
+            except ValueError as e:
+                raise FormatError(f"{self.path}: {_INDEX}: {e}; do not load it") from None
+            if not shard.is_file():
                 raise FormatError(f"{self.path}: {file} is missing; export again")
             try:
-                header = read_header(self.path / file)
-            except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as e:
+                header = read_header(shard)
+            except CheckpointError as e:
                 raise FormatError(f"{self.path}: {file} is damaged ({e})") from None
             if twice := tensors.keys() & header.keys():
                 raise FormatError(f"{self.path}: tensor {min(twice)} is in two shards; export again")
@@ -184,7 +175,7 @@ def inspect(path: str | Path) -> Inspection:
     weights = sum(t.numel * 32 // folder.bits for t in parts if t.name.endswith(".qweight"))
     q = folder.quantization
     metadata = {k: _text(v) for k, v in q.items()} | {
-        "architecture": str((folder.config.get("architectures") or ["unknown"])[0]),
+        "architecture": _text(folder.config.get("architectures")).strip('[]"'),
         "model_type": folder.family.model_type,
         "quantized linears": str(len(folder.linears)),
         "files": ", ".join(sorted({t.file for t in folder.tensors.values()})),

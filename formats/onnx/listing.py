@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 from vlmq_export.formats.base import Inspection, TensorRow
-from vlmq_export.formats.onnx.read import GRAPHS, _check_external, _load
+from vlmq_export.formats.onnx.read import GRAPHS, _check_external, _load, guarded
 
 
+@guarded
 def inspect(path: Path) -> Inspection:
     """Raises FormatError for what is damaged or points outside its folder."""
     from onnx import TensorProto, helper

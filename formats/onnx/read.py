@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 
 from vlmq_export.errors import FormatError
+from vlmq_export.quantizer.untrusted import third_party
 
 GRAPHS = ("vision", "embedding", "text")
 _FLOAT, _UINT8, _INT64 = 1, 2, 7  # TensorProto.DataType
 _EXTERNAL = 1  # TensorProto.DataLocation
+
+
+def guarded(reader):
+    """A function of a path or of an OnnxFolder whose surprises are FormatErrors: a damaged graph has bytes for strings,
+    node inputs that are not there, types that do not exist."""
+
+    @wraps(reader)
+    def read(where, *arguments):
+        with third_party(f"{getattr(where, 'path', where)}: damaged graph, export again", FormatError):
+            return reader(where, *arguments)
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class OnnxFolder:
             _check_external(self.path, f"{name}.onnx", model)
             self._index(model)
 
+    @guarded
     def _index(self, model) -> None:
         constants = {t.name: t for t in model.graph.initializer}
         producers = {o: n for n in model.graph.node for o in n.output}
@@ -121,6 +136,7 @@ class OnnxFolder:
         """Of all MatMulNBits nodes; {0} of none."""
         return {a.get("accuracy_level", 0) for a, *_ in self._linears.values()} or {0}
 
+    @guarded
     def linear(self, name: str) -> Linear:
         attributes, weight, scales, zeros, order = self._linears[name]
         columns = None if order is None else self._array(order)
@@ -139,6 +155,7 @@ class OnnxFolder:
         except (ValueError, OSError) as e:
             raise FormatError(f"{self.path}: {tensor.name} cannot be read ({e}); export again") from None
 
+    @guarded
     def weight(self, name: str) -> np.ndarray | None:
         """float32 by hub name, decoded if quantized; None if the file does not hold it, NaN where copies differ."""
         module = name.removesuffix(".weight")
@@ -183,6 +200,7 @@ def _tensors(message):
                 yield from _tensors(part)
 
 
+@guarded
 def _check_external(folder: Path, name: str, model) -> None:
     """Every external tensor in a plain file of this folder, and the file exactly as long as its tensors need."""
     ends: dict[str, int] = {}

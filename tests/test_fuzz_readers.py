@@ -1,0 +1,89 @@
+"""Every reader under damage: a VlmqError of one line or a result, in bounded time and memory, and never anything else.
+
+`tests/attacks/README.md` says how to run this for hours, and where what it finds is kept.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.attacks.mutations import mutate
+from tests.attacks.targets import TARGETS
+
+CORPUS = Path(__file__).parent / "attacks" / "corpus"
+SECONDS = 2.0  # of processor time for one input: the slowest found takes 0.5
+GROWTH = 256  # MiB of resident memory that all inputs of one target may add
+# Pillow and numpy warn of what they compute from damaged values.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """get(target) → its folder of good files, made once."""
+    root = tmp_path_factory.mktemp("targets")
+    return lambda name: root / name / "it"
+
+
+def bounded(name: str, place: Path, data: bytes) -> str:
+    start = time.process_time()
+    with warnings.catch_warnings(action="ignore"):
+        said = TARGETS[name].attack(place, data)
+    assert time.process_time() - start < SECONDS
+    return said
+
+
+def seed(name: str, place: Path) -> bytes:
+    place.parent.mkdir(exist_ok=True)
+    return TARGETS[name].seed(place)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_seed_is_read_without_a_word(name, tmp_path):
+    place = tmp_path / "it"
+    assert bounded(name, place, seed(name, place)) == ""
+
+
+@pytest.mark.parametrize(
+    "file", sorted(f for f in CORPUS.rglob("*") if f.is_file()), ids=lambda f: f"{f.parent.name}/{f.name}"
+)
+def test_what_once_broke_a_reader(file, folder):
+    """Each of these ended in a traceback or never, before the reader was mended."""
+    name = file.parent.name
+    seed(name, folder(name))
+    bounded(name, folder(name), file.read_bytes())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_damage(name, folder):
+    _fuzz(name, folder(name), 50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_much_damage(name, folder):
+    _fuzz(name, folder(name), 5000)
+
+
+def _fuzz(name: str, place: Path, examples: int) -> None:
+    good = seed(name, place)
+    bounded(name, place, good)  # imports are no part of the bounds
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.integers(0, 2**64 - 1))
+    def attack(number: int) -> None:
+        bounded(name, place, mutate(good, random.Random(number)))
+
+    attack()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH * 1024

@@ -1,0 +1,84 @@
+"""Samples from rows: in worker processes as in this one, every bad image named at once; and the time that is left."""
+
+import random
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+
+from vlmq_export import bundled
+from vlmq_export.errors import CalibrationError
+from vlmq_export.quantizer.calibration import read_rows
+from vlmq_export.quantizer.loading import MANY, read_samples, worker_count
+from vlmq_export.quantizer.timing import time_left
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return read_rows(bundled.CALIBRATION)[:14]
+
+
+def test_workers_give_the_same_samples_in_order(rows):
+    seen = []
+    alone, dropped = read_samples(bundled.REFERENCE_VLM, rows, 40, workers=1, progress=seen.append)
+    shared, also = read_samples(bundled.REFERENCE_VLM, rows, 40, workers=2, progress=lambda _: None)
+    assert dropped == also and len(alone) + dropped == len(rows) and seen == list(range(1, len(rows) + 1))
+    for a, b in zip(alone, shared, strict=True):
+        assert a.id == b.id and a.text == b.text and a.images == b.images == () and a.row == b.row
+        for name in ("input_ids", "vision", "answer", "pixel_values", "image_grid_thw"):
+            x, y = getattr(a, name), getattr(b, name)
+            assert (x is None and y is None) or (x.dtype == y.dtype and torch.equal(x, y))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_bad_image_is_named_with_its_line(rows, workers, tmp_path, caplog):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    bad = [
+        replace(row, images=(broken,)) if i in (1, 2, 4, 5, 7, 9) else row for i, row in enumerate(rows) if row.images
+    ]
+    with pytest.raises(CalibrationError) as e:
+        read_samples(bundled.REFERENCE_VLM, bad, 512, workers=workers, progress=lambda _: None)
+    said = str(e.value)
+    wrong = [row.where for row in bad if row.images == (broken,)]
+    assert said.startswith(f"{len(wrong)} of {len(bad)} samples cannot be used: ") and "\n" not in said
+    for where in wrong[:5]:
+        assert f"{where}: " in said
+    assert "(and 1 more, above)" in said and any(wrong[5] in r.getMessage() for r in caplog.records)
+
+
+def test_rows_know_their_place(rows):
+    assert [row.where for row in rows[:3]] == ["row 0", "row 1", "row 2"]
+
+
+def test_progress_may_stop_the_reading(rows):
+    class Enough(Exception):
+        pass
+
+    def progress(done):
+        if done == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        read_samples(bundled.REFERENCE_VLM, rows, 512, workers=1, progress=progress)
+
+
+def test_few_rows_start_no_workers():
+    assert worker_count(MANY - 1) == 1 <= worker_count(MANY) <= 8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_time_left_is_right_within_a_fifth_after_two_layers(seed):
+    """Layers of one model differ by a few per cent; one in ten here by up to 15."""
+    draw = random.Random(seed)
+    layers = [60 * draw.uniform(0.95, 1.05) * (1.15 if draw.random() < 0.1 else 1) for _ in range(36)]
+    stamps = list(accumulate(layers, initial=0.0))
+    assert time_left(stamps[:1], 36) is None
+    for done in range(2, 36):
+        assert time_left(stamps[: done + 1], 36) == pytest.approx(stamps[-1] - stamps[done], rel=0.2, abs=10)
+
+
+def test_layers_that_were_only_walked_do_not_count_for_long():
+    stamps = list(accumulate([1.0] * 20 + [60.0] * 5, initial=0.0))
+    assert time_left(stamps, 36) == pytest.approx(11 * 60, rel=0.3)
