@@ -706,6 +706,17 @@ def test_row_41_the_hub_says_no(case, monkeypatch, tmp_path):
     assert "org/model" in err and "hf_secret" not in err and calls == ["org/model"]
 
 
+def test_row_41_verify_downloads_nothing_that_a_recipe_names(artifact, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **k: asked.append(k["local_files_only"]) or "/gone"
+    )
+    assert pipeline.same_source("somebody/else", Artifact(artifact)) is None
+    assert asked == [True]
+
+
 def test_row_42_and_45_odd_names_a_tight_umask_and_nothing_private_in_what_is_passed_on(model, tmp_path):
     """One export from a folder with a strange name under a private home, with a token in the environment."""
     home = tmp_path / "home of alice"

@@ -69,7 +69,7 @@ def test_damage(name, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_much_damage(name, folder):
-    _fuzz(name, folder(name), 5000)
+    _fuzz(name, folder(name), 2000)
 
 
 def _fuzz(name: str, place: Path, examples: int) -> None:

@@ -160,8 +160,8 @@ def verify(
     return result
 
 
-def locate_model(model: str | None) -> Path:
-    """A local folder, the bundled model, or a snapshot of a hub id where the network allows."""
+def locate_model(model: str | None, *, download: bool = True) -> Path:
+    """A local folder, the bundled model, or a snapshot of a hub id: from the cache, or where the network allows."""
     if model is None:
         return bundled.REFERENCE_VLM
     path = Path(model).expanduser()
@@ -172,10 +172,9 @@ def locate_model(model: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"])
-        )
+        return Path(snapshot_download(model, allow_patterns=kinds, local_files_only=not download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         first = str(e).strip().splitlines()[0]
         raise CheckpointError(f"{model}: neither a local folder nor to be had from the hub ({first})") from None
@@ -387,7 +386,7 @@ def _export(recipe: Recipe, out: Path, result: Result, hooks: Hooks) -> None:
 def same_source(model: str | None, artifact: Artifact) -> Path | None:
     """The source folder if it is still at hand and still what was quantized; else None."""
     try:
-        path = locate_model(model)
+        path = locate_model(model, download=False)  # the recipe beside an artifact may be anybody's
         checkpoint = open_checkpoint(path)
         return path if checkpoint.fingerprint() == artifact.manifest.source else None
     except VlmqError:
