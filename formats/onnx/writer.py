@@ -59,6 +59,12 @@ def save(model: ir.Model, path: Path) -> None:
     """One graph and its data file, both new, both readable by everyone."""
     data = path.with_name(f"{path.name}.data")
     data.unlink(missing_ok=True)  # never append to an old one
-    ir.save(model, path, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
+    try:
+        ir.save(model, path, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
+    except ir.serde.SerdeError as e:  # what a lazy constant raises comes wrapped, once a level of the graph
+        cause: BaseException | None = e
+        while cause is not None and not isinstance(cause, FormatError):
+            cause = cause.__cause__
+        raise (cause or e) from None
     for file in (path, data):
         file.chmod(0o644)

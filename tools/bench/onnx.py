@@ -77,7 +77,7 @@ class Result:
     logits: float  # relative difference of the last logits
 
 
-def wide_checkpoint(folder: Path, layers: int = 4) -> Path:
+def wide_checkpoint(folder: Path, layers: int = 2) -> Path:
     """A random Qwen2.5-VL whose decoder is wide enough for its products to cost more than its nodes."""
     config = reference_vlm.make_config("qwen2_5_vl", reference_vlm.load_tokenizer(), layers=layers, depth=3)
     for name, value in WIDE.items():
@@ -243,25 +243,25 @@ def main(
     model: Annotated[list[Source] | None, typer.Option(help="Repeat for several.  [default: both]")] = None,
     level: Annotated[list[int] | None, typer.Option(help="accuracy_level.  [default: 0 and 4]")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="[default: 1]")] = None,
-    prompt: int = 256,
-    tokens: int = 32,
-    rounds: int = 9,
+    prompt: int = 128,
+    tokens: int = 16,
+    rounds: int = 7,
     plain: Annotated[bool, typer.Option(help="Our graph of standard operators too.")] = True,
     out: Annotated[Path | None, typer.Option(help="Where to write the results as JSON.")] = None,
 ) -> None:
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
     results: list[Result] = []
     for source in model or list(Source):
         for n in threads or [1]:
             for at in level or [0, 4]:
                 results += compare(source, at, n, prompt, tokens, rounds, ["fused", *(["plain"] if plain else [])])
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
+                if out:  # after each, so that a long run leaves what it has
+                    found = {"cpu": cpu, "python": platform.python_version(), "onnxruntime": ort.__version__, "rounds": rounds,
+                             "cuda": "not run", "results": [asdict(r) for r in results]}  # fmt: skip
+                    out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     show(results, Console(width=140))
-    if out:
-        found = {"cpu": cpu, "python": platform.python_version(), "onnxruntime": ort.__version__, "rounds": rounds,
-                 "cuda": "not run", "results": [asdict(r) for r in results]}  # fmt: skip
-        out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
