@@ -6,9 +6,11 @@ Rows that other modules test are named in `ELSEWHERE`; the others are here, most
 from __future__ import annotations
 
 import ast
+import fnmatch
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import struct
@@ -97,6 +99,14 @@ def test_every_row_has_a_test():
         if name not in _tests_of(ROOT / (f"{module}.py" if "/" in module else f"tests/{module}.py")):
             gone.append(test)
     assert gone == []  # renamed or removed: name what shows the row now
+
+
+def test_the_threat_table_names_tests_that_exist():
+    named = re.findall(r"`([\w/]*test_\w+)::(test_[\w*]+)`", (ROOT / "docs" / "security.md").read_text("utf-8"))
+    assert len(named) > 30
+    for module, pattern in named:
+        file = ROOT / (f"{module}.py" if "/" in module else f"tests/{module}.py")
+        assert fnmatch.filter(_tests_of(file), pattern), (module, pattern)
 
 
 @pytest.fixture
