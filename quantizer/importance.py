@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmq_export.quantizer.distributed import ALONE, Ranks
+from vlmq_export.quantizer.model import tensor_cores
 
 # As named in every supported family; the paper weighs these four and leaves the MLP alone.
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -27,6 +28,7 @@ def attention_block(layer: nn.Module, hidden: torch.Tensor, kwargs: Mapping) -> 
     return hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)[0]
 
 
+@tensor_cores()
 def output_gradients(
     layer: nn.Module, hidden: torch.Tensor, target: torch.Tensor, kwargs: Mapping
 ) -> dict[str, torch.Tensor]:

@@ -25,6 +25,9 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+TENSOR_CORES = True  # tools/gpu_check.py compares devices with and without
+
+
 @contextmanager
 def exact_arithmetic():
     """float32 products as float32: TensorFloat-32 off, which vision towers' convolutions use by default on CUDA."""
@@ -33,6 +36,24 @@ def exact_arithmetic():
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def tensor_cores():
+    """float32 products in TensorFloat-32 (11 significant bits) on CUDA; nothing changes on a machine without it.
+
+    For statistics and the forward passes of the walk, whose inputs are rounded far more coarsely by every runtime; what it
+    costs is in docs/performance.md. Never for the column loop or the factorization.
+    """
+    if not (TENSOR_CORES and torch.cuda.is_available()):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 

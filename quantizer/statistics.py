@@ -3,51 +3,109 @@
     A = Σ g² x xᵀ        D = Σ g² (x̃ − x) xᵀ        sums over all tokens
 
 x is the input in the quantized stream, x̃ in the full-precision stream, g the token's importance. Each batch's product is
-made in float32 and added up in float64, then rounded once: the sums are the same whatever the order of the batches, and
-so are the integers. (One code that differs in the last bit of a sum changes the inputs of every layer after it: with
-float32 sums a run on two ranks kept 85 % of the codes.) Parts can be merged; A and D share weights and masks.
+added up in float64, then rounded once: the sums are the same whatever the order of the batches, and so are the integers.
+(One code that differs in the last bit of a sum changes the inputs of every layer after it: with float32 sums a run on two
+ranks kept 85 % of the codes.) Parts can be merged; A and D share weights, masks and precision.
+
+Products may take their factors in less than float32; what that costs is measured in docs/performance.md. x̃ − x is always
+formed in float32 first: D has no large terms that cancel.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-_BAND = 2048
+from vlmq_export.quantizer.model import tensor_cores
+
+Precision = Literal["float32", "tf32", "bf16", "bf16x3"]
+PRECISION: dict[str, Precision] = {"cpu": "float32", "cuda": "tf32"}  # by device type
+_BAND = 1024  # rows of A that are summed together: what lies left of their diagonal is a mirror image
+
+
+def product(x: torch.Tensor, y: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """xᵀ·y, float32 [n, k], of float32 x [tokens, n] and y [tokens, k]; sums are float32 whatever the factors are.
+
+    `tf32` keeps 11 significant bits of each factor, `bf16` 8; `bf16x3` splits each into two bf16 terms and leaves out
+    the product of the small ones (16 bits). On the CPU the factors are rounded and multiplied in float32.
+    """
+    if precision == "bf16x3":
+        (x, x_low), (y, y_low) = _split(x), _split(y)
+        return product(x, y, "bf16") + product(x, y_low, "bf16") + product(x_low, y, "bf16")
+    if precision == "bf16":
+        x, y = x.bfloat16(), y.bfloat16()
+        return torch.mm(x.T, y, out_dtype=torch.float32) if x.is_cuda else x.float().T @ y.float()
+    if precision == "tf32" and not x.is_cuda:
+        return tf32(x).T @ tf32(y)
+    with tensor_cores() if precision == "tf32" else nullcontext():
+        return x.T @ y
+
+
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to the 11 significant bits that tensor cores read, ties to even."""
+    bits = x.view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    high = x.bfloat16().float()
+    return high, x - high
 
 
 @dataclass
 class Statistics:
     """Sums over the tokens seen so far of one linear, or of linears that share input and weights."""
 
-    hessian: torch.Tensor  # A, float64 [in, in] while it is added to
-    drift: torch.Tensor | None  # D, likewise; None where the method has one stream only
+    upper: torch.Tensor  # A, float64 [in, in] while it is added to, of which only bands from the diagonal on are summed
+    drift: torch.Tensor | None  # D, float64 likewise; None where the method has one stream only
     diagonal: torch.Tensor  # Σ x², unweighted, float64 [in]: 0 is a dead input, which a small g must not fake
+    precision: Precision = "float32"
     tokens: int = 0
     weight: float = 0.0  # Σ g²
     weight_squared: float = 0.0  # Σ g⁴
 
     @classmethod
-    def empty(cls, in_features: int, *, drift: bool, device: torch.device | str = "cpu") -> Statistics:
+    def empty(
+        cls, in_features: int, *, drift: bool, device: torch.device | str = "cpu", precision: Precision | None = None
+    ) -> Statistics:
+        """`precision` of the products: the device's own unless given."""
+
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
+        square = (in_features, in_features)
         return cls(
-            zeros(in_features, in_features), zeros(in_features, in_features) if drift else None, zeros(in_features)
-        )
+            zeros(*square), zeros(*square) if drift else None, zeros(in_features),
+            precision or PRECISION[torch.device(device).type],
+        )  # fmt: skip
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """A, [in, in], symmetric to the bit."""
+        for start in range(0, len(self.upper), _BAND):
+            stop = start + _BAND
+            self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
+        return self.upper
 
     def add(self, x: torch.Tensor, x_full: torch.Tensor | None = None, importance: torch.Tensor | None = None) -> None:
         """x, x_full: [tokens, in]; importance g: [tokens], None for ones."""
         x = x.float()
         weighted = x if importance is None else x * importance[:, None]
-        _add_product(self.hessian, weighted, weighted)
+        for start in range(0, len(self.upper), _BAND):
+            stop = start + _BAND
+            self.upper[start:stop, start:] += product(weighted[:, start:stop], weighted[:, start:], self.precision)
         self.diagonal += x.square().sum(0)
         if self.drift is not None:
             if x_full is None:
                 raise ValueError("these statistics need both streams")
-            delta = x_full.float() - x
-            _add_product(self.drift, delta if importance is None else delta * importance[:, None], weighted)
+            delta = x_full.float().sub_(x) if x_full.dtype != torch.float32 else x_full - x
+            delta = delta if importance is None else delta.mul_(importance[:, None])
+            for start in range(0, len(self.drift), _BAND):
+                stop = start + _BAND
+                self.drift[start:stop] += product(delta[:, start:stop], weighted, self.precision)
         squares = torch.ones(len(x), dtype=torch.float64) if importance is None else importance.double().square()
         self.tokens += len(x)
         self.weight += float(squares.sum())
@@ -55,7 +113,7 @@ class Statistics:
 
     def merge(self, other: Statistics) -> None:
         """Add the sums of another part of the tokens."""
-        self.hessian += other.hessian
+        self.upper += other.upper
         self.diagonal += other.diagonal
         if self.drift is not None:
             self.drift += other.drift
@@ -65,7 +123,7 @@ class Statistics:
 
     def rounded(self) -> Statistics:
         """These sums in float32, which the solver works on; the float64 ones are given up."""
-        self.hessian, self.diagonal = self.hessian.float(), self.diagonal.float()
+        self.upper, self.diagonal = self.upper.float(), self.diagonal.float()
         self.drift = None if self.drift is None else self.drift.float()
         return self
 
@@ -73,9 +131,3 @@ class Statistics:
     def effective_tokens(self) -> float:
         """(Σg²)² / Σg⁴: how many equally weighted tokens carry as much; far below `in` the Hessian is thin (D5)."""
         return self.weight**2 / self.weight_squared if self.weight_squared else 0.0
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += leftᵀ·right, float64 += float32, in bands of rows so that the product takes little memory."""
-    for start in range(0, len(total), _BAND):
-        total[start : start + _BAND] += left[:, start : start + _BAND].T @ right

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vlmq_export.quantizer.artifact import QuantizedLinear
+from vlmq_export.quantizer.model import tensor_cores
 from vlmq_export.quantizer.streams import Batch, Stop, before, put
 
 QKV, OUT, GATE_UP, DOWN = range(4)  # groups of linears that share an input, in order
@@ -25,6 +26,7 @@ class LayerWalk:
     """One layer, which still has its source weights, and the batches at its input."""
 
     @torch.no_grad()
+    @tensor_cores()
     def __init__(self, layer: nn.Module, batches: list[Batch], *, two_streams: bool):
         self.layer, self.batches, self.two_streams = layer, batches, two_streams
         self._solved = False
@@ -35,6 +37,7 @@ class LayerWalk:
             self._full_attended[index] = batch.aside(attention_output(layer, batch.full, batch.kwargs))
 
     @torch.no_grad()
+    @tensor_cores()
     def attention_target(self, index: int) -> torch.Tensor:
         """h₂ of the full-precision stream in one batch; before any linear is replaced."""
         return self.batches[index].full + self.layer.self_attn.o_proj(self._full_attended[index]())
@@ -57,6 +60,7 @@ class LayerWalk:
         put(self.layer, name, linear)
 
     @torch.no_grad()
+    @tensor_cores()
     def pass_full(self) -> None:
         """Take the full-precision stream past a layer that will get what an earlier run solved."""
         for index in range(len(self.batches)) if self.two_streams else ():
@@ -64,6 +68,7 @@ class LayerWalk:
             self._full_input(DOWN, index)
 
     @torch.no_grad()
+    @tensor_cores()
     def advance(self) -> int:
         """Move both streams past the layer, which has its decoded weights; how many samples were lost to NaN.
 
@@ -78,6 +83,7 @@ class LayerWalk:
             batch.pass_layer(hidden, batch.full if self.two_streams else None)
         return sum(batch.drop_non_finite() for batch in self.batches)
 
+    @tensor_cores()
     def _input(self, stage: int, index: int) -> torch.Tensor:
         layer, batch = self.layer, self.batches[index]
         if stage == QKV:
@@ -91,6 +97,7 @@ class LayerWalk:
             return layer.post_attention_layernorm(batch.quantized)
         return mlp_inner(layer, batch.quantized)
 
+    @tensor_cores()
     def _full_input(self, stage: int, index: int) -> torch.Tensor:
         layer, batch = self.layer, self.batches[index]
         if stage == QKV:

@@ -105,3 +105,40 @@ def attention_gradients(
                 handle.remove()
         loss.backward()
     return {n: outputs[n].grad for n in names}
+
+
+def gptq_by_inverse(
+    weights: torch.Tensor,  # [out, in]
+    hessian: torch.Tensor,  # damped, in loop order
+    grid,
+    group: int,
+    *,
+    drift: torch.Tensor | None = None,  # D in loop order
+    alpha: float = 0.25,
+    block: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The papers' own loop in float32: Cholesky factor U of A⁻¹, a rank-one update a column, lazy blocks of one group or less.
+
+    Returns codes [in, out] and decoded weights [out, in], both in loop order.
+    """
+    lower = torch.linalg.cholesky(hessian.double().flip(0, 1))
+    eye = torch.eye(len(hessian), dtype=torch.float64)
+    upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).float()
+    term = None if drift is None else alpha * (drift @ upper.T).triu(1) @ upper
+    w, codes, rounded = weights.T.clone(), [], []
+    span = min(block, group)
+    for start in range(0, len(w), span):
+        stop, errors = start + span, []
+        for i in range(start, stop):
+            if i % group == 0:
+                scale, zero = grid.fit(w[i : i + group], dim=0)
+            codes.append(grid.encode(w[i], scale, zero))
+            rounded.append(grid.decode(codes[-1], scale, zero))
+            errors.append((w[i] - rounded[-1]) / upper[i, i])
+            w[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[-1]
+            if term is not None:
+                w[i + 1 : stop] += term[i, i + 1 : stop, None] * w[i]
+        w[stop:] -= upper[start:stop, stop:].T @ torch.stack(errors)
+        if term is not None:
+            w[stop:] += term[start:stop, stop:].T @ torch.stack(rounded[start:stop])
+    return torch.stack(codes), torch.stack(rounded).T

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.oracle import brain_surgeon
+from tests.oracle import brain_surgeon, gptq_by_inverse
 from vlmq_export.quantizer import solver
 from vlmq_export.quantizer.grids import Affine
 
@@ -64,6 +64,39 @@ def test_equals_gptaq_column_by_column(act_order, alpha):
     assert agreement(solve(w, a, diagonal, bits=2, act_order=act_order, block=32, drift=d, alpha=alpha), codes) >= SAME
     plain, _, _ = brain_surgeon(w.numpy(), damped(a), 2, 32, order=order)
     assert (plain != codes).mean() > 0.01, "the drift term does nothing here, so the test above proves nothing"
+
+
+def heavy_tailed(rows=96, n=640, tokens=1500, seed=0):
+    """As in real layers: energies over four decades, correlated inputs, one massive activation, fewer tokens than rank asks."""
+    g = torch.Generator().manual_seed(seed)
+    x = (
+        torch.randn(tokens, n, generator=g)
+        * (1.2 * torch.randn(n, generator=g)).exp()
+        * torch.rand(tokens, 1, generator=g)
+    )
+    x += torch.randn(tokens, 6, generator=g) @ torch.randn(6, n, generator=g)
+    x[::50, 11] = 400.0
+    delta = 0.05 * x.roll(3, dims=1) + 0.02 * torch.randn(tokens, n, generator=g)
+    return 0.05 * torch.randn(rows, n, generator=g), x.T @ x, delta.T @ x, x.square().sum(0)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (3, 128), (2, 128), (3, 640), (2, 64)])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("act_order", ["off", "dynamic"])
+def test_codes_and_loss_are_those_of_the_loop_with_the_inverse(bits, group, asymmetric, act_order):
+    """Factor of A or of A⁻¹, halves or lazy blocks: the same integers, and where a tie falls the other way the same loss."""
+    w, a, d, diagonal = heavy_tailed(seed=bits)
+    order = solver.column_order(a.diagonal(), group, act_order)
+    damped_a = a + 0.01 * a.diagonal().mean() * torch.eye(len(a))
+    block = min(group, 128)
+    codes, rounded = gptq_by_inverse(
+        w[:, order], damped_a[order][:, order], Affine(bits), group, drift=d[order][:, order] if asymmetric else None,
+        block=block,
+    )  # fmt: skip
+    s = solve(w, a, diagonal, bits=bits, group=group, act_order=act_order, block=block, drift=d if asymmetric else None)
+    assert float((s.codes[:, order] == codes.T).float().mean()) >= SAME
+    losses = [solver.weighted_loss(q, w[:, order], a[order][:, order]) for q in (s.decode()[:, order], rounded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("act_order", ["off", "gar", "dynamic"])

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmq_export.quantizer.statistics import Statistics
+from vlmq_export.quantizer import statistics
+from vlmq_export.quantizer.statistics import Statistics, tf32
 
 
 def tokens(count=60, width=12, seed=0):
@@ -87,6 +88,44 @@ def test_one_stream_keeps_no_drift():
     assert sums.drift is None
     with pytest.raises(ValueError, match="both streams"):
         add_all([(x, None, g)])
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("float32", 22), ("tf32", 11), ("bf16", 8), ("bf16x3", 15)])
+def test_precision_of_products(precision, bits):
+    """Relative to √(A_ii·A_jj) the error is that of the factors' significant bits, and the sum of squares stays positive."""
+    x, full, g = tokens(2000, 40)
+    x = x * torch.linspace(-12, 12, 40).exp2()
+    full = full * torch.linspace(-12, 12, 40).exp2()
+    sums = Statistics.empty(40, drift=True, precision=precision)
+    sums.add(x, full, g)
+    w = (x * g[:, None]).double()
+    scale = w.norm(dim=0)
+    assert float(((sums.hessian.double() - w.T @ w) / scale / scale[:, None]).abs().max()) < 2.0 ** (1 - bits)
+    delta = ((full - x) * g[:, None]).double()
+    error = (sums.drift.double() - delta.T @ w) / scale / delta.norm(dim=0)[:, None]
+    assert float(error.abs().max()) < 2.0 ** (1 - bits)
+    assert float(torch.linalg.eigvalsh(sums.hessian.double() / scale / scale[:, None]).min()) > 0
+
+
+def test_tf32_rounds_to_nearest_even():
+    one = 1.0 + 2.0**-10
+    x = torch.tensor([1.0, one, 1.0 + 2.0**-11, one + 2.0**-11, -one - 2.0**-12, 3e38, 0.0, float("inf")])
+    expected = torch.tensor([1.0, one, 1.0, 1.0 + 2.0**-9, -one, tf32(torch.tensor([3e38])).item(), 0.0, float("inf")])
+    assert torch.equal(tf32(x), expected)
+
+
+@pytest.mark.parametrize("width", [5, 16, 17, 40])
+def test_only_the_upper_bands_are_summed(monkeypatch, width):
+    monkeypatch.setattr(statistics, "_BAND", 16)
+    x, full, g = tokens(60, width)
+    sums = Statistics.empty(width, drift=True)
+    sums.add(x, full, g)
+    half = sums.hessian.clone()
+    assert torch.equal(half, half.T) or width <= 16
+    sums.add(x, full, g)  # reading A in between changes nothing
+    weighted = x * g[:, None]
+    torch.testing.assert_close(sums.hessian.float(), 2 * weighted.T @ weighted)
+    torch.testing.assert_close(sums.drift.float(), 2 * ((full - x) * g[:, None]).T @ weighted)
 
 
 def test_half_precision_inputs_are_multiplied_in_float32_and_summed_in_float64():
