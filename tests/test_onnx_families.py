@@ -77,7 +77,6 @@ TINY = onevision(104, 14, 9, 6)
 
 
 @settings(max_examples=150, deadline=None)
-@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.booleans())
 def test_a_picture_has_as_many_rows_as_in_the_model(height, width, published):
     """One row more or less would be another number of tokens: the arithmetic is Python's, bit for bit."""
