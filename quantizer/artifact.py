@@ -30,54 +30,20 @@ from safetensors.torch import save_file
 from vlmq_export.errors import ArtifactError, CheckpointError
 from vlmq_export.quantizer.checkpoint import COMPANIONS, Checkpoint, TensorInfo, read_infos, read_tensor
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
+from vlmq_export.quantizer.kquants import GRIDS, Params
+from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.untrusted import contained, read_json
 
 SCHEMA = 1
+OUTER = -1  # the "layer" of embedding and output matrix
 MANIFEST = "manifest.json"
 TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
 _FLOAT_SHARD_BYTES = 2 * 2**30
 
 
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """The integers of one linear: `weight = scales[:, g_idx] * (codes − zero_points[:, g_idx])`.
-
-    `g_idx[k]` is the group of input column k in the original order. `bias` is the source bias rounded to float16,
-    which is what every runtime will add.
-    """
-
-    name: str  # hub name of the module: model.layers.0.self_attn.q_proj
-    codes: torch.Tensor  # uint8 [out, in]
-    scales: torch.Tensor  # float16 [out, groups]
-    zero_points: torch.Tensor  # uint8 [out, groups]
-    g_idx: torch.Tensor  # int32 [in]
-    bias: torch.Tensor | None  # float16 [out]
-    bits: int
-    group_size: int  # −1: per output channel
-    symmetric: bool
-
-    @property
-    def out_features(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.codes.shape[1]
-
-    @property
-    def natural_order(self) -> bool:
-        """Whether groups are contiguous in the original column order, so that no `g_idx` is needed."""
-        return bool((self.g_idx[1:] >= self.g_idx[:-1]).all())
-
-    def decode(self) -> torch.Tensor:
-        """float32 [out, in]; exact but for the one rounding of the product."""
-        group = self.g_idx.long()
-        return self.scales.float()[:, group] * (self.codes.float() - self.zero_points.float()[:, group])
-
-
 @dataclass
 class ModuleRecord:
-    """What the manifest says of one linear."""
+    """What the manifest says of one linear. `layer` is −1 for the embedding and the output matrix."""
 
     name: str
     layer: int
@@ -88,6 +54,45 @@ class ModuleRecord:
     in_features: int
     bias: bool
     metrics: dict = field(default_factory=dict)  # loss, relative error, damp used, fallback, seconds
+    type: str = ""  # a GGUF block type; empty for the affine grid
+
+    @classmethod
+    def of(cls, linear: Linear, layer: int, metrics: dict) -> ModuleRecord:
+        shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
+        if isinstance(linear, BlockLinear):
+            grid = GRIDS[linear.type]
+            return cls(
+                linear.name, layer, grid.bits, grid.sub_block, not grid.affine, *shape, bias, metrics, linear.type
+            )
+        return cls(linear.name, layer, linear.bits, linear.group_size, linear.symmetric, *shape, bias, metrics)
+
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype (safetensors' spelling) and shape of each of its tensors."""
+        codes = {"codes": ("U8", (self.out_features, self.in_features))}
+        bias = {"bias": ("F16", (self.out_features,))} if self.bias else {}
+        if self.type:
+            grid = GRIDS[self.type]
+            blocks, subs = ((self.out_features, self.in_features // n) for n in (grid.block, grid.sub_block))
+            minimum = {"dmin": ("F16", blocks), "sub_mins": ("U8", subs)} if grid.affine else {}
+            return codes | {"d": ("F16", blocks), "sub_scales": ("I8", subs)} | minimum | bias
+        groups = (self.out_features, 1 if self.group_size == -1 else self.in_features // self.group_size)
+        parts = {"scales": ("F16", groups), "zero_points": ("U8", groups), "g_idx": ("I32", (self.in_features,))}
+        return codes | parts | bias
+
+    def linear(self, read: Callable[[str], torch.Tensor]) -> Linear:
+        """The integers themselves; `read(key)` gives a stored tensor and raises KeyError where there is none."""
+
+        def part(key: str) -> torch.Tensor:
+            return read(f"{self.name}.{key}")
+
+        bias = part("bias") if self.bias else None
+        if not self.type:
+            parts = (part(k) for k in ("codes", "scales", "zero_points", "g_idx"))
+            return QuantizedLinear(self.name, *parts, bias, self.bits, self.group_size, self.symmetric)
+        d, scales, minimum = part("d"), part("sub_scales").to(torch.int16), ()
+        if GRIDS[self.type].affine:
+            minimum = (part("dmin"), part("sub_mins").to(torch.int16))
+        return BlockLinear(self.name, part("codes"), Params(d, scales, *minimum), bias, self.type)
 
 
 @dataclass
@@ -133,15 +138,15 @@ def write_json(path: Path, value) -> None:
 
 
 def layer_file(index: int) -> str:
-    return f"layer-{index:05d}.safetensors"
+    """−1 is what lies outside the layers: embedding and output matrix, where the recipe quantizes them."""
+    return f"layer-{index:05d}.safetensors" if index >= 0 else "layer-outer.safetensors"
 
 
-def write_layer(folder: Path, index: int, linears: Iterable[QuantizedLinear], records: Iterable[ModuleRecord]) -> None:
+def write_layer(folder: Path, index: int, linears: Iterable[Linear], records: Iterable[ModuleRecord]) -> None:
     """One decoder layer with its records in the header: what a resumed run needs is in the one file."""
     tensors: dict[str, torch.Tensor] = {}
     for q in linears:
-        tensors |= {f"{q.name}.codes": q.codes, f"{q.name}.scales": q.scales}
-        tensors |= {f"{q.name}.zero_points": q.zero_points, f"{q.name}.g_idx": q.g_idx}
+        tensors |= {f"{q.name}.{part}": value for part, value in q.tensors().items()}
         if q.bias is not None:
             tensors[f"{q.name}.bias"] = q.bias
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
@@ -158,22 +163,14 @@ def read_layer_records(folder: Path, index: int) -> list[ModuleRecord]:
         raise ArtifactError(f"{file}: damaged ({e}); delete it and resume to solve this layer again") from None
 
 
-def read_layer(folder: Path, index: int) -> list[QuantizedLinear]:
+def read_layer(folder: Path, index: int) -> list[Linear]:
     """The linears of one published layer, before there is a manifest. Raises ArtifactError when it is damaged."""
     file = folder / layer_file(index)
     try:
         infos = read_infos(file)
-        linears = [
-            QuantizedLinear(
-                r.name,
-                *(read_tensor(folder, infos[f"{r.name}.{part}"]) for part in ("codes", "scales", "zero_points", "g_idx")),
-                read_tensor(folder, infos[f"{r.name}.bias"]) if r.bias else None,
-                r.bits, r.group_size, r.symmetric,
-            )
-            for r in read_layer_records(folder, index)
-        ]  # fmt: skip
+        linears = [r.linear(lambda key: read_tensor(folder, infos[key])) for r in read_layer_records(folder, index)]
         for q in linears:
-            if problem := _out_of_range(q.codes, q.scales, q.zero_points, q.g_idx, q.bits):
+            if problem := q.out_of_range():
                 raise ValueError(f"{q.name}: {problem}")
         return linears
     except (CheckpointError, SafetensorError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -280,19 +277,17 @@ class Artifact:
 
     def _expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Every tensor of the layer files: its dtype and shape, as the manifest has them."""
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for m in self.manifest.modules:
-            grid = (m.out_features, 1 if m.group_size == -1 else m.in_features // m.group_size)
-            tensors |= {f"{m.name}.codes": ("U8", (m.out_features, m.in_features)), f"{m.name}.scales": ("F16", grid)}
-            tensors |= {f"{m.name}.zero_points": ("U8", grid), f"{m.name}.g_idx": ("I32", (m.in_features,))}
-            if m.bias:
-                tensors[f"{m.name}.bias"] = ("F16", (m.out_features,))
-        return tensors
+        return {f"{m.name}.{part}": held for m in self.manifest.modules for part, held in m.stored().items()}
 
     @property
     def source(self) -> Path:
         """Folder with the source's config.json, tokenizer and processor files."""
         return self.path / "source"
+
+    @property
+    def companions(self) -> list[Path]:
+        """Tokenizer and processor files of the source."""
+        return [self.source / n for n in COMPANIONS if (self.source / n).is_file()]
 
     @cached_property
     def source_config(self) -> dict:
@@ -308,17 +303,15 @@ class Artifact:
         """Hub names of the quantized modules, in layer order."""
         return list(self.records)
 
-    def linear(self, name: str) -> QuantizedLinear:
-        r = self.records[name]
-        parts = {k: self._read(f"{name}.{k}") for k in ("codes", "scales", "zero_points", "g_idx")}
-        if problem := _out_of_range(**parts, bits=r.bits):
+    def linear(self, name: str) -> Linear:
+        linear = self.records[name].linear(self._read)
+        if problem := linear.out_of_range():
             raise ArtifactError(
                 f"{self.path / self._where[f'{name}.codes'].file}: {name}: {problem}; the artifact is damaged"
             )
-        bias = self._read(f"{name}.bias") if r.bias else None
-        return QuantizedLinear(name, **parts, bias=bias, bits=r.bits, group_size=r.group_size, symmetric=r.symmetric)
+        return linear
 
-    def linears(self) -> Iterator[QuantizedLinear]:
+    def linears(self) -> Iterator[Linear]:
         return (self.linear(name) for name in self.linear_names())
 
     def float_names(self) -> list[str]:
@@ -377,33 +370,26 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
         sizes = (r.layer, r.out_features, r.in_features)
         if not isinstance(r.name, str) or r.name in names:
             problems.append(f"linear {r.name!r} twice")
-        elif not all(type(n) is int and 0 <= n < 2**31 for n in sizes) or 0 in sizes[1:]:
+        elif not all(type(n) is int and OUTER <= n < 2**31 for n in sizes) or min(sizes[1:]) < 1:
             problems.append(f"{r.name} has layer and shape {sizes}")
-        elif not _is_grid(r) or (r.group_size != -1 and r.in_features % r.group_size):
-            problems.append(f"{r.name} has {r.in_features} columns of {r.bits} bits in groups of {r.group_size}")
+        elif not _fits(r):
+            problems.append(
+                f"{r.name} has {r.in_features} columns of {r.type or f'{r.bits} bits in groups of {r.group_size}'}"
+            )
         elif not isinstance(r.bias, bool) or not isinstance(r.metrics, dict):
             problems.append(f"{r.name} has bias {r.bias!r}")
         names.add(str(r.name))
     return problems if m.modules else [*problems, "no linears"]
 
 
+def _fits(r: ModuleRecord) -> bool:
+    """Whether a linear's columns fall into whole groups of a grid that there is."""
+    if r.type:
+        return isinstance(r.type, str) and r.type in GRIDS and r.in_features % GRIDS[r.type].block == 0
+    return _is_grid(r) and (r.group_size == -1 or r.in_features % r.group_size == 0)
+
+
 def _is_grid(g: QuantConfig | ModuleRecord) -> bool:
     if [type(x) for x in (g.bits, g.group_size, g.symmetric)] != [int, int, bool]:
         return False
     return g.bits in BITS and (g.group_size == -1 or g.group_size >= 1)
-
-
-def _out_of_range(
-    codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, g_idx: torch.Tensor, bits: int
-) -> str:
-    """What in the tensors of a linear lies outside its grid, or nothing."""
-    top, (out_features, groups) = 2**bits - 1, scales.shape
-    if codes.shape != (out_features, len(g_idx)) or zero_points.shape != scales.shape:
-        return "shapes that do not fit together"
-    wrong = {
-        f"codes over {top}": codes > top,
-        f"zero-points over {top}": zero_points > top,
-        f"g_idx entries outside 0..{groups - 1}": (g_idx < 0) | (g_idx >= groups),
-        "scales that are not finite": ~torch.isfinite(scales),
-    }
-    return ", ".join(f"{int(bad.sum())} {what}" for what, bad in wrong.items() if bool(bad.any()))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from vlmq_export.errors import CalibrationError, CheckpointError, one_line
+from vlmq_export.errors import CalibrationError, CheckpointError, MissingRuntime, one_line
 from vlmq_export.quantizer.families import family_of
 from vlmq_export.quantizer.images import Encoded, image_rule
 from vlmq_export.quantizer.untrusted import read_json, third_party
@@ -282,7 +282,11 @@ class Preprocessor:
     """
 
     def __init__(self, folder: Path):
-        from transformers import AutoImageProcessor, AutoTokenizer
+        with third_party(
+            "transformers cannot be imported; where torchvision is named, install the build for your torch or remove it",
+            MissingRuntime,
+        ):
+            from transformers import AutoImageProcessor, AutoTokenizer
 
         self.config = read_json(folder / "config.json")
         for file in ("tokenizer_config.json", "preprocessor_config.json"):
@@ -302,6 +306,7 @@ class Preprocessor:
                     folder, use_fast=False, trust_remote_code=False
                 )
             self.images = image_rule(self.family.images, self.image_processor, self.config, self.family.newline)
+            self.fit(Image.new("RGB", (64, 64)))  # raises where its settings are no numbers
         self.image_token_id, self.image_token = self._image_token(folder)
 
     def _image_token(self, folder: Path) -> tuple[int, str]:

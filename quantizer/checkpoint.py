@@ -27,7 +27,7 @@ HEADER_CAP = 100 * 2**20  # the safetensors format's own cap
 _PROBLEMS_SHOWN = 8
 _ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
               "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # fmt: skip
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
     "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
@@ -77,7 +77,7 @@ def read_infos(path: Path) -> dict[str, TensorInfo]:
 def read_tensor(folder: Path, info: TensorInfo, rows: Sequence[int] | None = None) -> torch.Tensor:
     """A tensor in its source dtype, or some rows of it. Raises OSError, or EOFError where the file ends too early."""
     shape = info.shape if rows is None else (len(rows), *info.shape[1:])
-    value = torch.empty(shape, dtype=_DTYPES[info.dtype])
+    value = torch.empty(shape, dtype=DTYPES[info.dtype])
     data = memoryview(value.view(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
     pieces = [(0, len(data))] if rows is None else [(row, len(data) // len(rows)) for row in rows]
     done = 0

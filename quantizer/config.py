@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 BITS = (2, 3, 4, 8)
 ACT_ORDERS = ("off", "static", "gar", "dynamic")
@@ -26,6 +26,8 @@ class QuantConfig:
     alpha: float = 0.25  # GPTAQ's factor on the asymmetric term
     block_size: int = 128  # lazy-update block of the column loop
     seed: int = 0
+    gguf_type: str = ""  # the mix that `types` came from: Q4_K_M
+    types: dict[str, str] = field(default_factory=dict)  # hub module → GGUF block type, in place of the affine grid
 
     def groups(self, in_features: int) -> int:
         return 1 if self.group_size == -1 else in_features // self.group_size

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from vlmq_export.errors import CheckpointError
-from vlmq_export.quantizer import solver
-from vlmq_export.quantizer.artifact import QuantizedLinear
+from vlmq_export.quantizer import kquants, solver
+from vlmq_export.quantizer.artifact import ModuleRecord
+from vlmq_export.quantizer.checkpoint import DTYPES
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.grids import grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gradients, token_factors
+from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.model import tensor_cores
 from vlmq_export.quantizer.statistics import Statistics
 from vlmq_export.quantizer.walk import LayerWalk
 
-Solved = tuple[QuantizedLinear, dict]  # with its metrics
+Solved = tuple[Linear, dict]  # with its metrics
 
 
 def quantize_layer(
@@ -49,30 +51,25 @@ def quantize_layer(
             parts.append(
                 _solve(walk.layer, prefix, names, own, config, method) if ranks.rank == owner else [None] * len(names)
             )
-        for names, owner, unit in zip(shared, owners, parts):
-            solved += [exchanged(walk.layer, prefix, n, part, config, ranks, owner) for n, part in zip(names, unit)]
+        for owner, unit in zip(owners, parts):
+            solved += [exchanged(part, ranks, owner) for part in unit]
         for name, (linear, _) in zip(group, solved[-len(group) :]):
             walk.put(name, linear)
     return solved
 
 
-def exchanged(
-    layer: nn.Module, prefix: str, name: str, solved: Solved | None, config: QuantConfig, ranks: Ranks, owner: int
-) -> Solved:
+def exchanged(solved: Solved | None, ranks: Ranks, owner: int) -> Solved:
     """What the owner solved, on every rank."""
     if ranks.size == 1:
         return solved
-    module = layer.get_submodule(name)
-    groups = (module.out_features, config.groups(module.in_features))
-    parts = solved[0] if solved else _linear(
-        layer, prefix, name,
-        solver.Solution(
-            torch.empty(module.weight.shape, dtype=torch.uint8), torch.empty(groups, dtype=torch.float16),
-            torch.empty(groups, dtype=torch.uint8), torch.empty(module.in_features, dtype=torch.int32),
-        ), config,
-    )  # fmt: skip
-    tensors = {k: ranks.broadcast(getattr(parts, k), owner) for k in ("codes", "scales", "zero_points", "g_idx")}
-    return replace(parts, **tensors), ranks.broadcast_json(solved and solved[1], owner)
+    linear = solved and solved[0]
+    record = ModuleRecord(**ranks.broadcast_json(solved and asdict(ModuleRecord.of(linear, 0, solved[1])), owner))
+    mine = linear.tensors() | ({} if linear.bias is None else {"bias": linear.bias}) if linear else {}
+    tensors = {
+        f"{record.name}.{part}": ranks.broadcast(mine.get(part, torch.empty(shape, dtype=DTYPES[kind])), owner)
+        for part, (kind, shape) in record.stored().items()
+    }
+    return record.linear(tensors.__getitem__), record.metrics
 
 
 def importance_factors(walk: LayerWalk, norm: str, ranks: Ranks = ALONE) -> dict[str, list[torch.Tensor]]:
@@ -110,15 +107,32 @@ def collect(
 def _solve(
     layer: nn.Module, prefix: str, names: list[str], sums: Statistics | None, config: QuantConfig, method: Method
 ) -> list[Solved]:
-    """Solve linears that share statistics, stacked by rows."""
+    """Solve linears that share statistics: those of one grid together, stacked by rows."""
+    kinds = {name: config.types.get(prefix + name, "") for name in names}
+    solved = {}
+    for kind in dict.fromkeys(kinds.values()):
+        alike = [name for name in names if kinds[name] == kind]
+        solved |= zip(alike, _solve_alike(layer, prefix, alike, kind, sums, config, method))
+    return [solved[name] for name in names]
+
+
+def _solve_alike(
+    layer: nn.Module,
+    prefix: str,
+    names: list[str],
+    kind: str,
+    sums: Statistics | None,
+    config: QuantConfig,
+    method: Method,
+) -> list[Solved]:
     weights = torch.cat([layer.get_submodule(name).weight.float() for name in names])  # [out of all, in]
-    grid = grid_for(config, weights.shape[1])
-    group = config.group_columns(weights.shape[1])
     target, common, matrix = weights, {}, None
     if sums is None:
-        solution = solver.round_to_nearest(weights, grid, group=group)
+        solution = _nearest(weights, kind, config)
     else:
-        hessian = solver.prepare(sums.hessian, sums.diagonal, group=group, act_order=config.act_order, damp=config.damp)
+        group = kquants.GRIDS[kind].block if kind else config.group_columns(weights.shape[1])
+        order = "gar" if kind and config.act_order != "off" else config.act_order  # a block's columns stay together
+        hessian = solver.prepare(sums.hessian, sums.diagonal, group=group, act_order=order, damp=config.damp)
         alpha = config.alpha if method.alpha is None else method.alpha
         aim, columns = weights, None
         if sums.drift is not None and not hessian.fallback:
@@ -127,9 +141,13 @@ def _solve(
                 columns = solver.column_term(hessian, sums.drift, alpha)
             else:
                 aim = target if alpha == 1 else solver.exact_target(weights, hessian, sums.drift, alpha)
-        solution = solver.solve(
-            aim, hessian, grid, group=group, act_order=config.act_order, block=config.block_size, columns=columns
-        )
+        if kind:
+            solution = solver.solve_blocks(aim, hessian, kquants.GRIDS[kind], block=config.block_size, columns=columns)
+        else:
+            solution = solver.solve(
+                aim, hessian, grid_for(config, weights.shape[1]), group=group, act_order=order, block=config.block_size,
+                columns=columns,
+            )  # fmt: skip
         matrix = sums.hessian
         common = {
             "damp": hessian.damp, "fallback": hessian.fallback, "dead_columns": int(hessian.dead.sum()),
@@ -147,6 +165,13 @@ def _solve(
     return solved
 
 
+def _nearest(weights: torch.Tensor, kind: str, config: QuantConfig) -> solver.Solution | solver.BlockSolution:
+    if kind:
+        return solver.nearest_in_blocks(weights, kquants.GRIDS[kind])
+    columns = weights.shape[1]
+    return solver.round_to_nearest(weights, grid_for(config, columns), group=config.group_columns(columns))
+
+
 @tensor_cores()
 def _losses(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -> dict:
     """The weighted loss against the target of the method's objective, and relative to that target's own energy."""
@@ -159,11 +184,15 @@ def _ratio(difference: torch.Tensor, whole: torch.Tensor) -> float:
     return float(difference.double().norm() / whole.double().norm().clamp_min(1e-300))
 
 
-def _linear(layer: nn.Module, prefix: str, name: str, part: solver.Solution, config: QuantConfig) -> QuantizedLinear:
+def _linear(
+    layer: nn.Module, prefix: str, name: str, part: solver.Solution | solver.BlockSolution, config: QuantConfig
+) -> Linear:
     bias = layer.get_submodule(name).bias
     bias = None if bias is None else bias.detach().half()
     if bias is not None and not bool(torch.isfinite(bias).all()):
         raise CheckpointError(f"{prefix}{name}.bias exceeds float16's range, which every runtime format stores it in")
+    if isinstance(part, solver.BlockSolution):
+        return BlockLinear(prefix + name, part.codes, part.params, bias, part.grid.name)
     return QuantizedLinear(
         prefix + name, part.codes, part.scales, part.zero_points, part.g_idx, bias,
         config.bits, config.group_size, config.symmetric,

@@ -19,11 +19,12 @@ from vlmq_export._version import __version__
 from vlmq_export.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from vlmq_export.quantizer.artifact import (
     MANIFEST,
+    OUTER,
     SCHEMA,
     TIMING,
+    BlockLinear,
     Manifest,
     ModuleRecord,
-    QuantizedLinear,
     layer_file,
     read_layer,
     read_layer_records,
@@ -37,12 +38,14 @@ from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
-from vlmq_export.quantizer.families import family_of, layer_count
+from vlmq_export.quantizer.families import Family, family_of, layer_count
+from vlmq_export.quantizer.kquants import GRIDS, Params
 from vlmq_export.quantizer.layer import quantize_layer
-from vlmq_export.quantizer.memory import peak_host
+from vlmq_export.quantizer.memory import give_back, peak_host
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
 from vlmq_export.quantizer.shelf import Place, Shelf
+from vlmq_export.quantizer.solver import nearest_in_blocks
 from vlmq_export.quantizer.streams import Batch, decoder_inputs, put
 from vlmq_export.quantizer.timing import Clock
 from vlmq_export.quantizer.untrusted import read_json
@@ -52,6 +55,7 @@ log = logging.getLogger("vlmq_export")
 SCRATCH = ".activations.tmp"
 _WHOLE = -1  # layers "done" of a folder that has its manifest
 RUN = "run.json"  # what this folder is a run of: a resumed run must ask for the same
+_ROWS = 4096  # of an embedding, solved at once
 MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
 Progress = Callable[[str, int, int], None]
 
@@ -74,7 +78,7 @@ def check_shapes(linears: Iterable[Shape], config: QuantConfig) -> None:
         raise UsageError(
             f"group size {config.group_size} is not possible; give a number of columns, or -1 for per-channel"
         )
-    odd = [l for l in linears if l.in_features % config.group_columns(l.in_features)]
+    odd = [l for l in linears if l.name not in config.types and l.in_features % config.group_columns(l.in_features)]
     if odd:
         raise UsageError(
             f"group size {config.group_size} does not divide the {odd[0].in_features} inputs of {odd[0].name}"
@@ -126,10 +130,14 @@ def quantize(
             done = _WHOLE
     if (done := ranks.same(done)) == _WHOLE:
         return
+    outer = _solve_outer(checkpoint, config, family.linear_names(count))
     if ranks.first:
         with clock("floats"):
             write_source(folder, checkpoint)
-            write_floats(folder, checkpoint, _float_names(checkpoint, family.linear_names(count)))
+            quantized = [*family.linear_names(count), *(q.name for q in outer)]
+            write_floats(folder, checkpoint, _float_names(checkpoint, quantized))
+            if outer:
+                write_layer(folder, OUTER, outer, [ModuleRecord.of(q, OUTER, {}) for q in outer])
     batches: list[Batch] = []
     lost = 0
     with exact_arithmetic(), _shelf(target, place, folder) as shelf:
@@ -141,8 +149,10 @@ def quantize(
                         prefix, model.layer(0), samples, two_streams=method.two_streams, device=target,
                         added=family.added, shelf=shelf, ranks=ranks,
                     )  # fmt: skip
+                    _start_from(prefix, outer, batches, samples, family, shelf, ranks)
                 lost = ranks.count(sum(batch.drop_non_finite() for batch in batches))
                 refuse_many_lost(lost, len(samples))
+            give_back()
         for i in range(count):
             progress("quantize", i, count)
             if method.calibrated and not ranks.count(sum(int(b.valid.sum()) for b in batches)):
@@ -158,10 +168,13 @@ def quantize(
                 else:
                     linears = quantize_layer(walk, f"{family.layers}{i}.", family.groups, config, ranks)
                     if ranks.first:
-                        records = [_record(q, i, metrics) for q, metrics in linears]
+                        records = [ModuleRecord.of(q, i, metrics) for q, metrics in linears]
                         write_layer(folder, i, [q for q, _ in linears], records)
+                    del linears
                 lost += ranks.count(walk.advance())
+                del walk
                 refuse_many_lost(lost, len(samples))
+            give_back()
             if not solved:
                 log.debug(
                     "layer %d of %d: %.1f s, %.0f tokens/s, peak %.2f GB",
@@ -176,7 +189,7 @@ def quantize(
         calibration = calibration | {"non_finite": lost}
     if lost:
         log.warning("%d of %d samples left out: their activations are not finite", lost, len(samples))
-    modules = [record for i in range(count) for record in read_layer_records(folder, i)]
+    modules = [record for i in [*([OUTER] if outer else []), *range(count)] for record in read_layer_records(folder, i)]
     _warn_of_fallbacks(modules)
     write_json(folder / TIMING, clock.to_dict())
     manifest = Manifest(
@@ -212,6 +225,40 @@ def refuse_many_lost(lost: int, samples: int) -> None:
 class _Shape:
     name: str
     in_features: int
+
+
+def _solve_outer(checkpoint: Checkpoint, config: QuantConfig, linears: Sequence[str]) -> list[BlockLinear]:
+    """Embedding and output matrix on the block types that the recipe names, rounded to nearest: nothing calibrates them."""
+    solved = []
+    for name in [n for n in config.types if n not in set(linears)]:
+        weight, kind = checkpoint.tensor(f"{name}.weight"), config.types[name]
+        parts = [nearest_in_blocks(some, GRIDS[kind]) for some in weight.split(_ROWS)]  # in float32 a part at a time
+        params = Params.joined([part.params for part in parts], 0)
+        solved.append(BlockLinear(name, torch.cat([part.codes for part in parts]), params, None, kind))
+    return solved
+
+
+def _start_from(
+    prefix: nn.Module,
+    outer: Sequence[BlockLinear],
+    batches: Sequence[Batch],
+    samples: Sequence[Sample],
+    family: Family,
+    shelf: Shelf,
+    ranks: Ranks,
+) -> None:
+    """Let the quantized stream begin with the embedding that ships, where that is quantized."""
+    embedding = prefix.get_input_embeddings()
+    shipped = next((q for q in outer if family.module_name(q.name).endswith(".embed_tokens")), None)
+    if shipped is None:
+        return
+    embedding.weight.copy_(shipped.at(embedding.ids.cpu()).decode())
+    again = decoder_inputs(
+        prefix, prefix.get_submodule(family.module_name(f"{family.layers}0")), samples, two_streams=False,
+        device=embedding.ids.device, added=family.added, shelf=shelf, ranks=ranks,
+    )  # fmt: skip
+    for batch, start in zip(batches, again):
+        batch.quantized = start.quantized
 
 
 def _float_names(checkpoint: Checkpoint, linears: Sequence[str]) -> list[str]:
@@ -277,12 +324,6 @@ def _restore(layer: nn.Module, folder: Path, index: int, prefix: str) -> None:
     """Give a layer what an earlier run solved."""
     for linear in read_layer(folder, index):
         put(layer, linear.name.removeprefix(prefix), linear)
-
-
-def _record(q: QuantizedLinear, layer: int, metrics: dict) -> ModuleRecord:
-    return ModuleRecord(
-        q.name, layer, q.bits, q.group_size, q.symmetric, q.out_features, q.in_features, q.bias is not None, metrics
-    )  # fmt: skip
 
 
 def _warn_of_fallbacks(modules: Sequence[ModuleRecord]) -> None:

@@ -23,6 +23,7 @@ import torch
 
 from vlmq_export.quantizer import kernels
 from vlmq_export.quantizer.grids import Affine
+from vlmq_export.quantizer.kquants import BlockGrid, Params
 
 PRECISION = torch.float64  # of the factorization
 _BAND = 512  # rows or columns worked on together
@@ -189,7 +190,7 @@ def solve(
         target = target.masked_fill(hessian.dead, 0)
     natural = order // group  # natural group of each step
     group_of = torch.arange(in_features, device=order.device) // group if act_order == "dynamic" else natural
-    loop = _Loop(target.T.contiguous()[order], hessian.factor, columns, grid, group, block, group_of)
+    loop = _Loop(target.T.contiguous()[order], hessian.factor, columns, grid, group, group, block, group_of)
     if act_order == "static":
         loop.scales, loop.zeros = (p.T.contiguous() for p in grid.fit(target.view(out_features, -1, group)))
         loop.fitted = True
@@ -205,23 +206,18 @@ class _Loop:
     """One run of the column loop, in loop order; a column of the weights is one contiguous row here."""
 
     def __init__(
-        self, target: torch.Tensor, factor: torch.Tensor, columns: torch.Tensor | None, grid: Affine, group: int,
-        block: int, group_of: torch.Tensor,
+        self, target: torch.Tensor, factor: torch.Tensor, columns: torch.Tensor | None, grid: Affine | BlockGrid, group: int,
+        shared: int, block: int, group_of: torch.Tensor,
     ):  # fmt: skip
+        """`group` columns are fitted together, `shared` of them have one scale: the `group_of` of their step."""
         in_features, out_features = target.shape
         self.target = target  # t, [in, out]; once rounded: what P multiplies
         self.shift = torch.zeros_like(target)  # Σ (t_q − ŵ_q)·K_qj so far, [in, out]; once rounded: t_j − ŵ_j
         self.codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=target.device)
-        self.scales = torch.empty(in_features // group, out_features, device=target.device)
+        self.scales = torch.empty(in_features // shared, out_features, device=target.device)
         self.zeros = torch.empty_like(self.scales)
-        self.factor, self.columns, self.grid, self.group, self.group_of = (
-            factor,
-            columns,
-            grid,
-            group,
-            group_of.tolist(),
-        )
-        self.group_index = group_of.to(torch.int32)
+        self.factor, self.columns, self.grid, self.group = factor, columns, grid, group
+        self.group_of, self.group_index = group_of.tolist(), group_of.to(torch.int32)
         self.fitted = False  # whether the groups were fitted before the loop
         # A group is fitted on weights that carry every earlier update: no range but whole groups may straddle two.
         self.lazy = block if group >= block else block // group * group
@@ -257,8 +253,12 @@ class _Loop:
         """Fit a group on its weights as the columns before it leave them: with E their errors, t + E·K_<≥·(K_≥≥)⁻¹."""
         own = self.factor[start:stop, start:stop].T
         shift = torch.linalg.solve_triangular(own, self.shift[start:stop], upper=False, unitriangular=True)
+        self._fit_to(start, stop, self.target[start:stop] + shift)
+
+    def _fit_to(self, start: int, _stop: int, weights: torch.Tensor) -> None:
+        """weights: [group, out], in loop order."""
         group = self.group_of[start]
-        self.scales[group], self.zeros[group] = self.grid.fit(self.target[start:stop] + shift, dim=0)
+        self.scales[group], self.zeros[group] = self.grid.fit(weights, dim=0)
 
     def _leaf(self, start: int, stop: int) -> None:
         """One column after the other. The tensors are small here: what counts is the number of calls."""
@@ -293,3 +293,72 @@ def weighted_loss(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Ten
     """tr((Ŵ − W')·A·(Ŵ − W')ᵀ), undamped: the squared output error over the calibration tokens, weighted by g²."""
     difference = rounded - target
     return float(((difference @ matrix) * difference).sum(dtype=torch.float64))
+
+
+# -- block types -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockSolution:
+    """Codes and stored parameters on the grid of a GGUF block type, natural column order."""
+
+    grid: BlockGrid
+    codes: torch.Tensor  # uint8 [out, in]
+    params: Params
+
+    def decode(self) -> torch.Tensor:
+        """float32 [out, in]."""
+        scale, minimum = (p.repeat_interleave(self.grid.sub_block, 1) for p in self.params.decoded())
+        return self.grid.decode(self.codes.float(), scale, minimum)
+
+    def rows(self, start: int, stop: int) -> BlockSolution:
+        return BlockSolution(self.grid, self.codes[start:stop], self.params.rows(slice(start, stop)))
+
+
+def nearest_in_blocks(weights: torch.Tensor, grid: BlockGrid, importance: torch.Tensor | None = None) -> BlockSolution:
+    """Fit and round each block [out, in] on its own; `importance` [in] weighs the columns in the fit."""
+    weights = weights.float()
+    weigh = torch.ones(weights.shape[1], device=weights.device) if importance is None else importance
+    params = grid.fit(weights, weigh)
+    scale, minimum = (p.repeat_interleave(grid.sub_block, 1) for p in params.decoded())
+    return BlockSolution(grid, grid.encode(weights, scale, minimum).to(torch.uint8), params)
+
+
+def solve_blocks(
+    target: torch.Tensor,  # float32 [out, in]
+    hessian: Hessian,  # prepared with group = grid.block, its order keeping each block of columns together
+    grid: BlockGrid,
+    *,
+    block: int,  # as in `solve`
+    columns: torch.Tensor | None = None,  # GPTAQ's P, loop order
+) -> BlockSolution:
+    """`solve` on a block type: when the loop reaches a block, all its parameters are fitted on the compensated weights."""
+    target = target.float().masked_fill(hessian.dead, 0)
+    if hessian.fallback:
+        return nearest_in_blocks(target, grid)
+    order = hessian.order
+    loop = _BlockLoop(target.T[order].contiguous(), hessian, columns, grid, block)
+    loop.run(0, len(order))
+    return BlockSolution(grid, loop.codes[order.argsort()].T.contiguous(), Params.joined(loop.params))
+
+
+class _BlockLoop(_Loop):
+    """The loop on a block type. A scale and minimum belong to a sub-block, whose columns the order may scatter."""
+
+    def __init__(
+        self, target: torch.Tensor, hessian: Hessian, columns: torch.Tensor | None, grid: BlockGrid, block: int
+    ):
+        sub_block_of = hessian.order // grid.sub_block
+        super().__init__(target, hessian.factor, columns, grid, grid.block, grid.sub_block, block, sub_block_of)
+        self.order, self.pivots = hessian.order, hessian.pivots
+        self.params: list[Params] = [None] * (len(target) // grid.block)  # type: ignore[list-item]
+
+    def _fit_to(self, start: int, stop: int, weights: torch.Tensor) -> None:
+        """A column's weight in the fit is its pivot: what an error there costs once later columns have made up for it."""
+        span = self.order[start:stop]
+        natural, index = span.argsort(), int(span.min()) // self.group
+        params = self.grid.fit(weights[natural].T.contiguous(), self.pivots[start:stop][natural])
+        self.params[index] = params
+        first = index * self.group // self.grid.sub_block
+        for held, found in zip((self.scales, self.zeros), params.decoded()):
+            held[first : first + found.shape[1]] = found.T

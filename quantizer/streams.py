@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from vlmq_export.quantizer.artifact import QuantizedLinear
+from vlmq_export.quantizer.artifact import Linear
 from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.shelf import Shelf
@@ -167,7 +167,7 @@ def _stack(group: Sequence[Sample], device: torch.device) -> dict[str, torch.Ten
 
 
 @torch.no_grad()
-def put(layer: nn.Module, name: str, linear: QuantizedLinear) -> None:
+def put(layer: nn.Module, name: str, linear: Linear) -> None:
     """Give a linear of the layer the weights and bias that will be on disk."""
     module = layer.get_submodule(name)
     module.weight.copy_(linear.decode())

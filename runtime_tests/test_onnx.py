@@ -3,7 +3,6 @@
 import random
 import shutil
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -19,7 +18,6 @@ from vlmq_export.formats.onnx.checks import FORMAT_GATE, _at_most, linear_gate, 
 from vlmq_export.formats.onnx.packing import pack_linear
 from vlmq_export.formats.onnx.read import Linear
 from vlmq_export.formats.onnx.runner import OnnxRunner
-from vlmq_export.parity import required_runtimes
 from vlmq_export.quantizer.calibration import read_rows
 from vlmq_export.reference import Reference
 
@@ -205,34 +203,6 @@ def test_prompts_without_images_are_compared_and_the_image_row_says_that_it_was_
     rows = {r.name: r for r in onnx_format.check(folder, words, FormatOptions(), SETTINGS)}
     assert rows["image features"].status == "not run"
     assert rows["logits at accuracy_level 0"].status == rows["cached decode against one forward"].status == "passed"
-
-
-def test_genai_answers_as_the_reference(exported, tmp_path):
-    """onnxruntime-genai, with its own image steps and our two configuration files, on PNG files."""
-    if find_spec("onnxruntime_genai") is None:
-        assert "genai" not in required_runtimes(), "VLMQ_REQUIRE declares genai, which is not installed"
-        pytest.skip("onnxruntime-genai is an optional extra")
-    import onnxruntime_genai as genai
-
-    reference, folder = exported
-    model = genai.Model(str(folder))
-    processor = model.create_multimodal_processor()
-    for prompt in reference.prompts[:6]:
-        files = [str(tmp_path / f"{prompt.id}-{i}.png") for i in range(len(prompt.images))]
-        for image, file in zip(prompt.images, files):
-            image.save(file)
-        params = genai.GeneratorParams(model)
-        params.set_search_options(max_length=1024, do_sample=False)
-        generator = genai.Generator(model, params)
-        generator.set_inputs(processor(prompt.text, images=genai.Images.open(*files)))
-        answer = []
-        while not generator.is_done() and len(answer) < 16:
-            generator.generate_next_token()
-            answer.append(int(generator.get_next_tokens()[0]))
-            if answer[-1] in reference.stop_ids:
-                answer.pop()
-                break
-        assert answer == reference.answer(prompt), prompt.id
 
 
 # -- more than one prompt at a time -----------------------------------------------------------------------------

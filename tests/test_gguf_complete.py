@@ -140,7 +140,10 @@ def test_completeness_sees_other_shapes_types_and_tensors_that_do_not_belong(ggu
 def test_an_incomplete_file_is_not_left_behind(gguf_files, tmp_path, monkeypatch):
     """What the writer itself forgets: the file is removed, with one line that names it."""
     artifact = gguf_files[0]
-    monkeypatch.setattr(gguf_py.GGUFWriter, "add_rope_freq_base", lambda self, value: None)
+    add = gguf_py.GGUFWriter.add_key_value
+    monkeypatch.setattr(
+        gguf_py.GGUFWriter, "add_key_value", lambda self, key, *a, **kw: "freq_base" in key or add(self, key, *a, **kw)
+    )
     with pytest.raises(FormatError, match=r"key qwen2vl\.rope\.freq_base is missing"):
         gguf.write(artifact, tmp_path, FormatOptions(name="tiny-vlm"))
     assert not list(tmp_path.iterdir())
@@ -178,7 +181,7 @@ def test_a_weight_beyond_float16_asks_for_f32(artifacts, tmp_path):
     tensors = load_file(file)
     tensors["visual.merger.mlp.0.weight"][0, 0] = 1e5
     save_file(tensors, file)
-    with pytest.raises(FormatError, match=r"visual\.merger\.mlp\.0\.weight.*--mmproj-dtype f32"):
+    with pytest.raises(FormatError, match=r"visual\.merger\.mlp\.0\.weight.*--mmproj f32"):
         write_mmproj(Artifact(artifact.path), tmp_path / "x.gguf")
     write_mmproj(Artifact(artifact.path), tmp_path / "x.gguf", "f32")
 

@@ -23,9 +23,9 @@ from vlmq_export.quantizer.artifact import QuantizedLinear
 from vlmq_export.quantizer.config import QuantConfig
 
 AFFINE = sorted(DECODERS)
-SUBS = {"Q2_K": 16, "Q3_K": 16, "Q4_K": 8}
-SCALE_LIMIT = {"Q2_K": 16, "Q3_K": 64, "Q4_K": 64}
-OFFSET = ("Q4_1", "Q2_K", "Q4_K")
+SUBS = {"Q2_K": 16, "Q3_K": 16, "Q4_K": 8, "Q5_K": 8, "Q6_K": 16}
+SCALE_LIMIT = {"Q2_K": 16, "Q3_K": 64, "Q4_K": 64, "Q5_K": 64}  # Q6_K's are any byte
+OFFSET = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
 
 
 def library() -> ctypes.CDLL:
@@ -44,7 +44,7 @@ def random_blocks(rng: np.random.Generator, name: str, n: int) -> Blocks:
     limit, t = PACKERS[name].limit, TYPES[name]
     half = lambda: rng.standard_normal(n).astype(np.float16)  # noqa: E731
     low, dtype = (-limit, np.int8) if name == "Q8_0" else (0, np.uint8)
-    sub = lambda: rng.integers(0, SCALE_LIMIT[name], (n, SUBS[name]), dtype=np.uint8)  # noqa: E731
+    sub = lambda: rng.integers(0, SCALE_LIMIT.get(name, 256), (n, SUBS[name]), dtype=np.uint8)  # noqa: E731
     return Blocks(
         half(), rng.integers(low, limit, (n, t.block)).astype(dtype), half() if name in OFFSET else None,
         sub() if name in SUBS else None, sub() if name in SUBS and name in OFFSET else None,
@@ -113,8 +113,10 @@ def slow_decode(name: str, b: Blocks, i: int) -> list[float]:
     for e, q in enumerate(b.codes[i].tolist()):
         if name in ("Q4_0", "Q5_0", "Q8_0", "TQ2_0"):
             out.append(d * f(q - {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0, "TQ2_0": 1}[name]))
-        elif name == "Q4_1":
+        elif name in ("Q4_1", "Q5_1"):
             out.append(d * f(q) + m)
+        elif name == "Q6_K":
+            out.append(d * f(b.scales.view(np.int8)[i, e // 16]) * f(q - 32))
         elif name == "Q3_K":
             out.append(d * f(int(b.scales[i, e // 16]) - 32) * f(q - 4))
         else:
@@ -146,7 +148,8 @@ def test_packers_refuse_what_does_not_fit(name):
     if name not in ("Q8_0",):
         bad.append({"codes": np.full_like(good.codes, PACKERS[name].limit)})
     if good.scales is not None:
-        bad.append({"scales": np.full_like(good.scales, SCALE_LIMIT[name])})
+        if name in SCALE_LIMIT:
+            bad.append({"scales": np.full_like(good.scales, SCALE_LIMIT[name])})
         bad.append({"scales": None})
     for change in bad:
         fields = {k: getattr(good, k) for k in ("d", "codes", "m", "scales", "mins")} | change

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests.artifacts import GRIDS, rtn_artifact
 from vlmq_export.errors import FormatError
@@ -15,6 +16,7 @@ from vlmq_export.formats.base import FormatOptions
 from vlmq_export.formats.onnx.packing import block_size_for, pack_bits, pack_linear
 from vlmq_export.formats.onnx.read import Linear, OnnxFolder
 from vlmq_export.plan import artifact_plan
+from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.reference import Weights
 
 
@@ -83,11 +85,13 @@ def written(tmp_path_factory):
     return artifact, folder
 
 
-def test_every_linear_is_one_node_and_says_its_level(written):
+def test_every_linear_is_in_one_node_that_says_its_level(written):
     artifact, folder = written
+    assert sorted(OnnxFolder(folder).linears) == sorted(artifact.linear_names())
     graph = onnx.load(folder / "text.onnx", load_external_data=False).graph
     nodes = [n for n in graph.node if n.op_type == "MatMulNBits"]
-    assert sorted(n.name for n in nodes) == sorted(artifact.linear_names())
+    names = [part for n in nodes for part in n.name.rpartition(".")[2].split("|")]
+    assert sorted(names) == sorted(n.rpartition(".")[2] for n in artifact.linear_names())
     for node in nodes:
         attributes = {a.name: a.i for a in node.attribute}
         assert attributes["accuracy_level"] == 4 and attributes["bits"] == 4  # three bits in the container of four
@@ -110,6 +114,27 @@ def test_the_plan_tells_the_size_before(written):
     assert any("4-bit container" in n for n in plan.notes)
     found = onnx_format.inspect(folder)
     assert found.bits_per_weight == pytest.approx(plan.bits_per_weight, rel=0.02)
+
+
+def test_the_plan_of_float16_tells_the_size_before(tmp_path):
+    artifact, options = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"]), FormatOptions(onnx_dtype="float16")
+    (tmp_path / "onnx").mkdir()
+    onnx_format.write(artifact, tmp_path / "onnx", options)
+    plan = onnx_format.plan(artifact_plan(artifact), options)
+    assert plan.size_bytes == pytest.approx(sum(f.stat().st_size for f in (tmp_path / "onnx").iterdir()), rel=0.05)
+    assert any("float16" in n for n in plan.notes)
+
+
+def test_a_number_beyond_float16_is_refused_by_name(tmp_path):
+    """It would have become infinity without a word."""
+    artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"])
+    file = next(artifact.path.glob("float-*.safetensors"))
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, file)
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(FormatError, match=r"model\.norm\.weight holds numbers beyond 65504; use --onnx-dtype float32"):
+        onnx_format.write(Artifact(artifact.path), tmp_path / "onnx", FormatOptions(onnx_dtype="float16"))
 
 
 def test_files_can_be_read_by_everyone_and_writing_again_does_not_append(written, tmp_path):

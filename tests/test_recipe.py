@@ -43,3 +43,17 @@ def test_a_recipe_survives_its_yaml(tmp_path):
     recipe = Recipe(format=["onnx", "gptq"], bits=3, sym=True, out=tmp_path / "x")
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "r.yaml", {}) == recipe
+
+
+def test_options_of_onnx_reach_the_format(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("onnx-graph: plain\nonnx_dtype: float16\nonnx_provider: cuda\naccuracy_level: 4\n")
+    options = load_recipe(file, {}).format_options("x")
+    found = (options.onnx_graph, options.onnx_dtype, options.onnx_provider, options.onnx_accuracy_level)
+    assert found == ("plain", "float16", "cuda", 4)
+    assert Recipe().format_options("x").onnx_graph == "fused"
+    with pytest.raises(UsageError, match="--onnx-dtype"):
+        load_recipe(None, {"onnx_dtype": "float8"})
+    with pytest.raises(UsageError, match="lm_head_bits"):  # lm_head is not quantized, and nothing pretends that it is
+        file.write_text("lm_head_bits: 4\n")
+        load_recipe(file, {})

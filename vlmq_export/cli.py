@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
@@ -17,12 +18,16 @@ from vlmq_export import __version__
 from vlmq_export.errors import CTRL_C, PARITY_FAILED, Interrupted, UsageError, VlmqError, one_line
 from vlmq_export.recipe import (
     ActOrder,
+    ClassRow,
     Device,
     FormatName,
     GptqNames,
     GptqVersion,
     Method,
     MmprojType,
+    OnnxDtype,
+    OnnxGraph,
+    OnnxProvider,
     Recipe,
     load_recipe,
 )
@@ -84,7 +89,14 @@ def export(
     gptq_version: Annotated[GptqVersion | None, typer.Option(help="How zero-points are stored.  [default: v1]", show_default=False)] = None,
     gptq_names: Annotated[GptqNames | None, typer.Option(help="Tensor names; module suits GPTQModel.load.  [default: hub]", show_default=False)] = None,
     accuracy_level: Annotated[int | None, typer.Option(help="MatMulNBits attribute: 0 exact, 4 int8 activations.  [default: 0]", show_default=False)] = None,
+    onnx_graph: Annotated[OnnxGraph | None, typer.Option(help="ONNX Runtime's decoder operators, or standard ones.  [default: fused]", show_default=False)] = None,
+    onnx_dtype: Annotated[OnnxDtype | None, typer.Option(help="Activations, cache and float weights of ONNX.  [default: float32]", show_default=False)] = None,
+    onnx_provider: Annotated[OnnxProvider | None, typer.Option(help="Where the ONNX package runs.  [default: cpu]", show_default=False)] = None,
+    gguf_type: Annotated[str | None, typer.Option(help="Solve on llama.cpp's own types: Q2_K … Q6_K, Q4_K_M, Q8_0; GGUF only.", show_default=False)] = None,
+    tensor_type: Annotated[list[str] | None, typer.Option(help="REGEX=TYPE on GGUF tensor names, over the mix; repeat.", show_default=False)] = None,
+    class_row: Annotated[ClassRow | None, typer.Option(help="Where InternVL's GGUF has the class token's position: last for llama.cpp b11549, first as on the hub.  [default: last]", show_default=False)] = None,
     mmproj: Annotated[MmprojType | None, typer.Option(help="Type of GGUF vision weights.  [default: f16]", show_default=False)] = None,
+    split_max_size: Annotated[str | None, typer.Option(help="Split the GGUF text model into files of this size, as 2G or 500M.  [default: one file]", show_default=False)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with the same keys; flags win.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: named after model and recipe]", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of ours.")] = False,
@@ -228,6 +240,8 @@ def _run(job, as_json: bool, quiet: bool, verbose: int) -> None:
     except (VlmqError, OSError) as e:
         code = getattr(e, "exit_code", VlmqError.exit_code)
         message = one_line(e if isinstance(e, VlmqError) else f"{e.filename or 'a file'}: {e.strerror or e}")
+        if e.__cause__ is not None:
+            logging.getLogger("vlmq_export").debug("where it came from", exc_info=e.__cause__)
         terminal.err.print(f"error: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
         if as_json:
             _print_json({"error": message, "exit_code": code})

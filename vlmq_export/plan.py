@@ -58,7 +58,7 @@ def artifact_plan(artifact: Artifact) -> ModelPlan:
 
 def group_refusals(model: ModelPlan) -> list[str]:
     size = model.config.group_size
-    bad = [x for x in model.linears if size != -1 and x.in_features % size]
+    bad = [x for x in model.linears if size != -1 and x.in_features % size and x.name not in model.config.types]
     if not bad:
         return []
     widths = sorted({x.in_features for x in bad})

@@ -56,9 +56,30 @@ class GptqNames(StrEnum):
     module = "module"
 
 
+class OnnxGraph(StrEnum):
+    fused = "fused"
+    plain = "plain"
+
+
+class OnnxDtype(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+
+
+class OnnxProvider(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class MmprojType(StrEnum):
     f16 = "f16"
     f32 = "f32"
+    q8_0 = "q8_0"
+
+
+class ClassRow(StrEnum):
+    last = "last"
+    first = "first"
 
 
 class Recipe(BaseModel):
@@ -86,7 +107,14 @@ class Recipe(BaseModel):
     gptq_version: GptqVersion = GptqVersion.v1
     gptq_names: GptqNames = GptqNames.hub
     accuracy_level: Annotated[int, Field(ge=0, le=4)] = 0
+    onnx_graph: OnnxGraph = OnnxGraph.fused
+    onnx_dtype: OnnxDtype = OnnxDtype.float32
+    onnx_provider: OnnxProvider = OnnxProvider.cpu
     mmproj: MmprojType = MmprojType.f16
+    class_row: ClassRow = ClassRow.last
+    split_max_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}[MG]$")] | None = None
+    gguf_type: str | None = None  # a mix of block types in place of the affine grid: Q4_K_M
+    tensor_type: list[str] = Field(default_factory=list)  # regex=TYPE on GGUF tensor names, first match wins
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -94,13 +122,39 @@ class Recipe(BaseModel):
             raise ValueError(f"--bits {self.bits}: the runtimes decode 2, 3, 4 or 8 bits")
         if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(f"--group-size {self.group_size}: a multiple of 16, or -1 for one scale an output channel")
+        for key in ("model", "calibration", "image_root", "verify_data", "out"):
+            if "\0" in str(getattr(self, key)):
+                raise ValueError(f"--{key.replace('_', '-')}: a name with a null byte")
+        if self.tensor_type and self.gguf_type is None:
+            raise ValueError("--tensor-type changes a mix; give --gguf-type too")
+        if self.gguf_type is not None:
+            self._check_mix()
         if len(set(self.format)) != len(self.format):
             raise ValueError("--format is given twice with the same value")
         return self
 
+    def _check_mix(self) -> None:
+        for key in ("bits", "group_size", "sym"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                flag = "--" + key.replace("_", "-")
+                raise ValueError(f"{flag} and --gguf-type {self.gguf_type} exclude each other: the type sets the grid")
+        if self.act_order in (ActOrder.static, ActOrder.dynamic):
+            raise ValueError(
+                f"--act-order {self.act_order}: with --gguf-type a block's columns stay together; use gar or off"
+            )
+        if any(f != FormatName.gguf for f in self.format):
+            raise ValueError(
+                f"--gguf-type {self.gguf_type}: only GGUF holds these integers; export other formats without it"
+            )
+
     @property
     def symmetric(self) -> bool:
         return self.bits == 8 if self.sym is None else self.sym
+
+    @property
+    def split_bytes(self) -> int:
+        size = self.split_max_size
+        return int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]] if size else 0
 
     def quant_config(self) -> QuantConfig:
         return QuantConfig(
@@ -111,11 +165,15 @@ class Recipe(BaseModel):
     def format_options(self, name: str) -> FormatOptions:
         return FormatOptions(
             name=name, gptq_version=self.gptq_version.value, gptq_names=self.gptq_names.value,
-            onnx_accuracy_level=self.accuracy_level, mmproj_dtype=self.mmproj.value,
+            onnx_accuracy_level=self.accuracy_level, onnx_graph=self.onnx_graph.value, onnx_dtype=self.onnx_dtype.value,
+            onnx_provider=self.onnx_provider.value, mmproj_dtype=self.mmproj.value,
+            mmproj_class_row=self.class_row.value, gguf_split_bytes=self.split_bytes,
         )  # fmt: skip
 
     def label(self) -> str:
         """Short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
+        if self.gguf_type is not None:
+            return f"{self.gguf_type}-{self.method}"
         group = "" if self.group_size == -1 else f"g{self.group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
         return f"w{self.bits}{group}{sym}-{self.method}"

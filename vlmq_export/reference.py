@@ -21,6 +21,9 @@ from safetensors import safe_open
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample
 from vlmq_export.quantizer.families import family_of
 
+_AFFINE = ("codes", "scales", "zero_points", "g_idx")
+_BLOCKS = ("codes", "d", "sub_scales", "dmin", "sub_mins")
+_CENTRES = {"Q3_K": 4, "Q4_0": 8, "Q5_0": 16, "Q6_K": 32, "Q8_0": 128}  # code of zero in the types without a minimum
 # A weight, while the reference is loaded (decoded, and in the model) and once more in the runtime beside it.
 _WHOLE_MODEL_BYTES = 3 * 4
 
@@ -35,8 +38,11 @@ class Weights:
         for file in [*sorted(artifact.glob("float-*.safetensors")), *sorted(artifact.glob("layer-*.safetensors"))]:
             with safe_open(file, framework="pt") as f:
                 self._files |= dict.fromkeys(f.keys(), file)
+        manifest = json.loads((artifact / "manifest.json").read_text("utf-8"))
+        self._types = {m["name"]: m.get("type", "") for m in manifest["modules"]}
         self.linears = [k.removesuffix(".codes") for k in self._files if k.endswith(".codes")]
-        packed = {f"{n}.{part}" for n in self.linears for part in ("codes", "scales", "zero_points", "g_idx")}
+        packed = {f"{n}.{part}" for n in self.linears for part in (*_AFFINE, *_BLOCKS)}
+        self.parts = packed & set(self._files)
         self.floats = [k for k in self._files if k not in packed]
         if source is not None:  # floats from the source itself, not from the artifact's copies
             for file in sorted(source.glob("*.safetensors")):
@@ -60,9 +66,27 @@ class Weights:
         module = name.removesuffix(".weight")
         if f"{module}.codes" not in self._files:
             return self.tensor(name).to(torch.float32).numpy()
-        part = {k: self.tensor(f"{module}.{k}").numpy() for k in ("codes", "scales", "zero_points", "g_idx")}
+        if f"{module}.d" in self._files:
+            return self._from_blocks(module)
+        part = {k: self.tensor(f"{module}.{k}").numpy() for k in _AFFINE}
         steps = part["codes"].astype(np.int16) - part["zero_points"].astype(np.int16)[:, part["g_idx"]]
         return steps.astype(np.float32) * part["scales"].astype(np.float32)[:, part["g_idx"]]
+
+    def _from_blocks(self, module: str) -> np.ndarray:
+        """(d · sub_scale) · (code − centre) − dmin · sub_min: products exact, one rounding."""
+        part = {k: self.tensor(f"{module}.{k}").numpy() for k in _BLOCKS if f"{module}.{k}" in self._files}
+        codes = part["codes"]
+        subs = part["sub_scales"].shape[1]
+        each, per_block = codes.shape[1] // subs, subs // part["d"].shape[1]
+
+        def spread(unit: str, multiple: str) -> np.ndarray:
+            exact = np.repeat(part[unit].astype(np.float32), per_block, 1) * part[multiple].astype(np.float32)
+            return np.repeat(exact, each, 1)
+
+        if "dmin" in part:
+            return spread("d", "sub_scales") * codes.astype(np.float32) - spread("dmin", "sub_mins")
+        centre = _CENTRES[self._types[module]]
+        return spread("d", "sub_scales") * (codes.astype(np.int16) - centre).astype(np.float32)
 
     def items(self) -> Iterator[tuple[str, np.ndarray]]:
         return ((name, self.array(name)) for name in self.names())

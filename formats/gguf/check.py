@@ -22,14 +22,19 @@ import numpy as np
 
 from vlmq_export.errors import FormatError, MissingRuntime
 from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, compare_weights, relative_error
-from vlmq_export.formats.gguf import emulate, runner
+from vlmq_export.formats.gguf import deviations, emulate, runner
 from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.reference import Reference
 
 # Each ten times or more above what a right file gives and below what one wrong fp16 scale gives (docs/verification.md).
 E_ROW = 3e-7  # right: 5e-8; one scale by one ulp: 3e-6 at 1024 columns
 TWIN = 5e-6  # right: 1e-6
-EMBEDDING = {"f32": 2e-3, "f16": 2.5e-3}  # right: 6e-4 from fp16 pixels and a tanh GELU table; f16 weights add 5e-4
+EMBEDDING = {"f32": 2e-3, "f16": 2.5e-3, "q8_0": 5e-2}  # right: 6e-4, f16 adds up to 5e-4, q8_0 gives 2e-2
+_EMBEDDING_WHY = {
+    "f32": "llama.cpp rounds pixels to fp16 and takes GELU from a table",
+    "f16": "llama.cpp rounds pixels to fp16 and takes GELU from a table; f16 weights add 5e-4",
+    "q8_0": "sanity only: activations are rounded to 8 bits; L1 and L2 hold the weights",
+}
 SHIPPED = 5e-2  # right: 2e-2 to 3e-2, by 8-bit activations alone
 ANSWER = 16  # most tokens of a greedy answer
 TEXT_PROMPTS = 8
@@ -80,19 +85,31 @@ class _Files:
     hub: dict[str, str]  # GGUF name → hub name, text model only
     types: dict[str, str]  # GGUF name → type, both files
     mmproj_dtype: str  # of its linears
+    class_row: str  # where its class token's position row is; last where it has none
 
     @classmethod
     def open(cls, folder: Path, reference: Reference) -> _Files:
+        from vlmq_export.formats.gguf.mmproj import CLASS_ROW
         from vlmq_export.formats.gguf.names import text_to_hub
         from vlmq_export.formats.gguf.read import GGUFFile, find_files
 
         text, mmproj = find_files(folder)
-        vision = {name: t.type for name, t in GGUFFile(mmproj).tensors.items()}
+        tower = GGUFFile(mmproj)
+        vision = {name: t.type for name, t in tower.tensors.items()}
         types = {name: t.type for name, t in GGUFFile(text).tensors.items()} | vision
-        return cls(text, mmproj, text_to_hub(reference.config), types, "f16" if "F16" in vision.values() else "f32")
+        dtype = next((t.lower() for t in ("Q8_0", "F16") if t in vision.values()), "f32")
+        row = str(tower.metadata.get(CLASS_ROW, "last"))
+        return cls(text, mmproj, text_to_hub(reference.config), types, dtype, row)
+
+    def tower(self, reference: Reference) -> Iterator[tuple[str, np.ndarray]]:
+        """What a reader must find in the mmproj."""
+        from vlmq_export.formats.gguf.names import expected_mmproj
+
+        return expected_mmproj(reference.weights, reference.config, self.mmproj_dtype, self.class_row)
 
     def threads(self, settings: CheckSettings) -> int:
-        return settings.threads if self.text.stat().st_size >= SMALL else 1
+        folder = self.text.parent
+        return settings.threads if sum(f.stat().st_size for f in folder.glob("*.gguf")) >= SMALL else 1
 
 
 # --- L1 ---------------------------------------------------------------------------------------------------------------
@@ -108,18 +125,23 @@ def _complete(files: _Files, reference: Reference) -> Check:
 
 
 def _weights(files: _Files, reference: Reference) -> Iterator[Check]:
-    from vlmq_export.formats.gguf import read
+    from vlmq_export.formats.gguf import names, read
 
     readers = {
         "gguf-py": read.decode_gguf_py,
         "llama.cpp's own decoder": read.decode_libggml,
         "our reader": read.decode_ours,
     }
-    detail = "linears of the mmproj against the source cast to float16" if files.mmproj_dtype == "f16" else ""
+    detail = (
+        "" if files.mmproj_dtype == "f32" else f"linears of the mmproj against the source cast to {files.mmproj_dtype}"
+    )
+    idle = names.unused(reference.config)
+    count = reference.weights.count - sum(
+        reference.weights.array(n).size for n in reference.weights.names() if n in idle
+    )
     for who, reader in readers.items():
         name, pairs = f"weights by {who}", _Pairs(files, reference, reader)
         try:
-            count = reference.weights.count
             yield compare_weights("gguf", name, pairs.expected(), pairs.found.get, count=count, detail=detail)
         except MissingRuntime as e:
             yield Check.not_run("gguf", "L1", name, str(e))
@@ -135,24 +157,24 @@ class _Pairs:
         self.found: dict[str, np.ndarray] = {}  # the tensor that `expected` is at, by the name that it yields
 
     def expected(self) -> Iterator[tuple[str, np.ndarray]]:
-        from vlmq_export.formats.gguf.names import expected_mmproj
+        from vlmq_export.formats.gguf.names import head, unused, vision_to_hub
 
-        weights = self.reference.weights
+        weights, config = self.reference.weights, self.reference.config
         # A tied output matrix is the embedding itself: a checkpoint that stores it twice has one tensor in the file.
-        left = set(weights.names())
+        left = set(weights.names()) - unused(config) - set(vision_to_hub(config).values())
         for name, got in self.reader(self.files.text):
             hubs = [self.files.hub.get(name)]
             if name == "token_embd.weight" and "output.weight" not in self.files.hub:
-                hubs.append("lm_head.weight")
+                hubs.append(head(config))
             for hub in left.intersection(hubs):
                 yield from self._pair(hub, got, weights.array(hub))
             left.difference_update(hubs)
-        vision = dict(expected_mmproj(weights, self.reference.config, self.files.mmproj_dtype))
+        vision = dict(self.files.tower(self.reference))
         for name, got in self.reader(self.files.mmproj):
             if name in vision:
                 yield from self._pair(name, got, vision.pop(name))
         yield from vision.items()
-        yield from ((hub, weights.array(hub)) for hub in sorted(left) if not hub.startswith("visual."))
+        yield from ((hub, weights.array(hub)) for hub in sorted(left))
 
     def _pair(self, name: str, got: np.ndarray, want: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         self.found[name] = got
@@ -170,25 +192,39 @@ def _shipped(files: _Files, reference: Reference, settings: CheckSettings, scrat
     watched = [
         runner.exact_prompt(reference, runner.text_only(reference, first), scratch, "watched-text"),
         runner.exact_prompt(reference, first, scratch, "watched-image"),
-        runner.mtmd_prompt(first, scratch, "watched-mtmd"),
+        runner.mtmd_prompt(reference, first, scratch, "watched-mtmd"),
     ]
     prompts = [{**p, "logits": True, "capture": True} for p in watched]
     for i, s in enumerate(samples):
-        prompts.append(runner.mtmd_prompt(s, scratch, f"image-{i}", logits=i < len(compared), answer=ANSWER))
-    run = runner.run(scratch, files.text, files.mmproj, prompts, reference, files.threads(settings), ANSWER)
-    return [*_products(files, reference, run), *_mtmd(files, reference, run, samples, compared, offset=len(watched))]
+        prompts.append(runner.mtmd_prompt(reference, s, scratch, f"image-{i}", logits=i < len(compared), answer=ANSWER))
+    oblong = deviations.oblong(reference, first)
+    prompts.append(runner.mtmd_prompt(reference, oblong, scratch, "oblong"))
+    prompts[-1]["length"] *= 2  # it may take more tokens there
+    threads = files.threads(settings)
+    run = runner.run(scratch, files.text, files.mmproj, prompts, reference, threads, ANSWER)
+    rows = [*_products(files, reference, run), *_mtmd(files, reference, run, samples, compared, offset=len(watched))]
+    rows.append(deviations.resizing(reference, oblong, run.array(run.prompts[-1]["image"])))
+    if files.mmproj_dtype == "q8_0":
+        rows.append(_mmproj_twin(files, reference, compared, scratch, threads))
+    shipped = _error(run.array(run.prompts[len(watched)]["image"]), runner.image_rows(reference, first))
+    return [*rows, *deviations.class_row(files.mmproj, files.text, reference, first, shipped, scratch, threads)]
 
 
 def _products(files: _Files, reference: Reference, run: runner.Run) -> Iterator[Check]:
-    from vlmq_export.formats.gguf.names import expected_mmproj
+    from vlmq_export.formats.gguf.names import vision_places
+    from vlmq_export.formats.gguf.params import vision_params
 
     hub, weights = files.hub, reference.weights
     text = [name for name in run.captured if name in hub]
     yield _row_errors(files, reference, run, "language model", ((n, hub[n], weights.array(hub[n])) for n in text))
-    vision = dict(expected_mmproj(weights, reference.config, files.mmproj_dtype))
-    vision = {n: w for n, w in vision.items() if w.ndim == 2}  # the patch convolution is not a plain product
+    vision = dict(files.tower(reference))
+    places = vision_places(vision_params(reference.config))
+    vision = {n: w for n, w in vision.items() if places[n].linear}
     yield _row_errors(files, reference, run, "vision tower", ((n, n, vision[n]) for n in run.captured if n in vision))
-    unseen = {f"{n}.weight" for n in weights.linears} - {hub[n] for n in text} | set(vision) - set(run.captured)
+    looked_up = set() if "output.weight" not in hub else {hub["token_embd.weight"]}  # rows are taken, not multiplied
+    unseen = {f"{n}.weight" for n in weights.linears} - looked_up - {hub[n] for n in text} | set(vision) - set(
+        run.captured
+    )
     yield _gate(
         "L2", "linears seen in the run", len(unseen), 0, unit="missing", compared=len(weights.linears) + len(vision),
         worst=", ".join(sorted(unseen)[:4]),
@@ -219,6 +255,8 @@ def _row_errors(files: _Files, reference: Reference, run: runner.Run, part: str,
 def _offset(reference: Reference, hub: str) -> np.ndarray:
     """m of w = d·q + m for every block of 32 columns: −scale · zero_point, float32 [out, in/32]."""
     module = hub.removesuffix(".weight")
+    if f"{module}.dmin" in reference.weights.parts:
+        return -reference.weights.tensor(f"{module}.dmin").numpy().astype(np.float32)
     scales, zeros, g_idx = (
         reference.weights.tensor(f"{module}.{k}").numpy() for k in ("scales", "zero_points", "g_idx")
     )
@@ -229,23 +267,26 @@ def _offset(reference: Reference, hub: str) -> np.ndarray:
 def _mtmd(
     files: _Files, reference: Reference, run: runner.Run, samples: list[Sample], compared: list[Sample], offset: int
 ) -> Iterator[Check]:
-    results = run.prompts[offset:]
+    results = run.prompts[offset : offset + len(samples)]
     ids = [np.where(s.vision.numpy(), -1, s.input_ids.numpy()).tolist() for s in samples]
     wrong = [s.id for s, r, want in zip(samples, results, ids) if r["ids"] != want]
     yield _gate(
         "L3", "prompts tokenized by llama.cpp", len(wrong), 0, unit="different", compared=len(samples),
         worst=", ".join(wrong[:4]), detail="token ids and number of image tokens, through mtmd",
     )  # fmt: skip
-    features, logits = {}, {}
+    images, features, logits = {}, {}, {}
     for i, sample in enumerate(compared):
-        features[sample.id] = _error(run.array(results[i]["image"]), reference.vision_features(sample))
+        images[sample.id] = run.array(results[i]["image"])
+        features[sample.id] = _error(images[sample.id], runner.image_rows(reference, sample))
         text = ~sample.vision.numpy()
         logits[sample.id] = _error(run.logits(offset + i)[:, : reference.vocabulary], reference.logits(sample)[text])
     name, value = _worst(features)
     yield _gate(
         "L3", "image embeddings of mtmd", value, EMBEDDING[files.mmproj_dtype], unit="rel", compared=len(compared),
-        worst=name, detail="llama.cpp rounds pixels to fp16 and takes GELU from a table: 2e-3, and 5e-4 for an f16 mmproj",
+        worst=name, detail=_EMBEDDING_WHY[files.mmproj_dtype],
     )  # fmt: skip
+    if np.isfinite(value) and files.mmproj_dtype != "q8_0":
+        yield deviations.half_precision(reference, compared, images, value)
     name, value = _worst(logits)
     yield _gate(
         "L3", "shipped file through mtmd, median logits", float(np.median(list(logits.values()))), SHIPPED, unit="rel",
@@ -255,6 +296,24 @@ def _mtmd(
     yield Check(
         "gguf", "L3", "greedy answers of the shipped file equal", "info", 1 - len(different) / len(samples), None, "share",
         len(samples), f"{len(samples) - len(different)} of {len(samples)} equal", ", ".join(different[:4]),
+    )  # fmt: skip
+
+
+def _mmproj_twin(files: _Files, reference: Reference, samples: list[Sample], scratch: Path, threads: int) -> Check:
+    """The mmproj as the float32 numbers that it decodes to: its activations are not rounded to 8 bits."""
+    from vlmq_export.formats.gguf.twin import decoded_tower, write_twin
+
+    twin = scratch / "mmproj-twin.gguf"
+    write_twin(files.mmproj, twin)
+    prompts = [runner.mtmd_prompt(reference, s, scratch, f"twin-{i}") for i, s in enumerate(samples)]
+    run = runner.run(scratch, files.text, twin, prompts, reference, threads, ANSWER)
+    with decoded_tower(reference, twin):
+        pairs = zip(samples, run.prompts)
+        errors = {s.id: _error(run.array(p["image"]), runner.image_rows(reference, s)) for s, p in pairs}
+    name, value = _worst(errors)
+    return _gate(
+        "L3", "image embeddings of the mmproj's float32 twin", value, EMBEDDING["f32"], unit="rel", compared=len(samples),
+        worst=name, detail="reference with the same weights in its vision tower",
     )  # fmt: skip
 
 
@@ -296,7 +355,7 @@ def _twin(files: _Files, reference: Reference, settings: CheckSettings, scratch:
     plain = different()
     yield Check(
         "gguf", "L3", "float32 twin against the unmodified reference", "info", value, None, "rel", len(samples),
-        f"the epsilon that llama.cpp ignores; {len(images) - len(plain)} of {len(images)} greedy answers equal", name,
+        f"{deviations.rms_epsilon(reference, run.eps)}; {len(images) - len(plain)} of {len(images)} greedy answers equal", name,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.gguf.metadata import Tokenizer, read_tokenizer
 from vlmq_export.formats.gguf.names import Shapes, text_shapes, vision_shapes
-from vlmq_export.formats.gguf.params import TextParams, VisionParams, image_params, text_params, vision_params
+from vlmq_export.formats.gguf.params import TextParams, image_params, text_params, vision_params
 from vlmq_export.formats.gguf.read import GGUFFile
 
 
@@ -25,19 +25,19 @@ def complete(path: str | Path, config: dict, source: Path | None = None) -> list
     """
     file = GGUFFile(path)
     arch = file.metadata.get("general.architecture")
-    if arch == "qwen2vl":
-        p = text_params(config)
-        wanted, shapes = _text_keys(p), text_shapes(p)
+    p = text_params(config)
+    if arch == p.graph.arch:
+        wanted, shapes = _TEXT_KEYS | p.keys(), text_shapes(p)
         tokenizer = read_tokenizer(source, config, p.vocabulary) if source else None
         tokens = _token_problems(file.metadata, p, tokenizer)
     elif arch == "clip":
         v = vision_params(config)
-        wanted, shapes, tokens = _vision_keys(v), vision_shapes(v), []
+        switches = dict.fromkeys(("clip.use_gelu", "clip.use_silu"), False)  # neither is quick-GELU
+        wanted, shapes, tokens = switches | _VISION_KEYS | v.keys(), vision_shapes(v), []
         if source:
-            image = image_params(source)
-            wanted |= {"clip.vision.image_mean": list(image.mean), "clip.vision.image_std": list(image.std)}
+            wanted |= image_params(source).keys()
     else:
-        return [f"general.architecture is {arch!r}, neither qwen2vl nor clip"]
+        return [f"general.architecture is {arch!r}, neither {p.graph.arch} nor clip"]
     return [*_key_problems(file, wanted), *tokens, *_tensor_problems(file, shapes)]
 
 
@@ -45,37 +45,11 @@ class _Any:
     """Any value that is there."""
 
 
-def _text_keys(p: TextParams) -> dict[str, object]:
-    own = {
-        "context_length": p.context, "block_count": p.layers, "embedding_length": p.hidden, "feed_forward_length": p.feed_forward,
-        "attention.head_count": p.heads, "attention.head_count_kv": p.kv_heads, "attention.layer_norm_rms_epsilon": p.rms_eps,
-        "rope.freq_base": p.rope_theta, "rope.dimension_sections": [*p.sections, 0],
-    }  # fmt: skip
-    fixed = {
-        "general.type": "model",
-        "general.name": _Any,
-        "general.file_type": _Any,
-        "general.quantization_version": 2,
-    }
-    fixed |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.eos_token_id": _Any}
-    return fixed | {f"qwen2vl.{key}": value for key, value in own.items()}
-
-
-def _vision_keys(p: VisionParams) -> dict[str, object]:
-    own = {
-        "projection_dim": p.projection, "image_size": _Any, "patch_size": p.patch,
-        "embedding_length": p.hidden, "feed_forward_length": p.feed_forward, "block_count": p.layers,
-        "attention.head_count": p.heads, "attention.layer_norm_epsilon": p.eps, "image_mean": _Any, "image_std": _Any,
-    }  # fmt: skip
-    keys: dict[str, object] = {
-        "general.type": "mmproj",
-        "clip.has_vision_encoder": True,
-        "clip.projector_type": p.projector,
-    }
-    keys |= {f"clip.vision.{key}": value for key, value in own.items()}
-    if p.gated:
-        return keys | {"clip.use_silu": True, "clip.vision.n_wa_pattern": p.window_pattern}
-    return keys | {"clip.use_silu": False, "clip.use_gelu": False}
+_TEXT_KEYS = {
+    "general.type": "model", "general.name": _Any, "general.file_type": _Any, "general.quantization_version": 2,
+    "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _Any, "tokenizer.ggml.eos_token_id": _Any,
+}  # fmt: skip
+_VISION_KEYS = {"general.type": "mmproj", "clip.vision.image_mean": _Any, "clip.vision.image_std": _Any}
 
 
 def _same(got: object, want: object) -> bool:
@@ -112,7 +86,7 @@ def _token_problems(metadata: dict, p: TextParams, tokenizer: Tokenizer | None) 
     if tokenizer is None:
         return problems
     for key, want in (
-        ("ggml.tokens", tokenizer.tokens), ("ggml.token_type", tokenizer.types), ("ggml.merges", tokenizer.merges),
+        ("ggml.pre", tokenizer.pre), ("ggml.tokens", tokenizer.tokens), ("ggml.token_type", tokenizer.types), ("ggml.merges", tokenizer.merges),
         ("ggml.eos_token_id", tokenizer.eos), ("ggml.bos_token_id", tokenizer.bos), ("ggml.padding_token_id", tokenizer.pad),
         ("ggml.add_bos_token", tokenizer.add_bos), ("chat_template", tokenizer.chat_template),
     ):  # fmt: skip
@@ -138,5 +112,6 @@ def _tensor_problems(file: GGUFFile, shapes: Shapes) -> list[str]:
 def require_complete(path: Path, config: dict, source: Path) -> None:
     """Raises FormatError with every problem, and removes the file: a half-right GGUF must not be left to load."""
     if problems := complete(path, config, source):
-        path.unlink()
+        for part in GGUFFile(path).parts:
+            part.unlink()
         raise FormatError(f"{path.name}: {'; '.join(problems)}")

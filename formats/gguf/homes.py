@@ -22,8 +22,9 @@ import numpy as np
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.gguf.types import TYPES, Blocks, pack_blocks
-from vlmq_export.quantizer.artifact import QuantizedLinear
+from vlmq_export.quantizer.artifact import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.kquants import GRIDS
 
 
 def grid_home(bits: int, symmetric: bool, columns: int, *, portable: bool, ternary: bool) -> str | None:
@@ -62,8 +63,10 @@ def why_homeless(name: str, config: QuantConfig, in_features: int) -> str:
     return f"groups of {config.group_size} columns are not a multiple of 32; use --group-size 32, 64 or 128"
 
 
-def home_of(linear: QuantizedLinear) -> str:
+def home_of(linear: Linear) -> str:
     """The cheapest exact type for these integers. Raises FormatError naming the linear and the option to change."""
+    if isinstance(linear, BlockLinear):
+        return linear.type
     _natural(linear)
     scales, zeros = linear.scales.numpy(), linear.zero_points.numpy()
     columns = linear.in_features if linear.group_size == -1 else linear.group_size
@@ -76,8 +79,10 @@ def home_of(linear: QuantizedLinear) -> str:
     return home
 
 
-def pack_linear(linear: QuantizedLinear, home: str) -> np.ndarray:
+def pack_linear(linear: Linear, home: str) -> np.ndarray:
     """uint8 [out, row bytes] of one linear. Raises FormatError when the integers do not fit `home`."""
+    if isinstance(linear, BlockLinear):
+        return _pack_native(linear)
     _natural(linear)
     t = TYPES[home]
     per_group = linear.in_features // linear.scales.shape[1] // t.block
@@ -91,6 +96,27 @@ def pack_linear(linear: QuantizedLinear, home: str) -> np.ndarray:
         raise FormatError(
             f"{linear.name}: cannot be stored as {home} ({e}); the artifact does not fit its own grid"
         ) from None
+
+
+def _pack_native(linear: BlockLinear) -> np.ndarray:
+    """A linear that was solved on this very type: its fields as they are."""
+    t, grid, p = TYPES[linear.type], GRIDS[linear.type], linear.params
+    d, codes = p.d.numpy().reshape(-1), linear.codes.numpy().reshape(-1, t.block)
+    subs = t.block // grid.sub_block
+    scales = mins = m = None
+    if subs > 1:
+        stored = p.scales.numpy().reshape(-1, subs) + (32 if linear.type == "Q3_K" else 0)
+        scales = stored.astype(np.int8).view(np.uint8) if linear.type == "Q6_K" else stored.astype(np.uint8)
+    if p.dmin is not None:
+        m = p.dmin.numpy().reshape(-1)
+        m, mins = (m, p.mins.numpy().reshape(-1, subs).astype(np.uint8)) if subs > 1 else (-m, None)
+    if linear.type == "Q8_0":
+        codes = (codes.astype(np.int16) - grid.centre).astype(np.int8)
+    try:
+        packed = pack_blocks(linear.type, Blocks(d, codes, m, scales, mins))
+    except ValueError as e:
+        raise FormatError(f"{linear.name}: {e}; the artifact does not fit its own grid") from None
+    return packed.reshape(linear.out_features, t.row_bytes(linear.in_features))
 
 
 def _blocks(home: str, d: np.ndarray, z: np.ndarray, q: np.ndarray) -> Blocks:

@@ -228,7 +228,7 @@ class Context:
         return self._decode(np.ascontiguousarray(ids, np.int32), None, start + np.arange(len(ids)), every)
 
     def embeddings(self, rows: np.ndarray, positions: np.ndarray, *, every: bool = True) -> np.ndarray:
-        """Feed [n, hidden] rows with M-RoPE positions [4, n] (t, h, w, 0)."""
+        """Feed [n, width] rows at positions [n], or with M-RoPE [4, n] (t, h, w, 0)."""
         if rows.shape[1] != self.model.width:
             raise ValueError(f"embeddings have {rows.shape[1]} columns, the model takes {self.model.width}")
         return self._decode(None, np.ascontiguousarray(rows, np.float32), positions, every)
@@ -266,8 +266,17 @@ class Vision:
         if not self.handle:
             raise RuntimeError(f"llama.cpp refused {Path(path).name}")
 
-    def run(self, context: Context, prompt: str, images: list[np.ndarray], *, every: bool = True) -> dict:
-        """A prompt with one `<__media__>` an image ([h, w, 3] uint8) through mtmd, as an application would.
+    def run(
+        self,
+        context: Context,
+        prompt: str,
+        images: list[np.ndarray],
+        *,
+        newline: np.ndarray | None = None,
+        every: bool = True,
+    ) -> dict:
+        """A prompt with one `<__media__>` an image ([h, w, 3] uint8) through mtmd, as an application would; `newline`
+        [1, width] is fed behind each image, for a model that has such a row and mtmd leaves it out.
 
         Returns ids [S] (−1 at image tokens), logits of the text positions [n, vocabulary] (or of the last one), image
         embeddings [image tokens, hidden], and the next position.
@@ -284,13 +293,13 @@ class Vision:
             )
             if code:
                 raise RuntimeError(f"mtmd_tokenize returned {code}")
-            return self._chunks(context, chunks, every)
+            return self._chunks(context, chunks, newline, every)
         finally:
             self.lib.mtmd_input_chunks_free(chunks)
             for bitmap in bitmaps:
                 self.lib.mtmd_bitmap_free(bitmap)
 
-    def _chunks(self, context: Context, chunks: int, every: bool) -> dict:
+    def _chunks(self, context: Context, chunks: int, newline: np.ndarray | None, every: bool) -> dict:
         lib, ids, logits, rows, past, count = self.lib, [], [], [], i32(0), size()
         last = lib.mtmd_input_chunks_size(chunks) - 1
         for i in range(last + 1):
@@ -315,6 +324,11 @@ class Vision:
                 )
                 if code:
                     raise RuntimeError(f"mtmd_helper_decode_image_chunk returned {code}")
+                if newline is not None:
+                    context.embeddings(newline, past.value + np.arange(len(newline)), every=False)
+                    rows.append(newline)
+                    ids.append(np.full(len(newline), -1, np.int32))
+                    past.value += len(newline)
             else:
                 raise RuntimeError(f"mtmd made a chunk of kind {kind}")
         return {

@@ -2,100 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
+import torch
 
+from vlmq_export.formats.gguf.families import Row, class_row_first, class_row_last
 from vlmq_export.formats.gguf.params import TextParams, VisionParams, text_params, vision_params
+from vlmq_export.quantizer.families import family_of
 
 Shapes = dict[str, tuple[int, ...]]  # GGUF name → shape in torch's order
 
-_BLOCK = {  # GGUF → hub, inside a decoder layer
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_VISION_BLOCK = {
-    "ln1": "norm1", "ln2": "norm2", "attn_q": "attn.qkv", "attn_k": "attn.qkv", "attn_v": "attn.qkv", "attn_out": "attn.proj"
-}  # fmt: skip
-_VISION_MLP = {True: {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"},
-               False: {"ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}}  # fmt: skip
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of a GGUF file and where it comes from."""
+
+    module: str  # transformers' name of the tensor
+    shape: tuple[int, ...]
+    part: Callable[[torch.Tensor], torch.Tensor] | None  # of the module tensor; None: all of it
+    linear: bool
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.part(tensor) if self.part else tensor
+
+
+def text_places(p: TextParams) -> dict[str, Place]:
+    """Every tensor of the text file, in file order."""
+    places = _places(p.graph.rows, p.sizes, {"{i}": list(enumerate(range(p.layers)))})
+    if p.tied:
+        del places["output.weight"]
+    return places
+
+
+def vision_places(p: VisionParams, class_row: str = "last") -> dict[str, Place]:
+    """Every tensor of the mmproj, in file order. DeepStack's are named after their block in the file, by number on the
+    hub. `class_row`: where the class token's position row is, last for llama.cpp b11549 or first as on the hub."""
+    each = {"{i}": list(enumerate(range(p.layers))), "{d}": [(i, block) for i, block in enumerate(p.stacked)]}
+    places = _places(p.graph.rows, p.sizes, each)
+    if class_row == "first":
+        moved = {n: replace(x, part=class_row_first) for n, x in places.items() if x.part is class_row_last}
+        places |= moved
+    return places
+
+
+def _places(rows: tuple[Row, ...], sizes: dict[str, int], each: dict[str, list[tuple[int, int]]]) -> dict[str, Place]:
+    places = {}
+    for index, group in groupby(rows, lambda row: next((k for k in each if k in row.gguf), None)):
+        repeated = list(group)
+        for module, gguf in each[index] if index else [(0, 0)]:
+            for row in repeated:
+                shape = tuple(int(s) if s.isdigit() else sizes[s] for s in row.shape)
+                name = row.gguf.replace(index, str(gguf)) if index else row.gguf
+                source = row.module.replace(index, str(module)) if index else row.module
+                places[name] = Place(source, shape, row.part, row.linear)
+    return places
 
 
 def text_shapes(p: TextParams) -> Shapes:
-    """Every tensor of the text file, in file order."""
-    shapes: Shapes = {"token_embd.weight": (p.vocabulary, p.hidden)}
-    kv = p.kv_heads * p.head_dim
-    for i in range(p.layers):
-        shapes |= {
-            f"blk.{i}.attn_norm.weight": (p.hidden,),
-            f"blk.{i}.attn_q.weight": (p.hidden, p.hidden), f"blk.{i}.attn_q.bias": (p.hidden,),
-            f"blk.{i}.attn_k.weight": (kv, p.hidden), f"blk.{i}.attn_k.bias": (kv,),
-            f"blk.{i}.attn_v.weight": (kv, p.hidden), f"blk.{i}.attn_v.bias": (kv,),
-            f"blk.{i}.attn_output.weight": (p.hidden, p.hidden), f"blk.{i}.ffn_norm.weight": (p.hidden,),
-            f"blk.{i}.ffn_gate.weight": (p.feed_forward, p.hidden), f"blk.{i}.ffn_up.weight": (p.feed_forward, p.hidden),
-            f"blk.{i}.ffn_down.weight": (p.hidden, p.feed_forward),
-        }  # fmt: skip
-    shapes["output_norm.weight"] = (p.hidden,)
-    return shapes if p.tied else shapes | {"output.weight": (p.vocabulary, p.hidden)}
+    return {name: place.shape for name, place in text_places(p).items()}
 
 
 def vision_shapes(p: VisionParams) -> Shapes:
-    """Every tensor of the mmproj, in file order."""
-    patch = (p.hidden, 3, p.patch, p.patch)
-    shapes: Shapes = {"v.patch_embd.weight": patch, "v.patch_embd.weight.1": patch}
-    wide, narrow = (p.feed_forward, p.hidden), (p.hidden, p.feed_forward)
-    linears = {
-        "attn_q": (p.hidden,) * 2,
-        "attn_k": (p.hidden,) * 2,
-        "attn_v": (p.hidden,) * 2,
-        "attn_out": (p.hidden,) * 2,
-    }
-    linears |= {k: narrow if k == "ffn_down" else wide for k in _VISION_MLP[p.gated]}
-    for i in range(p.layers):
-        for norm in ("ln1", "ln2"):
-            shapes |= {f"v.blk.{i}.{norm}.{part}": (p.hidden,) for part in _norm_parts(p)}
-        for name, shape in linears.items():
-            shapes |= {f"v.blk.{i}.{name}.weight": shape, f"v.blk.{i}.{name}.bias": shape[:1]}
-    shapes |= {f"v.post_ln.{part}": (p.hidden,) for part in _norm_parts(p)}
-    merged = 4 * p.hidden  # 2 × 2 patches
-    shapes |= {"mm.0.weight": (merged, merged), "mm.0.bias": (merged,)}
-    return shapes | {"mm.2.weight": (p.projection, merged), "mm.2.bias": (p.projection,)}
-
-
-def _norm_parts(p: VisionParams) -> tuple[str, ...]:
-    return ("weight",) if p.gated else ("weight", "bias")  # RMS norms have no bias
+    return {name: place.shape for name, place in vision_places(p).items()}
 
 
 def text_to_hub(config: dict) -> dict[str, str]:
-    top = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-    def hub(name: str) -> str:
-        stem, part = name.rsplit(".", 1)
-        if stem in top:
-            return f"{top[stem]}.{part}"
-        _, layer, module = stem.split(".")
-        return f"model.layers.{layer}.{_BLOCK[module]}.{part}"
-
-    return {name: hub(name) for name in text_shapes(text_params(config))}
+    return _hub_names(config, text_places(text_params(config)))
 
 
 def vision_to_hub(config: dict) -> dict[str, str]:
     """The three parts of a fused qkv, and the two time slices of the patch convolution, name the same hub tensor."""
-    p = vision_params(config)
-    block = _VISION_BLOCK | _VISION_MLP[p.gated]
-    top = {"v.post_ln": "visual.merger.ln_q", "mm.0": "visual.merger.mlp.0", "mm.2": "visual.merger.mlp.2"}
+    return _hub_names(config, vision_places(vision_params(config)))
 
-    def hub(name: str) -> str:
-        if name.startswith("v.patch_embd."):
-            return "visual.patch_embed.proj.weight"
-        stem, part = name.rsplit(".", 1)
-        if stem in top:
-            return f"{top[stem]}.{part}"
-        _, _, layer, module = stem.split(".")
-        return f"visual.blocks.{layer}.{block[module]}.{part}"
 
-    return {name: hub(name) for name in vision_shapes(p)}
+def _hub_names(config: dict, places: dict[str, Place]) -> dict[str, str]:
+    family = family_of(config)
+    return {name: family.hub_name(place.module) for name, place in places.items()}
 
 
 def to_hub(config: dict) -> dict[str, str]:
@@ -111,44 +96,53 @@ def from_hub(config: dict) -> dict[str, tuple[str, ...]]:
     return inverse
 
 
-def halved(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of the mmproj is stored in float16 there: linears are; patches, norms and biases are not."""
-    return len(shape) == 2 and name.endswith(".weight")
+def unused(config: dict) -> set[str]:
+    """Hub tensors that a GGUF need not hold: no graph runs them, transformers' own included."""
+    return {family_of(config).hub_name(module) for module in vision_params(config).graph.unused}
 
 
-def expected_mmproj(weights, config: dict, dtype: str = "f16") -> Iterator[tuple[str, np.ndarray]]:
+def without_place(config: dict, hub_names: list[str]) -> list[str]:
+    """Hub tensors that the files would lose."""
+    known = set(to_hub(config).values()) | unused(config)
+    return [n for n in hub_names if n not in known and not (n == head(config) and text_params(config).tied)]
+
+
+def head(config: dict) -> str:
+    """Hub name of the output matrix, which a file stores although it is the embedding itself."""
+    return family_of(config).hub_name("lm_head.weight")
+
+
+def expected_mmproj(
+    weights, config: dict, dtype: str = "f16", class_row: str = "last"
+) -> Iterator[tuple[str, np.ndarray]]:
     """(GGUF name, float32 array) of every tensor of the mmproj, from `reference.Weights`: what a reader must find.
 
-    Names are derived here from the hub's side, not from the writer's table. Raises FormatError for a tower that an
-    mmproj cannot express.
+    Raises FormatError for a tower that an mmproj cannot express.
     """
-    vision_params(config)
+    places, hub = vision_places(vision_params(config), class_row), vision_to_hub(config)
+    for name, place in places.items():
+        array = np.ascontiguousarray(place.of(torch.from_numpy(weights.array(hub[name]))).numpy())
+        yield name, _ROUNDED.get(dtype, _as_is)(array) if place.linear else array
 
-    def stored(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-        linear = array.ndim == 2
-        return name, array.astype(np.float16).astype(np.float32) if dtype == "f16" and linear else array
 
-    for hub in weights.names():
-        if not hub.startswith("visual."):
-            continue
-        array, part = weights.array(hub), hub.rsplit(".", 1)[1]
-        if hub.startswith("visual.patch_embed."):  # [out, 3, 2, patch, patch]
-            yield "v.patch_embd.weight", array[:, :, 0]
-            yield "v.patch_embd.weight.1", array[:, :, 1]
-        elif hub.startswith("visual.merger."):
-            yield stored({"ln_q": "v.post_ln.", "0": "mm.0.", "2": "mm.2."}[hub.split(".")[-2]] + part, array)
-        else:
-            layer, module = int(hub.split(".")[2]), hub.split(".", 3)[3].rsplit(".", 1)[0]
-            if module == "attn.qkv":
-                for third, letter in zip(np.split(array, 3), "qkv"):
-                    yield stored(f"v.blk.{layer}.attn_{letter}.{part}", third)
-                continue
-            short = {
-                "norm1": "ln1",
-                "norm2": "ln2",
-                "attn.proj": "attn_out",
-                "mlp.fc1": "ffn_up",
-                "mlp.fc2": "ffn_down",
-            }
-            name = short.get(module) or module.replace("mlp.", "ffn_").removesuffix("_proj")
-            yield stored(f"v.blk.{layer}.{name}.{part}", array)
+def _as_is(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _half(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float16).astype(np.float32)
+
+
+def _eight_bits(array: np.ndarray) -> np.ndarray:
+    """Q8_0: blocks of 32 in steps of max/127, the step in float16; rows that do not fill blocks are float16."""
+    if array.shape[1] % 32:
+        return _half(array)
+    blocks = array.reshape(-1, 32)
+    step = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
+    # half away from zero, as C's roundf
+    codes = np.trunc(blocks * inverse + np.copysign(np.float32(0.5), blocks))
+    return (codes * step.astype(np.float16).astype(np.float32)).reshape(array.shape)
+
+
+_ROUNDED = {"f16": _half, "q8_0": _eight_bits}

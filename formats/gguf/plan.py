@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.base import FormatOptions, FormatPlan, ModelPlan
 from vlmq_export.formats.gguf.homes import grid_home, planned_home, why_homeless
+from vlmq_export.formats.gguf.mix import MIXES
+from vlmq_export.formats.gguf.mmproj import stored_type
+from vlmq_export.formats.gguf.names import head, unused, vision_places, vision_to_hub
 from vlmq_export.formats.gguf.params import text_params, vision_params
 from vlmq_export.formats.gguf.types import TYPES
 from vlmq_export.quantizer.config import QuantConfig
@@ -19,8 +23,12 @@ _TOKEN_BYTES = 36  # of a token's text, type and merge in the metadata, on Qwen2
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     """Refusals come first; with one, the figures are those of the layers that could be written."""
     config = model.config
-    homes = {linear.name: planned_home(config, linear.in_features) for linear in model.linears}
+    homes = {x.name: config.types.get(x.name) or planned_home(config, x.in_features) for x in model.linears}
     refusals = [why_homeless(x.name, config, x.in_features) for x in model.linears if homes[x.name] is None]
+    refusals += [
+        f"{name}: no block type of --gguf-type {config.gguf_type} divides its rows; leave the option out"
+        for name, kind in config.types.items() if kind == "F16"
+    ]  # fmt: skip
     if config.act_order == "dynamic" and config.group_size != -1:
         refusals.append(
             "--act-order dynamic permutes the groups, and GGUF has no g_idx; use gar, static or off, or --group-size -1"
@@ -32,7 +40,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
             refusals.append(str(e))
     bits = weights = 0
     for linear in model.linears:
-        if home := homes[linear.name]:
+        if (home := homes[linear.name]) and home in TYPES:
             weights += linear.out_features * linear.in_features
             bits += 8 * linear.out_features * TYPES[home].row_bytes(linear.in_features)
     biases = sum(4 * x.out_features for x in model.linears if x.bias)
@@ -41,17 +49,26 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
 
 
 def _float_bytes(model: ModelPlan, options: FormatOptions) -> int:
+    config = model.source_config
+    try:
+        tower, hub = vision_places(vision_params(config)), vision_to_hub(config)
+        aside = set(hub.values()) | unused(config) | ({head(config)} if _tied(config) else set())
+    except FormatError:  # refused anyway
+        tower, aside = {}, set()
     total = 0
+    for place in tower.values():
+        kind = TYPES[stored_type(place, options.mmproj_dtype)]
+        total += prod(place.shape[:-1]) * kind.row_bytes(place.shape[-1])
     for t in model.floats:
-        if t.name.startswith("visual."):
-            total += t.numel * (2 if len(t.shape) == 2 and options.mmproj_dtype == "f16" else 4)
-        elif not (t.name == "lm_head.weight" and _tied(model.source_config)):
+        if kind := model.config.types.get(t.name.removesuffix(".weight")):
+            total += t.shape[0] * TYPES[kind].row_bytes(t.shape[1])
+        elif t.name not in aside:
             total += t.numel * (4 if len(t.shape) == 1 else _DTYPE_BYTES.get(t.dtype, 4))
     return total
 
 
 def _vocabulary(model: ModelPlan) -> int:
-    return next((t.shape[0] for t in model.floats if t.name == "model.embed_tokens.weight"), 0)
+    return next((t.shape[0] for t in model.floats if t.name.endswith("embed_tokens.weight")), 0)
 
 
 def _tied(config: dict) -> bool:
@@ -71,7 +88,7 @@ def plan_notes(model: ModelPlan, homes: dict[str, str | None]) -> list[str]:
         )
         notes.append(f"GGUF block types: {spread}")
     narrow = [x for x in model.linears if homes[x.name] and TYPES[homes[x.name]].bits_per_weight > config.bits + 1]
-    if config.bits < 4 and narrow:
+    if config.bits < 4 and narrow and not config.types:
         notes.append(_dear(config, {x.in_features for x in narrow}))
     if config.bits == 2 and not config.symmetric and "Q2_K" in counts and "TQ2_0" not in counts:
         notes.append(
@@ -81,14 +98,30 @@ def plan_notes(model: ModelPlan, homes: dict[str, str | None]) -> list[str]:
         notes.append(
             f"{counts['Q5_0']} linears have scales whose product with the zero-point is not exact in float16 and take Q5_0's 5.5 bits"
         )
-    head = "model.embed_tokens.weight" if _tied(model.source_config) else "lm_head.weight"
+    if config.types:
+        return [*notes, *_fallbacks(config)]
+    matrix = "embed_tokens.weight" if _tied(model.source_config) else "lm_head.weight"
     for t in model.floats:
-        if t.name == head and t.dtype in ("BF16", "F16"):
+        if t.name.endswith(matrix) and t.dtype in ("BF16", "F16"):
             rounding = {"BF16": "bfloat16, 1.6e-3", "F16": "float16, 2e-4"}[t.dtype]
             notes.append(
                 f"the output matrix stays {t.dtype}: llama.cpp rounds its input to {rounding} relative per product"
             )
     return notes
+
+
+def _fallbacks(config: QuantConfig) -> list[str]:
+    """The linears that a K-quant does not fit, as llama-quantize would warn."""
+    if not config.gguf_type:
+        return []
+    legacy = [
+        n for n, kind in config.types.items() if TYPES[kind].block == 32 and TYPES[MIXES[config.gguf_type]].block == 256
+    ]
+    if not legacy:
+        return []
+    return [
+        f"{len(legacy)} matrices have rows that no block of 256 divides and take a type of 32-blocks, first {legacy[0]}"
+    ]
 
 
 def _dear(config: QuantConfig, columns: set[int]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,28 +20,46 @@ from vlmq_export.formats.gguf.container import Container, TensorInfo, parse
 from vlmq_export.formats.gguf.decode import decode
 from vlmq_export.formats.gguf.llama import library_path
 from vlmq_export.formats.gguf.types import TYPES
+from vlmq_export.formats.gguf.writer import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, shard_suffix
 
 
 class GGUFFile:
-    """A GGUF v3 file, mapped and checked. Raises FormatError for one that is damaged, naming what and where."""
+    """A GGUF v3 file, or a model split over several given by the first; mapped and checked.
+
+    Raises FormatError for one that is damaged or a set that is not whole, naming what and where.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FormatError(f"{path}: no such file")
-        with self.path.open("rb") as f:
-            if not self.path.stat().st_size:
-                raise FormatError(f"{self.path.name}: empty file; export it again")
-            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        container: Container = parse(self.path, self._map)
-        self.metadata = container.metadata
-        self.types = container.types  # key → GGUF value type
-        self.tensors: dict[str, TensorInfo] = container.tensors
+        self.metadata, self.types, self.tensors, first = _open(self.path)
+        self._maps = dict.fromkeys(self.tensors, first)
+        self.parts = [self.path]
+        count = self.metadata.get(SPLIT_COUNT, 1)
+        if count == 1 or self.metadata.get(SPLIT_NO) != 0:
+            return
+        if not isinstance(count, int) or not self.path.name.endswith(shard_suffix(0, count)):
+            raise FormatError(f"{self.path.name}: {SPLIT_COUNT} is {count}, which does not fit the name of the file")
+        stem = self.path.name.removesuffix(shard_suffix(0, count))
+        for i in range(1, count):
+            part = self.path.with_name(stem + shard_suffix(i, count))
+            metadata, _, tensors, mapped = _open(part)
+            if (metadata.get(SPLIT_NO), metadata.get(SPLIT_COUNT)) != (
+                i,
+                count,
+            ) or tensors.keys() & self.tensors.keys():
+                raise FormatError(f"{part.name}: not part {i + 1} of {count} of {self.path.name}")
+            self.tensors |= tensors
+            self._maps |= dict.fromkeys(tensors, mapped)
+            self.parts.append(part)
+        if len(self.tensors) != self.metadata.get(SPLIT_TENSORS):
+            raise FormatError(
+                f"{self.path.name}: {len(self.tensors)} tensors in {count} files, {self.metadata.get(SPLIT_TENSORS)} expected"
+            )
 
     def raw(self, name: str) -> np.ndarray:
         """uint8 [nbytes], not copied."""
         t = self.tensors[name]
-        return np.frombuffer(self._map, np.uint8, t.nbytes, t.offset)
+        return np.frombuffer(self._maps[name], np.uint8, t.nbytes, t.offset)
 
     def array(self, name: str) -> np.ndarray:
         """float32, in torch's shape, decoded by our own decoder."""
@@ -51,9 +70,25 @@ class GGUFFile:
         return ((name, self.array(name)) for name in self.tensors)
 
 
+def _open(path: Path) -> tuple[dict, dict, dict[str, TensorInfo], mmap.mmap]:
+    """Metadata, its types, tensors and the mapping of one file."""
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    with path.open("rb") as f:
+        if not path.stat().st_size:
+            raise FormatError(f"{path.name}: empty file; export it again")
+        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    container: Container = parse(path, mapped)
+    return container.metadata, container.types, container.tensors, mapped
+
+
+_LATER_SHARD = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
+
+
 def find_files(folder: str | Path) -> tuple[Path, Path]:
-    """(text model, mmproj) of an exported folder. Raises FormatError unless there is exactly one of each."""
-    files = sorted(Path(folder).glob("*.gguf"))
+    """(text model, mmproj) of an exported folder; of a split model its first file. Raises FormatError unless there is
+    exactly one of each."""
+    files = [f for f in sorted(Path(folder).glob("*.gguf")) if not _LATER_SHARD.search(f.name)]
     vision = [f for f in files if f.name.startswith("mmproj-")]
     text = [f for f in files if f not in vision]
     if len(text) != 1 or len(vision) != 1:
@@ -70,10 +105,10 @@ def decode_ours(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def decode_gguf_py(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     """(GGUF name, float32 array) of every tensor by gguf-py's reader and decoders."""
-    GGUFFile(path)
+    parts = GGUFFile(path).parts
     import gguf
 
-    for tensor in gguf.GGUFReader(str(path)).tensors:
+    for tensor in (t for part in parts for t in gguf.GGUFReader(str(part)).tensors):
         shape = tuple(int(n) for n in reversed(tensor.shape))
         yield str(tensor.name), np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
 
@@ -81,11 +116,16 @@ def decode_gguf_py(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
 def decode_libggml(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     """(GGUF name, float32 array) of every tensor by llama.cpp's own library: its parser, and the functions that decode
     rows for its kernels. Raises MissingRuntime without xllamacpp."""
-    shapes = {name: t.shape for name, t in GGUFFile(path).tensors.items()}
-    lib = _libggml()
+    file = GGUFFile(path)
+    lib, shapes = _libggml(), {name: t.shape for name, t in file.tensors.items()}
+    for part in file.parts:
+        yield from _decode_part(lib, part, shapes)
+
+
+def _decode_part(lib: ctypes.CDLL, path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
     context = lib.gguf_init_from_file(str(path).encode(), _InitParams(True, None))
     if not context:
-        raise FormatError(f"{Path(path).name}: llama.cpp's own parser refuses this file; export it again")
+        raise FormatError(f"{path.name}: llama.cpp's own parser refuses this file; export it again")
     try:
         data = np.memmap(path, np.uint8, "r")
         start = lib.gguf_get_data_offset(context)

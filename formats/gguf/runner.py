@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from vlmq_export.errors import MissingRuntime, VlmqError
+from vlmq_export.formats.gguf.families import graphs_of
+from vlmq_export.formats.gguf.names import vision_to_hub
 from vlmq_export.quantizer.calibration import Row, Sample
 from vlmq_export.reference import Reference
 
 MARKER = "<__media__>"
 TIMEOUT = 3600  # seconds a child may take
-_VISION = re.compile(r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>")
 
 
 class RunFailed(VlmqError):
@@ -95,10 +96,17 @@ def _failure(done: subprocess.CompletedProcess, result: dict, folder: Path) -> V
 
 
 def exact_prompt(reference: Reference, sample: Sample, folder: Path, tag: str, **wanted) -> dict:
-    """A prompt in segments: token ids as text, the reference's own vision features as embeddings with M-RoPE positions."""
+    """A prompt in segments: token ids as text, the reference's own vision features as embeddings with their positions.
+
+    What a model adds to its image tokens behind its first layers stands beside them in the same rows.
+    """
     ids, vision = sample.input_ids.numpy(), sample.vision.numpy()
-    positions = reference.position_ids(sample)[:, 0] if vision.any() else np.tile(np.arange(len(ids)), (3, 1))  # [3, S]
-    features = reference.vision_features(sample) if vision.any() else None
+    sections = graphs_of(reference.config)[0].sections
+    if sections and vision.any():
+        positions = reference.position_ids(sample)[:, 0]  # [3, S]
+    else:
+        positions = np.tile(np.arange(len(ids)), (3 if sections else 1, 1))
+    features = image_rows(reference, sample) if vision.any() else None
     segments, taken = [], 0
     for run_ids, run_vision, where in _runs(ids, vision, positions):
         if not run_vision:
@@ -106,10 +114,16 @@ def exact_prompt(reference: Reference, sample: Sample, folder: Path, tag: str, *
             continue
         names = {"embeddings": f"{tag}-{len(segments)}.rows.npy", "positions": f"{tag}-{len(segments)}.pos.npy"}
         np.save(folder / names["embeddings"], features[taken : taken + len(run_ids)].astype(np.float32))
-        np.save(folder / names["positions"], np.concatenate([where, np.zeros_like(where[:1])]).astype(np.int32))
+        axes = np.concatenate([where, np.zeros_like(where[:1])]) if sections else where[0]
+        np.save(folder / names["positions"], axes.astype(np.int32))
         segments.append(names)
         taken += len(run_ids)
     return {"id": sample.id, "segments": segments, "next": int(positions.max()) + 1, "length": len(ids), **wanted}
+
+
+def image_rows(reference: Reference, sample: Sample) -> np.ndarray:
+    """float32 [image tokens, width]: vision features, and beside them what is added after layers 0, 1, …"""
+    return np.concatenate([reference.vision_features(sample), *reference.added_features(sample)], axis=1)
 
 
 def _runs(ids: np.ndarray, vision: np.ndarray, positions: np.ndarray):
@@ -119,15 +133,22 @@ def _runs(ids: np.ndarray, vision: np.ndarray, positions: np.ndarray):
         yield ids[a:b], bool(vision[a]), positions[:, a:b]
 
 
-def mtmd_prompt(sample: Sample, folder: Path, tag: str, **wanted) -> dict:
+def mtmd_prompt(reference: Reference, sample: Sample, folder: Path, tag: str, **wanted) -> dict:
     """The same prompt as an application gives it: text with a marker an image, and the images' pixels."""
     names = []
     for i, image in enumerate(sample.images):
         names.append(f"{tag}-{i}.pixels.npy")
         np.save(folder / names[-1], np.asarray(image.convert("RGB"), np.uint8))
-    # mtmd adds <|vision_start|> and <|vision_end|> itself
-    text = _VISION.sub(MARKER, sample.text)
-    return {"id": sample.id, "text": text, "images": names, "length": len(sample.input_ids), **wanted}
+    graph = graphs_of(reference.config)[1]
+    text = re.sub(graph.image, MARKER, sample.text)  # mtmd writes the tokens around an image itself
+    newline = None
+    if graph.newline:
+        newline = f"{tag}.newline.npy"
+        row = reference.weights.array(vision_to_hub(reference.config)[graph.newline])
+        np.save(folder / newline, row[None].astype(np.float32))
+    return {
+        "id": sample.id, "text": text, "images": names, "newline": newline, "length": len(sample.input_ids), **wanted,
+    }  # fmt: skip
 
 
 def text_only(reference: Reference, sample: Sample) -> Sample:

@@ -12,17 +12,15 @@ from vlmq_export.errors import FormatError
 from vlmq_export.formats.base import FormatOptions
 from vlmq_export.formats.gguf.complete import require_complete
 from vlmq_export.formats.gguf.homes import home_of, pack_linear
-from vlmq_export.formats.gguf.metadata import add_general, add_tokenizer, read_tokenizer
-from vlmq_export.formats.gguf.names import text_shapes, text_to_hub
+from vlmq_export.formats.gguf.metadata import add_general, add_keys, add_tokenizer, read_tokenizer
+from vlmq_export.formats.gguf.names import text_shapes, text_to_hub, without_place
 from vlmq_export.formats.gguf.params import TextParams, text_params
 from vlmq_export.formats.gguf.types import TYPES
-from vlmq_export.formats.gguf.writer import Entry, float_bytes, source_type, write_container
+from vlmq_export.formats.gguf.writer import Entry, float_bytes, source_type, write_shards
 from vlmq_export.quantizer.artifact import Artifact
 
 if TYPE_CHECKING:
     import gguf
-
-ARCH = "qwen2vl"  # llama.cpp's graph for both Qwen2-VL and Qwen2.5-VL
 
 
 def choose_homes(artifact: Artifact) -> dict[str, str]:
@@ -58,29 +56,21 @@ def write_text(
     elif homes is None:
         homes = choose_homes(artifact)
     main = dominant(artifact, homes)
+    label = "F32" if twin else artifact.config.gguf_type or main
 
     def metadata(writer: gguf.GGUFWriter) -> None:
-        add_general(writer, artifact, kind="model", name=options.name, parameters=parameters(artifact), dominant=main)
-        _add_architecture(writer, p)
+        add_general(writer, artifact, kind="model", name=options.name, parameters=parameters(artifact), dominant=label)
+        add_keys(writer, p.keys())
         add_tokenizer(writer, tokenizer)
 
-    write_container(path, ARCH, metadata, _entries(artifact, p, homes, twin))
-    require_complete(path, artifact.source_config, artifact.source)
-
-
-def _add_architecture(writer: gguf.GGUFWriter, p: TextParams) -> None:
-    writer.add_context_length(p.context)
-    writer.add_block_count(p.layers)
-    writer.add_embedding_length(p.hidden)
-    writer.add_feed_forward_length(p.feed_forward)
-    writer.add_head_count(p.heads)
-    writer.add_head_count_kv(p.kv_heads)
-    writer.add_layer_norm_rms_eps(p.rms_eps)
-    writer.add_rope_freq_base(p.rope_theta)
-    writer.add_rope_dimension_sections([*p.sections, 0])
+    entries = _entries(artifact, p, homes, twin)
+    first = write_shards(path, p.graph.arch, metadata, entries, 0 if twin else options.gguf_split_bytes)
+    require_complete(first, artifact.source_config, artifact.source)
 
 
 def _entries(artifact: Artifact, p: TextParams, homes: dict[str, str], twin: bool) -> list[Entry]:
+    if lost := without_place(artifact.source_config, [*artifact.float_names(), *(f"{n}.weight" for n in homes)]):
+        raise FormatError(f"{artifact.path}: {', '.join(lost[:4])} would be lost: {p.graph.arch} has no place for it")
     hub_names = text_to_hub(artifact.source_config)
     dtypes = {name: dtype for name, _, dtype in artifact.float_info()}
     biases = {f"{name}.bias": name for name, r in artifact.records.items() if r.bias}

@@ -6,10 +6,13 @@ ggml-common.h; h is a little-endian float16, q the codes, e an element's place i
     Q4_0  h d, 16 B                       d·(q−8)      byte j = q[j] | q[j+16] << 4
     Q4_1  h d, h m, 16 B                  d·q + m      as Q4_0
     Q5_0  h d, 4 B, 16 B                  d·(q−16)     fourth bit of q[j] = bit j of the u32, the rest as Q4_0
+    Q5_1  h d, h m, 4 B, 16 B             d·q + m      bits as Q5_0
     Q8_0  h d, 32 int8                    d·q
     Q2_K  16 B (scale | min << 4), 64 B, h d, h dmin        (d·scale)·q − dmin·min, one scale per 16
     Q3_K  32 B, 64 B, 12 B of 6-bit scales, h d             (d·(scale−32))·(q−4), one scale per 16
     Q4_K  h d, h dmin, 12 B of 6-bit pairs, 128 B           (d·scale)·q − dmin·min, one pair per 32
+    Q5_K  h d, h dmin, 12 B, 32 B, 128 B  as Q4_K; fourth bit of q[e] = bit e/32 of byte e%32
+    Q6_K  128 B, 64 B, 16 int8 scales, h d                  (d·scale)·(q−32), one scale per 16
     TQ2_0 64 B, h d                       d·(q−1)      two bits as Q2_K's
 
 `decode.py` reads all of them, and more, by the per-element formulas; it shares nothing with this module but the table.
@@ -99,6 +102,11 @@ def _q5_0(b: Blocks) -> list[np.ndarray]:
     return [_bytes(b.d), high, _nibbles(b.codes & 15)]
 
 
+def _q5_1(b: Blocks) -> list[np.ndarray]:
+    d, *codes = _q5_0(b)
+    return [d, _bytes(b.m), *codes]
+
+
 def _q8_0(b: Blocks) -> list[np.ndarray]:
     return [_bytes(b.d), b.codes.view(np.uint8)]
 
@@ -107,10 +115,13 @@ def _q2_k(b: Blocks) -> list[np.ndarray]:
     return [b.scales | b.mins << 4, _crumbs(b.codes), _bytes(b.d), _bytes(b.m)]
 
 
+def _top_bits(bits: np.ndarray) -> np.ndarray:
+    """[n, 256] of 0 or 1 → [n, 32]: element e in bit e/32 of byte e%32."""
+    return np.packbits(bits.reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
+
+
 def _q3_k(b: Blocks) -> list[np.ndarray]:
-    high = np.zeros((len(b.codes), 32), np.uint8)
-    for i, octave in enumerate(np.moveaxis(b.codes.reshape(-1, 8, 32) >> 2, 1, 0)):
-        high |= octave << i
+    high = _top_bits(b.codes >> 2)
     low = b.scales[:, :8] & 15 | (b.scales[:, 8:] & 15) << 4
     top = np.zeros((len(b.codes), 4), np.uint8)
     for i, quarter in enumerate(np.moveaxis(b.scales.reshape(-1, 4, 4) >> 4, 1, 0)):
@@ -118,11 +129,30 @@ def _q3_k(b: Blocks) -> list[np.ndarray]:
     return [high, _crumbs(b.codes & 3), low, top, _bytes(b.d)]
 
 
-def _q4_k(b: Blocks) -> list[np.ndarray]:
+def _affine_head(b: Blocks) -> list[np.ndarray]:
+    """d, dmin and the eight 6-bit pairs of Q4_K and Q5_K."""
     sc, m = b.scales, b.mins
     pairs = [sc[:, :4] | sc[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, sc[:, 4:] & 15 | (m[:, 4:] & 15) << 4]
-    q = b.codes.reshape(-1, 4, 2, 32)  # 64 elements a row of 32 bytes: first half low, second half high
-    return [_bytes(b.d), _bytes(b.m), *pairs, (q[:, :, 0] | q[:, :, 1] << 4).reshape(-1, 128)]
+    return [_bytes(b.d), _bytes(b.m), *pairs]
+
+
+def _wide_nibbles(codes: np.ndarray) -> np.ndarray:
+    """[n, 256] → [n, 128]: 64 elements in 32 bytes, first half low, second half high."""
+    q = codes.reshape(-1, 4, 2, 32)
+    return (q[:, :, 0] | q[:, :, 1] << 4).reshape(-1, 128)
+
+
+def _q4_k(b: Blocks) -> list[np.ndarray]:
+    return [*_affine_head(b), _wide_nibbles(b.codes)]
+
+
+def _q5_k(b: Blocks) -> list[np.ndarray]:
+    return [*_affine_head(b), _top_bits(b.codes >> 4), _wide_nibbles(b.codes & 15)]
+
+
+def _q6_k(b: Blocks) -> list[np.ndarray]:
+    low = (b.codes & 15).reshape(-1, 2, 2, 2, 32)  # [n, half, high nibble?, which 32 bytes, 32]
+    return [(low[:, :, 0] | low[:, :, 1] << 4).reshape(-1, 128), _crumbs(b.codes >> 4), b.scales, _bytes(b.d)]
 
 
 def _tq2_0(b: Blocks) -> list[np.ndarray]:
@@ -141,6 +171,7 @@ class Packer:
 PACKERS = {
     "Q4_0": Packer(_q4_0, 16), "Q4_1": Packer(_q4_1, 16, offset=True), "Q5_0": Packer(_q5_0, 32), "Q8_0": Packer(_q8_0, 128),
     "Q2_K": Packer(_q2_k, 4, 16, 16, offset=True), "Q3_K": Packer(_q3_k, 8, 16, 64), "Q4_K": Packer(_q4_k, 16, 8, 64, offset=True),
+    "Q5_1": Packer(_q5_1, 32, offset=True), "Q5_K": Packer(_q5_k, 32, 8, 64, offset=True), "Q6_K": Packer(_q6_k, 64, 16, 256),
     "TQ2_0": Packer(_tq2_0, 4),
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ one GGUF and a list of prompts; arrays go in and out as .npy files beside the re
 
 Request: model, mmproj (or null), threads, length, stop (ids), prompts. A prompt is
     {"segments": [{"tokens": [...], "start": p} | {"embeddings": file, "positions": file}], "next": p}  or
-    {"text": with one <__media__> an image, "images": [files]},
+    {"text": with one <__media__> an image, "images": [files], "newline": file of a row to feed behind each (or null)},
 with "logits": true (all positions), "answer": most tokens of a greedy answer (0: none), "capture": true (every product
 with a weight matrix is kept: input and output).
 
@@ -123,7 +123,8 @@ def _prompt(
         logits, past = np.concatenate(parts), prompt["next"]
     else:
         images = [np.load(folder / f) for f in prompt["images"]]
-        out = vision.run(context, prompt["text"], images, every=every)
+        newline = np.load(folder / prompt["newline"]) if prompt.get("newline") else None
+        out = vision.run(context, prompt["text"], images, newline=newline, every=every)
         logits, past = out["logits"], out["next"]
         result["ids"] = out["ids"].tolist()
         result["image"] = f"{tag}.image.npy"

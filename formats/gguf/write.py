@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 from vlmq_export.errors import FormatError
@@ -24,14 +25,14 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
         raise FormatError(refusals[0])
     homes = choose_homes(artifact)
     size = parameters(artifact)
-    text = folder / f"{file_stem(options.name, size, dominant(artifact, homes))}.gguf"
+    text = folder / f"{file_stem(options.name, size, artifact.config.gguf_type or dominant(artifact, homes))}.gguf"
     vision = folder / f"mmproj-{file_stem(options.name, size, options.mmproj_dtype)}.gguf"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        write_mmproj(artifact, vision, options.mmproj_dtype, options.name)
+        write_mmproj(artifact, vision, options.mmproj_dtype, options.name, options.mmproj_class_row)
         write_text(artifact, text, options, homes=homes)
     except BaseException:
-        for file in (text, vision):  # both or none
+        for file in (text, vision, *folder.glob(f"{escape(text.stem)}-*-of-*.gguf")):  # all or none
             file.unlink(missing_ok=True)
         raise
     return [*plan_notes(model, homes), *_image_note(artifact)]
@@ -40,7 +41,8 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
 def _image_note(artifact: Artifact) -> list[str]:
     """The processor's own pixel limits go into the mmproj; a large one means long prompts."""
     most = image_params(artifact.source).max_pixels or 0
-    tokens = most // (2 * vision_params(artifact.source_config).patch) ** 2  # a token is 2 × 2 patches
+    p = vision_params(artifact.source_config)
+    tokens = most // (p.graph.merge * p.patch) ** 2
     if tokens <= LLAMA_CPP_TOKENS:
         return []
     return [

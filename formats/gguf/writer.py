@@ -65,6 +65,47 @@ def write_container(
     write_atomic(path, write)
 
 
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+
+
+def shard_suffix(i: int, count: int) -> str:
+    """End of the file name of shard i, from 0, as llama.cpp derives the others' names from the first."""
+    return f"-{i + 1:05d}-of-{count:05d}.gguf"
+
+
+def write_shards(
+    path: Path, arch: str, metadata: Callable[[gguf.GGUFWriter], None], entries: list[Entry], limit: int
+) -> Path:
+    """As `write_container`, in files of at most `limit` bytes of tensors each (one tensor at least); 0 for one file.
+
+    The metadata is in the first file, whose path is returned; the others' names follow from it. What fits one file is
+    written to `path` itself.
+    """
+    groups: list[list[Entry]] = [[]]
+    for e in entries:
+        if limit and groups[-1] and sum(g.nbytes for g in groups[-1]) + e.nbytes > limit:
+            groups.append([])
+        groups[-1].append(e)
+    if len(groups) == 1:
+        write_container(path, arch, metadata, entries)
+        return path
+    files = [path.with_name(path.name.removesuffix(".gguf") + shard_suffix(i, len(groups))) for i in range(len(groups))]
+
+    def with_split(i: int) -> Callable[[gguf.GGUFWriter], None]:
+        def add(writer: gguf.GGUFWriter) -> None:
+            if i == 0:
+                metadata(writer)
+            writer.add_uint16(SPLIT_NO, i)
+            writer.add_uint16(SPLIT_COUNT, len(groups))
+            writer.add_int32(SPLIT_TENSORS, len(entries))
+
+        return add
+
+    for i, (file, group) in enumerate(zip(files, groups)):
+        write_container(file, arch, with_split(i), group)
+    return files[0]
+
+
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

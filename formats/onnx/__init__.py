@@ -13,7 +13,12 @@ from vlmq_export.quantizer.artifact import Artifact
 
 __all__ = ["WRITES_WITH", "check", "inspect", "missing", "plan", "write"]
 
-WRITES_WITH: tuple[str, ...] = ("onnx", "onnx_ir", "mobius")  # packages without which nothing can be written
+WRITES_WITH: tuple[str, ...] = (
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "mobius",
+)  # packages without which nothing can be written
 
 
 def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:

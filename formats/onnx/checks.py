@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, compare_weights, relative_error
+from vlmq_export.formats.onnx.genai_check import genai_rows
 from vlmq_export.formats.onnx.read import Linear, OnnxFolder, agreeing
-from vlmq_export.formats.onnx.runner import OnnxRunner, session
+from vlmq_export.formats.onnx.runner import PROVIDERS, OnnxRunner, available, session
 from vlmq_export.formats.onnx.tables import rotary_tables
 
 FORMAT_GATE = 1e-5  # level 0 computes in float32: what is left is the order of additions (measured 1.5e-6)
+HALF_GATE = 5e-3  # float16 activations and cache: 11 bits a value (measured 6.0e-4 on the reference VLM)
+HALF_ANSWERS = 0.05  # share of greedy answers that a float16 decoder may change
 KERNEL_GATE = 5e-2  # level 4 rounds activations to 8 bits (measured 1.8e-2)
+OLDEST = (1, 31)  # of ONNX Runtime: what every figure here was measured with
 LINEAR_ROWS = 16
 
 
@@ -27,11 +32,27 @@ def linear_gate(in_features: int) -> float:
 
 
 def missing() -> str | None:
-    """Packages that writing and checking need and that are not installed."""
+    """Packages that writing and checking need and that are not installed, or not in a version that can run the files."""
     from importlib.util import find_spec
 
-    lacking = [name for name in ("onnx", "onnx_ir", "mobius", "onnxruntime") if find_spec(name) is None]
+    if old := too_old_runtime():
+        return old
+    lacking = [name for name in ("onnx", "onnx_ir", "onnxscript", "mobius", "onnxruntime") if find_spec(name) is None]
     return ", ".join(lacking) or None
+
+
+def too_old_runtime() -> str | None:
+    """The onnxruntime that is asked for where an older one is installed: it lacks operators or computes them otherwise."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            major, minor = (int(part) for part in version(name).split(".")[:2])
+        except (PackageNotFoundError, ValueError):
+            continue
+        if (major, minor) < OLDEST:
+            return f"{name}>={OLDEST[0]}.{OLDEST[1]} (here is {version(name)})"
+    return None
 
 
 def check(folder, reference, options: FormatOptions, settings: CheckSettings) -> list[Check]:
@@ -42,12 +63,17 @@ def check(folder, reference, options: FormatOptions, settings: CheckSettings) ->
         ]
     written = OnnxFolder(folder)
     rows: list[Check] = []
+    provider = options.onnx_provider
     stages = (("L1", _own_reader, (written, reference)), ("L1", _runtime_reader, (written, reference, settings)),
-              ("L1", rotary_tables, (written, reference)), ("L2", _linears, (written, reference, settings)),
-              ("L3", _logits, (folder, written, reference, settings)))  # fmt: skip
+              ("L1", rotary_tables, (written, reference)), ("L2", _linears, (written, reference, settings, provider)),
+              ("L3", _logits, (folder, written, reference, settings, provider)),
+              ("L3", genai_rows, (folder, reference, settings, max(written.accuracy_levels))))  # fmt: skip
     for level, stage, arguments in stages:
-        if reference.too_large and stage in (rotary_tables, _logits):
+        if reference.too_large and stage in (rotary_tables, _logits, genai_rows):
             rows.append(Check.not_run("onnx", level, "tables" if level == "L1" else "whole model", reference.too_large))
+            continue
+        if level != "L1" and not available(provider):
+            rows.append(Check.not_run("onnx", level, f"ONNX Runtime on {provider}", f"no {PROVIDERS[provider]} here"))
             continue
         try:
             rows += stage(*arguments)
@@ -61,7 +87,8 @@ def check(folder, reference, options: FormatOptions, settings: CheckSettings) ->
 
 def _copies(name: str, reference) -> list[str]:
     """Hub names that must all hold the weight `name`: a tied head has no weight of its own."""
-    tied = name == "model.embed_tokens.weight" and "lm_head.weight" not in reference.weights.names()
+    own_head = any(n.endswith("lm_head.weight") for n in reference.weights.names())
+    tied = name.endswith("embed_tokens.weight") and not own_head
     return [name, "lm_head.weight"] if tied else [name]
 
 
@@ -70,8 +97,14 @@ def _own_reader(written: OnnxFolder, reference) -> list[Check]:
         found = [written.weight(n) for n in _copies(name, reference)]
         return None if any(f is None for f in found) else agreeing(found)
 
-    name = "weights by our reader"
-    return [compare_weights("onnx", name, reference.weights.items(), read, count=reference.weights.count)]
+    return [_compare("weights by our reader", written, reference, read)]
+
+
+def _compare(name: str, written: OnnxFolder, reference, read) -> Check:
+    """Floats that the file holds in float16 are held against the reference's rounded to it; integers never change."""
+    items = ((n, want.astype(written.stored_as(n), copy=False)) for n, want in reference.weights.items())
+    detail = "float weights against the reference's rounded to float16" if written.half else ""
+    return compare_weights("onnx", name, items, read, count=reference.weights.count, detail=detail)
 
 
 def _runtime_reader(written: OnnxFolder, reference, settings: CheckSettings) -> list[Check]:
@@ -86,16 +119,15 @@ def _runtime_reader(written: OnnxFolder, reference, settings: CheckSettings) -> 
             return None
         return agreeing([_constant_through_runtime(written, t) for n in names for t in written.floats[n]])
 
-    name = "weights by ONNX Runtime (identity through each node)"
-    return [compare_weights("onnx", name, reference.weights.items(), read, count=reference.weights.count)]
+    return [_compare("weights by ONNX Runtime (identity through each node)", written, reference, read)]
 
 
 def _constant_through_runtime(written: OnnxFolder, tensor) -> np.ndarray:
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     graph = helper.make_graph(
         [helper.make_node("Identity", [tensor.name], ["value"])], "constant", [],
-        [helper.make_tensor_value_info("value", TensorProto.FLOAT, list(tensor.dims))], [tensor],
+        [helper.make_tensor_value_info("value", tensor.data_type, list(tensor.dims))], [tensor],
     )  # fmt: skip
     return session(_serialized(graph), threads=1, folder=written.path).run(None, {})[0]
 
@@ -107,27 +139,31 @@ def _serialized(graph) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
-def node_session(linear: Linear, *, accuracy_level: int, threads: int):
-    """One MatMulNBits node of its own, from the file's constants; input "a" float32 [M, in], output "y"."""
-    from onnx import TensorProto, helper, numpy_helper
+def node_session(linear: Linear, *, accuracy_level: int, threads: int, provider: str = "cpu"):
+    """One MatMulNBits node of its own, from the file's constants; input "a" [M, in] of the scales' type, output "y"."""
+    from onnx import helper, numpy_helper
 
-    out_features = linear.weight.shape[0]
+    out_features, kind = linear.weight.shape[0], helper.np_dtype_to_tensor_dtype(linear.scales.dtype)
     constants = {"b": linear.weight, "scales": linear.scales, "zero_points": linear.zero_points}
     node = helper.make_node(
         "MatMulNBits", ["a", *constants], ["y"], domain="com.microsoft", K=linear.in_features, N=out_features,
         bits=linear.bits, block_size=linear.block_size, accuracy_level=accuracy_level,
     )  # fmt: skip
     graph = helper.make_graph(
-        [node], "linear", [helper.make_tensor_value_info("a", TensorProto.FLOAT, ["m", linear.in_features])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", out_features])],
+        [node], "linear", [helper.make_tensor_value_info("a", kind, ["m", linear.in_features])],
+        [helper.make_tensor_value_info("y", kind, ["m", out_features])],
         [numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in constants.items()],
     )  # fmt: skip
-    return session(_serialized(graph), threads=threads)
+    return session(_serialized(graph), threads=threads, provider=provider)
 
 
 def identity_through_node(linear: Linear, threads: int, rows: int = 1024) -> np.ndarray:
-    """float32 [out, in], original column order: what the runtime's kernel decodes at level 0."""
-    node = node_session(linear, accuracy_level=0, threads=threads)
+    """float32 [out, in], original column order: what the runtime's kernel decodes at level 0.
+
+    Scales are widened to float32, or a float16 output would round what is decoded.
+    """
+    wide = replace(linear, scales=linear.scales.astype(np.float32))
+    node = node_session(wide, accuracy_level=0, threads=threads)
     sorted_ = np.empty((linear.weight.shape[0], linear.in_features), np.float32)
     for start in range(0, linear.in_features, rows):
         stop = min(start + rows, linear.in_features)
@@ -141,26 +177,30 @@ def identity_through_node(linear: Linear, threads: int, rows: int = 1024) -> np.
     return weights
 
 
-def _linears(written: OnnxFolder, reference, settings: CheckSettings) -> list[Check]:
+def _linears(written: OnnxFolder, reference, settings: CheckSettings, provider: str) -> list[Check]:
     """Each node alone on random activations, against a float64 product with the reference's weights."""
     errors: dict[int, list[tuple[float, str, float]]] = {0: [], 4: []}  # level → (error, linear, gate)
     rng = np.random.default_rng(0)
     for name in reference.weights.linears:
         weights = reference.weights.array(f"{name}.weight").astype(np.float64)
         x = rng.standard_normal((LINEAR_ROWS, weights.shape[1])).astype(np.float32)
-        exact = x.astype(np.float64) @ weights.T
         if name not in written.linears:
             errors[0].append((math.inf, f"{name} (missing)", 0.0))
             continue
         linear = written.linear(name)
+        x = x.astype(linear.scales.dtype)
         given = x if linear.order is None else x[:, linear.order]
+        gate = linear_gate(weights.shape[1]) + (2.0**-11 if written.half else 0)  # the output's own rounding
         for level, found in errors.items():
-            y = node_session(linear, accuracy_level=level, threads=settings.threads).run(["y"], {"a": given})[0]
-            found.append((relative_error(y, exact), name, linear_gate(weights.shape[1])))
+            y = node_session(linear, accuracy_level=level, threads=settings.threads, provider=provider).run(
+                ["y"], {"a": given}
+            )[0]
+            found.append((relative_error(y, x.astype(np.float64) @ weights.T), name, gate))
     error, name, gate = max(errors[0], key=lambda e: _rank(e[0] / e[2] if e[2] else math.inf))  # nearest its own gate
+    half = " + 2⁻¹¹ of a float16 output" if written.half else ""
     rows = [
         Check.at_most("onnx", "L2", "each MatMulNBits at level 0", error, gate, unit="rel", compared=len(errors[0]),
-                      detail="float32 accumulation against a float64 product: 2⁻²⁴·√in", worst=name)
+                      detail=f"float32 accumulation against a float64 product: 2⁻²⁴·√in{half}", worst=name)
     ]  # fmt: skip
     if errors[4]:
         error, name, _ = max(errors[4], key=lambda e: _rank(e[0]))
@@ -170,7 +210,7 @@ def _linears(written: OnnxFolder, reference, settings: CheckSettings) -> list[Ch
     return rows
 
 
-def _logits(folder, written: OnnxFolder, reference, settings: CheckSettings) -> list[Check]:
+def _logits(folder, written: OnnxFolder, reference, settings: CheckSettings, provider: str) -> list[Check]:
     """The whole model on held-out images, the reference's own pixels on both sides."""
     prompts = reference.prompts[: settings.images]
     if not prompts:
@@ -178,44 +218,55 @@ def _logits(folder, written: OnnxFolder, reference, settings: CheckSettings) -> 
     vocabulary, count = reference.vocabulary, len(prompts)
     level = max(written.accuracy_levels)
     # A file of level 0 is run as it lies; another one with the attribute rewritten in memory.
-    runner = OnnxRunner(folder, accuracy_level=0 if level else None, threads=settings.threads)
-    features, errors, different = [], [], []
+    runner = OnnxRunner(folder, accuracy_level=0 if level else None, threads=settings.threads, provider=provider)
+    features, errors, different, agree = [], [], [], []
     for p in prompts:
         positions = reference.position_ids(p)
         if p.pixel_values is not None:
-            got = runner.features(p.pixel_values.numpy(), p.image_grid_thw.numpy())
-            features.append((relative_error(got, reference.vision_features(p)), p.id))
-        errors.append((relative_error(runner.logits(p, positions)[:, :vocabulary], reference.logits(p)), p.id))
-        if runner.answer(p, positions, stop=reference.stop_ids, vocabulary=vocabulary) != reference.answer(p):
+            want = np.concatenate([reference.vision_features(p), *reference.added_features(p)], axis=-1)
+            features.append((relative_error(runner.prompt_features(p), want), p.id))
+        got, want = runner.logits(p, positions)[:, :vocabulary], reference.logits(p)
+        errors.append((relative_error(got, want), p.id))
+        agree.append(got.argmax(-1) == want.argmax(-1))
+        if runner.answer(p, positions, stop=reference.stop_ids) != reference.answer(p):
             different.append(p.id)
     first = prompts[0]
     positions, full = reference.position_ids(first), reference.logits(first)
     cached = runner.stepwise(first, positions, len(first.input_ids) // 2)[:, :vocabulary]
+    gate, allowed = (HALF_GATE, math.floor(HALF_ANSWERS * count)) if written.half else (FORMAT_GATE, 0)
+    kind = "float16 activations and cache" if written.half else "float32 throughout"
     rows = [
-        _at_most("image features", features, FORMAT_GATE, "vision.onnx in float32"),
-        _at_most("logits at accuracy_level 0", errors, FORMAT_GATE, "float32 throughout"),
-        Check.at_most("onnx", "L3", "cached decode against one forward", relative_error(cached, full), FORMAT_GATE,
+        _at_most("image features", features, gate, "vision.onnx computes in float32"),
+        _at_most("logits at accuracy_level 0", errors, gate, kind),
+        Check.at_most("onnx", "L3", "cached decode against one forward", relative_error(cached, full), gate,
                       unit="rel", compared=1, worst=first.id),
-        Check.at_most("onnx", "L3", "greedy answers that differ", float(len(different)), 0.0, unit="answers", compared=count,
-                      worst=", ".join(different[:8])),
+        Check.at_most("onnx", "L3", "greedy answers that differ", float(len(different)), float(allowed), unit="answers",
+                      compared=count, worst=", ".join(different[:8])),
     ]  # fmt: skip
-    return rows if level == 0 else [*rows, *_shipped_level(folder, level, prompts, reference, settings)]
+    if written.half:
+        rows.append(_agreement(0, np.concatenate(agree)))
+    return rows if level == 0 else [*rows, *_shipped_level(folder, level, prompts, reference, settings, provider)]
 
 
-def _shipped_level(folder, level: int, prompts, reference, settings: CheckSettings) -> list[Check]:
+def _shipped_level(folder, level: int, prompts, reference, settings: CheckSettings, provider: str) -> list[Check]:
     """The file as it is, where it asks for less than float32 activations."""
-    runner = OnnxRunner(folder, threads=settings.threads)
-    errors, agree, total = [], 0, 0
+    runner = OnnxRunner(folder, threads=settings.threads, provider=provider)
+    errors, agree = [], []
     for p in prompts:
         want = reference.logits(p)
         got = runner.logits(p, reference.position_ids(p))[:, : reference.vocabulary]
         errors.append((relative_error(got, want), p.id))
-        agree += int((got.argmax(-1) == want.argmax(-1)).sum())
-        total += len(want)
+        agree.append(got.argmax(-1) == want.argmax(-1))
     return [
         _at_most(f"logits at accuracy_level {level}", errors, KERNEL_GATE, "as shipped: int8 activations"),
-        Check("onnx", "L3", f"argmax agreement at accuracy_level {level}", "info", agree / total, unit="share", compared=total),
+        _agreement(level, np.concatenate(agree)),
     ]  # fmt: skip
+
+
+def _agreement(level: int, same: np.ndarray) -> Check:
+    """`same`: bool a position, whether its most likely token is the reference's."""
+    name = f"argmax agreement at accuracy_level {level}"
+    return Check("onnx", "L3", name, "info", float(same.mean()), unit="share", compared=len(same))
 
 
 def _at_most(name: str, errors: list[tuple[float, str]], gate: float, detail: str) -> Check:

@@ -6,6 +6,7 @@ addition stays. Constants are lazy: a tensor is read from the artifact when its 
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from vlmq_export.errors import FormatError
@@ -23,6 +24,7 @@ def fill(model: ir.Model, artifact: Artifact, accuracy_level: int) -> list[str]:
     graph = model.graph
     quantized = {f"{name}.weight": name for name in artifact.linear_names()}
     floats = set(artifact.float_names())
+    embedding = next((n for n in floats if n.endswith("embed_tokens.weight")), "the embedding")
     done = []
     for value in list(graph.initializers.values()):
         name = value.name or ""
@@ -35,9 +37,9 @@ def fill(model: ir.Model, artifact: Artifact, accuracy_level: int) -> list[str]:
             bias = artifact.linear(name.removesuffix(".bias")).bias
             if bias is None:
                 raise FormatError(f"the graph adds {name}, which the artifact does not have; quantize again")
-            value.const_value = ir.Tensor(bias.float().numpy(), name=name)
+            value.const_value = ir.Tensor(_typed(bias.float().numpy(), value), name=name)
         else:
-            stored = "model.embed_tokens.weight" if name == "lm_head.weight" and name not in floats else name
+            stored = embedding if name == "lm_head.weight" and name not in floats else name
             if stored not in floats:
                 raise FormatError(f"the graph needs {name}, which the artifact does not have; quantize again")
             value.const_value = _lazy(artifact, stored, value, name)
@@ -51,14 +53,27 @@ def _lazy(artifact: Artifact, stored: str, value: ir.Value, name: str) -> ir.Laz
     assert shape is not None
 
     def read() -> ir.Tensor:
-        array = artifact.float_tensor(stored).float().numpy()
+        array = _typed(artifact.float_tensor(stored).float().numpy(), value)
         if list(array.shape) != list(shape):
             raise FormatError(
                 f"{name} has shape {list(array.shape)}, the graph expects {list(shape)}; the config is not this model's"
             )
         return ir.Tensor(array, name=name)
 
-    return ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(shape), name=name)
+    return ir.LazyTensor(read, ir.DataType.from_numpy(_numpy(value)), ir.Shape(shape), name=name)
+
+
+def _typed(array: np.ndarray, value: ir.Value) -> np.ndarray:
+    """In the type of the graph's parameter. Raises FormatError for a number that float16 cannot hold."""
+    limit = np.finfo(_numpy(value)).max
+    if np.abs(array).max(initial=0) > limit:
+        raise FormatError(f"{value.name} holds numbers beyond {limit:.0f}; use --onnx-dtype float32")
+    return array.astype(_numpy(value), copy=False)
+
+
+def _numpy(value: ir.Value) -> np.dtype:
+    """A parameter's type in the graph: float32, or float16 in a graph of that type."""
+    return (value.dtype or ir.DataType.FLOAT).numpy()
 
 
 def _packed(artifact: Artifact, name: str) -> NBits:
@@ -107,7 +122,7 @@ def _replace_linear(model: ir.Model, weight: ir.Value, artifact: Artifact, name:
         [
             activations,
             _constant(graph, f"{name}.qweight", codes),
-            _constant(graph, f"{name}.scales", ir.Tensor(packed.scales)),
+            _constant(graph, f"{name}.scales", ir.Tensor(packed.scales.astype(_numpy(weight)))),
             _constant(graph, f"{name}.zero_points", ir.Tensor(packed.zero_points)),
         ],
         [

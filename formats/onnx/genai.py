@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 from vlmq_export.errors import FormatError
+from vlmq_export.formats.base import FormatOptions
+from vlmq_export.formats.onnx.planning import is_fused
 from vlmq_export.quantizer.artifact import Artifact, write_json
 from vlmq_export.quantizer.families import text_config
 
 PROCESSOR = "processor_config.json"
-KNOWN = ("qwen2_5_vl",)  # of our families, those with a runtime type in onnxruntime-genai 0.18
+SHARED_LENGTH = 8192  # tokens of a shared cache unless the caller asks for others: it is allocated at once
+KNOWN = ("qwen2_5_vl", "qwen3_vl")  # of our families, those with a runtime type in onnxruntime-genai 0.18
 
 
-def write_genai(artifact: Artifact, folder: Path) -> list[str]:
+def write_genai(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
     """Both files if onnxruntime-genai knows the family; else one note that it does not."""
     if artifact.manifest.model_type not in KNOWN:
         return [
@@ -25,7 +28,9 @@ def write_genai(artifact: Artifact, folder: Path) -> list[str]:
     steps = processor_config(json.loads(preprocessor.read_text("utf-8")))
     # transformers has a file of the same name and another content: a model that brings it keeps it.
     name = "genai_processor_config.json" if (artifact.source / PROCESSOR).exists() else PROCESSOR
-    write_json(folder / "genai_config.json", genai_config(artifact.source_config, _generation(artifact.source), name))
+    write_json(
+        folder / "genai_config.json", genai_config(artifact.source_config, _generation(artifact.source), options, name)
+    )
     write_json(folder / name, steps)
     return []
 
@@ -35,17 +40,20 @@ def _generation(source: Path) -> dict:
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
-def genai_config(source: dict, generation: dict, processor: str = PROCESSOR) -> dict:
+def genai_config(source: dict, generation: dict, options: FormatOptions, processor: str = PROCESSOR) -> dict:
+    """One buffer for past and present where the decoder's attention can share it; its length is that of `search`."""
     text, vision = text_config(source), source["vision_config"]
     heads = text["num_attention_heads"]
     eos = generation.get("eos_token_id", text.get("eos_token_id"))
     pad = generation.get("pad_token_id", text.get("pad_token_id"))
     first_eos = eos[0] if isinstance(eos, list) else eos
+    shared, length = is_fused(options), text["max_position_embeddings"]
+    session = {"session_options": {"provider_options": [{"cuda": {}}] if options.onnx_provider == "cuda" else []}}
     decoder = {
-        "session_options": {"provider_options": []},
+        **session,
         "filename": "text.onnx",
         "head_size": text.get("head_dim") or text["hidden_size"] // heads,
-        "hidden_size": text["hidden_size"],
+        "hidden_size": text["hidden_size"] * (1 + len(vision.get("deepstack_visual_indexes", []))),  # of inputs_embeds
         "num_attention_heads": heads,
         "num_hidden_layers": text["num_hidden_layers"],
         "num_key_value_heads": text["num_key_value_heads"],
@@ -64,22 +72,24 @@ def genai_config(source: dict, generation: dict, processor: str = PROCESSOR) -> 
     }
     return {
         "model": {
-            "type": "qwen2_5_vl",
+            "type": source["model_type"],
             "bos_token_id": text.get("bos_token_id", first_eos),
             "eos_token_id": eos,
             "pad_token_id": first_eos if pad is None else pad,
             "image_token_id": source["image_token_id"],
             "video_token_id": source["video_token_id"],
             "vision_start_token_id": source["vision_start_token_id"],
-            "context_length": text["max_position_embeddings"],
+            "context_length": length,
             "vocab_size": text["vocab_size"],
             "decoder": decoder,
             "embedding": {
+                **session,
                 "filename": "embedding.onnx",
                 "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
                 "outputs": {"inputs_embeds": "inputs_embeds"},
             },
             "vision": {
+                **session,
                 "filename": "vision.onnx",
                 "config_filename": processor,
                 "spatial_merge_size": vision["spatial_merge_size"],
@@ -91,9 +101,9 @@ def genai_config(source: dict, generation: dict, processor: str = PROCESSOR) -> 
         },
         "search": {
             "do_sample": False,
-            "max_length": text["max_position_embeddings"],
+            "max_length": min(length, SHARED_LENGTH) if shared else length,
             "num_beams": 1,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": shared,
             "temperature": 1.0,
             "top_k": 1,
             "top_p": 1.0,

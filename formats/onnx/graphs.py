@@ -1,4 +1,4 @@
-"""Float graphs of a VLM without weights, from mobius, with every parameter under its hub name.
+"""Float graphs of a VLM without weights, from mobius (torch_graphs: of the others), every parameter under its hub name.
 
 mobius computes every index (windows, M-RoPE, feature positions) inside the graphs, so that any image size, batch and
 past length runs. It knows nothing of quantization: `fill` puts the integers in.
@@ -7,12 +7,14 @@ past length runs. It knows nothing of quantization: `fill` puts the integers in.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
 import onnx_ir as ir
 
 from vlmq_export.errors import FormatError
+from vlmq_export.formats.onnx.planning import TRACED
 
 # our file name → mobius' component; the prefixes turn mobius' parameter names into the hub's
 GRAPHS = {"vision": "vision_encoder", "embedding": "embedding", "text": "decoder"}
@@ -42,24 +44,38 @@ def hub_name(name: str, known: Collection[str]) -> str:
     return name
 
 
-def float_graphs(source: Path, known: Collection[str]) -> dict[str, ir.Model]:
+def float_graphs(source: Path, known: Collection[str], dtype: ir.DataType = ir.DataType.FLOAT) -> dict[str, ir.Model]:
     """The three graphs of the model in `source` (config.json), parameters typed and shaped but empty.
 
-    `known` are the checkpoint's tensor names; parameters get theirs.
+    `known` are the checkpoint's tensor names; parameters get theirs. `dtype` is that of embedding and
+    decoder: weights, activations, cache. The vision tower computes in float32 (mobius' float16 tower rounds rotary angles
+    to float16) and hands over features of that type.
 
     Raises FormatError when mobius cannot build this architecture.
     """
     import transformers
+
+    from vlmq_export.formats.onnx import torch_graphs
+
+    whole = transformers.AutoConfig.from_pretrained(source)
+    if whole.model_type in TRACED:
+        return torch_graphs.float_graphs(source, known, dtype)
     from mobius import build_from_module, registry
     from mobius.__main__ import _config_from_hf, _default_task_for_model  # what `mobius build --config` does
 
-    whole = transformers.AutoConfig.from_pretrained(source)
     try:
         config = _config_from_hf(getattr(whole, "text_config", whole), parent_config=whole)
-        config = dataclasses.replace(config, dtype=ir.DataType.FLOAT)
-        module = registry.get(whole.model_type)(config)
-        package = build_from_module(module, config, task=_default_task_for_model(whole.model_type))
-        graphs = {name: package[component] for name, component in GRAPHS.items()}
+        packages = {}
+        for kind in {dtype, ir.DataType.FLOAT}:
+            typed = dataclasses.replace(config, dtype=kind)
+            module = registry.get(whole.model_type)(typed)
+            with warnings.catch_warnings():  # the mask of the float16 tower, which is not used, overflows
+                warnings.simplefilter("ignore", RuntimeWarning)
+                packages[kind] = build_from_module(module, typed, task=_default_task_for_model(whole.model_type))
+        graphs = {name: packages[dtype][component] for name, component in GRAPHS.items()}
+        graphs["vision"] = packages[ir.DataType.FLOAT][GRAPHS["vision"]]
+        if dtype != ir.DataType.FLOAT:
+            cast_output(graphs["vision"].graph, dtype)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise FormatError(
             f"mobius cannot build ONNX graphs for {whole.model_type} ({' '.join(repr(e).split())[:200]}); leave out --format onnx"
@@ -71,6 +87,17 @@ def float_graphs(source: Path, known: Collection[str]) -> dict[str, ir.Model]:
             if value.const_value is None:
                 rename(model.graph, value, hub_name(value.name or "", known))
     return graphs
+
+
+def cast_output(graph: ir.Graph, dtype: ir.DataType) -> None:
+    """The graph's only output in another float type, under the same name."""
+    (value,) = graph.outputs
+    node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)])
+    cast = node.outputs[0]
+    cast.name, value.name = value.name, f"{value.name}.float32"
+    cast.type, cast.shape = ir.TensorType(dtype), value.shape
+    graph.append(node)
+    graph.outputs[0] = cast
 
 
 def rename(graph: ir.Graph, value: ir.Value, name: str) -> None:

@@ -12,7 +12,7 @@ from vlmq_export.errors import FormatError
 from vlmq_export.quantizer.untrusted import third_party
 
 GRAPHS = ("vision", "embedding", "text")
-_FLOAT, _UINT8, _INT64 = 1, 2, 7  # TensorProto.DataType
+_FLOATS, _UINT8, _INT64 = (1, 10), 2, 7  # TensorProto.DataType: float32 or float16, ...
 _EXTERNAL = 1  # TensorProto.DataLocation
 
 
@@ -36,7 +36,7 @@ class Linear:
     bits: int
     block_size: int
     weight: np.ndarray  # uint8 [out, blocks, bytes a block]
-    scales: np.ndarray  # float32 [out, blocks]
+    scales: np.ndarray  # float32 or float16 [out, blocks]
     zero_points: np.ndarray  # uint8 [out, bytes a row]
     order: np.ndarray | None  # int64 [in]: the Gather before the node
     in_features: int
@@ -48,7 +48,9 @@ class Linear:
         codes = _unpack(self.weight, self.bits)[..., : self.block_size]  # [out, blocks, block]
         zeros = _unpack(self.zero_points, self.bits)[:, :blocks]  # [out, blocks]
         steps = codes.astype(np.int32) - zeros.astype(np.int32)[..., None]
-        sorted_ = (self.scales[..., None] * steps.astype(np.float32)).reshape(out, -1)[:, : self.in_features]
+        sorted_ = (self.scales.astype(np.float32)[..., None] * steps.astype(np.float32)).reshape(out, -1)[
+            :, : self.in_features
+        ]
         if self.order is None:
             return sorted_
         weights = np.empty_like(sorted_)
@@ -82,6 +84,7 @@ class OnnxFolder:
     def _index(self, model) -> None:
         constants = {t.name: t for t in model.graph.initializer}
         producers = {o: n for n in model.graph.node for o in n.output}
+        consumers = {i: n for n in model.graph.node for i in n.input}
         parts: set[str] = set()
         for node in model.graph.node:
             if node.op_type != "MatMulNBits":
@@ -99,11 +102,28 @@ class OnnxFolder:
                 order = constants[gather.input[1]]
                 parts.add(gather.input[1])
             attributes = self._attributes(node, module, *(constants[i] for i in node.input[1:4]), order)
-            self._linears[module] = (attributes, *(constants[i] for i in node.input[1:4]), order)
+            for name, rows in self._rows(node, module, attributes["N"], consumers, constants):
+                self._linears[name] = (attributes, *(constants[i] for i in node.input[1:4]), order, rows)
             parts |= set(node.input[1:4])
         for name, tensor in constants.items():
-            if name not in parts and tensor.data_type == _FLOAT:
+            if name not in parts and tensor.data_type in _FLOATS:
                 self.floats.setdefault(name, []).append(tensor)
+
+    def _rows(self, node, module: str, outputs: int, consumers: dict, constants: dict) -> list[tuple[str, slice]]:
+        """The linears of a node and their rows: one, or those that the Split behind it (and behind a bias) takes apart."""
+        if "|" not in module:
+            return [(module, slice(None))]
+        first, *others = module.split("|")
+        names = [first, *(f"{first.rpartition('.')[0]}.{other}" for other in others)]
+        split = consumers.get(node.output[0])
+        if split is not None and split.op_type == "Add":
+            split = consumers.get(split.output[0])
+        lengths = constants.get(split.input[1]) if split is not None and split.op_type == "Split" else None
+        sizes = [] if lengths is None else self._array(lengths).tolist()
+        if len(sizes) != len(names) or sum(sizes) != outputs or min(sizes) < 1:
+            raise FormatError(f"{self.path}: {module} is not split into {len(names)} linears; export again")
+        ends = np.cumsum(sizes).tolist()
+        return [(name, slice(end - size, end)) for name, size, end in zip(names, sizes, ends, strict=True)]
 
     def _attributes(self, node, module: str, weight, scales, zeros, order) -> dict[str, int]:
         """The node's integers, its constants of the shapes that they ask for (MatMulNBits' inputs)."""
@@ -117,11 +137,11 @@ class OnnxFolder:
                 f"{self.path}: {module} has {bits} bits in blocks of {block}; ONNX Runtime takes 2, 4, 8 in 16 to 256"
             )
         blocks = -(-inputs // block)
-        expected = [(weight, _UINT8, (outputs, blocks, block * bits // 8)), (scales, _FLOAT, (outputs, blocks)),
-                    (zeros, _UINT8, (outputs, -(-blocks * bits // 8)))]  # fmt: skip
-        expected += [] if order is None else [(order, _INT64, (inputs,))]
-        for tensor, kind, shape in expected:
-            if tensor.data_type != kind or tuple(tensor.dims) != shape:
+        expected = [(weight, (_UINT8,), (outputs, blocks, block * bits // 8)), (scales, _FLOATS, (outputs, blocks)),
+                    (zeros, (_UINT8,), (outputs, -(-blocks * bits // 8)))]  # fmt: skip
+        expected += [] if order is None else [(order, (_INT64,), (inputs,))]
+        for tensor, kinds, shape in expected:
+            if tensor.data_type not in kinds or tuple(tensor.dims) != shape:
                 raise FormatError(
                     f"{self.path}: {tensor.name} has shape {list(tensor.dims)}, its node asks for {list(shape)}"
                 )
@@ -136,15 +156,24 @@ class OnnxFolder:
         """Of all MatMulNBits nodes; {0} of none."""
         return {a.get("accuracy_level", 0) for a, *_ in self._linears.values()} or {0}
 
+    @property
+    def half(self) -> bool:
+        """Whether activations and cache of the decoder are float16."""
+        return self.models["text"].graph.input[0].type.tensor_type.elem_type == _FLOATS[1]
+
+    def stored_as(self, name: str) -> type:
+        """The type in which a float weight lies in the file."""
+        return np.float16 if any(t.data_type == _FLOATS[1] for t in self.floats.get(name, [])) else np.float32
+
     @guarded
     def linear(self, name: str) -> Linear:
-        attributes, weight, scales, zeros, order = self._linears[name]
+        attributes, weight, scales, zeros, order, rows = self._linears[name]
         columns = None if order is None else self._array(order)
         if columns is not None and not np.array_equal(np.sort(columns), np.arange(attributes["K"])):
             raise FormatError(f"{self.path}: {order.name} is not an order of the columns; export again")
         return Linear(
-            name, attributes["bits"], attributes["block_size"], self._array(weight), self._array(scales), self._array(zeros),
-            columns, attributes["K"], attributes.get("accuracy_level", 0),
+            name, attributes["bits"], attributes["block_size"],
+            *(self._array(part)[rows] for part in (weight, scales, zeros)), columns, attributes["K"], attributes.get("accuracy_level", 0),
         )  # fmt: skip
 
     def _array(self, tensor) -> np.ndarray:
@@ -157,7 +186,7 @@ class OnnxFolder:
 
     @guarded
     def weight(self, name: str) -> np.ndarray | None:
-        """float32 by hub name, decoded if quantized; None if the file does not hold it, NaN where copies differ."""
+        """float by hub name, decoded if quantized; None if the file does not hold it, NaN where copies differ."""
         module = name.removesuffix(".weight")
         if module in self._linears:
             return self.linear(module).decode()

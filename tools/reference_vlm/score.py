@@ -16,7 +16,9 @@ import torch
 import typer
 from PIL import Image
 
-from tools.reference_vlm.model import BUNDLED, load_model, load_tokenizer, make_batch
+from tools.reference_vlm import model as qwen
+from tools.reference_vlm import onevision
+from tools.reference_vlm.model import BUNDLED, load_model, load_tokenizer
 
 Question = tuple[Image.Image, str]  # image, question
 
@@ -38,6 +40,7 @@ def answer(model, tokenizer, questions: list[Question], *, batch_size: int = 32)
     Only prompts of one length and one image size share a batch: nothing is padded, so a row's tokens do not depend
     on its company.
     """
+    make_batch = onevision.make_batch if model.config.model_type == "llava_onevision" else qwen.make_batch
     groups = defaultdict(list)
     for place, (image, question) in enumerate(questions):
         groups[image.size, len(tokenizer(question)["input_ids"])].append(place)

@@ -24,6 +24,7 @@ from tools.reference_vlm.model import load_initial_weights, make_batch, make_con
 
 TRAINING_SEED = 3  # 1 and 2 are make_data's calibration and held-out streams
 WARM_UP_STEPS = 150
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW and Muon
 
 
 @dataclass(frozen=True)
@@ -57,62 +58,43 @@ def schedule(settings: Settings, step: int, progress: float) -> Phase:
     )
 
 
-class Trainer:
-    """The model, the localisation head and their optimizer, `step_count` steps in."""
+class BaseTrainer:
+    """A model, what trains along with it, and their optimizers, `step_count` steps in: how a step ends, how all is saved."""
 
-    def __init__(self, settings: Settings, tokenizer, *, init: Path | None = None):
-        torch.manual_seed(settings.seed)
+    def __init__(self, settings: Settings, tokenizer, model):
         self.settings = settings
         self.tokenizer = tokenizer
-        self.model = make_model(make_config(settings.arch, tokenizer)).train()
-        self.head = torch.nn.Linear(self.model.config.text_config.hidden_size, len(drawing.NAMES))
+        self.model = model
+        self.optimizers: list[torch.optim.Optimizer] = []
         self.step_count = 0
         self.seconds = 0.0  # spent training, over all resumptions
-        self.taken = load_initial_weights(self.model, init) if init else None
-        parameters = self._parameters().values()
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
-                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=settings.learning_rate,
-            betas=(0.9, 0.98),
-        )
-        self._vision_tokens = None
-        self.model.model.visual.register_forward_hook(self._keep_vision_tokens)
 
     def step(self, progress: float) -> tuple[float, float]:
-        """Draw a batch, take one optimizer step; returns (answer loss, localisation loss).
+        """Draw a batch, take one step; returns (answer loss, loss of the vision tokens).
 
         The drawings depend on (seed, step) alone: a resumed training sees what an unbroken one would have seen.
         """
-        phase = schedule(self.settings, self.step_count, progress)
-        rng = RandomState([TRAINING_SEED, self.settings.seed, self.step_count])
-        rows = [draw(rng, phase) for _ in range(self.settings.batch_size)]
-        return self.step_on(rows, phase)
+        raise NotImplementedError
 
-    def step_on(self, rows: list[drawing.Drawing], phase: Phase) -> tuple[float, float]:
-        """One optimizer step on given drawings."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = phase.learning_rate
-        answer = self.model(**make_batch(self.tokenizer, [(row.image, row.question, row.answer) for row in rows])).loss
-        named = self.head(self._vision_tokens)  # [vision tokens, names]
-        target = torch.cat([cells(row) for row in rows])
-        localisation = functional.binary_cross_entropy_with_logits(named, target, reduction="none").sum(1).mean()
-        (answer + phase.localisation * localisation).backward()
-        torch.nn.utils.clip_grad_norm_(self._parameters().values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def take_step(self) -> None:
+        """Clip the gradients and let every optimizer take its step."""
+        torch.nn.utils.clip_grad_norm_(self.parameters().values(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
-        return answer.item(), localisation.item()
 
     def save(self, path: Path) -> None:
         """Write the whole training state: float32 weights and moments, and what no tensor holds as JSON."""
         tensors = {}
-        for name, parameter in self._parameters().items():
+        for name, parameter in self.parameters().items():
             tensors[f"weight.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}.{name}"] = value
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"{key}.{name}"] = value
         told = {"settings": asdict(self.settings), "step_count": self.step_count, "seconds": self.seconds}
         replace_tensors(path, tensors, {"training": json.dumps(told)})
 
@@ -123,16 +105,59 @@ class Trainer:
             if told["settings"] != asdict(self.settings):
                 raise ValueError(f"{path} was trained with {told['settings']}, not with {asdict(self.settings)}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for name, parameter in self._parameters().items():
+        for name, parameter in self.parameters().items():
             parameter.data.copy_(tensors[f"weight.{name}"])
-            state = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if state["step"] is not None:
-                self.optimizer.state[parameter] = state
+            state = {key: tensors[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in tensors}
+            for optimizer in self.optimizers:
+                if state and any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+                    optimizer.state[parameter] = state
         self.step_count, self.seconds = told["step_count"], told["seconds"]
 
-    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+
+class Trainer(BaseTrainer):
+    """Training from scratch: the model and the localisation head."""
+
+    def __init__(self, settings: Settings, tokenizer, *, init: Path | None = None):
+        torch.manual_seed(settings.seed)
+        super().__init__(settings, tokenizer, make_model(make_config(settings.arch, tokenizer)).train())
+        self.head = torch.nn.Linear(self.model.config.text_config.hidden_size, len(drawing.NAMES))
+        self.taken = load_initial_weights(self.model, init) if init else None
+        parameters = self.parameters().values()
+        self.optimizers = [
+            torch.optim.AdamW(
+                [
+                    {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
+                    {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+                ],
+                lr=settings.learning_rate,
+                betas=(0.9, 0.98),
+            )
+        ]
+        self._vision_tokens = None
+        self.model.model.visual.register_forward_hook(self._keep_vision_tokens)
+
+    def step(self, progress: float) -> tuple[float, float]:
+        """Draw a batch, take one optimizer step; returns (answer loss, localisation loss)."""
+        phase = schedule(self.settings, self.step_count, progress)
+        rng = RandomState([TRAINING_SEED, self.settings.seed, self.step_count])
+        rows = [draw(rng, phase) for _ in range(self.settings.batch_size)]
+        return self.step_on(rows, phase)
+
+    def step_on(self, rows: list[drawing.Drawing], phase: Phase) -> tuple[float, float]:
+        """One optimizer step on given drawings."""
+        for group in self.optimizers[0].param_groups:
+            group["lr"] = phase.learning_rate
+        answer = self.model(**make_batch(self.tokenizer, [(row.image, row.question, row.answer) for row in rows])).loss
+        named = self.head(self._vision_tokens)  # [vision tokens, names]
+        target = torch.cat([cells(row) for row in rows])
+        localisation = functional.binary_cross_entropy_with_logits(named, target, reduction="none").sum(1).mean()
+        (answer + phase.localisation * localisation).backward()
+        self.take_step()
+        return answer.item(), localisation.item()
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
         head = {f"localisation.{name}": parameter for name, parameter in self.head.named_parameters()}
-        return dict(self.model.named_parameters()) | head
+        return super().parameters() | head
 
     def _keep_vision_tokens(self, module, inputs, output) -> None:
         self._vision_tokens = output.pooler_output  # [vision tokens, 256]

@@ -1,0 +1,186 @@
+"""Every family in llama.cpp itself, text and image, and one fault of each that only that family can have."""
+
+from __future__ import annotations
+
+import ctypes as c
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from runtime_tests.test_gguf import assert_all_pass, export, rewrite, row, run_check
+from tests.artifacts import GRIDS
+from tools.reference_vlm.families import make_tiny
+from vlmq_export.errors import FormatError
+from vlmq_export.formats import gguf as gguf_format
+from vlmq_export.formats.base import CheckSettings, FormatOptions
+from vlmq_export.formats.gguf import llama
+from vlmq_export.formats.gguf.families import GRAPHS
+from vlmq_export.formats.gguf.metadata import PRE_TOKENIZERS, add_tokenizer, read_tokenizer
+from vlmq_export.formats.gguf.read import GGUFFile, find_files
+from vlmq_export.formats.gguf.writer import write_container
+from vlmq_export.quantizer.artifact import Artifact
+
+SETTINGS = CheckSettings(images=2, questions=2, threads=1)
+SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}  # as in tests/test_gguf_families.py
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """get(family, mmproj type) → (reference, folder), made once."""
+    made = {}
+
+    def get(arch, dtype="f32", **options):
+        key = (arch, dtype, *options.items())
+        if key not in made:
+            choices, folder = FormatOptions(mmproj_dtype=dtype, **options), tmp_path_factory.mktemp(arch)
+            source = make_tiny(folder / "source", arch, **SHAPE.get(arch, {}))
+            made[key] = export(folder, GRIDS["w4"], source, choices)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("arch", GRAPHS)
+def test_every_family_passes_every_gate(arch, exported):
+    rows = run_check(*exported(arch), SETTINGS)
+    assert_all_pass(rows)
+    for kind in ("text prompts", "image prompts"):
+        assert row(rows, f"float32 twin, {kind}").value < 2e-6
+    assert row(rows, "image embeddings of mtmd").value < 1e-3
+    emulated = row(rows, "image embeddings of mtmd, the reference rounding")
+    assert emulated.value < row(rows, "image embeddings of mtmd").value / 2  # it is the rounding, and nothing else
+    plain = row(rows, "float32 twin against the unmodified reference")
+    ignored = GRAPHS[arch][0].arch == "qwen2vl"
+    assert ("where config.json says" in plain.detail) == ignored
+    resized = row(rows, "mtmd's own resizing")
+    assert (resized.value > 0.05) == (arch != "internvl"), resized
+
+
+@pytest.mark.parametrize(
+    "arch", [*(pytest.param(a, marks=pytest.mark.slow) for a in GRAPHS if a != "qwen2_vl"), "qwen2_vl"]
+)
+def test_towers_in_eight_bits_pass_too(arch, exported):
+    rows = run_check(*exported(arch, "q8_0"), SETTINGS)
+    assert_all_pass(rows)
+    assert row(rows, "every product of the vision tower").value < 1e-7
+    assert row(rows, "image embeddings of the mmproj's float32 twin").value < 1e-3
+
+
+def test_class_row_in_the_hub_s_place_fails_and_the_report_says_which_is_right(exported):
+    rows = run_check(*exported("internvl", mmproj_class_row="first"), SETTINGS)
+    assert all(c.status == "passed" for c in rows if c.level in ("L1", "L2"))
+    assert row(rows, "image embeddings of mtmd").status == "failed"
+    assert "--class-row last" in row(rows, "image embeddings with the class token's position row last").detail
+    right = run_check(*exported("internvl"), SETTINGS)
+    assert "wants it last" in row(right, "image embeddings with the class token's position row first").detail
+
+
+def copied(exported_, tmp_path):
+    reference, folder = exported_
+    (tmp_path / "gguf").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "gguf" / file.name).write_bytes(file.read_bytes())
+    return reference, tmp_path / "gguf"
+
+
+def test_deepstack_features_that_the_text_file_does_not_expect(exported, tmp_path):
+    reference, folder = copied(exported("qwen3_vl"), tmp_path)
+    rewrite(find_files(folder)[0], drop_key="qwen3vl.n_deepstack_layers")
+    rows = run_check(reference, folder, SETTINGS)
+    assert "qwen3vl.n_deepstack_layers is missing" in row(rows, "metadata and names").worst
+    twin = row(rows, "float32 twin")
+    assert twin.status == "failed" and "columns" in twin.detail
+
+
+def test_a_feature_layer_that_is_left_out(exported, tmp_path):
+    """llama.cpp then takes the last but one."""
+    reference, folder = copied(exported("llava_onevision"), tmp_path)
+    rewrite(find_files(folder)[1], drop_key="clip.vision.feature_layer")
+    rows = run_check(reference, folder, SETTINGS)
+    assert "clip.vision.feature_layer is missing" in row(rows, "metadata and names").worst
+    assert row(rows, "image embeddings of mtmd").status == "failed"
+    assert row(rows, "linears seen in the run").status == "failed"  # the last block's
+
+
+def test_a_tensor_without_a_place_is_refused_at_writing(exported, tmp_path):
+    path = tmp_path / "artifact"
+    shutil.copytree(exported("internvl")[0].artifact, path)
+    file = next(path.glob("float-*.safetensors"))
+    tensors = load_file(file)
+    save_file(tensors | {"vision_tower.extra.weight": tensors["vision_tower.embeddings.cls_token"].clone()}, file)
+    with pytest.raises(FormatError, match=r"vision_tower\.extra\.weight would be lost"):
+        gguf_format.write(Artifact(path), tmp_path / "out", FormatOptions())
+
+
+def test_the_newline_behind_an_image_is_the_source_s(exported):
+    reference, folder = exported("llava_onevision")
+    row_ = GGUFFile(find_files(folder)[1]).array("v.image_newline")
+    assert np.array_equal(row_, reference.weights.array("image_newline"))
+
+
+def test_a_split_model_passes_every_gate(exported):
+    reference, folder = exported("qwen3_vl", gguf_split_bytes=300_000)
+    assert len(list(folder.glob("*-of-*.gguf"))) > 2
+    assert_all_pass(run_check(reference, folder, SETTINGS))
+
+
+# --- pre-tokenizers ---------------------------------------------------------------------------------------------------
+
+WORDS = [
+    "don't WON'T I'll",
+    "पिता की किताब में",
+    "año 1234567, 3.14!",
+    "a  b\t\n\n c\r\n  d ",
+    "naïve façade…",
+    "中文。標點 カタカナ",
+]
+
+
+def trained(folder, pattern):
+    """A byte-level BPE tokenizer whose merges reach as far as its pattern lets them."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
+    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    return tokenizer
+
+
+def llama_tokens(file, text):
+    lib = llama.load(lambda level, line: None)
+    lib.llama_tokenize.argtypes = [c.c_void_p, c.c_char_p, c.c_int32, c.c_void_p, c.c_int32, c.c_bool, c.c_bool]
+    params = lib.llama_model_default_params()
+    params.vocab_only = True
+    model = lib.llama_model_load_from_file(str(file).encode(), params)
+    raw, ids = text.encode(), np.zeros(200, np.int32)
+    n = lib.llama_tokenize(lib.llama_model_get_vocab(model), raw, len(raw), ids.ctypes.data, len(ids), False, False)
+    return ids[:n].tolist()
+
+
+@pytest.mark.parametrize(("pattern", "pre"), PRE_TOKENIZERS.items())
+def test_llama_cpp_splits_text_as_the_pre_tokenizer_that_the_file_names(pattern, pre, tmp_path):
+    tokenizer = trained(tmp_path, pattern)
+    read = read_tokenizer(tmp_path, {}, tokenizer.get_vocab_size())
+    assert read.pre == pre
+    wrong = {}
+    for name in PRE_TOKENIZERS.values():
+
+        def metadata(writer, name=name):
+            writer.add_block_count(1)
+            add_tokenizer(writer, replace(read, pre=name))
+
+        write_container(tmp_path / f"{name}.gguf", "qwen2", metadata, [])
+        wrong[name] = [w for w in WORDS if llama_tokens(tmp_path / f"{name}.gguf", w) != tokenizer.encode(w).ids]
+    assert not wrong.pop(pre)
+    # The other one splits differently; where it splits less than the merges were learnt by, that cannot show.
+    assert all(wrong.values()) or pre == "qwen2"

@@ -1,0 +1,312 @@
+"""The package's choices in ONNX Runtime and onnxruntime-genai: fused or plain, float16, shared cache, more than 2 GB."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import onnx
+import pytest
+
+from runtime_tests.test_onnx import SETTINGS, assert_all_pass, damage, export, weight_rows
+from tests.artifacts import GRIDS, edit
+from tools.reference_vlm.model import make_random_checkpoint
+from vlmq_export.bundled import HELDOUT
+from vlmq_export.errors import FormatError
+from vlmq_export.formats import onnx as onnx_format
+from vlmq_export.formats.base import FormatOptions, relative_error
+from vlmq_export.formats.onnx.checks import FORMAT_GATE, HALF_GATE
+from vlmq_export.formats.onnx.genai_check import PIXELS, GenaiModel, _odd_sizes, genai_rows, image_files
+from vlmq_export.formats.onnx.runner import OnnxRunner, available
+from vlmq_export.parity import required_runtimes
+from vlmq_export.quantizer.calibration import read_rows
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.reference import Reference
+
+LAYERS = 6  # of the reference VLM
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """get(graph, dtype) → (reference, folder), written once."""
+    made = {}
+
+    def get(graph="fused", dtype="float32"):
+        if (graph, dtype) not in made:
+            folder = tmp_path_factory.mktemp(f"{graph}-{dtype}")
+            made[graph, dtype] = export(
+                folder, GRIDS["w4g128"], None, FormatOptions(onnx_graph=graph, onnx_dtype=dtype)
+            )
+        return made[graph, dtype]
+
+    return get
+
+
+def operators(folder):
+    model = onnx.load(folder / "text.onnx", load_external_data=False)
+    return Counter((n.domain, n.op_type) for n in model.graph.node), [f.name for f in model.functions]
+
+
+def test_fused_has_the_runtimes_operators_and_plain_the_standard_ones(packages):
+    ours = "com.microsoft"
+    fused, functions = operators(packages("fused")[1])
+    assert fused[ours, "GroupQueryAttention"] == LAYERS and fused[ours, "MRotaryEmbedding"] == 2 * LAYERS
+    assert fused[ours, "SkipSimplifiedLayerNormalization"] == 2 * LAYERS and functions == []
+    assert not {op for domain, op in fused if domain == ""} & {"Attention", "RotaryEmbedding", "Where"}
+    plain, functions = operators(packages("plain")[1])
+    assert plain["", "Attention"] == LAYERS and plain["", "RotaryEmbedding"] == 2 * LAYERS
+    private = {op for domain, op in plain if domain == ours} - set(functions)
+    assert private == {"MatMulNBits"}  # everything else is standard, or spelled out as a function
+
+
+def left_padded(reference, runner, fill):
+    """Two prompts of unequal length in one batch: embeddings, mask, positions, and the prompts; `fill` stands in the padding."""
+    short, long = sorted((reference.prompts[0], reference.prompts[2]), key=lambda p: len(p.input_ids))
+    length = len(long.input_ids)
+    embeds, masks, positions = [], [], []
+    for p in (short, long):
+        pad = length - len(p.input_ids)
+        embeds.append(np.pad(runner._embed_prompt(p), ((0, 0), (pad, 0), (0, 0)), constant_values=fill))
+        masks.append(np.pad(np.ones(len(p.input_ids), np.int64), (pad, 0)))
+        positions.append(np.pad(reference.position_ids(p), ((0, 0), (0, 0), (pad, 0)), constant_values=1))
+    assert length > len(short.input_ids)
+    return np.concatenate(embeds), np.stack(masks), np.concatenate(positions, axis=1), (short, long)
+
+
+@pytest.mark.parametrize(("graph", "dtype"), [("fused", "float32"), ("plain", "float32"), ("fused", "float16")])
+@pytest.mark.parametrize("fill", [0.0, 100.0])
+def test_padding_on_the_left_reaches_no_logit_of_prompt_or_cached_step(packages, graph, dtype, fill):
+    """GroupQueryAttention alone would read the padding as the start of the prompt."""
+    reference, folder = packages(graph, dtype)
+    runner, gate = OnnxRunner(folder), HALF_GATE if dtype == "float16" else FORMAT_GATE
+    embeds, mask, positions, prompts = left_padded(reference, runner, fill)
+    logits, past = runner.step(embeds, mask, positions, None)
+    for row, p in zip(logits, prompts):
+        got = row[-len(p.input_ids) :, : reference.vocabulary]
+        assert relative_error(got, reference.logits(p)) <= gate
+    alone = [runner.prefill(p, reference.position_ids(p)) for p in prompts]
+    for step in range(3):
+        token = runner.embed(np.stack([a[0][0, -1:, : reference.vocabulary].argmax(-1) for a in alone]))
+        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        at = positions.max(axis=(0, 2), keepdims=True).repeat(3, axis=0) + 1 + step
+        logits, past = runner.step(token, mask, at, past)
+        for b, p in enumerate(prompts):
+            ones = np.ones((1, len(p.input_ids) + step + 1), np.int64)
+            want, cache = runner.step(token[b : b + 1], ones, at[:, b : b + 1], alone[b][1])
+            alone[b] = (want, cache)
+            assert relative_error(logits[b], want[0]) <= gate
+
+
+def test_several_new_tokens_after_a_cache(packages):
+    """One row in either graph; more rows only in the plain one, as the fuse module says."""
+    reference, _ = packages()
+    p = reference.prompts[0]
+    positions, half = reference.position_ids(p), len(p.input_ids) // 2
+    for graph, rows in (("fused", 1), ("plain", 1), ("plain", 2)):
+        runner = OnnxRunner(packages(graph)[1])
+        embeds = np.repeat(runner._embed_prompt(p), rows, axis=0)
+        at = np.repeat(positions, rows, axis=1)
+        _, past = runner.step(embeds[:, :half], np.ones((rows, half), np.int64), at[..., :half], None)
+        got, _ = runner.step(embeds[:, half:], np.ones(embeds.shape[:2], np.int64), at[..., half:], past)
+        for row in got:
+            assert relative_error(row[:, : reference.vocabulary], reference.logits(p)[half:]) <= FORMAT_GATE
+
+
+def test_past_and_present_in_one_buffer(packages):
+    """What genai_config.json asks for: a cache of full length, written in place, beyond the mask never read."""
+    import onnxruntime as ort
+
+    reference, folder = packages()
+    p, runner = reference.prompts[0], OnnxRunner(folder)
+    positions, embeds, capacity = reference.position_ids(p), runner._embed_prompt(p), len(p.input_ids) + 7
+    cache = {n: ort.OrtValue.ortvalue_from_numpy(np.full((1, h, capacity, d), 1e3, np.float32))
+             for n, (h, d) in runner._cache_shapes.items()}  # fmt: skip
+    rows, split = [], len(p.input_ids) - 3
+    for start, stop in ((0, split), *((i, i + 1) for i in range(split, len(p.input_ids)))):
+        binding = runner.text.io_binding()
+        feeds = {"inputs_embeds": embeds[:, start:stop], "attention_mask": np.ones((1, stop), np.int64),
+                 "position_ids": positions[..., start:stop]}  # fmt: skip
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        binding.bind_output("logits")
+        for name, value in cache.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        runner.text.run_with_iobinding(binding)
+        rows.append(binding.copy_outputs_to_cpu()[0][0])
+    assert relative_error(np.concatenate(rows)[:, : reference.vocabulary], reference.logits(p)) <= FORMAT_GATE
+
+
+@pytest.mark.parametrize("tag", ["w4g128", pytest.param("w2g128", marks=pytest.mark.slow),
+                                 pytest.param("w8g128", marks=pytest.mark.slow)])  # fmt: skip
+def test_float16_has_gates_of_its_own(packages, tmp_path, tag):
+    options = FormatOptions(onnx_dtype="float16")
+    reference, folder = packages("fused", "float16") if tag == "w4g128" else export(tmp_path, GRIDS[tag], None, options)
+    rows = onnx_format.check(folder, reference, options, SETTINGS)
+    assert_all_pass(rows)
+    by_name = {r.name: r for r in rows}
+    assert by_name["logits at accuracy_level 0"].gate == HALF_GATE
+    assert by_name["logits at accuracy_level 0"].value > FORMAT_GATE  # it really computes in float16
+    assert by_name["argmax agreement at accuracy_level 0"].value > 0.95
+    for name, kinds in (("vision", (1, 10)), ("embedding", (10, 10)), ("text", (10, 10))):
+        graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
+        floats = [
+            v.type.tensor_type.elem_type for v in (*graph.input, *graph.output) if v.type.tensor_type.elem_type != 7
+        ]
+        assert set(floats) == set(kinds), name
+
+
+def test_one_bit_of_a_float16_scale_is_caught(packages, tmp_path):
+    import random
+
+    reference, folder = packages("fused", "float16")
+    shutil.copytree(folder, tmp_path / "onnx")
+    damage(tmp_path / "onnx", "text", "model.layers.0.mlp.up_proj.scales", "bit", random.Random(3))
+    rows = onnx_format.check(
+        tmp_path / "onnx", reference, FormatOptions(onnx_dtype="float16"), replace(SETTINGS, images=1)
+    )
+    for row in weight_rows(rows):
+        assert row.status == "failed" and "layers.0.mlp.up_proj.weight" in row.worst
+
+
+def test_cuda_is_not_run_where_it_is_absent(packages):
+    if available("cuda"):
+        pytest.fail("a machine with CUDA: run `verify` with --onnx-provider cuda, and give this test its other half")
+    reference, folder = packages("plain")
+    rows = onnx_format.check(folder, reference, FormatOptions(onnx_provider="cuda"), SETTINGS)
+    assert {r.status for r in rows if r.level != "L1"} == {"not run"}
+    assert {r.status for r in rows if r.level == "L1"} == {"passed"}
+
+
+def test_a_package_for_cuda_has_standard_attention_and_says_so_in_genai_config(tmp_path):
+    _, folder = export(tmp_path, GRIDS["w4g128"], None, FormatOptions(onnx_provider="cuda"))
+    assert ("", "Attention") in operators(folder)[0]
+    config = json.loads((folder / "genai_config.json").read_text())
+    parts = [
+        config["model"][part]["session_options"]["provider_options"] for part in ("decoder", "embedding", "vision")
+    ]
+    assert parts == [[{"cuda": {}}]] * 3 and config["search"]["past_present_share_buffer"] is False
+
+
+# -- onnxruntime-genai ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def genai():
+    if find_spec("onnxruntime_genai") is None:
+        assert "genai" not in required_runtimes(), "VLMQ_REQUIRE declares genai, which is not installed"
+        pytest.skip("onnxruntime-genai is an optional extra")
+
+
+@pytest.mark.parametrize(("graph", "dtype"), [("fused", "float32"), ("plain", "float32"), ("fused", "float16")])
+def test_genai_answers_as_the_reference_from_every_package(packages, graph, dtype, genai):
+    reference, folder = packages(graph, dtype)
+    rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=6))}
+    assert rows["onnxruntime-genai: greedy answers that differ"].status == "passed"
+    assert rows["onnxruntime-genai: pixels of images that keep their size"].status == "passed"
+    assert rows["onnxruntime-genai: pixels of images that it resizes"].status == "info"
+
+
+def test_genai_resizes_as_the_reference_does(packages, genai):
+    """Both use Pillow's bicubic filter: other pixels than those of the file, the same on both sides."""
+    reference, folder = packages()
+    (sample, images), *_ = _odd_sizes(reference, reference.prompts[:1])
+    assert [i.size for i in images] != [i.size for i in sample.images]
+    with image_files(images) as files:
+        got = GenaiModel(folder).pixels(sample.text, files)
+    assert relative_error(got, sample.pixel_values.numpy()) <= PIXELS
+
+
+def test_wrong_pixels_in_genai_are_seen(packages, tmp_path, genai):
+    reference, folder = packages()
+    shutil.copytree(folder, tmp_path / "onnx")
+
+    def darker(config):
+        step = next(t["operation"] for t in config["processor"]["transforms"] if t["operation"]["type"] == "Normalize")
+        step["attrs"]["mean"][0] += 0.01
+
+    edit(tmp_path / "onnx" / "processor_config.json", darker)
+    rows = {r.name: r for r in genai_rows(tmp_path / "onnx", reference, replace(SETTINGS, questions=2))}
+    assert rows["onnxruntime-genai: pixels of images that keep their size"].status == "failed"
+
+
+@pytest.mark.slow
+def test_genai_answers_256_questions_from_image_files(tmp_path, genai):
+    reference, folder = export(tmp_path, GRIDS["w4g128"])
+    reference = Reference(reference.artifact, read_rows(HELDOUT)[:256])
+    rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=256))}
+    row = rows["onnxruntime-genai: greedy answers that differ"]
+    assert row.compared == 256 and row.status == "passed", row
+
+
+def test_genai_with_two_images_in_one_prompt(packages, genai):
+    reference, folder = packages()
+    one, two = reference.rows[0], reference.rows[2]
+    both = replace(one, id="two", images=one.images + two.images, messages=({
+        "role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read the text. "}, *two.messages[0]["content"]],
+    },))  # fmt: skip
+    prompt = reference.preprocessor.sample(both, prompt_only=True)
+    with image_files(prompt.images) as files:
+        assert GenaiModel(folder).answer(prompt, files, reference.stop_ids) == reference.answer(prompt)
+
+
+# -- every grid of the gate, on both vision towers --------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["reference", "qwen2_vl"])
+@pytest.mark.parametrize("group", [32, 128, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width_and_group_passes_every_gate(bits, group, arch, tmp_path):
+    source = None if arch == "reference" else make_random_checkpoint(tmp_path / "model", arch, layers=2, depth=3)
+    reference, folder = export(tmp_path, QuantConfig("rtn", bits, group, symmetric=bits == 8), source)
+    assert_all_pass(onnx_format.check(folder, reference, FormatOptions(), replace(SETTINGS, images=2, questions=2)))
+
+
+# -- linears merged for level 4 ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("level4"), GRIDS["w4g128"], None, FormatOptions(onnx_accuracy_level=4))
+
+
+def test_at_level_4_linears_of_one_input_are_one_node_and_nothing_else_changes(packages, merged):
+    reference, folder = merged
+    found, _ = operators(folder)
+    assert found["com.microsoft", "MatMulNBits"] == 4 * LAYERS and found["", "Split"] == 2 * LAYERS
+    rows = onnx_format.check(folder, reference, FormatOptions(onnx_accuracy_level=4), SETTINGS)
+    assert_all_pass(rows)
+    assert next(r for r in rows if r.name == "logits at accuracy_level 0").value <= FORMAT_GATE
+    apart = OnnxRunner(packages()[1], accuracy_level=4)
+    p, positions = reference.prompts[0], reference.position_ids(reference.prompts[0])
+    assert np.array_equal(OnnxRunner(folder).logits(p, positions), apart.logits(p, positions))
+
+
+def test_columns_in_an_order_of_their_own_are_not_merged(tmp_path):
+    options = FormatOptions(onnx_accuracy_level=4)
+    reference, folder = export(tmp_path, GRIDS["w4g128-dynamic"], None, options)
+    assert operators(folder)[0]["com.microsoft", "MatMulNBits"] == 7 * LAYERS
+    assert_all_pass(onnx_format.check(folder, reference, options, replace(SETTINGS, images=1, questions=1)))
+
+
+@pytest.mark.parametrize(
+    ("linear", "sizes"), [("self_attn.q_proj|k_proj|v_proj", [128, 256, 128]), ("mlp.gate_proj|up_proj", [512, 256])]
+)
+def test_a_split_at_the_wrong_row_is_caught(merged, tmp_path, linear, sizes):
+    reference, folder = merged
+    shutil.copytree(folder, tmp_path / "onnx")
+    file = tmp_path / "onnx" / "text.onnx"
+    model = onnx.load(file, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == f"model.layers.0.{linear}.sizes")
+    tensor.raw_data = np.array(sizes, np.int64).tobytes()
+    file.write_bytes(model.SerializeToString())
+    settings = replace(SETTINGS, images=1, questions=1)
+    try:
+        rows = onnx_format.check(tmp_path / "onnx", reference, FormatOptions(onnx_accuracy_level=4), settings)
+    except FormatError as e:
+        assert "is not split into" in str(e) and sum(sizes) != 1024
+    else:
+        assert {r.status for r in weight_rows(rows)} == {"failed"}
