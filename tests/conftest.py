@@ -1,5 +1,6 @@
 """Models and files that several test modules read; a test that damages one copies it first."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,34 @@ def gguf_files(artifacts, tmp_path_factory):
     twin = tmp_path_factory.mktemp("twin") / "twin.gguf"
     write_text(artifact, twin, FormatOptions(name="tiny-vlm"), twin=True)
     return artifact, *read.find_files(folder), twin
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of the reference checkpoint to damage."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in bundled.REFERENCE_VLM.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A checkpoint of two small shards."""
+    from tests.attacks import seeds
+
+    folder = tmp_path / "shards"
+    seeds.checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    """Two linears of one layer and a norm."""
+    from tests.attacks import seeds
+
+    folder = tmp_path / "artifact"
+    seeds.artifact(folder)
+    return folder
