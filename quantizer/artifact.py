@@ -284,6 +284,11 @@ class Artifact:
         """Folder with the source's config.json, tokenizer and processor files."""
         return self.path / "source"
 
+    @property
+    def companions(self) -> list[Path]:
+        """Tokenizer and processor files of the source."""
+        return [self.source / n for n in COMPANIONS if (self.source / n).is_file()]
+
     @cached_property
     def source_config(self) -> dict:
         return read_json(self.source / "config.json", error=ArtifactError)

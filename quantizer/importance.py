@@ -42,7 +42,8 @@ def output_gradients(
         for name in PROJECTIONS[:-1]:
             stack.enter_context(_leaf_output(layer.get_submodule(name), leaves, name))
         # The fused backward adds in no fixed order on CUDA; this one does, and a resumed run must match.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if hidden.is_cuda:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         student = attention_block(layer, hidden, kwargs)
         error = 2 * (student.detach() - target)
         gradients = torch.autograd.grad(student, list(leaves.values()), grad_outputs=error)

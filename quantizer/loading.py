@@ -57,6 +57,7 @@ def _decoded(folder: Path, rows: Sequence[Row], seq_len: int, workers: int | Non
         preprocessor = Preprocessor(folder)
         yield from (_decode(preprocessor, row, seq_len) for row in rows)
         return
+    Preprocessor(folder)  # what is wrong with the folder is said here, not by a pool whose workers all died
     # Spawned, not forked: this process has threads by now.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (folder,))
     try:

@@ -14,7 +14,9 @@ The constants are measured (docs/scale.md); a test holds the plan against the pe
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +131,12 @@ def _host_available() -> int:
         return min(pages, int(limit.read_text()) - int(used.read_text()))
     except (OSError, ValueError, StopIteration):  # not Linux, or no limit
         return pages
+
+
+def give_back() -> None:
+    """Return what was freed to the system: glibc keeps what it once took for tensors up to 32 MB, and layers add up."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_host() -> int:

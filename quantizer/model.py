@@ -25,6 +25,9 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+TENSOR_CORES = True  # tools/gpu_check.py compares devices with and without
+
+
 @contextmanager
 def exact_arithmetic():
     """float32 products as float32: TensorFloat-32 off, which vision towers' convolutions use by default on CUDA."""
@@ -44,7 +47,7 @@ def tensor_cores():
     For statistics and the forward passes of the walk, whose inputs are rounded far more coarsely by every runtime; what it
     costs is in docs/performance.md. Never for the column loop or the factorization.
     """
-    if not torch.cuda.is_available():
+    if not (TENSOR_CORES and torch.cuda.is_available()):
         yield
         return
     before = torch.get_float32_matmul_precision()

@@ -41,7 +41,7 @@ from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.families import Family, family_of, layer_count
 from vlmq_export.quantizer.kquants import GRIDS, Params
 from vlmq_export.quantizer.layer import quantize_layer
-from vlmq_export.quantizer.memory import peak_host
+from vlmq_export.quantizer.memory import give_back, peak_host
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
 from vlmq_export.quantizer.shelf import Place, Shelf
@@ -152,6 +152,7 @@ def quantize(
                     _start_from(prefix, outer, batches, samples, family, shelf, ranks)
                 lost = ranks.count(sum(batch.drop_non_finite() for batch in batches))
                 refuse_many_lost(lost, len(samples))
+            give_back()
         for i in range(count):
             progress("quantize", i, count)
             if method.calibrated and not ranks.count(sum(int(b.valid.sum()) for b in batches)):
@@ -169,8 +170,11 @@ def quantize(
                     if ranks.first:
                         records = [ModuleRecord.of(q, i, metrics) for q, metrics in linears]
                         write_layer(folder, i, [q for q, _ in linears], records)
+                    del linears
                 lost += ranks.count(walk.advance())
+                del walk
                 refuse_many_lost(lost, len(samples))
+            give_back()
             if not solved:
                 log.debug(
                     "layer %d of %d: %.1f s, %.0f tokens/s, peak %.2f GB",

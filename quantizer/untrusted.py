@@ -76,13 +76,18 @@ def contained(folder: Path, name: object) -> Path:
 
 
 @contextmanager
-def third_party(what: str, error: type[VlmqError] = CheckpointError):
-    """Libraries raise whatever they like on a damaged file; the user gets one line: `what`, and the library's reason."""
+def third_party(what: str, error: type[VlmqError] = CheckpointError, keep: tuple[type[Exception], ...] = ()):
+    """Libraries raise whatever they like on a damaged file; the user gets one line: `what`, and the library's reason.
+
+    Running out of memory is no fault of the file and comes through, as does what is in `keep`.
+    """
     try:
         yield
-    except (VlmqError, MemoryError):
+    except (VlmqError, MemoryError, *keep):
         raise
     except Exception as e:
+        if type(e).__name__ == "OutOfMemoryError":  # torch's
+            raise
         root: BaseException = e  # lazy imports hide the reason behind errors of their own
         while isinstance(e, ImportError) and root.__cause__ is not None:
             root = root.__cause__

@@ -27,6 +27,12 @@ from vlmq_export.quantizer.calibration import read_rows
 from vlmq_export.reference import Reference
 
 SETTINGS = CheckSettings(images=2, questions=2, threads=1)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 FAMILIES = ("qwen3_vl", "llava_onevision", "internvl")
 
 
@@ -65,7 +71,7 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-@pytest.mark.parametrize("tag", ["w2g128", "w3g128", "w4g128", "w8g128", "w4", "w4g128-dynamic"])
+@pytest.mark.parametrize("tag", ["w3g128", "w4g128-dynamic", *(slow(t) for t in ("w2g128", "w4g128", "w8g128", "w4"))])
 def test_every_grid_passes_every_gate(exported, arch, tag):
     reference, folder = exported(arch, tag)
     rows = onnx_format.check(folder, reference, FormatOptions(), SETTINGS)
@@ -94,7 +100,7 @@ def test_level_4_has_a_gate_of_its_own(exported, tmp_path, arch):
     assert 1e-4 < kernel.value <= kernel.gate  # the level was really used
 
 
-@pytest.mark.parametrize(("arch", "generation"), [("qwen3_vl", "hub"), ("llava_onevision", "modules")])
+@pytest.mark.parametrize(("arch", "generation"), [slow("qwen3_vl", "hub"), slow("llava_onevision", "modules")])
 def test_a_tied_head_and_names_of_transformers_5(exported, arch, generation):
     reference, folder = exported(arch, tied=True, generation=generation)
     rows = onnx_format.check(folder, reference, FormatOptions(), replace(SETTINGS, images=1))

@@ -84,7 +84,9 @@ def test_names_are_llama_cpps_own(arch, artifact):
             continue
         looked = (_converter_name(name, place.module), "visual." + _converter_name(name, place.module), place.module)
         found = [vision.get_name(n, try_suffixes=(".weight", ".bias")) for n in looked]
-        if place.module.endswith("position_embeddings"):  # a bare parameter: the converter adds .weight
+        if place.module.endswith(
+            ("position_embeddings", "lambda_1", "lambda_2")
+        ):  # a bare parameters: the converter adds .weight
             found = [f and f"{f}.weight" for f in found]
         if "deepstack" in name:  # numbered from 0 in the map and by their block in the file
             found = []

@@ -105,4 +105,6 @@ def test_the_peak_at_8_layers_is_that_at_2(tmp_path):
     peaks = {n: peak(make(tmp_path / f"m{n}", layers=n, scale=4), tmp_path / f"o{n}") for n in (2, 8)}
     (few, planned), (many, _) = peaks[2], peaks[8]
     assert many == pytest.approx(few, rel=0.05), peaks
-    assert 0.7 * planned < few < planned, peaks
+    assert 0.6 * planned < few < planned, (
+        peaks
+    )  # the dry run counts on 4 samples of 512 tokens; these have 148 together

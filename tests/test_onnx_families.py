@@ -21,6 +21,7 @@ from vlmq_export.formats.onnx.torch_vision import LlavaOnevision, hidden_state, 
 GRIDS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(GRIDS)
 def test_patches_find_their_place(images):
     grid = torch.tensor([(t, 2 * h, 2 * w) for t, h, w in images])
@@ -32,6 +33,7 @@ def test_patches_find_their_place(images):
     assert int(height[-1]) == grid[-1, 1] and int(width[-1]) == grid[-1, 2]
 
 
+@settings(deadline=None)
 @given(GRIDS, st.integers(2, 48))
 def test_learned_positions_are_sampled_as_the_model_does(images, side):
     grid = torch.tensor([(t, 2 * h, 2 * w) for t, h, w in images])
@@ -48,6 +50,7 @@ def test_learned_positions_are_sampled_as_the_model_does(images, side):
     assert torch.allclose(upper * (1 - down) + lower * down, want, atol=1e-6)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_rows_are_resized_as_torch_does(source, target):
     values = torch.randn(source, generator=torch.Generator().manual_seed(source))
@@ -74,6 +77,7 @@ TINY = onevision(104, 14, 9, 6)
 
 
 @settings(max_examples=150, deadline=None)
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.booleans())
 def test_a_picture_has_as_many_rows_as_in_the_model(height, width, published):
     """One row more or less would be another number of tokens: the arithmetic is Python's, bit for bit."""
@@ -125,6 +129,7 @@ def test_features_go_to_their_tokens_and_too_few_are_an_error():
         assert torch.equal(embedding(ids, features[:0])[..., :3], words(ids))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(-30, 30))
 def test_hidden_states_are_counted_as_in_a_list(layers, index):
     states = list(range(layers + 1))  # state k is what k layers have made

@@ -4,7 +4,8 @@
    within 0.1 %; on CUDA once through the fused kernel and once through the plain loop.
 2. Quantizing: all layers, one after the other, each on both devices from the same streams (forward passes, importance,
    statistics and solver on the device). Weighted loss of both results under the CPU's statistics, relative to each
-   linear's energy, summed over all linears: within 0.1 %.
+   linear's energy, summed over all linears: within 0.1 % with float32 throughout, within 0.5 % with the device's own
+   precision (TF32 on CUDA: emulated on the CPU it moved these losses by up to 0.12 %, docs/performance.md).
 3. The whole run on both devices, each on its own streams: printed, not judged. One tie that rounds the other way changes
    every later input, so results drift apart between any two machines; on one CPU another batch size alone changed the
    loss by 0.35 % (gptq) and 8 % (vlmq), see docs/methods.md. It must finish, with finite figures.
@@ -29,6 +30,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from vlmq_export.quantizer import kernels, solver  # noqa: E402
+from vlmq_export.quantizer import model as arithmetic  # noqa: E402
 from vlmq_export.quantizer.artifact import Artifact  # noqa: E402
 from vlmq_export.quantizer.calibration import Preprocessor, read_rows  # noqa: E402
 from vlmq_export.quantizer.checkpoint import Checkpoint  # noqa: E402
@@ -46,6 +48,7 @@ REFERENCE = ROOT / "vlmq_export" / "reference_vlm"
 CPU = torch.device("cpu")
 SAME_CODES = 0.999
 LOSS = 1e-3
+LOSS_TENSOR_CORES = 5e-3
 NAMES = [name for group in DECODER_GROUPS for name in group]
 
 
@@ -64,7 +67,9 @@ def main() -> int:
     samples = [preprocessor.sample(row) for row in read_rows(REFERENCE / "data" / "calibration.json")[: args.samples]]
     print(f"{len(samples)} samples, {sum(len(s.input_ids) for s in samples)} tokens")
     with exact_arithmetic():
-        results = [*check_layers(samples, device)]
+        results = [*check_layers(samples, device, tensor_cores=False)]
+        if device.type == "cuda":
+            results += check_layers(samples, device, tensor_cores=True)
     results += check_runs(samples, args.device)
     for ok, line in results:
         print(f"{'ok    ' if ok else 'FAILED'} {line}")
@@ -78,8 +83,10 @@ def layers_of(device: torch.device):
     return model, list(model.get_submodule(family.module_name(family.layers).rstrip(".")))
 
 
-def check_layers(samples, device: torch.device):
-    """Checks 1 and 2: walk on the CPU; at each layer give the device the same streams."""
+def check_layers(samples, device: torch.device, *, tensor_cores: bool):
+    """Checks 1 (once) and 2: walk on the CPU; at each layer give the device the same streams."""
+    arithmetic.TENSOR_CORES = tensor_cores
+    limit = LOSS_TENSOR_CORES if tensor_cores else LOSS
     for method in ("gptq", "gptaq", "vlmq"):
         config = QuantConfig(method=method, bits=4, group_size=128)
         model, layers = layers_of(CPU)
@@ -89,7 +96,7 @@ def check_layers(samples, device: torch.device):
         for index, (layer, other) in enumerate(zip(layers, other_layers)):
             sums = statistics_of(layer, batches)
             weights = {n: layer.get_submodule(n).weight.clone() for n in NAMES}
-            if method == "vlmq" and index == 2:  # the streams have drifted apart by now
+            if method == "vlmq" and index == 2 and not tensor_cores:  # the streams have drifted apart by now
                 yield from check_solver(weights, sums, device)
             moved = [move(b, device) for b in batches]
             theirs = quantize_layer(LayerWalk(other, moved, two_streams=True), "", DECODER_GROUPS, config)
@@ -102,7 +109,9 @@ def check_layers(samples, device: torch.device):
             walk.advance()
         change = losses[1] / losses[0] - 1
         codes = f"codes equal: {sum(same) / len(same):.3%}, at least {min(same):.3%}"
-        yield abs(change) <= LOSS, f"{method}, each layer from the same streams: loss {change:+.5%}; {codes}"
+        kind = "tensor cores" if tensor_cores else "float32"
+        yield abs(change) <= limit, f"{method}, {kind}, each layer from the same streams: loss {change:+.5%}; {codes}"
+    arithmetic.TENSOR_CORES = True
 
 
 def statistics_of(layer, batches) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
@@ -239,6 +240,8 @@ def _run(job, as_json: bool, quiet: bool, verbose: int) -> None:
     except (VlmqError, OSError) as e:
         code = getattr(e, "exit_code", VlmqError.exit_code)
         message = one_line(e if isinstance(e, VlmqError) else f"{e.filename or 'a file'}: {e.strerror or e}")
+        if e.__cause__ is not None:
+            logging.getLogger("vlmq_export").debug("where it came from", exc_info=e.__cause__)
         terminal.err.print(f"error: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
         if as_json:
             _print_json({"error": message, "exit_code": code})

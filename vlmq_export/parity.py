@@ -16,7 +16,7 @@ from vlmq_export import __version__, formats
 from vlmq_export.errors import FormatError, Interrupted, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings, FormatOptions
 from vlmq_export.quantizer.artifact import write_json
-from vlmq_export.quantizer.untrusted import read_json
+from vlmq_export.quantizer.untrusted import read_json, third_party
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
@@ -104,8 +104,10 @@ def check_formats(
             raise Interrupted(f"stopped before verifying {name}; the files are written, --resume or verify proves them")
         start = time.perf_counter()
         try:
-            rows = formats.get(name).check(folder, reference, options, settings)
+            with third_party("the check broke down", FormatError):
+                rows = formats.get(name).check(folder, reference, options, settings)
         except VlmqError as e:
+            log.debug("%s: %s", name, e, exc_info=e)
             rows = [Check(name, "L1", "files read back", "failed", detail=str(e))]
         if name in required:  # the environment says that this runtime is here: not running it is a failure
             for row in rows:

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vlmq_export import bundled, checksums, formats, report
-from vlmq_export.errors import CheckpointError, FormatError, Interrupted, UsageError, VlmqError
+from vlmq_export.errors import ArtifactError, CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
 from vlmq_export.formats.gguf.mix import mix_named, module_types
 from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, write_artifact
@@ -31,6 +31,7 @@ from vlmq_export.quantizer.loading import read_samples
 from vlmq_export.quantizer.memory import MemoryPlan, free_memory
 from vlmq_export.quantizer.model import pick_device
 from vlmq_export.quantizer.quantize import quantize
+from vlmq_export.quantizer.untrusted import read_json, third_party
 from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, load_recipe
 from vlmq_export.reference import Reference
 
@@ -87,6 +88,9 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{'export' if imported or artifact else recipe.label()}")
     refuse_output(out, model, recipe, overwrite=overwrite, resume=resume)
     rows = held_out(recipe.verify_data, recipe.image_root) if recipe.verify else []
+    for file in checkpoint.companions if checkpoint else artifact.companions:
+        if file.suffix == ".json":
+            read_json(file)  # every writer reads some of them: better known before the work
     if recipe.verify:
         Preprocessor(artifact.source if artifact else model)  # raises for what the proof would miss after all the work
     samples, described = ([], {}) if unquantized is None else calibration_samples(recipe, unquantized, hooks)
@@ -156,8 +160,8 @@ def verify(
     return result
 
 
-def locate_model(model: str | None) -> Path:
-    """A local folder, the bundled model, or a snapshot of a hub id where the network allows."""
+def locate_model(model: str | None, *, download: bool = True) -> Path:
+    """A local folder, the bundled model, or a snapshot of a hub id: from the cache, or where the network allows."""
     if model is None:
         return bundled.REFERENCE_VLM
     path = Path(model).expanduser()
@@ -168,10 +172,9 @@ def locate_model(model: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"])
-        )
+        return Path(snapshot_download(model, allow_patterns=kinds, local_files_only=not download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         first = str(e).strip().splitlines()[0]
         raise CheckpointError(f"{model}: neither a local folder nor to be had from the hub ({first})") from None
@@ -371,7 +374,9 @@ def _export(recipe: Recipe, out: Path, result: Result, hooks: Hooks) -> None:
             if (out / name).is_dir():
                 continue  # resumed: renamed only when whole
             module = formats.get(name)
-            result.notes[name] = _publish(out / name, lambda folder, m=module: m.write(artifact, folder, options))
+            # The settings of a source model are as its author wrote them, and each writer reads others.
+            with third_party(f"--format {name} cannot be written from this model", FormatError, keep=(OSError,)):
+                result.notes[name] = _publish(out / name, lambda folder, m=module: m.write(artifact, folder, options))
     hooks.progress("write", len(names), len(names))
     for name, notes in result.notes.items():
         for note in notes:
@@ -381,7 +386,7 @@ def _export(recipe: Recipe, out: Path, result: Result, hooks: Hooks) -> None:
 def same_source(model: str | None, artifact: Artifact) -> Path | None:
     """The source folder if it is still at hand and still what was quantized; else None."""
     try:
-        path = locate_model(model)
+        path = locate_model(model, download=False)  # the recipe beside an artifact may be anybody's
         checkpoint = open_checkpoint(path)
         return path if checkpoint.fingerprint() == artifact.manifest.source else None
     except VlmqError:
@@ -399,7 +404,8 @@ def finish(
         settings = CheckSettings(threads=os.cpu_count() or 1)
         with result.timed("verify"):
             memory, _ = free_memory(pick_device("cpu"), recipe.max_memory)
-            reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source, memory)
+            with third_party("the reference cannot be built from this artifact", ArtifactError, keep=(OSError,)):
+                reference = Reference(artifact.path, rows[: max(settings.images, settings.questions)], source, memory)
             result.parity = check_formats(folders, reference, options, settings, hooks.progress, hooks.should_stop)
         if changed is not None:
             result.parity.checks.insert(0, _checksum_row(changed))

@@ -35,8 +35,30 @@ def copy_container(shipped: Path, path: Path, *, change: Callable[[str, np.ndarr
 
     file = GGUFFile(shipped)
 
+    def data(name: str) -> np.ndarray:
+        return np.ascontiguousarray(change(name, file.array(name)), np.float32)
+
+    entries = [Entry(name, t.shape, "F32", lambda name=name: data(name)) for name, t in file.tensors.items()]
+    _rewrite(file, path, entries, int(gguf.LlamaFileType.ALL_F32))
+
+
+def copy_types(shipped: Path, path: Path, blocks: Callable[[str, str], np.ndarray | None]) -> None:
+    """A file's metadata and types, with the bytes of `blocks(name, type)` where it gives some: another's quantization."""
+    file = GGUFFile(shipped)
+
+    def data(name: str) -> np.ndarray:
+        own = blocks(name, file.tensors[name].type)
+        return file.raw(name) if own is None else own
+
+    entries = [Entry(name, t.shape, t.type, lambda name=name: data(name)) for name, t in file.tensors.items()]
+    _rewrite(file, path, entries, file.metadata["general.file_type"])
+
+
+def _rewrite(file: GGUFFile, path: Path, entries: list[Entry], file_type: int) -> None:
+    import gguf
+
     def metadata(writer: gguf.GGUFWriter) -> None:
-        writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+        writer.add_file_type(file_type)
         for key, value in file.metadata.items():
             kind = gguf.GGUFValueType(file.types[key])
             if key in _OWN_KEYS or key.startswith("split."):
@@ -47,10 +69,6 @@ def copy_container(shipped: Path, path: Path, *, change: Callable[[str, np.ndarr
             else:
                 writer.add_key_value(key, value, kind)
 
-    def data(name: str) -> np.ndarray:
-        return np.ascontiguousarray(change(name, file.array(name)), np.float32)
-
-    entries = [Entry(name, t.shape, "F32", lambda name=name: data(name)) for name, t in file.tensors.items()]
     write_container(path, file.metadata.get("general.architecture", ""), metadata, entries)
 
 

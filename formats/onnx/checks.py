@@ -18,6 +18,7 @@ FORMAT_GATE = 1e-5  # level 0 computes in float32: what is left is the order of 
 HALF_GATE = 5e-3  # float16 activations and cache: 11 bits a value (measured 6.0e-4 on the reference VLM)
 HALF_ANSWERS = 0.05  # share of greedy answers that a float16 decoder may change
 KERNEL_GATE = 5e-2  # level 4 rounds activations to 8 bits (measured 1.8e-2)
+OLDEST = (1, 31)  # of ONNX Runtime: what every figure here was measured with
 LINEAR_ROWS = 16
 
 
@@ -31,11 +32,27 @@ def linear_gate(in_features: int) -> float:
 
 
 def missing() -> str | None:
-    """Packages that writing and checking need and that are not installed."""
+    """Packages that writing and checking need and that are not installed, or not in a version that can run the files."""
     from importlib.util import find_spec
 
+    if old := too_old_runtime():
+        return old
     lacking = [name for name in ("onnx", "onnx_ir", "onnxscript", "mobius", "onnxruntime") if find_spec(name) is None]
     return ", ".join(lacking) or None
+
+
+def too_old_runtime() -> str | None:
+    """The onnxruntime that is asked for where an older one is installed: it lacks operators or computes them otherwise."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            major, minor = (int(part) for part in version(name).split(".")[:2])
+        except (PackageNotFoundError, ValueError):
+            continue
+        if (major, minor) < OLDEST:
+            return f"{name}>={OLDEST[0]}.{OLDEST[1]} (here is {version(name)})"
+    return None
 
 
 def check(folder, reference, options: FormatOptions, settings: CheckSettings) -> list[Check]:

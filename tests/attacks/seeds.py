@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save, save_file
 
+from tests.artifacts import GRIDS, rtn_artifact
 from tests.test_gguf_hostile import ARCH, ARRAY, STRING, U32, array, container, key, string, tensor
 from vlmq_export import bundled
 from vlmq_export.formats import gptq
@@ -80,6 +81,13 @@ def gptq_folder(folder: Path) -> None:
     gptq.write(
         store.Artifact(folder.with_name("artifact-of-gptq")), folder, FormatOptions(name="x", gptq_shard_bytes=3500)
     )
+
+
+def gptq_model(folder: Path) -> None:
+    """The reference model as a GPTQ checkpoint: a MODEL that is taken over."""
+    whole = rtn_artifact(folder.with_name("artifact-of-model"), GRIDS["w4g128"])
+    folder.mkdir()
+    gptq.write(whole, folder, FormatOptions(name="x"))
 
 
 def onnx_folder(folder: Path) -> None:

@@ -14,10 +14,12 @@ from tests.attacks import seeds
 from vlmq_export import checksums, formats
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats.gguf.read import GGUFFile
+from vlmq_export.formats.gptq.imported import GptqCheckpoint
 from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.formats.onnx.read import OnnxFolder
 from vlmq_export.inspection import inspect_artifact, inspect_path
 from vlmq_export.parity import Parity
+from vlmq_export.pipeline import open_checkpoint
 from vlmq_export.plan import artifact_plan, model_plan, plan_run
 from vlmq_export.quantizer.artifact import Artifact, read_layer, read_layer_records
 from vlmq_export.quantizer.calibration import load_image, read_rows
@@ -34,6 +36,7 @@ class Target:
     file: str
     prepare: Callable[[Path], None]
     read: Callable[[Path], object]
+    cost: int = 1  # as many times fewer inputs in the suite
 
     def seed(self, folder: Path) -> bytes:
         if not folder.exists():
@@ -105,6 +108,13 @@ def _read_layer(folder: Path) -> None:
         linear.decode()
 
 
+def _read_import(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    if isinstance(checkpoint, GptqCheckpoint):
+        plan_run(model_plan(checkpoint, checkpoint.quant_config, "model"), ALL)
+        checkpoint.linear(checkpoint.linears[0])
+
+
 def _run_prepared(folder: Path) -> None:
     folder.mkdir()
     _claim(folder, {"schema": 1, "config": QuantConfig().to_dict(), "source": {}}, resume=False)
@@ -162,6 +172,7 @@ TARGETS = {
     "gptq-config": Target("config.json", seeds.gptq_folder, _read_gptq),
     "gptq-index": Target("model.safetensors.index.json", seeds.gptq_folder, _read_gptq),
     "gptq-shard": Target("model-00001-of-00002.safetensors", seeds.gptq_folder, _read_gptq),
+    "import-config": Target("config.json", seeds.gptq_model, _read_import, cost=5),
     "onnx-text": Target("text.onnx", seeds.onnx_folder, _read_onnx),
     "onnx-vision": Target("vision.onnx", seeds.onnx_folder, _read_onnx),
     "gguf": Target("x.gguf", _alone("x.gguf", seeds.gguf), _read_gguf),

@@ -2,6 +2,7 @@
 
     python tools/bench/pipeline.py --shape 7b --layers 3                # one GPU; under ten minutes with both methods
     OMP_NUM_THREADS=1 python tools/bench/pipeline.py --scaling          # CPU, small: more layers, more samples
+    OMP_NUM_THREADS=1 python tools/bench/pipeline.py --reference 3      # CPU: vlmq / gptaq on the bundled model, three pairs
 
 Decoder layers only: weights are drawn on the device, layer after layer, and the decoder's inputs are random. What a run has besides
 (reading shards, vision tower, writing layers) is not in the figures. The total for all layers is an extrapolation: the first
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -32,10 +35,13 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling  # no
 
 from vlmq_export.quantizer import layer as layer_module  # noqa: E402
 from vlmq_export.quantizer import solver  # noqa: E402
+from vlmq_export.quantizer.calibration import Preprocessor, read_rows  # noqa: E402
+from vlmq_export.quantizer.checkpoint import Checkpoint  # noqa: E402
 from vlmq_export.quantizer.config import QuantConfig  # noqa: E402
 from vlmq_export.quantizer.families import DECODER_GROUPS  # noqa: E402
 from vlmq_export.quantizer.methods import method_named  # noqa: E402
 from vlmq_export.quantizer.model import exact_arithmetic  # noqa: E402
+from vlmq_export.quantizer.quantize import quantize  # noqa: E402
 from vlmq_export.quantizer.shelf import Shelf  # noqa: E402
 from vlmq_export.quantizer.streams import BATCH_TOKENS, Batch  # noqa: E402
 from vlmq_export.quantizer.walk import LayerWalk  # noqa: E402
@@ -216,6 +222,28 @@ def scaling(device: torch.device, place: str) -> dict:
     return found
 
 
+def reference(pairs: int, samples: int, device: torch.device) -> dict:
+    """The quantizer's whole job on the bundled model, methods alternated."""
+    model = ROOT / "vlmq_export" / "reference_vlm"
+    preprocessor = Preprocessor(model)
+    rows = [preprocessor.sample(row) for row in read_rows(model / "data" / "calibration.json")[:samples]]
+    methods, seconds, clock = ("gptaq", "vlmq"), defaultdict(list), Phases(device)
+    for i in range(-1, pairs):
+        for method in methods if i % 2 else methods[::-1]:
+            with tempfile.TemporaryDirectory() as folder:
+                start = clock.now()
+                quantize(
+                    Checkpoint(model), rows[: 16 if i < 0 else None], QuantConfig(method=method), Path(folder) / "a",
+                    name="reference", calibration={}, device=device.type,
+                )  # fmt: skip
+                if i >= 0:  # the first pair pays for imports
+                    seconds[method].append(clock.now() - start)
+                    print(f"{method}: {seconds[method][-1]:.1f}", flush=True)
+    ratio = statistics.median(v / g for g, v in zip(seconds["gptaq"], seconds["vlmq"]))
+    print(f"vlmq / gptaq, {len(rows)} samples, median of {pairs} pairs: {ratio:.3f}")
+    return dict(seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
@@ -226,13 +254,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--place", choices=["device", "host"], default="host")
     parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--reference", type=int, metavar="PAIRS")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device, found, whole = torch.device(args.device), {}, {}
     place = args.place if device.type == "cuda" else "device"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{name}, torch {torch.__version__}")
-    if args.scaling:
+    if args.reference:
+        found = reference(args.reference, args.samples, device)
+    elif args.scaling:
         found = scaling(device, place)
     else:
         shape = SHAPES[args.shape]

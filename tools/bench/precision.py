@@ -1,6 +1,6 @@
 """What the precision of the statistics costs: in A, D, the shift W' − W, the codes, and the weighted loss after the solve.
 
-    OMP_NUM_THREADS=1 python tools/bench/statistics.py [--samples 128] [--json FILE]
+    OMP_NUM_THREADS=1 python tools/bench/precision.py [--samples 128] [--json FILE]
 
 The reference VLM (3 bits, importance-weighted, every linear of every layer from the same streams) and synthetic inputs with
 heavy tails: column energies over six decades, one massive activation, a drift of 1 %. Products are emulated on the CPU: factors
