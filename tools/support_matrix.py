@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tools.reference_vlm.model import make_random_checkpoint
+from tools.reference_vlm.families import make_tiny
 from vlmq_export import pipeline
 from vlmq_export.bundled import HELDOUT
 from vlmq_export.errors import VlmqError
@@ -120,7 +120,7 @@ def main(
             done = cache / f"{name}-{label.replace(' ', '-')}.json"
             if not done.is_file():
                 with tempfile.TemporaryDirectory() as scratch:
-                    model = make_random_checkpoint(Path(scratch) / name, name)
+                    model = make_tiny(Path(scratch) / name, name, layers=4, depth=4)
                     found = run_family(model, name, label, Path(scratch) / "out", rows)
                 done.write_text(json.dumps([asdict(c) for c in found]), "utf-8")
             cells += [Cell(**c) for c in json.loads(done.read_text("utf-8"))]
