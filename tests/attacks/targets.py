@@ -36,7 +36,7 @@ class Target:
     file: str
     prepare: Callable[[Path], None]
     read: Callable[[Path], object]
-    cost: int = 1  # as many times fewer inputs in the suite
+    cost: int = 1  # as many times fewer inputs in the suite, and as much more time: transformers builds an empty model
 
     def seed(self, folder: Path) -> bytes:
         if not folder.exists():
