@@ -66,6 +66,13 @@ class ModuleRecord:
             )
         return cls(linear.name, layer, linear.bits, linear.group_size, linear.symmetric, *shape, bias, metrics)
 
+    def packed_bits(self) -> float:
+        """Bits of codes, scales and zero-points once packed; on disk a code takes a byte."""
+        if self.type:
+            return self.out_features * self.in_features * GRIDS[self.type].bits_per_weight
+        groups = 1 if self.group_size == -1 else self.in_features // self.group_size
+        return self.out_features * (self.in_features * self.bits + groups * (16 + self.bits))
+
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype (safetensors' spelling) and shape of each of its tensors."""
         codes = {"codes": ("U8", (self.out_features, self.in_features))}

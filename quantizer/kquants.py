@@ -77,6 +77,13 @@ class BlockGrid:
         """Code that decodes to zero where there is no minimum."""
         return 0 if self.affine else 2 ** (self.bits - 1)
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Packed: codes, integers of the sub-blocks, float16 units."""
+        low, high = self.scale_limits
+        integers = (high - low).bit_length() * (self.block // self.sub_block)
+        return self.bits + (1 + self.affine) * (integers + 16) / self.block
+
     def encode(self, weights: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
         """Nearest codes as float32; the three broadcast. A scale of 0 decodes every code alike: the centre is written."""
         ratio = torch.where(scale == 0, 0.0, (weights + minimum) / torch.where(scale == 0, 1.0, scale))

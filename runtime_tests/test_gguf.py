@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.artifacts import GRIDS, rtn_artifact
 from tools.reference_vlm.model import make_random_checkpoint
+from vlmq_export import pipeline
 from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
 from vlmq_export.errors import MissingRuntime
 from vlmq_export.formats import gguf as gguf_format
@@ -24,7 +25,11 @@ from vlmq_export.formats.gguf.names import text_to_hub
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
 from vlmq_export.formats.gguf.types import TYPES
 from vlmq_export.formats.gguf.writer import Entry, write_container
+from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.calibration import read_rows
+from vlmq_export.quantizer.checkpoint import Checkpoint
+from vlmq_export.quantizer.quantize import quantize
+from vlmq_export.recipe import Recipe
 from vlmq_export.reference import Reference
 
 SETTINGS = CheckSettings(images=3, questions=5, threads=1)
@@ -85,6 +90,45 @@ def test_every_home_passes_every_gate(tag, tmp_path):
     assert (
         row(rows, "linears seen").compared == len(reference.weights.linears) + 30
     )  # 4 blocks of 7, and 2 of the projector
+
+
+def native(folder, mix):
+    """The bundled model rounded to nearest on the block types of a mix, with its reference."""
+    recipe = Recipe(method="rtn", gguf_type=mix, format=["gguf"])
+    checkpoint = Checkpoint(REFERENCE_VLM)
+    config = pipeline.plan_of(recipe, checkpoint, None).model.config
+    quantize(checkpoint, [], config, folder / "artifact", name="tiny-vlm", calibration={})
+    (folder / "gguf").mkdir()
+    gguf_format.write(Artifact(folder / "artifact"), folder / "gguf", FormatOptions())
+    return Reference(folder / "artifact", read_rows(HELDOUT)[:6]), folder / "gguf"
+
+
+SLOW_MIXES = ("Q2_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+
+
+@pytest.mark.parametrize(
+    "mix", ["Q2_K", "Q3_K_L", "Q5_K_M", "Q8_0", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW_MIXES)]
+)
+def test_every_mix_passes_every_gate(mix, tmp_path):
+    reference, folder = native(tmp_path, mix)
+    text, _ = find_files(folder)
+    assert mix in text.name
+    types = {t.type for t in GGUFFile(text).tensors.values()} - {"F32"}
+    assert types == set(Artifact(tmp_path / "artifact").config.types.values())
+    rows = run_check(reference, folder)
+    assert_all_pass(rows)
+    assert row(rows, "weights by llama.cpp").compared == reference.weights.count
+    if mix == "Q2_K":  # one sub-block's scale and minimum, one dmin: caught by decoding, the tensor named
+        for name, byte in (("blk.3.attn_q.weight", 5), ("blk.1.ffn_up.weight", 83)):
+            broken = shutil.copytree(folder, tmp_path / f"broken-{byte}")
+            file, _ = find_files(broken)
+            t = GGUFFile(file).tensors[name]
+            assert t.type == "Q2_K"
+            data = bytearray(file.read_bytes())
+            data[t.offset + 7 * 84 + byte] ^= 0x10
+            file.write_bytes(data)
+            caught = [r for r in run_check(reference, broken) if r.level == "L1" and r.status == "failed"]
+            assert len(caught) == 3 and all(text_to_hub(reference.config)[name] in r.worst for r in caught)
 
 
 @pytest.mark.parametrize(("arch", "tied"), [("qwen2_vl", True), ("qwen2_vl", False), ("qwen2_5_vl", False)])

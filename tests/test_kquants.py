@@ -119,6 +119,11 @@ def test_the_fit_is_no_worse_than_ggmls_own(name, tail):
 
 
 @pytest.mark.parametrize("name", GRIDS)
+def test_bits_per_weight_are_those_of_the_type(name):
+    assert GRIDS[name].bits_per_weight == TYPES[name].bits_per_weight
+
+
+@pytest.mark.parametrize("name", GRIDS)
 def test_weights_on_the_grid_come_back(name):
     """Idempotence: what the type can hold exactly is found again, to the rounding of a refit."""
     weights = random_linear(name, 3, extreme=False).decode()

@@ -43,10 +43,7 @@ def inspect_artifact(path: Path) -> Inspection:
     ]
     weights = sum(r.out_features * r.in_features for r in m.modules)
     # Codes take a byte each on disk; what counts is their width once packed.
-    bits = sum(
-        r.out_features * (r.in_features * r.bits + artifact.config.groups(r.in_features) * (16 + r.bits))
-        for r in m.modules
-    )
+    bits = sum(r.packed_bits() for r in m.modules)
     metadata = {
         "model": m.name, "model_type": m.model_type, "written by": f"vlmq-export {m.version}", "schema": str(m.schema),
         "recipe": json.dumps(m.config), "calibration": json.dumps(m.calibration), "linears": str(len(m.modules)),

@@ -45,7 +45,9 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
             bits += 8 * linear.out_features * TYPES[home].row_bytes(linear.in_features)
     biases = sum(4 * x.out_features for x in model.linears if x.bias)
     size = bits // 8 + biases + _float_bytes(model, options) + _TOKEN_BYTES * _vocabulary(model)
-    return FormatPlan(bits / weights if weights else 0.0, size, list(dict.fromkeys(refusals)), plan_notes(model, homes))
+    return FormatPlan(
+        bits / weights if weights else 0.0, size, list(dict.fromkeys(refusals)), plan_notes(model, homes | config.types)
+    )
 
 
 def _float_bytes(model: ModelPlan, options: FormatOptions) -> int:
