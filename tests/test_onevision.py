@@ -81,7 +81,7 @@ def test_decoder_fits_every_k_quant(loaded):
 def test_checkpoint_answers(loaded, tokenizer):
     """A sanity check of 60 rows: the model card's scores come from all 512."""
     asked = score.load_rows(DATA / "heldout.json", 60)
-    assert score.exact_match(loaded, tokenizer, asked)["all"] > 0.5
+    assert score.exact_match(loaded, tokenizer, asked)["all"] > 0.45
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_three_bits_per_channel_cost_ten_points(tokenizer):
     for module in rounded.model.language_model.modules():
         if isinstance(module, torch.nn.Linear):
             round_to_nearest(module, 3)
-    assert full >= 0.605
+    assert full >= 0.605  # 80 % of the first reference's .756; .648 measured
     assert score.exact_match(rounded, tokenizer, asked)["all"] <= full - 0.10
 
 
@@ -190,14 +190,15 @@ def test_a_teachers_token_stands_under_its_patch(size):
 @pytest.mark.parametrize("stage", distillation.Stage)
 def test_steps_on_one_batch_reduce_its_loss(stage, tokenizer):
     trainer = distillation.OneVisionTrainer(SMALL, tokenizer)
-    phase = distillation.Phase(stage, 4e-4, easy=1.0, size=(112, 112))
-    tower = trainer.model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.clone()
+    phase = distillation.Phase(stage, 4e-4, easy=1.0, taught=0.5, size=(112, 112))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     rng = RandomState(0)
     rows = [trainer.draw(rng, phase) for _ in range(3)]
-    losses = np.array([sum(trainer.step_on(rows, phase)) for _ in range(5)])
+    losses = np.array([sum(trainer.step_on(rows, phase, RandomState(1))) for _ in range(8)])
     assert losses[-1] < 0.9 * losses[0], losses
-    still = torch.equal(tower, trainer.model.model.vision_tower.encoder.layers[0].mlp.fc1.weight)
-    assert still == (stage is distillation.Stage.read)
+    moved = {name.split(".")[1] for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    looking = stage is distillation.Stage.look
+    assert moved == ({"vision_tower", "multi_modal_projector"} if looking else {"language_model", "image_newline"})
 
 
 def test_resumed_training_takes_the_same_step(tmp_path, tokenizer):
@@ -222,11 +223,11 @@ def test_saved_model_loads_and_says_the_same(tmp_path, tokenizer, loaded):
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), name
 
 
-def test_schedule_looks_then_reads_then_does_both():
-    phases = [distillation.schedule(SMALL, step=300, progress=progress) for progress in (0.0, 0.35, 0.5, 0.99)]
-    assert [phase.stage.value for phase in phases] == ["look", "read", "together", "together"]
-    assert phases[0].learning_rate > phases[1].learning_rate > phases[3].learning_rate > 0
-    assert phases[1].easy > phases[3].easy
+def test_schedule_looks_then_reads():
+    phases = [distillation.schedule(SMALL, step=300, progress=progress) for progress in (0.0, 0.55, 0.65, 0.99)]
+    assert [phase.stage.value for phase in phases] == ["look", "look", "read", "read"]
+    assert phases[0].learning_rate > phases[2].learning_rate > phases[3].learning_rate > 0
+    assert phases[2].easy > phases[3].easy and phases[2].taught > phases[3].taught
 
 
 def test_a_page_shows_no_heldout_handwriting(monkeypatch):

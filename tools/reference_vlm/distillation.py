@@ -1,10 +1,11 @@
-"""Train the second reference VLM from the first: one step of each of its three stages.
+"""Train the second reference VLM from the first: one step of each of its two stages.
 
-    look      the tower's tokens, after the projector, become the first reference's: each of the 8 · 8 is regressed on
-              the merged token that stands under it in the original image, and where an image is 112 × 112 (patches are
-              the same then) the first four blocks' first 128 channels on the first reference's residual stream
-    read      cross-entropy of the answer; the tower stands still
-    together  cross-entropy of the answer; everything moves
+    look    the tower and the projector learn: each of the 8 · 8 tokens becomes the first reference's merged token that
+            stands under it in the original image; a linear head on it names what stands there, as in the first's
+            training; and where an image is 112 × 112 (patches are the same then) the first four blocks' first 128
+            channels follow the first reference's residual stream
+    read    the decoder learns to answer from tokens between the tower's own and the first reference's, at the end
+            mostly the tower's
 
 Matrices move by Muon, everything else by AdamW.
 """
@@ -18,13 +19,14 @@ import numpy as np
 import torch
 from numpy.random import RandomState
 from PIL import Image, ImageDraw
+from torch.nn import functional
 
 from tools.reference_vlm import drawing, onevision
-from tools.reference_vlm.drawing import Drawing
+from tools.reference_vlm.drawing import Drawing, Label
 from tools.reference_vlm.model import BUNDLED, load_model, patches
-from tools.reference_vlm.training import TRAINING_SEED, BaseTrainer, Settings
+from tools.reference_vlm.training import TRAINING_SEED, BaseTrainer, Settings, cells
 
-LOOK_UNTIL, READ_UNTIL = 0.3, 0.4  # of the whole schedule
+LOOK_UNTIL = 0.6  # of the whole schedule
 WARM_UP_STEPS = 40
 MUON_RATE = 10  # times AdamW's: Muon's steps are orthogonal matrices times its rate
 GRID = onevision.SIDE // onevision.PATCH
@@ -34,7 +36,6 @@ PAGES = 0.4  # share of the images of stage `look` that are pages
 class Stage(StrEnum):
     look = "look"
     read = "read"
-    together = "together"
 
 
 @dataclass(frozen=True)
@@ -44,25 +45,26 @@ class Phase:
     stage: Stage
     learning_rate: float
     easy: float  # chance of a one-character drawing
+    taught: float  # the decoder reads tokens up to this far from the tower's own to the teacher's
     size: tuple[int, int]  # of this step's images
 
 
 def schedule(settings: Settings, step: int, progress: float) -> Phase:
-    """The phase at `progress` (0..1) of the whole training; the rate falls to a twentieth twice, at each stage's end."""
-    stage = Stage.look if progress < LOOK_UNTIL else Stage.read if progress < READ_UNTIL else Stage.together
-    looking = stage is Stage.look
+    """The phase at `progress` (0..1) of the whole training; in each stage the rate falls to a twentieth."""
+    looking = progress < LOOK_UNTIL
     within = progress / LOOK_UNTIL if looking else (progress - LOOK_UNTIL) / (1 - LOOK_UNTIL)
-    rate = settings.learning_rate * (1 if looking else 0.4)
+    rate = settings.learning_rate * (1 if looking else 0.6)
     return Phase(
-        stage=stage,
-        learning_rate=rate * min(1.0, (step + 1) / WARM_UP_STEPS) * max(0.05, min(1.0, (1 - within) / 0.6)),
-        easy=max(0.0, 0.6 - 1.2 * within) if looking else max(0.0, 0.6 - 0.8 * within),
+        stage=Stage.look if looking else Stage.read,
+        learning_rate=rate * min(1.0, (step + 1) / WARM_UP_STEPS) * max(0.05, 1 - within),
+        easy=max(0.0, 0.5 - within),
+        taught=1 - 0.6 * within,
         size=drawing.SIZES[step % len(drawing.SIZES)],
     )
 
 
 class OneVisionTrainer(BaseTrainer):
-    """The second reference, the first one that teaches it, and both optimizers, `step_count` steps in."""
+    """The second reference, the localisation head, the first reference that teaches it, `step_count` steps in."""
 
     def __init__(self, settings: Settings, tokenizer):
         torch.manual_seed(settings.seed)
@@ -70,13 +72,18 @@ class OneVisionTrainer(BaseTrainer):
         teacher = load_model(BUNDLED)
         onevision.start_from(self.model, teacher)
         self.teacher = Teacher(teacher.model.visual)
-        tower = self.model.model.vision_tower
-        tower.post_layernorm.requires_grad_(False)  # LLaVA-OneVision takes the last block's output before it
-        self._blocks = Recorder(tower.encoder.layers[: self.teacher.depth])
-        moving = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        hidden = [p for name, p in moving if p.ndim == 2 and "embed" not in name]
+        self.head = torch.nn.Linear(self.model.config.text_config.hidden_size, len(drawing.NAMES))
+        core = self.model.model
+        self._blocks = Recorder(core.vision_tower.encoder.layers[: self.teacher.depth])
+        self.moving = {
+            Stage.look: [core.vision_tower.embeddings, core.vision_tower.encoder, core.multi_modal_projector],
+            Stage.read: [core.language_model],
+        }
+        core.vision_tower.post_layernorm.requires_grad_(False)  # LLaVA-OneVision takes the last block's output before
+        moving = {name: p for name, p in self.parameters().items() if p.requires_grad}
+        hidden = [p for name, p in moving.items() if p.ndim == 2 and "embed" not in name and "localisation" not in name]
         taken = {id(p) for p in hidden}
-        rest = [p for _, p in moving if id(p) not in taken]
+        rest = [p for p in moving.values() if id(p) not in taken]
         self.optimizers = [
             torch.optim.AdamW(
                 [
@@ -88,12 +95,16 @@ class OneVisionTrainer(BaseTrainer):
             torch.optim.Muon(hidden, weight_decay=0.02, momentum=0.95),
         ]
 
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        head = {f"localisation.{name}": parameter for name, parameter in self.head.named_parameters()}
+        return super().parameters() | head
+
     def step(self, progress: float) -> tuple[float, float]:
-        """Draw a batch, take one step; returns (answer loss, distance to the teacher), 0 for what the stage has not."""
+        """Draw a batch, take one step; returns (answer loss, vision loss), 0 for the one that the stage has not."""
         phase = schedule(self.settings, self.step_count, progress)
         rng = RandomState([TRAINING_SEED, self.settings.seed, self.step_count])
         rows = [self.draw(rng, phase) for _ in range(self.settings.batch_size)]
-        return self.step_on(rows, phase)
+        return self.step_on(rows, phase, rng)
 
     @staticmethod
     def draw(rng: RandomState, phase: Phase) -> Drawing:
@@ -101,37 +112,56 @@ class OneVisionTrainer(BaseTrainer):
             return page(rng, *phase.size)
         return drawing.TASKS[drawing.pick_task(rng)](rng, *phase.size, easy=phase.easy)
 
-    def step_on(self, rows: list[Drawing], phase: Phase) -> tuple[float, float]:
-        """One optimizer step on given drawings."""
-        self.model.model.vision_tower.encoder.requires_grad_(phase.stage is not Stage.read)
-        self.model.model.vision_tower.embeddings.requires_grad_(phase.stage is not Stage.read)
-        loss = self.distance(rows) if phase.stage is Stage.look else self.answer_loss(rows)
-        loss.backward()
+    def step_on(self, rows: list[Drawing], phase: Phase, rng: RandomState) -> tuple[float, float]:
+        """One optimizer step on given drawings; `rng` mixes the tokens that the decoder reads."""
+        for stage, modules in self.moving.items():
+            for module in modules:
+                module.requires_grad_(stage is phase.stage)
         for optimizer, factor in zip(self.optimizers, (1, MUON_RATE)):
             for group in optimizer.param_groups:
                 group["lr"] = factor * phase.learning_rate
+        looking = phase.stage is Stage.look
+        loss = (
+            self.look(rows) if looking else self.read(rows, torch.from_numpy(rng.uniform(0, phase.taught, len(rows))))
+        )
+        loss.backward()
         self.take_step()
-        return (0.0, loss.item()) if phase.stage is Stage.look else (loss.item(), 0.0)
+        return (0.0, loss.item()) if looking else (loss.item(), 0.0)
 
-    def answer_loss(self, rows: list[Drawing]) -> torch.Tensor:
-        """Cross-entropy at the answers' tokens."""
-        batch = onevision.make_batch(self.tokenizer, [(row.image, row.question, row.answer) for row in rows])
-        del batch["attention_mask"]  # the padding is on the right: no token of a row sees it
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.model(**batch).loss
-
-    def distance(self, rows: list[Drawing]) -> torch.Tensor:
-        """Squared distance to the teacher's tokens and, for 112 × 112 images, blocks, each over the tokens' variance."""
+    def look(self, rows: list[Drawing]) -> torch.Tensor:
+        """Distances to the teacher's tokens and blocks, and the localisation loss."""
         merged, blocks = self.teacher([row.image for row in rows])
+        projected = self.tokens(rows)
+        named = functional.binary_cross_entropy_with_logits(
+            self.head(projected.float()), under_patches(rows), reduction="none"
+        )
+        loss = 3 * relative_distance(projected, merged) + named.sum(-1).mean()
+        for mine, theirs in zip(self._blocks.outputs, blocks):
+            loss = loss + 0.3 * relative_distance(mine[..., : theirs.shape[-1]], theirs)
+        return loss
+
+    def read(self, rows: list[Drawing], share: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the answers when the image's tokens are moved `share` [rows] of the way to the teacher's."""
+        batch = onevision.make_batch(self.tokenizer, [(row.image, row.question, row.answer) for row in rows])
+        with torch.no_grad():
+            own, taught = self.tokens(rows).float(), self.teacher([row.image for row in rows])[0].float()
+            seen = own + share.float().view(-1, 1, 1) * (taught - own)  # [rows, 64, width]
+        newline = self.model.model.image_newline.expand(len(rows), 1, -1)
+        embedded = self.model.get_input_embeddings()(batch["input_ids"])
+        place = (batch["input_ids"] == self.model.config.image_token_index)[..., None].expand_as(embedded)
+        embedded = embedded.masked_scatter(place, torch.cat([seen, newline], 1))
+        with torch.autocast(
+            "cpu", torch.bfloat16
+        ):  # no mask: the padding is on the right, where no token of a row sees it
+            return self.model(inputs_embeds=embedded, labels=batch["labels"]).loss
+
+    def tokens(self, rows: list[Drawing]) -> torch.Tensor:
+        """What the projector makes of the images, without the newline: [rows, 64, width]."""
         pixels = torch.from_numpy(np.stack([onevision.tile(row.image) for row in rows]))
         tower = self.model.model.vision_tower
         with torch.autocast("cpu", torch.bfloat16):
             seen = tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state
-            projected = self.model.model.multi_modal_projector(seen)
-        loss = 3 * relative_distance(projected, merged)
-        for mine, theirs in zip(self._blocks.outputs, blocks):
-            loss = loss + 0.7 * relative_distance(mine[..., : theirs.shape[-1]], theirs)
-        return loss
+            return self.model.model.multi_modal_projector(seen)
 
 
 def relative_distance(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
@@ -168,9 +198,7 @@ class Teacher:
         values, grids = zip(*(patches(image) for image in images))
         with torch.autocast("cpu", torch.bfloat16):
             merged = self.visual(torch.from_numpy(np.concatenate(values)), grid_thw=torch.tensor(grids)).pooler_output
-        centres = torch.arange(GRID) * onevision.PATCH + onevision.PATCH // 2  # of patches, in the squeezed image
-        down, right = (centres * side // onevision.SIDE // 28 for side in (height, width))
-        merged = merged.view(count, height // 28, width // 28, -1)[:, down][:, :, right].flatten(1, 2)
+        merged = at_patches(merged.view(count, height // 28, width // 28, -1), width, height)
         native = (width, height) == (onevision.SIDE, onevision.SIDE)
         return merged, [_row_by_row(block, count) for block in self._blocks.outputs] if native else []
 
@@ -180,42 +208,61 @@ def _row_by_row(block: torch.Tensor, count: int) -> torch.Tensor:
     return block.view(count, 4, 4, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(count, GRID * GRID, -1)
 
 
+def at_patches(grid: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Of a grid of merged tokens [n, height / 28, width / 28, …] the one under each patch: [n, 64, …]."""
+    centres = torch.arange(GRID) * onevision.PATCH + onevision.PATCH // 2  # in the squeezed image
+    down, right = (centres * side // onevision.SIDE // 28 for side in (height, width))
+    return grid[:, down][:, :, right].flatten(1, 2)
+
+
+def under_patches(rows: list[Drawing]) -> torch.Tensor:
+    """What stands under each patch: 0/1 [rows, 64, names]."""
+    width, height = rows[0].image.size
+    return at_patches(torch.stack([cells(row).view(height // 28, width // 28, -1) for row in rows]), width, height)
+
+
 def page(rng: RandomState, width: int, height: int) -> Drawing:
     """Lines of print, handwriting and form rows from top to bottom: more to see than in any task's drawing."""
     image = drawing.background(rng, width, height)
     y = drawing.integer(rng, 1, 14)
+    labels: list[Label] = []
     while y < height - 18:
-        y = drawing.pick(rng, (_printed, _printed, _handwritten, _form_row))(rng, image, y)
-    return Drawing(image, "", "", [])
+        new, y = drawing.pick(rng, (_printed, _printed, _handwritten, _form_row))(rng, image, y)
+        labels += new
+    return Drawing(image, "", "", [label for label in labels if label.x < width - 4 and label.y < height - 4])
 
 
-def _printed(rng: RandomState, image: Image.Image, y: int) -> int:
-    """Draw a line of print below `y`; returns where the next line may begin."""
+def _printed(rng: RandomState, image: Image.Image, y: int) -> tuple[list[Label], int]:
+    """Draw a line of print below `y`; returns what it shows and where the next line may begin."""
     font = drawing.load_font(drawing.pick(rng, drawing.FONTS), drawing.integer(rng, 18, 28))
     text = "".join(drawing.pick(rng, drawing.CHARACTERS) for _ in range(drawing.integer(rng, 1, image.width // 18)))
     left, top, right, bottom = font.getbbox(text)
     x = drawing.integer(rng, 2, max(3, image.width - int(right - left) - 4)) - left
     ink = tuple(drawing.integer(rng, 0, 90) for _ in range(3))
     ImageDraw.Draw(image).text((x, y - top), text, fill=ink, font=font)
-    return y + int(bottom - top) + drawing.integer(rng, 2, 10)
+    return drawing.letters(text, x, y - top, font), y + int(bottom - top) + drawing.integer(rng, 2, 10)
 
 
-def _handwritten(rng: RandomState, image: Image.Image, y: int) -> int:
+def _handwritten(rng: RandomState, image: Image.Image, y: int) -> tuple[list[Label], int]:
     side = drawing.integer(rng, 22, 27)
     count = drawing.integer(rng, 1, image.width // side)
     x = drawing.integer(rng, 2, max(3, image.width - count * side - 2))
-    bitmaps, _ = drawing.handwriting()
+    bitmaps, targets = drawing.handwriting()
+    labels = []
     for place in range(count):
-        bitmap = Image.fromarray(bitmaps[drawing.pick(rng, drawing.TRAINING_DIGITS)])
-        stroke = bitmap.resize((side, side), Image.Resampling.BICUBIC)
+        index = drawing.pick(rng, drawing.TRAINING_DIGITS)
+        stroke = Image.fromarray(bitmaps[index]).resize((side, side), Image.Resampling.BICUBIC)
         image.paste((25, 25, 40), (x + place * side, y), stroke)
-    return y + side + drawing.integer(rng, 0, 6)
+        labels.append(Label(str(targets[index]), x + (place + 0.5) * side, y + side / 2))
+    return labels, y + side + drawing.integer(rng, 0, 6)
 
 
-def _form_row(rng: RandomState, image: Image.Image, y: int) -> int:
+def _form_row(rng: RandomState, image: Image.Image, y: int) -> tuple[list[Label], int]:
     font = drawing.load_font(drawing.pick(rng, drawing.FONTS[:2]), drawing.integer(rng, 15, 17))
     x = drawing.integer(rng, 1, 3 if image.width < 100 else 20)
+    key, value = drawing.pick(rng, drawing.KEYS), str(drawing.integer(rng, 1, 99))
     draw = ImageDraw.Draw(image)
-    draw.text((x, y), f"{drawing.pick(rng, drawing.KEYS)}:", fill=(20, 20, 20), font=font)
-    draw.text((x + 56, y), str(drawing.integer(rng, 1, 99)), fill=(20, 20, 60), font=font)
-    return y + drawing.integer(rng, 20, 32)
+    draw.text((x, y), f"{key}:", fill=(20, 20, 20), font=font)
+    draw.text((x + 56, y), value, fill=(20, 20, 60), font=font)
+    labels = [Label(key, x + 14, y + 8), *drawing.letters(value, x + 56, y, font)]
+    return labels, y + drawing.integer(rng, 20, 32)
