@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -63,6 +64,10 @@ def _decoded(folder: Path, rows: Sequence[Row], seq_len: int, workers: int | Non
     try:
         for sample, error in pool.map(_work, rows, [seq_len] * len(rows), chunksize=4):
             yield (None if sample is None else _mapped(sample, np.ndarray, torch.from_numpy)), error
+    except BrokenProcessPool:
+        raise CalibrationError(
+            "a process that decodes images was killed, most likely for its memory; free some, or take smaller images"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -1,5 +1,6 @@
 """Samples from rows: in worker processes as in this one, every bad image named at once; and the time that is left."""
 
+import multiprocessing
 import random
 from dataclasses import replace
 from itertools import accumulate
@@ -82,3 +83,12 @@ def test_time_left_is_right_within_a_fifth_after_two_layers(seed):
 def test_layers_that_were_only_walked_do_not_count_for_long():
     stamps = list(accumulate([1.0] * 20 + [60.0] * 5, initial=0.0))
     assert time_left(stamps, 36) == pytest.approx(11 * 60, rel=0.3)
+
+
+def test_a_killed_worker_is_one_line(rows):
+    def kill(_done: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(CalibrationError, match="was killed, most likely for its memory"):
+        read_samples(bundled.REFERENCE_VLM, rows * 4, 512, workers=2, progress=kill)
