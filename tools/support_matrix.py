@@ -88,7 +88,7 @@ def _cell(family: str, grid: str, name: str, parity: Parity) -> Cell:
 
 
 def _described(check: Check) -> str:
-    return f"{check.level} {check.name} {check.status} ({check.value} over {check.gate})"
+    return f"{check.level} {check.name} {check.status} ({check.value:.2g} over {check.gate:.2g})"
 
 
 def table(cells: list[Cell]) -> str:
