@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -88,7 +88,7 @@ def check_shapes(linears: Iterable[Shape], config: QuantConfig) -> None:
 
 def quantize(
     checkpoint: Checkpoint,
-    samples: Sequence[Sample],
+    samples: list[Sample],
     config: QuantConfig,
     folder: Path,
     *,
@@ -98,6 +98,7 @@ def quantize(
     resume: bool = False,
     place: Place = "device",
     ranks: Ranks = ALONE,
+    drop_images: bool = False,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
@@ -106,6 +107,7 @@ def quantize(
     `calibration` is what the manifest says of the samples. With `resume`, layers that are on disk are not solved again
     and the folder ends with the bytes of a run that was never stopped (same device, number of threads and of ranks). Of
     several ranks each is given all samples and walks its share; the first writes, the others need to read what it wrote.
+    `drop_images` takes the pixels out of the list `samples` once the first pass has seen them: often more than the activations.
 
     Raises UsageError, CheckpointError and CalibrationError before heavy work where it can; ArtifactError when the folder
     belongs to another run; Interrupted after a layer was published and `should_stop()` is true.
@@ -152,6 +154,8 @@ def quantize(
                     _start_from(prefix, outer, batches, samples, family, shelf, ranks)
                 lost = ranks.count(sum(batch.drop_non_finite() for batch in batches))
                 refuse_many_lost(lost, len(samples))
+            if drop_images:
+                samples[:] = [replace(sample, pixel_values=None) for sample in samples]
             give_back()
         for i in range(count):
             progress("quantize", i, count)

@@ -122,7 +122,7 @@ def _quantize(
     quantize(
         checkpoint, samples, result.plan.model.config, result.out / "artifact", name=result.plan.model.name,
         calibration=described, device=recipe.device.value, resume=resume, place=memory.place, ranks=ranks,
-        progress=hooks.progress, should_stop=hooks.should_stop,
+        drop_images=True, progress=hooks.progress, should_stop=hooks.should_stop,
     )  # fmt: skip
 
 

@@ -78,8 +78,18 @@ def shapes_of(model: ModelPlan) -> Shapes:
         layers=layers, hidden=model.linears[0].in_features, heads=heads if isinstance(heads, int) else 1,
         linears=tuple((x.out_features, x.in_features) for x in model.linears[: len(model.linears) // layers]),
         groups=tuple(len(group) for group in family.groups), prefix=sum(t.numel for t in kept),
+        pixels=_pixels(model.source_config),
         weights=sum(x.out_features * x.in_features for x in model.linears) + sum(t.numel for t in model.floats),
     )  # fmt: skip
+
+
+def _pixels(config: dict) -> int:
+    """Numbers that the vision tower is given for a token: the patches that are merged into it, each in all its frames."""
+    vision = config.get("vision_config", {})
+    patch, frames = vision.get("patch_size", 14), vision.get("temporal_patch_size", 1)
+    side = patch[0] if isinstance(patch, list) else patch
+    merged = vision.get("spatial_merge_size", round(1 / config.get("downsample_ratio", 1)))
+    return 3 * frames * (side * merged) ** 2
 
 
 def plan_memory(
