@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from vlmq_export.errors import CheckpointError
-from vlmq_export.quantizer import kquants, solver
+from vlmq_export.quantizer import kquants, ranges, refine, solver
 from vlmq_export.quantizer.artifact import ModuleRecord
 from vlmq_export.quantizer.checkpoint import DTYPES
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
-from vlmq_export.quantizer.grids import grid_for
+from vlmq_export.quantizer.grids import Affine, grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gradients, token_factors
 from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.methods import Method, method_named
@@ -95,11 +95,13 @@ def collect(
     walk: LayerWalk, stage: int, shared: list[list[str]], factors: dict[str, list[torch.Tensor]], method: Method
 ) -> list[Statistics]:
     """Statistics of one group's input, a set for each list of linears that also share their token weights."""
-    module, drift = walk.layer.get_submodule(shared[0][0]), method.drift != "plain"
-    sums = [Statistics.empty(module.in_features, drift=drift, device=module.weight.device) for _ in shared]
+    module, drift, modal = walk.layer.get_submodule(shared[0][0]), method.drift != "plain", method.ranges == "modality"
+    device = module.weight.device
+    sums = [Statistics.empty(module.in_features, drift=drift, device=device, modal=modal) for _ in shared]
     for i, (x, x_full) in enumerate(walk.inputs(stage)):
+        image = walk.batches[i].tokens(walk.batches[i].image) if modal else None
         for names, part in zip(shared, sums):
-            part.add(x, x_full if drift else None, factors[names[0]][i] if names[0] in factors else None)
+            part.add(x, x_full if drift else None, factors[names[0]][i] if names[0] in factors else None, image)
     return sums
 
 
@@ -134,22 +136,36 @@ def _solve_alike(
         order = "gar" if kind and config.act_order != "off" else config.act_order  # a block's columns stay together
         hessian = solver.prepare(sums.hessian, sums.diagonal, group=group, act_order=order, damp=config.damp)
         alpha = config.alpha if method.alpha is None else method.alpha
-        aim, columns = weights, None
+        grid = kquants.GRIDS[kind] if kind else grid_for(config, weights.shape[1])
+        aim, columns, own, fit = weights, None, None, None
         if sums.drift is not None and not hessian.fallback:
             target = solver.exact_target(weights, hessian, sums.drift, 1.0)
             if method.drift == "columns":
                 columns = solver.column_term(hessian, sums.drift, alpha)
+                own = solver.own_term(hessian, sums.drift, alpha) if method.own else None
             else:
                 aim = target if alpha == 1 else solver.exact_target(weights, hessian, sums.drift, alpha)
         if kind:
-            solution = solver.solve_blocks(aim, hessian, kquants.GRIDS[kind], block=config.block_size, columns=columns)
+            solution = solver.solve_blocks(aim, hessian, grid, block=config.block_size, columns=columns, own=own)
         else:
+            if method.ranges == "modality":
+                sizes = [layer.get_submodule(name).out_features for name in names]
+                fit, mixes = _modality_fit(weights, sizes, sums, grid, group)
+                common["mix"] = mixes
             solution = solver.solve(
-                aim, hessian, grid_for(config, weights.shape[1]), group=group, act_order=order, block=config.block_size,
+                aim,
+                hessian,
+                grid,
+                group=group,
+                act_order=order,
+                block=config.block_size,
                 columns=columns,
-            )  # fmt: skip
+                own=own,
+                fit=fit,
+            )
+        solution = refine.descend(solution, aim, hessian, grid, sweeps=method.sweeps, refit=method.refit)
         matrix = sums.hessian
-        common = {
+        common |= {
             "damp": hessian.damp, "fallback": hessian.fallback, "dead_columns": int(hessian.dead.sum()),
             "tokens": sums.tokens, "effective_tokens": round(sums.effective_tokens, 1),
         }  # fmt: skip
@@ -163,6 +179,15 @@ def _solve_alike(
         solved.append((_linear(layer, prefix, name, part, config), metrics))
         start = stop
     return solved
+
+
+def _modality_fit(
+    weights: torch.Tensor, sizes: Sequence[int], sums: Statistics, grid: Affine, group: int
+) -> tuple[solver.Fit, list[float]]:
+    """VLM-PTQ's range search, each linear of the stack under its own μ."""
+    mixes = [ranges.best_mix(part, sums, grid, group) for part in weights.split(sizes)]
+    importance = torch.cat([ranges.mixed(sums, m)[:, None].expand(-1, n) for m, n in zip(mixes, sizes)], 1)  # [in, out]
+    return (lambda part, columns: ranges.search(grid, part, importance[columns])), mixes
 
 
 def _nearest(weights: torch.Tensor, kind: str, config: QuantConfig) -> solver.Solution | solver.BlockSolution:

@@ -19,6 +19,7 @@ from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.shelf import Shelf
 
 BATCH_TOKENS = 4096
+HELD_OUT = 8  # every n-th sample, by length, is what a method may judge its choices on
 
 
 class Batch:
@@ -36,6 +37,10 @@ class Batch:
         vision: torch.Tensor | None = None,  # bool [samples, tokens], of what is in `added`
         added: Sequence[torch.Tensor] = (),  # [vision tokens, hidden] each, for the next layers' outputs
         shelf: Shelf | None = None,
+        *,
+        image: torch.Tensor | None = None,  # bool [samples, tokens], as Sample.vision
+        answer: torch.Tensor | None = None,  # bool [samples, tokens], as Sample.answer
+        held: torch.Tensor | None = None,  # bool [samples]: kept out of the statistics where a method chooses by them
     ):
         self._shelf = shelf or Shelf(quantized.device)
         self._quantized = self._shelf.put(quantized)
@@ -43,6 +48,7 @@ class Batch:
         self._kwargs = self._shelf.put(kwargs)
         self._added = [self._shelf.put(features) for features in added]
         self.valid, self.vision = valid, vision
+        self.image, self.answer, self.held = image, answer, held
 
     @property
     def quantized(self) -> torch.Tensor:
@@ -134,9 +140,11 @@ def decoder_inputs(
         caught.append((hidden, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
         raise Stop
 
+    groups = list(_equal_lengths(samples))
+    places = torch.arange(len(samples)).split([len(group) for group in groups])
     batches = []
     with before(first_layer, catch), before(model.model.language_model, lambda _args, kwargs: given.update(kwargs)):
-        for group in ranks.share(list(_equal_lengths(samples))):
+        for group, place in zip(ranks.share(groups), ranks.share(places)):
             try:
                 model.model(**_stack(group, device), use_cache=False)
             except Stop:
@@ -145,7 +153,11 @@ def decoder_inputs(
             mask, features = (given.get(name) for name in added) if added else (None, None)
             given.clear()
             streams = (hidden, hidden if two_streams else None)
-            batches.append(Batch(*streams, kwargs, valid, mask, features or (), shelf))
+            image, answer = (torch.stack([getattr(s, k) for s in group]).to(device) for k in ("vision", "answer"))
+            held = (place % HELD_OUT == HELD_OUT - 1).to(device)
+            batches.append(
+                Batch(*streams, kwargs, valid, mask, features or (), shelf, image=image, answer=answer, held=held)
+            )
     return batches
 
 

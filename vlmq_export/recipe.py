@@ -31,6 +31,7 @@ class Method(StrEnum):
     vlmq = "vlmq"
     vlmq_l2 = "vlmq-l2"
     vlmq_gptq = "vlmq-gptq"
+    vlm_ptq = "vlm-ptq"
 
 
 class ActOrder(StrEnum):
