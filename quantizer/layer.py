@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -14,11 +14,13 @@ from vlmq_export.quantizer.artifact import ModuleRecord
 from vlmq_export.quantizer.checkpoint import DTYPES
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
+from vlmq_export.quantizer.families import Family
 from vlmq_export.quantizer.grids import Affine, grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gradients, token_factors
 from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.model import tensor_cores
+from vlmq_export.quantizer.scaling import scaled_layer
 from vlmq_export.quantizer.statistics import Statistics
 from vlmq_export.quantizer.walk import LayerWalk
 
@@ -56,6 +58,37 @@ def quantize_layer(
         for name, (linear, _) in zip(group, solved[-len(group) :]):
             walk.put(name, linear)
     return solved
+
+
+def scale_layer(
+    walk: LayerWalk,
+    prefix: str,
+    family: Family,
+    config: QuantConfig,
+    ratios: tuple[float, float] | None,
+    stored: Callable[[str, torch.Tensor], torch.Tensor],  # of a hub name
+    ranks: Ranks = ALONE,
+) -> tuple[list[Solved], dict[str, torch.Tensor]]:
+    """Round a layer's linears to nearest after AWQ's or MBQ's scaling: they, and the norms that ship in place of the source's.
+
+    The layer keeps its source weights: these methods calibrate on the full-precision stream.
+    """
+
+    def grid_of(columns: int) -> tuple[Affine, int]:
+        return grid_for(config, columns), config.group_columns(columns)
+
+    scaled = scaled_layer(
+        walk, family.groups, grid_of, ratios=ratios, stored=lambda name, value: stored(prefix + name, value),
+        norms=family.norms, ranks=ranks,
+    )  # fmt: skip
+    solved = []
+    for name, weights in scaled.weights.items():
+        solution = _nearest(weights, "", config)
+        metrics = {"weight_error": _ratio(solution.decode() - weights, weights)}
+        if name in scaled.powers:
+            metrics["power"] = scaled.powers[name]
+        solved.append((_linear(prefix, name, scaled.biases.get(name), solution, config), metrics))
+    return solved, {prefix + name: value for name, value in scaled.norms.items()}
 
 
 def exchanged(solved: Solved | None, ranks: Ranks, owner: int) -> Solved:
@@ -176,7 +209,7 @@ def _solve_alike(
         metrics = {"weight_error": _ratio(part.decode() - weights[start:stop], weights[start:stop]), **common}
         if matrix is not None:
             metrics |= _losses(part.decode(), target[start:stop], matrix)
-        solved.append((_linear(layer, prefix, name, part, config), metrics))
+        solved.append((_linear(prefix, name, layer.get_submodule(name).bias, part, config), metrics))
         start = stop
     return solved
 
@@ -210,9 +243,12 @@ def _ratio(difference: torch.Tensor, whole: torch.Tensor) -> float:
 
 
 def _linear(
-    layer: nn.Module, prefix: str, name: str, part: solver.Solution | solver.BlockSolution, config: QuantConfig
+    prefix: str,
+    name: str,
+    bias: torch.Tensor | None,
+    part: solver.Solution | solver.BlockSolution,
+    config: QuantConfig,
 ) -> Linear:
-    bias = layer.get_submodule(name).bias
     bias = None if bias is None else bias.detach().half()
     if bias is not None and not bool(torch.isfinite(bias).all()):
         raise CheckpointError(f"{prefix}{name}.bias exceeds float16's range, which every runtime format stores it in")

@@ -201,7 +201,7 @@ def solve(
     """
     if hessian.fallback:
         return round_to_nearest(target, grid, group=group)
-    order, (out_features, in_features) = hessian.order, target.shape
+    order, in_features = hessian.order, target.shape[1]
     target = target.float()
     if bool(hessian.dead.any()):
         target = target.masked_fill(hessian.dead, 0)

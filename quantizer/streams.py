@@ -40,6 +40,7 @@ class Batch:
         *,
         image: torch.Tensor | None = None,  # bool [samples, tokens], as Sample.vision
         answer: torch.Tensor | None = None,  # bool [samples, tokens], as Sample.answer
+        ids: torch.Tensor | None = None,  # int64 [samples, tokens], as Sample.input_ids
         held: torch.Tensor | None = None,  # bool [samples]: kept out of the statistics where a method chooses by them
     ):
         self._shelf = shelf or Shelf(quantized.device)
@@ -48,7 +49,7 @@ class Batch:
         self._kwargs = self._shelf.put(kwargs)
         self._added = [self._shelf.put(features) for features in added]
         self.valid, self.vision = valid, vision
-        self.image, self.answer, self.held = image, answer, held
+        self.image, self.answer, self.ids, self.held = image, answer, ids, held
 
     @property
     def quantized(self) -> torch.Tensor:
@@ -77,8 +78,8 @@ class Batch:
     def pass_layer(self, quantized: torch.Tensor, full: torch.Tensor | None) -> None:
         """Take a layer's outputs, adding what the model adds to its image tokens after that layer (DeepStack)."""
         if self._added:
-            features = self._added.pop(0).get()
-            quantized, full = (x if x is None else _add(x, self.vision, features) for x in (quantized, full))
+            quantized, full = (x if x is None else add(x, self) for x in (quantized, full))
+            self._added.pop(0)
         self.quantized, self.full = quantized, full
 
     def aside(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -99,9 +100,12 @@ class Batch:
         return activations[self.valid].flatten(0, 1)
 
 
-def _add(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+def add(hidden: torch.Tensor, batch: Batch, ahead: int = 0) -> torch.Tensor:
+    """A layer's output with what the model adds after it; `ahead` layers further on than the batch is."""
+    if ahead >= len(added := batch.added):
+        return hidden
     hidden = hidden.clone()
-    hidden[mask] += features
+    hidden[batch.vision] += added[ahead]
     return hidden
 
 
@@ -153,11 +157,10 @@ def decoder_inputs(
             mask, features = (given.get(name) for name in added) if added else (None, None)
             given.clear()
             streams = (hidden, hidden if two_streams else None)
-            image, answer = (torch.stack([getattr(s, k) for s in group]).to(device) for k in ("vision", "answer"))
+            marks = (("image", "vision"), ("answer", "answer"), ("ids", "input_ids"))
+            marks = {name: torch.stack([getattr(s, field) for s in group]).to(device) for name, field in marks}
             held = (place % HELD_OUT == HELD_OUT - 1).to(device)
-            batches.append(
-                Batch(*streams, kwargs, valid, mask, features or (), shelf, image=image, answer=answer, held=held)
-            )
+            batches.append(Batch(*streams, kwargs, valid, mask, features or (), shelf, held=held, **marks))
     return batches
 
 

@@ -32,6 +32,8 @@ class Method(StrEnum):
     vlmq_l2 = "vlmq-l2"
     vlmq_gptq = "vlmq-gptq"
     vlm_ptq = "vlm-ptq"
+    awq = "awq"
+    mbq = "mbq"
 
 
 class ActOrder(StrEnum):
