@@ -70,6 +70,23 @@ def token_factors(gradient: torch.Tensor, norm: str) -> torch.Tensor:
     return gradient.abs().mean(-1) if norm == "l1" else gradient.norm(dim=-1)
 
 
+def floored(factors: Iterable[torch.Tensor], least: float, ranks: Ranks = ALONE) -> list[torch.Tensor]:
+    """Normalized factors with as much of a constant mixed in, g² ← (g² + ε)/(1 + ε), as leaves `least` effective tokens.
+
+    N = (Σg²)²/Σg⁴ (D5). Over n tokens with mean(g²) = 1 and mean(g⁴) = m it becomes n·(1 + ε)²/(m + 2ε + ε²).
+    """
+    factors = list(factors)
+    count, fourth = ranks.total(
+        sum(g.numel() for g in factors), sum(float(g.double().square().square().sum()) for g in factors)
+    )
+    least = min(least, count / 2)
+    if not count or count**2 / fourth >= least:
+        return factors
+    # with y = (1 + ε)²: n·y/(y + m − 1) = least
+    epsilon = (least * (fourth / count - 1) / (count - least)) ** 0.5 - 1
+    return [((g.double().square() + epsilon) / (1 + epsilon)).sqrt().float() for g in factors]
+
+
 def normalized(factors: Iterable[torch.Tensor], ranks: Ranks = ALONE) -> list[torch.Tensor]:
     """The factors of one projection over all samples of all ranks, scaled to mean(g²) = 1 (D1); all ones if the largest is 0 (D3).
 

@@ -11,14 +11,16 @@ be stored, where that lowers the loss (methods.md §5.2). Everything here is tra
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from vlmq_export.quantizer.grids import Affine
-from vlmq_export.quantizer.solver import BlockSolution, Hessian, Solution
+from vlmq_export.quantizer.solver import BlockSolution, Fit, Hessian, Solution
 
 _LEAF = 64  # columns between two matrix products
+_ROWS = 4096  # of the weights that are tried on all ranges at once
 
 
 def descend(
@@ -33,13 +35,38 @@ def descend(
     """The solution after at most `sweeps` of coordinate descent; as it was where the Hessian could not be factorized."""
     if hessian.fallback or not sweeps:
         return solution
-    state = _State(solution, target.float().masked_fill(hessian.dead, 0), damped(hessian), grid)
+    state = Descent(solution, target.float().masked_fill(hessian.dead, 0), damped(hessian), grid)
     for sweep in range(sweeps):
         if refit and sweep and state.affine:
             state.refit()
         if not state.sweep():
             break
     return state.solution()
+
+
+def best_range(
+    solve: Callable[[torch.Tensor, Fit], Solution],
+    target: torch.Tensor,  # float32 [out, in]
+    hessian: Hessian,
+    grid: Affine,
+    shares: Sequence[float],
+) -> Solution:
+    """`solve(target, fit)` with each row's ranges a share of min-max: that share whose solution errs least under A.
+
+    Judged after the loop, which makes up for what a range clips: the error before it misleads (methods.md §5.4). All
+    shares are solved at once, as rows.
+    """
+    kept = []
+    for part in target.split(_ROWS):
+        rows = len(part)
+        share = torch.tensor(shares, device=target.device).repeat_interleave(rows)
+        many = part.repeat(len(shares), 1)
+        tried = solve(many, lambda weights, _columns, share=share: grid.fit(weights * share, dim=0))
+        error = tried.decode() - many.masked_fill(hessian.dead, 0)
+        best = ((error @ hessian.matrix) * error).sum(1).view(len(shares), rows).argmin(0)
+        chosen = best * rows + torch.arange(rows, device=target.device)
+        kept.append((tried.codes[chosen], tried.scales[chosen], tried.zero_points[chosen]))
+    return Solution(*(torch.cat(parts) for parts in zip(*kept)), tried.g_idx)
 
 
 def damped(hessian: Hessian) -> torch.Tensor:
@@ -51,7 +78,7 @@ def damped(hessian: Hessian) -> torch.Tensor:
     return matrix
 
 
-class _State:
+class Descent:
     def __init__(self, solution, target: torch.Tensor, matrix: torch.Tensor, grid: Affine | None):
         self.held, self.matrix, self.affine = solution, matrix, isinstance(solution, Solution)
         self.grid = grid if self.affine else solution.grid

@@ -159,12 +159,14 @@ def own_term(hessian: Hessian, drift: torch.Tensor, alpha: float) -> torch.Tenso
 
 def exact_target(weights: torch.Tensor, hessian: Hessian, drift: torch.Tensor, alpha: float) -> torch.Tensor:
     """W' = W + α·W·D·(A+λI)⁻¹, float32 [out, in], original order. Damping leans toward W, not toward zero."""
-    shift = (weights @ drift)[:, hessian.order]
-    shift = _times_inverse(shift, hessian.factor.T, upper=False).div_(hessian.pivots)
+    return weights + alpha * regression(weights @ drift, hessian)
+
+
+def regression(products: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+    """products·(A+λI)⁻¹, float32 [out, in], original order."""
+    shift = _times_inverse(products[:, hessian.order], hessian.factor.T, upper=False).div_(hessian.pivots)
     shift = _times_inverse(shift, hessian.factor, upper=True)
-    target = weights.clone()
-    target[:, hessian.order] += alpha * shift
-    return target
+    return shift[:, hessian.order.argsort()]
 
 
 def _times_inverse(matrix: torch.Tensor, triangle: torch.Tensor, *, upper: bool) -> torch.Tensor:

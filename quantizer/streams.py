@@ -159,7 +159,7 @@ def decoder_inputs(
             streams = (hidden, hidden if two_streams else None)
             marks = (("image", "vision"), ("answer", "answer"), ("ids", "input_ids"))
             marks = {name: torch.stack([getattr(s, field) for s in group]).to(device) for name, field in marks}
-            held = (place % HELD_OUT == HELD_OUT - 1).to(device)
+            held = (place % HELD_OUT == HELD_OUT // 2).to(device)
             batches.append(Batch(*streams, kwargs, valid, mask, features or (), shelf, held=held, **marks))
     return batches
 

@@ -213,7 +213,7 @@ def test_groups_see_what_the_groups_before_them_did(walk, samples):
 
     def spy(steps, stage, shared, *args):
         sums = collect(steps, stage, shared, *args)
-        seen[shared[0][0]] = sums[0]
+        seen[shared[0][0]], _ = sums[0]
         return list(sums)
 
     collect = module.collect

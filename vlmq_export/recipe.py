@@ -34,6 +34,8 @@ class Method(StrEnum):
     vlm_ptq = "vlm-ptq"
     awq = "awq"
     mbq = "mbq"
+    exact = "exact"
+    auto = "auto"
 
 
 class ActOrder(StrEnum):
