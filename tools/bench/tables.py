@@ -7,15 +7,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-DIGITS = {
-    "kl": ".1e",
-    "kl_text": ".1e",
-    "agreement": ".3f",
-    "exact": ".3f",
-    "bits": ".2f",
-    "user": ".0f",
-    "wall": ".0f",
-}
+# How a field is written: its factor and digits. KL is told in thousandths of a nat.
+FORMATS = {"kl": (1e3, ".2g"), "kl_text": (1e3, ".2g"), "bits": (1, ".2f"), "user": (1, ".0f"), "wall": (1, ".0f")}
 
 
 def table(cells: Sequence[dict], rows: str, columns: str, field: str, order: Sequence[str] = ()) -> str:
