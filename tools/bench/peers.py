@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vlmq_export.formats.gptq.read import GptqFolder
+from vlmq_export.formats.gptq.read import GptqFolder, unpack
 from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.quantizer.families import family_of
 from vlmq_export.quantizer.untrusted import read_json
@@ -108,7 +108,7 @@ def _compressed_tensors(folder: Path, config: dict) -> tuple[Weights, float]:
         for name, value in tensors.items():
             module, _, leaf = name.rpartition(".")
             if leaf == "weight_packed":
-                one = {p: tensors.get(f"{module}.{p}") for p in (*parts, "weight_shape", "weight_g_idx")}
+                one = {p: tensors[f"{module}.{p}"] for p in (*parts, "weight_shape")}
                 yield family.hub_name(f"{module}.weight"), decode_packed(one, bits)
             elif module not in packed or leaf == "bias":
                 yield family.hub_name(name), value.float().numpy()
@@ -116,18 +116,17 @@ def _compressed_tensors(folder: Path, config: dict) -> tuple[Weights, float]:
     return decoded(), size / count
 
 
-def decode_packed(parts: dict[str, torch.Tensor | None], bits: int) -> np.ndarray:
-    """float32 [out, in] of one linear: 32 // bits values a word, lowest bits first, each row padded to whole words."""
+def decode_packed(parts: dict[str, torch.Tensor], bits: int) -> np.ndarray:
+    """float32 [out, in] of one linear: the bits of a row are one stream, those of the zero-points one along the outputs."""
     rows, columns = parts["weight_shape"].tolist()
-    scales = parts["weight_scale"].float()  # [out, groups]
-    codes = _unpacked(parts["weight_packed"], bits)[:, :columns]
-    zeros = _unpacked(parts["weight_zero_point"].T.contiguous(), bits).T[:rows]  # packed along the outputs
-    g_idx = parts.get("weight_g_idx")
-    groups = torch.arange(columns) // (columns // scales.shape[1]) if g_idx is None else g_idx.long()
-    return ((codes - zeros[:, groups]).float() * scales[:, groups]).numpy()
+    scales = parts["weight_scale"].float().numpy()  # [out, groups]
+    codes = _stream(parts["weight_packed"].numpy().T, bits).T[:, :columns]
+    zeros = _stream(parts["weight_zero_point"].numpy(), bits)[:rows]
+    group = np.arange(columns) // (columns // scales.shape[1])
+    return (codes - zeros[:, group]).astype(np.float32) * scales[:, group]
 
 
-def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [rows, words] → [rows, words · (32 // bits)]."""
-    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
-    return ((words[:, :, None] >> shifts) & (2**bits - 1)).flatten(1)
+def _stream(words: np.ndarray, bits: int) -> np.ndarray:
+    """The values of each column, and whatever fills its last words."""
+    padding = np.zeros((-len(words) % bits, words.shape[1]), np.int32)
+    return unpack(np.concatenate([words, padding]), bits).astype(np.int16)
