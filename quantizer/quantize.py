@@ -44,6 +44,7 @@ from vlmq_export.quantizer.layer import quantize_layer
 from vlmq_export.quantizer.memory import give_back, peak_host
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
+from vlmq_export.quantizer.rotation import rotate_inner, rotated
 from vlmq_export.quantizer.shelf import Place, Shelf
 from vlmq_export.quantizer.solver import nearest_in_blocks
 from vlmq_export.quantizer.streams import Batch, decoder_inputs, put
@@ -112,6 +113,7 @@ def quantize(
     """
     progress = progress or (lambda *_: None)
     should_stop = should_stop or (lambda: False)
+    checkpoint = rotated(checkpoint, config.rotate, config.seed)
     method, family, target = method_named(config.method), family_of(checkpoint.config), pick_device(device)
     count = layer_count(checkpoint.config)
     check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
@@ -121,6 +123,8 @@ def quantize(
     clock.tokens = sum(len(sample.input_ids) for sample in samples)
     with clock("load"):
         model = StreamedModel(checkpoint, target)
+        if config.rotate == "online":
+            rotate_inner([model.layer(i) for i in range(count)], checkpoint.inner_rotation())
     done = 0
     if ranks.first:
         done = _claim(
