@@ -2,6 +2,7 @@
 
     python -m tools.bench.quality --calibration SET0 --calibration SET1 --out docs/quality
     python -m tools.bench.quality --quick                       # 64 samples, 64 rows, two grids
+    python -m tools.bench.quality --grids W4A4KV8 --rotate off,folded,online --methods rtn,gptq,gptaq,vlmq --samples 128
 
 Held-out rows are scored by one piece of code (scoring.py), whatever wrote the weights: KL to full precision at answer tokens
 and at all text tokens, top-1 agreement, exact match over all rows and by task. Every cell has a file in --cache, and OUT.json
@@ -20,6 +21,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,7 @@ import typer
 from rich.console import Console
 
 from tools.bench import peers
+from tools.bench.activations import attach
 from tools.bench.scoring import Scorer, load_model
 from tools.bench.tables import fill, table
 from tools.reference_vlm import onevision
@@ -36,10 +39,12 @@ from vlmq_export.quantizer.calibration import Preprocessor, read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.quantize import quantize
+from vlmq_export.quantizer.rotation import ROTATIONS, RotatedCheckpoint
 from vlmq_export.reference import Weights
 
 REFERENCES = {"qwen2_5_vl": REFERENCE_VLM, "llava_onevision": onevision.FOLDER}
 GRIDS = {"W4 g128": (4, 128), "W3": (3, -1), "W3 g128": (3, 128), "W2 g128": (2, 128), "W2": (2, -1)}
+ACTIVATIONS = "W4A4KV8"  # 4-bit weights per channel, and activations.py
 OURS = ("rtn", "gptq", "gptaq", "vlmq", "vlmq-l2", "vlmq-gptq")
 PEERS = ("GPTQModel GPTQ", "GPTQModel GPTAQ")
 FIELDS = ("kl", "kl_text", "agreement", "exact", "bits", "user")
@@ -57,9 +62,19 @@ class Cell:
     seed: int = 0
     reference: str = "qwen2_5_vl"
     rows: int = 512
+    rotate: str = "off"  # off | folded | online
 
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        values = {k: v for k, v in asdict(self).items() if (k, v) != ("rotate", "off")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def bits(self) -> int:
+        return (GRIDS | {ACTIVATIONS: (4, -1)})[self.grid][0]
+
+    @property
+    def group(self) -> int:
+        return (GRIDS | {ACTIVATIONS: (4, -1)})[self.grid][1]
 
     @classmethod
     def of(cls, result: dict) -> Cell:
@@ -81,19 +96,24 @@ class Bench:
         samples = [self.preprocessor.sample(r) for r in read_rows(calibration)[: cell.samples]]
         start, cpu = time.perf_counter(), os.times()
         if cell.method in peers.PEERS:
-            weights, bits = peers.quantize(cell.method, self.folder, calibration, samples, *GRIDS[cell.grid], folder)
+            weights, bits = peers.quantize(
+                cell.method, self.folder, calibration, samples, cell.bits, cell.group, folder
+            )
         else:
             weights, bits = ours(cell, self.folder, samples, folder)
         now = os.times()
         spent = sum(now[i] - cpu[i] for i in (0, 2))  # user seconds, this process and its children
         result = asdict(cell) | {"bits": bits, "wall": time.perf_counter() - start, "user": spent}
-        return result | asdict(self.scorer.score(load_model(self.folder, weights)))
+        model = load_model(self.folder if cell.rotate == "off" else folder / "source", weights)
+        if cell.grid == ACTIVATIONS:
+            online = RotatedCheckpoint(self.folder, cell.seed, online=True) if cell.rotate == "online" else None
+            attach(model, online)
+        return result | asdict(self.scorer.score(model))
 
 
 def ours(cell: Cell, model: Path, samples: list, folder: Path):
     """(weights by hub name, bits per weight of the quantized linears)."""
-    bits, group = GRIDS[cell.grid]
-    config = QuantConfig(method=cell.method, bits=bits, group_size=group, seed=cell.seed)
+    config = QuantConfig(cell.method, cell.bits, cell.group, seed=cell.seed, rotate=cell.rotate)
     quantize(Checkpoint(model), samples, config, folder, name="reference-vlm", calibration={}, device="cpu")
     records = Artifact(folder).manifest.modules
     weights = sum(r.out_features * r.in_features for r in records)
@@ -116,13 +136,25 @@ def all_tables(cells: list[dict], rows: int = 512) -> dict[str, str]:
     """NAME of a table → markdown: `FIELD REFERENCE`, and `tasks GRID REFERENCE`."""
     tables, order = {}, (*GRIDS, "full precision", *OURS, *peers.PEERS)
     for reference in REFERENCES:
-        own = [c for c in cells if c["reference"] == reference and c["rows"] == rows]
+        every = [
+            c | {"rotate": c.get("rotate", "off")} for c in cells if c["reference"] == reference and c["rows"] == rows
+        ]
+        rounding = [c for c in every if c["grid"] == ACTIVATIONS]
+        for field in ("kl", "exact"):
+            tables[f"{ACTIVATIONS} {field} {reference}"] = table(
+                rounding, "method", "rotate", field, (*order, *ROTATIONS)
+            )
+        own = [c | {"method": _row(c)} for c in every if c["grid"] != ACTIVATIONS]
         for field in FIELDS:
             tables[f"{field} {reference}"] = table(own, "method", "grid", field, order)
         for grid in GRIDS:
             alike = [c for c in own if c["grid"] in (grid, "")]
             tables[f"tasks {grid} {reference}"] = table(alike, "method", "grid", "tasks", order)
     return tables
+
+
+def _row(cell: dict) -> str:
+    return cell["method"] if cell["rotate"] == "off" else f"{cell['method']}, rotated"
 
 
 def main(
@@ -137,7 +169,10 @@ def main(
     methods: Annotated[str, typer.Option(help=f"Comma-separated; ours, or {', '.join(peers.PEERS)}.")] = ",".join(
         (*OURS, *PEERS)
     ),
-    grids: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(GRIDS),
+    grids: Annotated[str, typer.Option(help=f"Comma-separated; {ACTIVATIONS} rounds activations too.")] = ",".join(
+        GRIDS
+    ),
+    rotate: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(ROTATIONS)}; our methods only.")] = "off",
     samples: int = 512,
     rows: int = 512,
     quick: bool = False,
@@ -146,26 +181,27 @@ def main(
     logging.disable(logging.WARNING)
     if quick:
         samples, rows, grids = 64, 64, "W4 g128,W2 g128"
+    if "online" in rotate.split(",") and grids != ACTIVATIONS:
+        raise typer.BadParameter(f"online is for --grids {ACTIVATIONS} alone: the part that needs a runtime of its own")
     cache.mkdir(parents=True, exist_ok=True)
     known = read_cells(out.with_suffix(".json")) if out else {}
     wanted, failed = {}, []
     for name in reference.split(","):
         bench = None
         for path in calibration or [CALIBRATION]:
-            for grid in grids.split(","):
-                for method in methods.split(","):
-                    cell = Cell(method, grid, path.name, samples, reference=name, rows=rows)
-                    done = cache / f"{cell.key()}.json"
-                    if cell not in known and not done.is_file():
-                        bench = bench or Bench(name, rows)
-                        try:
-                            done.write_text(json.dumps(_run(bench, cell, path, cache), indent=1) + "\n")
-                        except RuntimeError as e:
-                            failed.append(f"{method} at {grid} on {name}: {e}")
-                            err.print(failed[-1], highlight=False, markup=False)
-                            continue
-                    wanted[cell] = known.get(cell) or json.loads(done.read_text())
-                    _tell(wanted[cell])
+            for grid, method, turn in product(grids.split(","), methods.split(","), rotate.split(",")):
+                cell = Cell(method, grid, path.name, samples, reference=name, rows=rows, rotate=turn)
+                done = cache / f"{cell.key()}.json"
+                if cell not in known and not done.is_file():
+                    bench = bench or Bench(name, rows)
+                    try:
+                        done.write_text(json.dumps(_run(bench, cell, path, cache), indent=1) + "\n")
+                    except RuntimeError as e:
+                        failed.append(f"{method} at {grid} on {name}: {e}")
+                        err.print(failed[-1], highlight=False, markup=False)
+                        continue
+                wanted[cell] = known.get(cell) or json.loads(done.read_text())
+                _tell(wanted[cell])
         if bench:
             full = bench.scorer.baseline
             cell = Cell("full precision", "", "", 0, reference=name, rows=rows)
@@ -191,7 +227,7 @@ def _run(bench: Bench, cell: Cell, calibration: Path, cache: Path) -> dict:
 
 def _tell(r: dict) -> None:
     err.print(
-        f"{r['reference']} {r['method']} {r['grid']} {r['calibration']}: KL {r['kl']:.1e}, exact {r['exact']:.3f},"
+        f"{r['reference']} {r['method']} {r['grid']} {r.get('rotate', 'off')} {r['calibration']}: KL {r['kl']:.1e}, exact {r['exact']:.3f},"
         f" {r.get('user', float('nan')):.0f} s",
         highlight=False,
     )
