@@ -40,7 +40,7 @@ def output_gradients(
     leaves: dict[str, torch.Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
         for name in PROJECTIONS[:-1]:
-            stack.enter_context(_leaf_output(layer.get_submodule(name), leaves, name))
+            stack.enter_context(leaf_output(layer.get_submodule(name), leaves, name))
         # The fused backward adds in no fixed order on CUDA; this one does, and a resumed run must match.
         if hidden.is_cuda:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -51,11 +51,11 @@ def output_gradients(
 
 
 @contextmanager
-def _leaf_output(module: nn.Module, leaves: dict[str, torch.Tensor], name: str):
-    """Make the module's latest output a leaf of the graph and remember it."""
+def leaf_output(module: nn.Module, leaves: dict[str, torch.Tensor], name: str, *, cut: bool = True):
+    """Remember the module's latest output, which becomes a leaf of the graph if it is cut off from what is before."""
 
     def hook(_module, _inputs, output: torch.Tensor) -> torch.Tensor:
-        leaves[name] = output.detach().requires_grad_()
+        leaves[name] = output.detach().requires_grad_() if cut else output
         return leaves[name]
 
     handle = module.register_forward_hook(hook)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from vlmq_export.errors import CheckpointError
-from vlmq_export.quantizer import kquants, solver
+from vlmq_export.quantizer import kquants, ranges, refine, solver
 from vlmq_export.quantizer.artifact import ModuleRecord
 from vlmq_export.quantizer.checkpoint import DTYPES
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
-from vlmq_export.quantizer.grids import grid_for
+from vlmq_export.quantizer.families import Family
+from vlmq_export.quantizer.grids import Affine, grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gradients, token_factors
 from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.model import tensor_cores
+from vlmq_export.quantizer.scaling import scaled_layer
 from vlmq_export.quantizer.statistics import Statistics
 from vlmq_export.quantizer.walk import LayerWalk
 
@@ -58,6 +60,37 @@ def quantize_layer(
     return solved
 
 
+def scale_layer(
+    walk: LayerWalk,
+    prefix: str,
+    family: Family,
+    config: QuantConfig,
+    ratios: tuple[float, float] | None,
+    stored: Callable[[str, torch.Tensor], torch.Tensor],  # of a hub name
+    ranks: Ranks = ALONE,
+) -> tuple[list[Solved], dict[str, torch.Tensor]]:
+    """Round a layer's linears to nearest after AWQ's or MBQ's scaling: they, and the norms that ship in place of the source's.
+
+    The layer keeps its source weights: these methods calibrate on the full-precision stream.
+    """
+
+    def grid_of(columns: int) -> tuple[Affine, int]:
+        return grid_for(config, columns), config.group_columns(columns)
+
+    scaled = scaled_layer(
+        walk, family.groups, grid_of, ratios=ratios, stored=lambda name, value: stored(prefix + name, value),
+        norms=family.norms, ranks=ranks,
+    )  # fmt: skip
+    solved = []
+    for name, weights in scaled.weights.items():
+        solution = _nearest(weights, "", config)
+        metrics = {"weight_error": _ratio(solution.decode() - weights, weights)}
+        if name in scaled.powers:
+            metrics["power"] = scaled.powers[name]
+        solved.append((_linear(prefix, name, scaled.biases.get(name), solution, config), metrics))
+    return solved, {prefix + name: value for name, value in scaled.norms.items()}
+
+
 def exchanged(solved: Solved | None, ranks: Ranks, owner: int) -> Solved:
     """What the owner solved, on every rank."""
     if ranks.size == 1:
@@ -95,11 +128,13 @@ def collect(
     walk: LayerWalk, stage: int, shared: list[list[str]], factors: dict[str, list[torch.Tensor]], method: Method
 ) -> list[Statistics]:
     """Statistics of one group's input, a set for each list of linears that also share their token weights."""
-    module, drift = walk.layer.get_submodule(shared[0][0]), method.drift != "plain"
-    sums = [Statistics.empty(module.in_features, drift=drift, device=module.weight.device) for _ in shared]
+    module, drift, modal = walk.layer.get_submodule(shared[0][0]), method.drift != "plain", method.ranges == "modality"
+    device = module.weight.device
+    sums = [Statistics.empty(module.in_features, drift=drift, device=device, modal=modal) for _ in shared]
     for i, (x, x_full) in enumerate(walk.inputs(stage)):
+        image = walk.batches[i].tokens(walk.batches[i].image) if modal else None
         for names, part in zip(shared, sums):
-            part.add(x, x_full if drift else None, factors[names[0]][i] if names[0] in factors else None)
+            part.add(x, x_full if drift else None, factors[names[0]][i] if names[0] in factors else None, image)
     return sums
 
 
@@ -134,22 +169,36 @@ def _solve_alike(
         order = "gar" if kind and config.act_order != "off" else config.act_order  # a block's columns stay together
         hessian = solver.prepare(sums.hessian, sums.diagonal, group=group, act_order=order, damp=config.damp)
         alpha = config.alpha if method.alpha is None else method.alpha
-        aim, columns = weights, None
+        grid = kquants.GRIDS[kind] if kind else grid_for(config, weights.shape[1])
+        aim, columns, own, fit = weights, None, None, None
         if sums.drift is not None and not hessian.fallback:
             target = solver.exact_target(weights, hessian, sums.drift, 1.0)
             if method.drift == "columns":
                 columns = solver.column_term(hessian, sums.drift, alpha)
+                own = solver.own_term(hessian, sums.drift, alpha) if method.own else None
             else:
                 aim = target if alpha == 1 else solver.exact_target(weights, hessian, sums.drift, alpha)
         if kind:
-            solution = solver.solve_blocks(aim, hessian, kquants.GRIDS[kind], block=config.block_size, columns=columns)
+            solution = solver.solve_blocks(aim, hessian, grid, block=config.block_size, columns=columns, own=own)
         else:
+            if method.ranges == "modality":
+                sizes = [layer.get_submodule(name).out_features for name in names]
+                fit, mixes = _modality_fit(weights, sizes, sums, grid, group)
+                common["mix"] = mixes
             solution = solver.solve(
-                aim, hessian, grid_for(config, weights.shape[1]), group=group, act_order=order, block=config.block_size,
+                aim,
+                hessian,
+                grid,
+                group=group,
+                act_order=order,
+                block=config.block_size,
                 columns=columns,
-            )  # fmt: skip
+                own=own,
+                fit=fit,
+            )
+        solution = refine.descend(solution, aim, hessian, grid, sweeps=method.sweeps, refit=method.refit)
         matrix = sums.hessian
-        common = {
+        common |= {
             "damp": hessian.damp, "fallback": hessian.fallback, "dead_columns": int(hessian.dead.sum()),
             "tokens": sums.tokens, "effective_tokens": round(sums.effective_tokens, 1),
         }  # fmt: skip
@@ -160,9 +209,18 @@ def _solve_alike(
         metrics = {"weight_error": _ratio(part.decode() - weights[start:stop], weights[start:stop]), **common}
         if matrix is not None:
             metrics |= _losses(part.decode(), target[start:stop], matrix)
-        solved.append((_linear(layer, prefix, name, part, config), metrics))
+        solved.append((_linear(prefix, name, layer.get_submodule(name).bias, part, config), metrics))
         start = stop
     return solved
+
+
+def _modality_fit(
+    weights: torch.Tensor, sizes: Sequence[int], sums: Statistics, grid: Affine, group: int
+) -> tuple[solver.Fit, list[float]]:
+    """VLM-PTQ's range search, each linear of the stack under its own μ."""
+    mixes = [ranges.best_mix(part, sums, grid, group) for part in weights.split(sizes)]
+    importance = torch.cat([ranges.mixed(sums, m)[:, None].expand(-1, n) for m, n in zip(mixes, sizes)], 1)  # [in, out]
+    return (lambda part, columns: ranges.search(grid, part, importance[columns])), mixes
 
 
 def _nearest(weights: torch.Tensor, kind: str, config: QuantConfig) -> solver.Solution | solver.BlockSolution:
@@ -185,9 +243,12 @@ def _ratio(difference: torch.Tensor, whole: torch.Tensor) -> float:
 
 
 def _linear(
-    layer: nn.Module, prefix: str, name: str, part: solver.Solution | solver.BlockSolution, config: QuantConfig
+    prefix: str,
+    name: str,
+    bias: torch.Tensor | None,
+    part: solver.Solution | solver.BlockSolution,
+    config: QuantConfig,
 ) -> Linear:
-    bias = layer.get_submodule(name).bias
     bias = None if bias is None else bias.detach().half()
     if bias is not None and not bool(torch.isfinite(bias).all()):
         raise CheckpointError(f"{prefix}{name}.bias exceeds float16's range, which every runtime format stores it in")

@@ -21,6 +21,11 @@ class Method:
     drift: Literal["plain", "columns", "exact"] = "plain"
     importance: Literal["none", "l1", "l2"] = "none"
     alpha: float | None = None  # None: the recipe's
+    own: bool = False  # VLM-PTQ's C: a column also makes up for its own drift
+    ranges: Literal["minmax", "modality"] = "minmax"  # `modality`: VLM-PTQ's M (ranges.py)
+    scaling: Literal["", "awq", "mbq"] = ""  # round to nearest after scaling input channels (scaling.py)
+    sweeps: int = 0  # of coordinate descent after the loop (refine.py)
+    refit: bool = False  # of the scales, between the sweeps
 
     @property
     def two_streams(self) -> bool:
@@ -35,6 +40,9 @@ METHODS = {
     "vlmq": Method(drift="columns", importance="l1"),
     "vlmq-l2": Method(drift="columns", importance="l2"),  # the paper's †: inferred, methods.md §1.2
     "vlmq-gptq": Method(importance="l1"),  # the paper's ‡
+    "vlm-ptq": Method(drift="columns", own=True, ranges="modality"),
+    "awq": Method(scaling="awq"),
+    "mbq": Method(scaling="mbq"),
     "gptaq-exact": Method(drift="exact", alpha=1.0),
     "vlmq-exact": Method(drift="exact", importance="l1", alpha=1.0),
 }

@@ -66,10 +66,18 @@ class Statistics:
     tokens: int = 0
     weight: float = 0.0  # Σ g²
     weight_squared: float = 0.0  # Σ g⁴
+    modal: torch.Tensor | None = None  # Σ g² x² of image and of text tokens, float64 [2, in]; None where nobody asks
+    modal_weight: torch.Tensor | None = None  # Σ g² of either, float64 [2]
 
     @classmethod
     def empty(
-        cls, in_features: int, *, drift: bool, device: torch.device | str = "cpu", precision: Precision | None = None
+        cls,
+        in_features: int,
+        *,
+        drift: bool,
+        device: torch.device | str = "cpu",
+        precision: Precision | None = None,
+        modal: bool = False,
     ) -> Statistics:
         """`precision` of the products: the device's own unless given."""
 
@@ -80,6 +88,7 @@ class Statistics:
         return cls(
             zeros(*square), zeros(*square) if drift else None, zeros(in_features),
             precision or PRECISION[torch.device(device).type],
+            modal=zeros(2, in_features) if modal else None, modal_weight=zeros(2) if modal else None,
         )  # fmt: skip
 
     @property
@@ -90,8 +99,14 @@ class Statistics:
             self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
         return self.upper
 
-    def add(self, x: torch.Tensor, x_full: torch.Tensor | None = None, importance: torch.Tensor | None = None) -> None:
-        """x, x_full: [tokens, in]; importance g: [tokens], None for ones."""
+    def add(
+        self,
+        x: torch.Tensor,
+        x_full: torch.Tensor | None = None,
+        importance: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+    ) -> None:
+        """x, x_full: [tokens, in]; importance g: [tokens], None for ones; image: bool [tokens], where modalities count."""
         x = x.float()
         weighted = x if importance is None else x * importance[:, None]
         for start in range(0, len(self.upper), _BAND):
@@ -107,6 +122,10 @@ class Statistics:
                 stop = start + _BAND
                 self.drift[start:stop] += product(delta[:, start:stop], weighted, self.precision)
         squares = torch.ones(len(x), dtype=torch.float64) if importance is None else importance.double().square()
+        if self.modal is not None:
+            for row, tokens in enumerate((image, ~image)):
+                self.modal[row] += weighted[tokens].square().sum(0)
+                self.modal_weight[row] += squares.to(x.device)[tokens].sum()
         self.tokens += len(x)
         self.weight += float(squares.sum())
         self.weight_squared += float(squares.square().sum())
@@ -117,6 +136,9 @@ class Statistics:
         self.diagonal += other.diagonal
         if self.drift is not None:
             self.drift += other.drift
+        if self.modal is not None:
+            self.modal += other.modal
+            self.modal_weight += other.modal_weight
         self.tokens += other.tokens
         self.weight += other.weight
         self.weight_squared += other.weight_squared

@@ -53,6 +53,17 @@ class LayerWalk:
             yield batch.tokens(self._input(stage, index)), full
         self._solved = stage == DOWN
 
+    @torch.no_grad()
+    @tensor_cores()
+    def again(self, stage: int, index: int) -> torch.Tensor:
+        """x of one batch, [samples, tokens, in], once more while its stage lasts."""
+        layer, hidden = self.layer, self.batches[index].quantized
+        if stage == OUT:
+            return self._attended[index]()
+        if stage == DOWN:
+            return mlp_inner(layer, hidden)
+        return (layer.input_layernorm if stage == QKV else layer.post_attention_layernorm)(hidden)
+
     def put(self, name: str, linear: QuantizedLinear) -> None:
         """Give a linear the weights and bias that will be on disk."""
         if self.two_streams and name in ("mlp.gate_proj", "mlp.up_proj"):  # the full-precision stream is not past them

@@ -45,6 +45,7 @@ class Weights:
         packed = {f"{n}.{part}" for n in self.linears for part in (*_AFFINE, *_BLOCKS)}
         self.parts = packed & set(self._files)
         self.floats = [k for k in self._files if k not in packed]
+        changed = {k for k in self.floats if self._files[k].name.startswith("float-changed-")}
         rotate = manifest["config"].get("rotate", "off") != "off"
 
         def moved(name: str) -> bool:
@@ -56,7 +57,9 @@ class Weights:
                 with safe_open(file, framework="pt") as f:
                     rounded = {f"{n}.bias" for n in self.linears}
                     stored = {family.hub_name(k): k for k in f.keys()}  # noqa: SIM118
-                    mine = {k: stored[k] for k in stored if k in self.floats and k not in rounded and not moved(k)}
+                    mine = {
+                        k: stored[k] for k in stored if k in self.floats and k not in rounded | changed and not moved(k)
+                    }
                     self._files |= dict.fromkeys(mine, file)
                     self._stored |= mine
 
