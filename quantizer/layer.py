@@ -20,6 +20,7 @@ from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gra
 from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.model import tensor_cores
+from vlmq_export.quantizer.pictured import importance_facts
 from vlmq_export.quantizer.scaling import scaled_layer
 from vlmq_export.quantizer.statistics import Statistics
 from vlmq_export.quantizer.walk import LayerWalk
@@ -41,6 +42,7 @@ def quantize_layer(
     """
     method = method_named(config.method)
     factors = importance_factors(walk, method.importance, ranks)
+    facts = importance_facts(factors, walk.batches, ranks)
     solved: list[Solved] = []
     for stage, group in enumerate(groups):
         shared = [[name] for name in group] if group[0] in factors else [list(group)]
@@ -55,8 +57,9 @@ def quantize_layer(
             )
         for owner, unit in zip(owners, parts):
             solved += [exchanged(part, ranks, owner) for part in unit]
-        for name, (linear, _) in zip(group, solved[-len(group) :]):
+        for name, (linear, metrics) in zip(group, solved[-len(group) :]):
             walk.put(name, linear)
+            metrics |= {"importance": facts[name]} if name in facts else {}
     return solved
 
 
@@ -209,6 +212,8 @@ def _solve_alike(
         metrics = {"weight_error": _ratio(part.decode() - weights[start:stop], weights[start:stop]), **common}
         if matrix is not None:
             metrics |= _losses(part.decode(), target[start:stop], matrix)
+            nearest = _nearest(weights[start:stop], kind, config).decode()
+            metrics["nearest_error"] = _losses(nearest, target[start:stop], matrix)["relative_error"]
         solved.append((_linear(prefix, name, layer.get_submodule(name).bias, part, config), metrics))
         start = stop
     return solved
