@@ -55,15 +55,16 @@ def levels(g: torch.Tensor) -> bytes:
 
 
 def _first_image(batches: Sequence[Batch]) -> tuple[int, torch.Tensor] | None:
-    """Batch, and places among its valid tokens, of the first image there is."""
-    for index, batch in enumerate(batches):
-        mask = batch.image & batch.valid[:, None]
-        rows = mask.any(1).nonzero()
-        if len(rows):
-            row = int(rows[0])
-            before = int(batch.valid[:row].sum()) * mask.shape[1]
-            return index, before + torch.tensor(_first_run(mask[row]), device=mask.device)
-    return None
+    """Batch, and places among its valid tokens, of the first image of the longest samples that have one."""
+    masks = [batch.image & batch.valid[:, None] for batch in batches]
+    with_image = [index for index, mask in enumerate(masks) if bool(mask.any())]
+    if not with_image:
+        return None
+    index = max(with_image, key=lambda i: masks[i].shape[1])
+    mask, valid = masks[index], batches[index].valid
+    row = int(mask.any(1).nonzero()[0])
+    before = int(valid[:row].sum()) * mask.shape[1]
+    return index, before + torch.tensor(_first_run(mask[row]), device=mask.device)
 
 
 def image_shape(samples: Sequence[Sample]) -> dict:
@@ -71,7 +72,7 @@ def image_shape(samples: Sequence[Sample]) -> dict:
     with_image = [s for s in samples if bool(s.vision.any())]
     if not with_image:
         return {}
-    sample = min(with_image, key=lambda s: len(s.input_ids))  # the walk goes by length, then in order
+    sample = max(with_image, key=lambda s: len(s.input_ids))  # the first of them, as in the walk
     count = len(_first_run(sample.vision))
     if sample.image_grid_thw is None:
         return {"pictured": [isqrt(count)] * 2}

@@ -46,7 +46,9 @@ def test_facts_count_image_and_text_tokens_of_valid_samples_only():
     )
     image, text = 0.01 + 4 + 1 + 0.31**2, 0.04 + 1 + 0.09
     assert facts["vision_weight"] == round(image / (image + text), 4)
-    assert bytes.fromhex(facts["image"]) == levels(torch.tensor([0.1, 2.0, 1.0]))  # of the first valid sample, one run
+    assert bytes.fromhex(facts["image"]) == levels(
+        torch.tensor([0.1, 2.0, 1.0])
+    )  # of the first valid sample of the longer ones, one run
 
 
 def test_levels_are_octaves_below_the_largest():
@@ -60,11 +62,11 @@ def test_no_facts_without_weights_or_masks():
     assert importance_facts({"q": [torch.ones(3)]}, [bare]) == {}
 
 
-def test_the_image_pictured_is_that_of_the_shortest_sample_with_one():
-    text = Told(torch.zeros(3, dtype=torch.bool), torch.zeros(3))
+def test_the_image_pictured_is_that_of_the_longest_sample_with_one():
+    text = Told(torch.zeros(30, dtype=torch.bool), torch.zeros(30))
     tile = Told(torch.tensor([0] + [1] * 10 + [0]).bool(), torch.zeros(12))  # 3 · 3 and a newline
-    grid = Told(torch.tensor([0] + [1] * 6 + [0]).bool(), torch.zeros(13), torch.tensor([[1, 4, 6]]))
-    assert image_shape([text, tile, grid]) == {"pictured": [3, 3]}
+    grid = Told(torch.tensor([0] + [1] * 6 + [0]).bool(), torch.zeros(8), torch.tensor([[1, 4, 6]]))
+    assert image_shape([text, grid, tile, grid]) == {"pictured": [3, 3]}
     assert image_shape([text, grid]) == {"pictured": [2, 3]} and image_shape([text]) == {}
 
 
@@ -122,7 +124,7 @@ def test_a_run_records_what_its_report_draws(tmp_path):
     quantize(Checkpoint(source), samples, config, tmp_path / "a", name="m", calibration={}, device="cpu")
     manifest = Artifact(tmp_path / "a").manifest
     shape = manifest.calibration["pictured"]
-    assert np.prod(shape) == int(min(samples, key=lambda s: len(s.input_ids)).vision.sum())
+    assert np.prod(shape) == int(max(samples, key=lambda s: len(s.input_ids)).vision.sum())
     assert len(figures.importance_maps(manifest.modules, shape)) == figures.LAYERS_PICTURED
     assert (
         len(figures.error_charts(manifest.modules)) == 7 and len(figures.low_importance_charts(manifest.modules)) == 4
