@@ -225,7 +225,8 @@ def _write_tensors(path: Path, infos: list[TensorInfo], read: Callable[[str], to
 def write_source(folder: Path, checkpoint: Checkpoint) -> None:
     target = folder / "source"
     target.mkdir(parents=True, exist_ok=True)
-    for file in [checkpoint.path / "config.json", *checkpoint.companions]:
+    checkpoint.write_config(target / "config.json")
+    for file in checkpoint.companions:
         shutil.copyfile(file, target / file.name)
 
 

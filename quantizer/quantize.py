@@ -46,6 +46,8 @@ from vlmq_export.quantizer.layer import quantize_layer, scale_layer
 from vlmq_export.quantizer.memory import give_back, peak_host
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
+from vlmq_export.quantizer.pictured import image_shape
+from vlmq_export.quantizer.rotation import rotate_inner, rotated
 from vlmq_export.quantizer.shelf import Place, Shelf
 from vlmq_export.quantizer.solver import nearest_in_blocks
 from vlmq_export.quantizer.streams import Batch, decoder_inputs, put
@@ -116,6 +118,7 @@ def quantize(
     """
     progress = progress or (lambda *_: None)
     should_stop = should_stop or (lambda: False)
+    checkpoint = rotated(checkpoint, config.rotate, config.seed)
     method, family, target = method_named(config.method), family_of(checkpoint.config), pick_device(device)
     count = layer_count(checkpoint.config)
     check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
@@ -125,6 +128,8 @@ def quantize(
     clock.tokens = sum(len(sample.input_ids) for sample in samples)
     with clock("load"):
         model = StreamedModel(checkpoint, target)
+        if config.rotate == "online":
+            rotate_inner([model.layer(i) for i in range(count)], checkpoint.inner_rotation())
     done = 0
     if ranks.first:
         done = _claim(
@@ -209,6 +214,8 @@ def quantize(
         return
     if method.calibrated:
         calibration = calibration | {"non_finite": lost}
+    if method.importance != "none":
+        calibration = calibration | image_shape(samples)
     if lost:
         log.warning("%d of %d samples left out: their activations are not finite", lost, len(samples))
     modules = [record for i in [*([OUTER] if outer else []), *range(count)] for record in read_layer_records(folder, i)]

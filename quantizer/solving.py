@@ -79,7 +79,7 @@ class Stack:
             "tokens": sums.tokens, "effective_tokens": round(sums.effective_tokens, 1),
         }  # fmt: skip
         return [
-            (part, self._metrics(part, weights) | common | chosen | _losses(part.decode(), aim, sums.hessian))
+            (part, self._metrics(part, weights) | common | chosen | self._losses(part, weights, aim))
             for (part, chosen), weights, aim in zip(solved, self._split(self.weights), self._split(target))
         ]
 
@@ -155,6 +155,12 @@ class Stack:
     def _parts(self, solution: Rounded) -> list[Rounded]:
         ends = torch.tensor(self.sizes).cumsum(0).tolist()
         return [solution.rows(end - size, end) for end, size in zip(ends, self.sizes)]
+
+    def _losses(self, part: Rounded, weights: torch.Tensor, aim: torch.Tensor) -> dict:
+        """Toward `aim`, and what rounding `weights` to nearest would have left."""
+        plain = nearest(weights, self.kind, self.config).decode()
+        near = _losses(plain, aim, self.sums.hessian)["relative_error"]
+        return _losses(part.decode(), aim, self.sums.hessian) | {"nearest_error": near}
 
     def _metrics(self, part: Rounded, weights: torch.Tensor) -> dict:
         return {"weight_error": ratio(part.decode() - weights, weights)}

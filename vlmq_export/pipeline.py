@@ -31,8 +31,9 @@ from vlmq_export.quantizer.loading import read_samples
 from vlmq_export.quantizer.memory import MemoryPlan, free_memory
 from vlmq_export.quantizer.model import pick_device
 from vlmq_export.quantizer.quantize import quantize
+from vlmq_export.quantizer.rotation import rotated
 from vlmq_export.quantizer.untrusted import read_json, third_party
-from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, load_recipe
+from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, Rotate, load_recipe
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
@@ -190,6 +191,8 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | 
         return plan_run(artifact_plan(artifact), recipe)
     assert checkpoint is not None
     name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
+    if not isinstance(checkpoint, GptqCheckpoint):
+        checkpoint = rotated(checkpoint, recipe.rotate.value, recipe.seed)
     model = model_plan(checkpoint, recipe.quant_config(), name)
     if recipe.gguf_type is not None:
         mix = mix_named(recipe.gguf_type)
@@ -225,7 +228,8 @@ def recipe_of(recipe: Recipe, artifact: Artifact | None, checkpoint: Checkpoint 
         c, what = checkpoint.quant_config, "checkpoint"
     else:
         return recipe
-    fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order)}
+    fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order),
+             "rotate": Rotate(c.rotate)}  # fmt: skip
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
             flag = "--" + key.replace("_", "-")

@@ -121,8 +121,13 @@ def plan_run(model: ModelPlan, recipe: Recipe, memory: MemoryPlan | None = None)
 
 def _format_plan(name: str, model: ModelPlan, options: FormatOptions) -> FormatPlan:
     try:
-        return formats.get(name).plan(model, options)
+        plan = formats.get(name).plan(model, options)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:  # settings that are not there
         raise CheckpointError(
             f"config.json of {model.name} cannot be used for --format {name} ({e!r}); copy it from the original model"
         ) from None
+    if model.config.rotate == "online":
+        plan.refusals.append(
+            "--rotate online multiplies by a Hadamard matrix between two linears, which its runtimes cannot; use folded"
+        )
+    return plan

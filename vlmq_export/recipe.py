@@ -45,6 +45,12 @@ class ActOrder(StrEnum):
     dynamic = "dynamic"
 
 
+class Rotate(StrEnum):
+    off = "off"
+    folded = "folded"
+    online = "online"
+
+
 class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
@@ -99,6 +105,7 @@ class Recipe(BaseModel):
     sym: bool | None = None  # None: symmetric at 8 bits, asymmetric below
     method: Method = Method.vlmq
     act_order: ActOrder = ActOrder.gar
+    rotate: Rotate = Rotate.off
     calibration: Path | None = None  # None: the bundled set
     image_root: Path | None = None
     samples: Annotated[int, Field(ge=1, le=10**7)] = 512
@@ -164,7 +171,7 @@ class Recipe(BaseModel):
     def quant_config(self) -> QuantConfig:
         return QuantConfig(
             method=self.method.value, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric,
-            act_order=self.act_order.value, seed=self.seed,
+            act_order=self.act_order.value, seed=self.seed, rotate=self.rotate.value,
         )  # fmt: skip
 
     def format_options(self, name: str) -> FormatOptions:
@@ -177,11 +184,12 @@ class Recipe(BaseModel):
 
     def label(self) -> str:
         """Short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
+        method = self.method if self.rotate is Rotate.off else f"{self.method}-rotated"
         if self.gguf_type is not None:
-            return f"{self.gguf_type}-{self.method}"
+            return f"{self.gguf_type}-{method}"
         group = "" if self.group_size == -1 else f"g{self.group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
-        return f"w{self.bits}{group}{sym}-{self.method}"
+        return f"w{self.bits}{group}{sym}-{method}"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
