@@ -126,7 +126,7 @@ def _solve_alike(
     method: Method,
 ) -> list[Solved]:
     weights = torch.cat([layer.get_submodule(name).weight.float() for name in names])  # [out of all, in]
-    target, common, matrix = weights, {}, None
+    target, common, matrix, energy = weights, {}, None, None
     if sums is None:
         solution = _nearest(weights, kind, config)
     else:
@@ -149,6 +149,7 @@ def _solve_alike(
                 columns=columns,
             )  # fmt: skip
         matrix = sums.hessian
+        energy = (sums.hessian.diagonal() / sums.weight).float() if sums.weight else None
         common = {
             "damp": hessian.damp, "fallback": hessian.fallback, "dead_columns": int(hessian.dead.sum()),
             "tokens": sums.tokens, "effective_tokens": round(sums.effective_tokens, 1),
@@ -160,7 +161,7 @@ def _solve_alike(
         metrics = {"weight_error": _ratio(part.decode() - weights[start:stop], weights[start:stop]), **common}
         if matrix is not None:
             metrics |= _losses(part.decode(), target[start:stop], matrix)
-        solved.append((_linear(layer, prefix, name, part, config), metrics))
+        solved.append((_linear(layer, prefix, name, part, config, energy), metrics))
         start = stop
     return solved
 
@@ -185,15 +186,20 @@ def _ratio(difference: torch.Tensor, whole: torch.Tensor) -> float:
 
 
 def _linear(
-    layer: nn.Module, prefix: str, name: str, part: solver.Solution | solver.BlockSolution, config: QuantConfig
+    layer: nn.Module,
+    prefix: str,
+    name: str,
+    part: solver.Solution | solver.BlockSolution,
+    config: QuantConfig,
+    energy: torch.Tensor | None,
 ) -> Linear:
     bias = layer.get_submodule(name).bias
     bias = None if bias is None else bias.detach().half()
     if bias is not None and not bool(torch.isfinite(bias).all()):
         raise CheckpointError(f"{prefix}{name}.bias exceeds float16's range, which every runtime format stores it in")
     if isinstance(part, solver.BlockSolution):
-        return BlockLinear(prefix + name, part.codes, part.params, bias, part.grid.name)
+        return BlockLinear(prefix + name, part.codes, part.params, bias, part.grid.name, energy)
     return QuantizedLinear(
         prefix + name, part.codes, part.scales, part.zero_points, part.g_idx, bias,
-        config.bits, config.group_size, config.symmetric,
+        config.bits, config.group_size, config.symmetric, energy,
     )  # fmt: skip

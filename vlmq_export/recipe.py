@@ -113,6 +113,7 @@ class Recipe(BaseModel):
     mmproj: MmprojType = MmprojType.f16
     class_row: ClassRow = ClassRow.last
     split_max_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}[MG]$")] | None = None
+    emit_imatrix: bool = False  # an imatrix.gguf for stock llama-quantize beside the GGUF
     gguf_type: str | None = None  # a mix of block types in place of the affine grid: Q4_K_M
     tensor_type: list[str] = Field(default_factory=list)  # regex=TYPE on GGUF tensor names, first match wins
 
@@ -125,6 +126,8 @@ class Recipe(BaseModel):
         for key in ("model", "calibration", "image_root", "verify_data", "out"):
             if "\0" in str(getattr(self, key)):
                 raise ValueError(f"--{key.replace('_', '-')}: a name with a null byte")
+        if self.emit_imatrix and FormatName.gguf not in self.format:
+            raise ValueError("--emit-imatrix writes beside the GGUF; add --format gguf")
         if self.tensor_type and self.gguf_type is None:
             raise ValueError("--tensor-type changes a mix; give --gguf-type too")
         if self.gguf_type is not None:
@@ -168,6 +171,7 @@ class Recipe(BaseModel):
             onnx_accuracy_level=self.accuracy_level, onnx_graph=self.onnx_graph.value, onnx_dtype=self.onnx_dtype.value,
             onnx_provider=self.onnx_provider.value, mmproj_dtype=self.mmproj.value,
             mmproj_class_row=self.class_row.value, gguf_split_bytes=self.split_bytes,
+            gguf_imatrix=self.emit_imatrix,
         )  # fmt: skip
 
     def label(self) -> str:
