@@ -93,6 +93,7 @@ def export(
     onnx_dtype: Annotated[OnnxDtype | None, typer.Option(help="Activations, cache and float weights of ONNX.  [default: float32]", show_default=False)] = None,
     onnx_provider: Annotated[OnnxProvider | None, typer.Option(help="Where the ONNX package runs.  [default: cpu]", show_default=False)] = None,
     gguf_type: Annotated[str | None, typer.Option(help="Solve on llama.cpp's own types: Q2_K … Q6_K, Q4_K_M, Q8_0; GGUF only.", show_default=False)] = None,
+    target_bpw: Annotated[float | None, typer.Option(help="Choose those types by measured cost, to this many bits per weight over all matrices.", show_default=False)] = None,
     tensor_type: Annotated[list[str] | None, typer.Option(help="REGEX=TYPE on GGUF tensor names, over the mix; repeat.", show_default=False)] = None,
     emit_imatrix: Annotated[bool | None, typer.Option("--emit-imatrix", help="Also write imatrix.gguf, from the calibration images, for stock llama-quantize.", show_default=False)] = None,
     class_row: Annotated[ClassRow | None, typer.Option(help="Where InternVL's GGUF has the class token's position: last for llama.cpp b11549, first as on the hub.  [default: last]", show_default=False)] = None,

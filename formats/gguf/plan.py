@@ -27,7 +27,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     homes = {x.name: config.types.get(x.name) or planned_home(config, x.in_features) for x in model.linears}
     refusals = [why_homeless(x.name, config, x.in_features) for x in model.linears if homes[x.name] is None]
     refusals += [
-        f"{name}: no block type of --gguf-type {config.gguf_type} divides its rows; leave the option out"
+        f"{name}: no block type of {config.gguf_type or 'llama.cpp'} divides its rows; leave --gguf-type and --target-bpw out"
         for name, kind in config.types.items() if kind == "F16"
     ]  # fmt: skip
     if config.act_order == "dynamic" and config.group_size != -1:
