@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vlmq_export import formats
 from vlmq_export.errors import CheckpointError
@@ -45,6 +45,11 @@ def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelP
     taken = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
     floats = [TensorSpec(t.name, t.shape, t.dtype) for t in checkpoint.tensors.values() if t.name not in taken]
     return ModelPlan(name, checkpoint.model_type, checkpoint.config, linears, floats, config)
+
+
+def with_types(model: ModelPlan, types: dict[str, str], mix: str = "") -> ModelPlan:
+    """The same run on block types: hub module → type, and the mix that they came from."""
+    return replace(model, config=replace(model.config, gguf_type=mix, types=types))
 
 
 def artifact_plan(artifact: Artifact) -> ModelPlan:

@@ -42,7 +42,7 @@ class Weights:
         manifest = json.loads((artifact / "manifest.json").read_text("utf-8"))
         self._types = {m["name"]: m.get("type", "") for m in manifest["modules"]}
         self.linears = [k.removesuffix(".codes") for k in self._files if k.endswith(".codes")]
-        packed = {f"{n}.{part}" for n in self.linears for part in (*_AFFINE, *_BLOCKS)}
+        packed = {f"{n}.{part}" for n in self.linears for part in (*_AFFINE, *_BLOCKS, "energy")}
         self.parts = packed & set(self._files)
         self.floats = [k for k in self._files if k not in packed]
         changed = {k for k in self.floats if self._files[k].name.startswith("float-changed-")}
