@@ -120,6 +120,28 @@ class StreamedModel:
             self.model.set_input_embeddings(embedding)
 
     @contextmanager
+    def filled_norm(self):
+        """The norm between the last decoder layer and the output head."""
+        prefix = "model.language_model.norm."
+        with self._filled([name for name in self._source if name.startswith(prefix)]):
+            yield self.model.get_submodule(prefix.rstrip("."))
+
+    @property
+    def _head(self) -> str:
+        """The checkpoint's tensor that is the output matrix: the embedding where it is tied."""
+        weight = self.model.get_output_embeddings().weight
+        return self._source[next(n for n, p in self.model.named_parameters() if p is weight)]
+
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        return self.checkpoint.info(self._head).shape
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the output matrix, float32 [rows, hidden] on the device."""
+        rows = range(start, min(stop, self.head_shape[0]))
+        return self.checkpoint.tensor(self._head, rows=rows).to(self.device).float()
+
+    @contextmanager
     def _filled(self, names: list[str]):
         try:
             for name in names:

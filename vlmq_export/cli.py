@@ -76,6 +76,7 @@ def export(
     group_size: Annotated[int | None, typer.Option(help="Columns a scale; -1 for one an output channel.  [default: 128]", show_default=False)] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Grid without or with zero-points.  [default: asym; 8 bits: sym]", show_default=False)] = None,
     method: Annotated[Method | None, typer.Option(help="[default: vlmq]", show_default=False)] = None,
+    head_bits: Annotated[int | None, typer.Option(help="Quantize the output head too, to 2, 3, 4 or 8 bits; GPTQ files cannot hold it.  [default: as it is]", show_default=False)] = None,
     act_order: Annotated[ActOrder | None, typer.Option(help="Column order of the solver.  [default: gar]", show_default=False)] = None,
     calibration: Annotated[Path | None, typer.Option(help="LLaVA/ShareGPT4V JSON or messages JSONL.  [default: bundled]", show_default=False)] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths start from.  [default: the file's own]", show_default=False)] = None,
