@@ -90,7 +90,7 @@ def export(
     gptq_version: Annotated[GptqVersion | None, typer.Option(help="How zero-points are stored.  [default: v1]", show_default=False)] = None,
     gptq_names: Annotated[GptqNames | None, typer.Option(help="Tensor names; module suits GPTQModel.load.  [default: hub]", show_default=False)] = None,
     accuracy_level: Annotated[int | None, typer.Option(help="MatMulNBits attribute: 0 exact, 4 int8 activations.  [default: 0]", show_default=False)] = None,
-    onnx_graph: Annotated[OnnxGraph | None, typer.Option(help="ONNX Runtime's decoder operators, or standard ones.  [default: fused]", show_default=False)] = None,
+    onnx_graph: Annotated[OnnxGraph | None, typer.Option(help="ONNX Runtime's decoder operators, the same for one prompt at a time, or standard ones.  [default: fused]", show_default=False)] = None,
     onnx_dtype: Annotated[OnnxDtype | None, typer.Option(help="Activations, cache and float weights of ONNX.  [default: float32]", show_default=False)] = None,
     onnx_provider: Annotated[OnnxProvider | None, typer.Option(help="Where the ONNX package runs.  [default: cpu]", show_default=False)] = None,
     gguf_type: Annotated[str | None, typer.Option(help="Solve on llama.cpp's own types: Q2_K … Q6_K, Q4_K_M, Q8_0; GGUF only.", show_default=False)] = None,

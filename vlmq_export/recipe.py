@@ -58,6 +58,7 @@ class GptqNames(StrEnum):
 
 class OnnxGraph(StrEnum):
     fused = "fused"
+    single = "single"
     plain = "plain"
 
 

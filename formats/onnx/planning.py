@@ -59,7 +59,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
 
 def is_fused(options: FormatOptions) -> bool:
     """Whether the decoder gets ONNX Runtime's CPU operators."""
-    return options.onnx_graph == "fused" and options.onnx_provider == "cpu"
+    return options.onnx_graph != "plain" and options.onnx_provider == "cpu"
 
 
 def graph_refusals(source_config: dict) -> list[str]:
@@ -80,7 +80,9 @@ def notes_for(config: QuantConfig, options: FormatOptions) -> list[str]:
     notes = [f"vision tower, embeddings, norms{head} are float32, scales too: what the CPU kernels compute in"]
     if options.onnx_dtype == "float16":
         notes = ["embeddings, decoder and cache are float16, the vision tower computes in float32"]
-    if options.onnx_provider == "cuda" and options.onnx_graph == "fused":
+    if options.onnx_graph == "single" and options.onnx_provider == "cpu":
+        notes.append("the decoder runs one prompt at a time; --onnx-graph fused takes batches")
+    if options.onnx_provider == "cuda" and options.onnx_graph != "plain":
         notes.append(
             "the decoder keeps its standard operators: CUDA's GroupQueryAttention has no fast path with a mask"
         )
