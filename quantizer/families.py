@@ -78,6 +78,11 @@ class Family:
         """Hub names of the modules to quantize, in layer order, then in the order of `groups`."""
         return [f"{self.layers}{i}.{p}" for i in range(layers) for group in self.groups for p in group]
 
+    @property
+    def head(self) -> str:
+        """Hub name of the output matrix; where it is tied to the embedding no tensor has that name."""
+        return self.hub_name("lm_head.weight").removesuffix(".weight")
+
     def module_name(self, name: str) -> str:
         """Name in the module tree of a tensor or module, named in any way."""
         table = {module: module for _, module in self.prefixes} | dict(self.prefixes)
@@ -167,6 +172,19 @@ def text_config(config: dict) -> dict:
     if not isinstance(text, dict):
         raise CheckpointError("text_config in config.json is not an object; copy the file again")
     return text
+
+
+def is_tied(config: dict) -> bool:
+    """Whether the output matrix is the embedding."""
+    return bool(config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False)))
+
+
+def untied(config: dict) -> dict:
+    """The same config of a model whose output matrix is its own: what a tied model becomes once its head is quantized."""
+    config = config | {"tie_word_embeddings": False}
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = text | {"tie_word_embeddings": False}
+    return config
 
 
 def layer_count(config: dict) -> int:

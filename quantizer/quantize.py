@@ -40,7 +40,8 @@ from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.endloss import MBQ_TYPES, modality_ratios
-from vlmq_export.quantizer.families import Family, family_of, layer_count
+from vlmq_export.quantizer.families import Family, family_of, is_tied, layer_count
+from vlmq_export.quantizer.head import quantize_head
 from vlmq_export.quantizer.kquants import GRIDS, Params
 from vlmq_export.quantizer.layer import quantize_layer, scale_layer
 from vlmq_export.quantizer.memory import give_back, peak_host
@@ -122,6 +123,7 @@ def quantize(
     method, family, target = method_named(config.method), family_of(checkpoint.config), pick_device(device)
     count = layer_count(checkpoint.config)
     check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
+    head = head_to_solve(checkpoint.config, config)
     if method.calibrated and not samples:
         raise CalibrationError(f"method {config.method} needs calibration samples; give some, or use --method rtn")
     clock = Clock(target)
@@ -139,11 +141,12 @@ def quantize(
             done = _WHOLE
     if (done := ranks.same(done)) == _WHOLE:
         return
-    outer = _solve_outer(checkpoint, config, family.linear_names(count))
+    linears = [*family.linear_names(count), *([head] if head else [])]
+    outer = _solve_outer(checkpoint, config, linears)
     if ranks.first:
         with clock("floats"):
-            write_source(folder, checkpoint)
-            quantized = [*family.linear_names(count), *(q.name for q in outer)]
+            write_source(folder, checkpoint, own_head=bool(head))
+            quantized = [*linears, *(q.name for q in outer)]
             changed = {
                 f"{family.layers}{i}.{norm}.weight" for i in range(count) for norm, _ in family.norms if method.scaling
             }
@@ -207,8 +210,13 @@ def quantize(
                     "layer %d of %d: %.1f s, %.0f tokens/s, peak %.2f GB",
                     i + 1, count, clock.layers[i], clock.tokens_per_second(), peak_host() / 1e9,
                 )  # fmt: skip
-                if i + 1 < count and ranks.count(should_stop()):
+                if i + 1 < count + bool(head) and ranks.count(should_stop()):
                     raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
+        if head and done <= count:
+            with clock("head"):
+                linear, metrics = quantize_head(model, head, batches, config, ranks)
+                if ranks.first:
+                    write_layer(folder, count, [linear], [ModuleRecord.of(linear, count, metrics)])
     progress("quantize", count, count)
     if not ranks.first:
         return
@@ -218,7 +226,8 @@ def quantize(
         calibration = calibration | image_shape(samples)
     if lost:
         log.warning("%d of %d samples left out: their activations are not finite", lost, len(samples))
-    modules = [record for i in [*([OUTER] if outer else []), *range(count)] for record in read_layer_records(folder, i)]
+    files = [*([OUTER] if outer else []), *range(count + bool(head))]
+    modules = [record for i in files for record in read_layer_records(folder, i)]
     _warn_of_fallbacks(modules)
     write_json(folder / TIMING, clock.to_dict())
     manifest = Manifest(
@@ -250,6 +259,15 @@ def refuse_many_lost(lost: int, samples: int) -> None:
         )
 
 
+def head_to_solve(source: dict, config: QuantConfig) -> str:
+    """Hub name of the output matrix where the recipe quantizes one that is the model's own; else nothing.
+
+    A mix may name a type for it; where it is the embedding too, one tensor serves both and nothing calibrates it.
+    """
+    name = family_of(source).head
+    return name if config.head_bits or (name in config.types and not is_tied(source)) else ""
+
+
 @dataclass(frozen=True)
 class _Shape:
     name: str
@@ -257,7 +275,7 @@ class _Shape:
 
 
 def _solve_outer(checkpoint: Checkpoint, config: QuantConfig, linears: Sequence[str]) -> list[BlockLinear]:
-    """Embedding and output matrix on the block types that the recipe names, rounded to nearest: nothing calibrates them."""
+    """The embedding on the block type that the recipe names for it, rounded to nearest: nothing calibrates it."""
     solved = []
     for name in [n for n in config.types if n not in set(linears)]:
         weight, kind = checkpoint.tensor(f"{name}.weight"), config.types[name]

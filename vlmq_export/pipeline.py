@@ -243,12 +243,13 @@ def recipe_of(recipe: Recipe, artifact: Artifact | None, checkpoint: Checkpoint 
     else:
         return recipe
     fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order),
-             "rotate": Rotate(c.rotate)}  # fmt: skip
+             "rotate": Rotate(c.rotate), "head_bits": c.head_bits or None}  # fmt: skip
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
             flag = "--" + key.replace("_", "-")
             raise UsageError(
-                f"{flag} {getattr(recipe, key)}: the {what} has {value} already; quantize the float model again"
+                f"{flag} {getattr(recipe, key)}: the {what} has {'none' if value is None else value} already; "
+                "quantize the float model again"
             )
     return recipe.model_copy(update=fixed | {"method": Method(c.method), "seed": c.seed})
 

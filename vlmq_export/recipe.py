@@ -69,6 +69,7 @@ class GptqNames(StrEnum):
 
 class OnnxGraph(StrEnum):
     fused = "fused"
+    single = "single"
     plain = "plain"
 
 
@@ -110,6 +111,7 @@ class Recipe(BaseModel):
     image_root: Path | None = None
     samples: Annotated[int, Field(ge=1, le=10**7)] = 512
     seq_len: Annotated[int, Field(ge=8, le=2**20)] | None = None  # None: the paper's for the family
+    head_bits: int | None = None  # None: the output head stays as it is
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     verify_data: Path | None = None  # None: the bundled held-out set
     verify: bool = True
@@ -134,6 +136,8 @@ class Recipe(BaseModel):
     def _consistent(self) -> Recipe:
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"--bits {self.bits}: the runtimes decode 2, 3, 4 or 8 bits")
+        if self.head_bits not in (None, 2, 3, 4, 8):
+            raise ValueError(f"--head-bits {self.head_bits}: the runtimes decode 2, 3, 4 or 8 bits")
         if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(f"--group-size {self.group_size}: a multiple of 16, or -1 for one scale an output channel")
         for key in ("model", "calibration", "image_root", "verify_data", "out"):
@@ -159,6 +163,11 @@ class Recipe(BaseModel):
         if self.act_order in (ActOrder.static, ActOrder.dynamic):
             raise ValueError(
                 f"--act-order {self.act_order}: with {given} a block's columns stay together; use gar or off"
+            )
+        if self.head_bits is not None:
+            raise ValueError(
+                f"--head-bits and {given} exclude each other: the mix names the head's type; "
+                "--tensor-type '^output.weight$=Q8_0' gives it another"
             )
         if any(f != FormatName.gguf for f in self.format):
             raise ValueError(f"{given}: only GGUF holds these integers; export other formats without it")
@@ -190,6 +199,7 @@ class Recipe(BaseModel):
         return QuantConfig(
             method=self.method.value, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric,
             act_order=self.act_order.value, seed=self.seed, rotate=self.rotate.value,
+            head_bits=self.head_bits or 0,
         )  # fmt: skip
 
     def format_options(self, name: str) -> FormatOptions:
@@ -210,7 +220,8 @@ class Recipe(BaseModel):
             return f"{self.target_bpw:g}bpw-{method}"
         group = "" if self.group_size == -1 else f"g{self.group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
-        return f"w{self.bits}{group}{sym}-{method}"
+        head = "" if self.head_bits is None else f"-head{self.head_bits}"
+        return f"w{self.bits}{group}{sym}{head}-{method}"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
