@@ -4,6 +4,7 @@
       manifest.json              schema, source model and its hashes, recipe, one entry a linear (grid and metrics)
       layer-00000.safetensors    one file a decoder layer: codes, scales, zero_points, g_idx, changed biases, energy of inputs
       float-00001.safetensors    every tensor that is not quantized, bytes as in the source checkpoint
+      float-changed-00000.safetensors  norms of a decoder layer that took a scale (awq, mbq), in place of the source's
       timing.json                seconds by phase and layer, tokens a second, peak memory
       source/                    config.json, tokenizer and processor files, as they are
 
@@ -244,6 +245,17 @@ def write_source(folder: Path, checkpoint: Checkpoint) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST, asdict(manifest))
+
+
+def changed_file(index: int) -> str:
+    """Float tensors of a decoder layer that differ from the source's: norms that took a scale."""
+    return f"float-changed-{index:05d}.safetensors"
+
+
+def write_changed(folder: Path, index: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Published before the layer's integers, which fit no other norms."""
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
+    write_atomic(folder / changed_file(index), lambda t: save_file(tensors, t))
 
 
 class Artifact:

@@ -120,6 +120,18 @@ class StreamedModel:
             self.model.set_input_embeddings(embedding)
 
     @contextmanager
+    def filled_head(self):
+        """What runs after the last decoder layer: a function of its output, [..., hidden] → logits."""
+        weight = self.model.get_output_embeddings().weight  # tied or not
+        name = next(
+            n for n, p in self.model.named_parameters(remove_duplicate=False) if p is weight and n in self._source
+        )
+        norm = self._family.module_name(self._family.layers.removesuffix("layers.") + "norm")
+        with self._filled([n for n in self._source if n.startswith(f"{norm}.")]):
+            matrix = self.checkpoint.tensor(self._source[name]).to(self.device).float()
+            yield lambda hidden: self.model.get_submodule(norm)(hidden) @ matrix.T
+
+    @contextmanager
     def _filled(self, names: list[str]):
         try:
             for name in names:

@@ -28,6 +28,7 @@ from vlmq_export.quantizer.artifact import (
     layer_file,
     read_layer,
     read_layer_records,
+    write_changed,
     write_floats,
     write_json,
     write_layer,
@@ -38,9 +39,10 @@ from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
+from vlmq_export.quantizer.endloss import MBQ_TYPES, modality_ratios
 from vlmq_export.quantizer.families import Family, family_of, layer_count
 from vlmq_export.quantizer.kquants import GRIDS, Params
-from vlmq_export.quantizer.layer import quantize_layer
+from vlmq_export.quantizer.layer import quantize_layer, scale_layer
 from vlmq_export.quantizer.memory import give_back, peak_host
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
@@ -135,7 +137,10 @@ def quantize(
         with clock("floats"):
             write_source(folder, checkpoint)
             quantized = [*family.linear_names(count), *(q.name for q in outer)]
-            write_floats(folder, checkpoint, _float_names(checkpoint, quantized))
+            changed = {
+                f"{family.layers}{i}.{norm}.weight" for i in range(count) for norm, _ in family.norms if method.scaling
+            }
+            write_floats(folder, checkpoint, [n for n in _float_names(checkpoint, quantized) if n not in changed])
             if outer:
                 write_layer(folder, OUTER, outer, [ModuleRecord.of(q, OUTER, {}) for q in outer])
     batches: list[Batch] = []
@@ -153,6 +158,10 @@ def quantize(
                 lost = ranks.count(sum(batch.drop_non_finite() for batch in batches))
                 refuse_many_lost(lost, len(samples))
             give_back()
+        ratios: dict[str, list[float]] = {}
+        if method.scaling == "mbq":
+            with clock("gradients"):
+                ratios = modality_ratios(model, count, batches, MBQ_TYPES, ranks)
         for i in range(count):
             progress("quantize", i, count)
             if method.calibrated and not ranks.count(sum(int(b.valid.sum()) for b in batches)):
@@ -164,9 +173,18 @@ def quantize(
                 walk = LayerWalk(layer, batches, two_streams=method.two_streams)
                 if solved:
                     walk.pass_full()
-                    _restore(layer, folder, i, f"{family.layers}{i}.")
+                    if not method.scaling:  # which stays on the full-precision stream
+                        _restore(layer, folder, i, f"{family.layers}{i}.")
                 else:
-                    linears = quantize_layer(walk, f"{family.layers}{i}.", family.groups, config, ranks)
+                    prefix = f"{family.layers}{i}."
+                    if method.scaling:
+                        rho = tuple(ratios[kind][i] for kind in MBQ_TYPES) if ratios else None
+                        stored = _storing(checkpoint)
+                        linears, changed = scale_layer(walk, prefix, family, config, rho, stored, ranks)
+                        if ranks.first:
+                            write_changed(folder, i, {n: v.to(checkpoint.tensor(n).dtype) for n, v in changed.items()})
+                    else:
+                        linears = quantize_layer(walk, prefix, family.groups, config, ranks)
                     if ranks.first:
                         records = [ModuleRecord.of(q, i, metrics) for q, metrics in linears]
                         write_layer(folder, i, [q for q, _ in linears], records)
@@ -259,6 +277,11 @@ def _start_from(
     )  # fmt: skip
     for batch, start in zip(batches, again):
         batch.quantized = start.quantized
+
+
+def _storing(checkpoint: Checkpoint) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Rounds a new value of a float tensor to what the source stores it in."""
+    return lambda name, value: value.to(checkpoint.tensor(name).dtype).float()
 
 
 def _float_names(checkpoint: Checkpoint, linears: Sequence[str]) -> list[str]:

@@ -31,6 +31,11 @@ class Method(StrEnum):
     vlmq = "vlmq"
     vlmq_l2 = "vlmq-l2"
     vlmq_gptq = "vlmq-gptq"
+    vlm_ptq = "vlm-ptq"
+    awq = "awq"
+    mbq = "mbq"
+    exact = "exact"
+    auto = "auto"
 
 
 class ActOrder(StrEnum):

@@ -52,12 +52,13 @@ class Weights:
         packed = {f"{n}.{part}" for n in self.linears for part in (*_AFFINE, *_BLOCKS, "energy")}
         self.parts = packed & set(self._files)
         self.floats = [k for k in self._files if k not in packed]
+        changed = {k for k in self.floats if self._files[k].name.startswith("float-changed-")}
         if source is not None:  # floats from the source itself, not from the artifact's copies
             for file in sorted(source.glob("*.safetensors")):
                 with safe_open(file, framework="pt") as f:
                     rounded = {f"{n}.bias" for n in self.linears}
                     stored = {family.hub_name(k): k for k in f.keys()}  # noqa: SIM118
-                    mine = {k: stored[k] for k in stored if k in self.floats and k not in rounded}
+                    mine = {k: stored[k] for k in stored if k in self.floats and k not in rounded | changed}
                     self._files |= dict.fromkeys(mine, file)
                     self._stored |= mine
 

@@ -37,8 +37,11 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         refusals.append(
             "--act-order dynamic permutes the groups, and GGUF has no g_idx; use gar, static or off, or --group-size -1"
         )
-    if options.gguf_imatrix and not method_named(config.method).calibrated:
-        refusals.append(f"--emit-imatrix needs calibration samples, which --method {config.method} does not use")
+    method = method_named(config.method)
+    if options.gguf_imatrix and (not method.calibrated or method.scaling):
+        refusals.append(
+            f"--emit-imatrix: --method {config.method} leaves no energies of the model's own inputs; use another"
+        )
     for read in (text_params, vision_params):
         try:
             read(model.source_config)

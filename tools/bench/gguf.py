@@ -48,7 +48,7 @@ from vlmq_export.recipe import Recipe
 from vlmq_export.reference import Reference
 
 PEERS = ("llama.cpp", "llama.cpp + text imatrix", "llama.cpp + image imatrix")
-OURS = ("gptaq-exact", "gptaq-exact, types by cost", "vlmq")
+OURS = ("exact", "exact, types by cost", "vlmq")
 FLOOR = "full precision, float32 file"  # what is left of KL where nothing is quantized: llama.cpp's own deviations
 MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 MODELS = {
