@@ -103,7 +103,7 @@ def native(folder, mix):
     return Reference(folder / "artifact", read_rows(HELDOUT)[:6]), folder / "gguf"
 
 
-SLOW_MIXES = ("Q2_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+SLOW_MIXES = ("TQ2_0", "Q2_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
 
 @pytest.mark.parametrize(
