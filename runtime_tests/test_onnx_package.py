@@ -306,14 +306,14 @@ def wrong_heads(graph):
 
 
 def wrong_axis(graph):
-    """One frequency turned by another position of the three."""
+    """The slowest frequency turned by another position of the three: too slow for any short prompt to show it."""
     tensor = next(t for t in graph.initializer if t.name == "rotary.axis")
     axis = np.frombuffer(tensor.raw_data, np.int64).copy()
     axis[-1] = 0
     tensor.raw_data = axis.tobytes()
 
 
-@pytest.mark.parametrize(("change", "levels"), [(wrong_heads, {"L1", "L2", "L3"}), (wrong_axis, {"L3"})])
+@pytest.mark.parametrize(("change", "levels"), [(wrong_heads, {"L1", "L2", "L3"}), (wrong_axis, {"L1"})])
 def test_a_changed_single_graph_is_caught(packages, tmp_path, change, levels):
     reference, folder = packages("single")
     shutil.copytree(folder, tmp_path / "onnx")
