@@ -28,6 +28,7 @@ class QuantConfig:
     alpha: float = 0.25  # GPTAQ's factor on the asymmetric term
     block_size: int = 128  # lazy-update block of the column loop
     seed: int = 0
+    rotate: str = "off"  # off | folded | online (rotation.py)
     head_bits: int = 0
     gguf_type: str = ""  # the mix that `types` came from: Q4_K_M
     types: dict[str, str] = field(default_factory=dict)  # hub module → GGUF block type, in place of the affine grid

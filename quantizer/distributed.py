@@ -60,6 +60,12 @@ class Ranks:
     def largest(self, value: float) -> float:
         return self._reduced((value,), dist.ReduceOp.MAX)[0]
 
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, on each of them."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def same(self, value: int) -> int:
         """Rank 0's value."""
         return self.count(value if self.first else 0)

@@ -43,14 +43,14 @@ class Affine:
         exceeds what float16 scales can reach (about 2^bits · 65504). An all-zero group gets scale 1.
         """
         if self.symmetric:
-            scale = self._storable(2 * weights.abs().amax(dim) / self.top)
+            scale = self.storable(2 * weights.abs().amax(dim) / self.top)
             return scale, torch.full_like(scale, 2 ** (self.bits - 1))
         low, high = weights.amin(dim).clamp_max(0), weights.amax(dim).clamp_min(0)
         # The second term only counts where the zero-point would round to 0: it makes room for a zero-point of 1.
-        scale = self._storable(torch.maximum((high - low) / self.top, high / (self.top - 0.5)))
+        scale = self.storable(torch.maximum((high - low) / self.top, high / (self.top - 0.5)))
         return scale, torch.round(-low / scale).clamp(1, self.top)
 
-    def _storable(self, scale: torch.Tensor) -> torch.Tensor:
+    def storable(self, scale: torch.Tensor) -> torch.Tensor:
         """float32 [...] → the float16 that will be stored, as float32. Upwards where rounding down could clip much."""
         scale = torch.where(scale == 0, 1.0, scale.float()).clamp(_TINY, _LARGEST)
         if self.portable:

@@ -18,10 +18,11 @@ from torch import nn
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.kquants import Params
-from vlmq_export.quantizer.layer import Solved, _solve, collect, exchanged
+from vlmq_export.quantizer.layer import collect, exchanged
 from vlmq_export.quantizer.linears import BlockLinear, Linear
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, tensor_cores
+from vlmq_export.quantizer.solving import Solved, solve_unit
 from vlmq_export.quantizer.streams import Batch
 
 SLAB = 2**13  # rows solved at once: fewer than a layer's gate and up projections have
@@ -57,19 +58,21 @@ def quantize_head(
     model: StreamedModel, name: str, batches: Sequence[Batch], config: QuantConfig, ranks: Ranks = ALONE
 ) -> Solved:
     """Solve the output head `name` (hub name) of `model`, from batches that have passed the last decoder layer."""
-    method, config, sums = replace(method_named(config.method), importance="none"), config.of(name), None
+    named, config, sums, held = method_named(config.method), config.of(name), None, None
+    # AWQ and MBQ have nothing before the head to scale against it.
+    method = replace(named, importance="none", calibrated=named.calibrated and not named.scaling)
     if method.calibrated:
         with model.filled_norm() as norm:
             walk = HeadWalk(_Rows(model.head_rows(0, 1)), norm, batches, two_streams=method.two_streams)
-            (sums,) = collect(walk, 0, [[name]], {}, method)
-        sums = ranks.collect(sums, 0)
+            (pair,) = collect(walk, 0, [[name]], {}, method)
+        sums, held = (part and ranks.collect(part, 0) for part in pair)
     solved = None
     if ranks.first:
-        sums = sums and sums.rounded()
+        sums, held = (part and part.rounded() for part in (sums, held))
         slabs, energies = [], []
         for start in range(0, model.head_shape[0], SLAB):
             rows = model.head_rows(start, start + SLAB)
-            slabs += _solve(_Rows(rows), "", [name], sums, config, method)
+            slabs += solve_unit(_Rows(rows), "", [name], sums, held, config, method)
             energies.append(float(rows.double().square().sum()))
         solved = _stacked([linear for linear, _ in slabs]), _joined_metrics([m for _, m in slabs], energies)
     return exchanged(solved, ranks, 0)

@@ -40,7 +40,7 @@ def output_gradients(
     leaves: dict[str, torch.Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
         for name in PROJECTIONS[:-1]:
-            stack.enter_context(_leaf_output(layer.get_submodule(name), leaves, name))
+            stack.enter_context(leaf_output(layer.get_submodule(name), leaves, name))
         # The fused backward adds in no fixed order on CUDA; this one does, and a resumed run must match.
         if hidden.is_cuda:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -51,11 +51,11 @@ def output_gradients(
 
 
 @contextmanager
-def _leaf_output(module: nn.Module, leaves: dict[str, torch.Tensor], name: str):
-    """Make the module's latest output a leaf of the graph and remember it."""
+def leaf_output(module: nn.Module, leaves: dict[str, torch.Tensor], name: str, *, cut: bool = True):
+    """Remember the module's latest output, which becomes a leaf of the graph if it is cut off from what is before."""
 
     def hook(_module, _inputs, output: torch.Tensor) -> torch.Tensor:
-        leaves[name] = output.detach().requires_grad_()
+        leaves[name] = output.detach().requires_grad_() if cut else output
         return leaves[name]
 
     handle = module.register_forward_hook(hook)
@@ -68,6 +68,23 @@ def _leaf_output(module: nn.Module, leaves: dict[str, torch.Tensor], name: str):
 def token_factors(gradient: torch.Tensor, norm: str) -> torch.Tensor:
     """g, float32 [..., tokens], of a gradient [..., tokens, channels]: `l1` mean |P| or `l2` ‖P‖₂ over channels."""
     return gradient.abs().mean(-1) if norm == "l1" else gradient.norm(dim=-1)
+
+
+def floored(factors: Iterable[torch.Tensor], least: float, ranks: Ranks = ALONE) -> list[torch.Tensor]:
+    """Normalized factors with as much of a constant mixed in, g² ← (g² + ε)/(1 + ε), as leaves `least` effective tokens.
+
+    N = (Σg²)²/Σg⁴ (D5). Over n tokens with mean(g²) = 1 and mean(g⁴) = m it becomes n·(1 + ε)²/(m + 2ε + ε²).
+    """
+    factors = list(factors)
+    count, fourth = ranks.total(
+        sum(g.numel() for g in factors), sum(float(g.double().square().square().sum()) for g in factors)
+    )
+    least = min(least, count / 2)
+    if not count or count**2 / fourth >= least:
+        return factors
+    # with y = (1 + ε)²: n·y/(y + m − 1) = least
+    epsilon = (least * (fourth / count - 1) / (count - least)) ** 0.5 - 1
+    return [((g.double().square() + epsilon) / (1 + epsilon)).sqrt().float() for g in factors]
 
 
 def normalized(factors: Iterable[torch.Tensor], ranks: Ranks = ALONE) -> list[torch.Tensor]:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
-from torch import nn
 
-from vlmq_export.errors import CheckpointError
-from vlmq_export.quantizer import kquants, solver
 from vlmq_export.quantizer.artifact import ModuleRecord
 from vlmq_export.quantizer.checkpoint import DTYPES
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
-from vlmq_export.quantizer.grids import grid_for
-from vlmq_export.quantizer.importance import PROJECTIONS, normalized, output_gradients, token_factors
-from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
+from vlmq_export.quantizer.families import Family
+from vlmq_export.quantizer.grids import Affine, grid_for
+from vlmq_export.quantizer.importance import PROJECTIONS, floored, normalized, output_gradients, token_factors
 from vlmq_export.quantizer.methods import Method, method_named
-from vlmq_export.quantizer.model import tensor_cores
+from vlmq_export.quantizer.pictured import importance_facts
+from vlmq_export.quantizer.scaling import scaled_layer
+from vlmq_export.quantizer.solving import Solved, linear_of, nearest, ratio, solve_unit
 from vlmq_export.quantizer.statistics import Statistics
-from vlmq_export.quantizer.walk import LayerWalk
-
-Solved = tuple[Linear, dict]  # with its metrics
+from vlmq_export.quantizer.walk import DOWN, OUT, LayerWalk
 
 
 def quantize_layer(
@@ -39,23 +36,61 @@ def quantize_layer(
     """
     method = method_named(config.method)
     factors = importance_factors(walk, method.importance, ranks)
+    if method.effective:
+        width = walk.layer.get_submodule(groups[0][0]).in_features
+        factors = {name: floored(parts, method.effective * width, ranks) for name, parts in factors.items()}
+    facts = importance_facts(factors, walk.batches, ranks)
     solved: list[Solved] = []
     for stage, group in enumerate(groups):
         shared = [[name] for name in group] if group[0] in factors else [list(group)]
-        sums = collect(walk, stage, shared, factors, method) if method.calibrated else [None] * len(shared)
+        sums = collect(walk, stage, shared, factors, method) if method.calibrated else [(None, None)] * len(shared)
         owners = [ranks.owner(unit) for unit in range(len(shared))]
-        sums = [part and ranks.collect(part, owner) for part, owner in zip(sums, owners)]
+        sums = [[part and ranks.collect(part, owner) for part in pair] for pair, owner in zip(sums, owners)]
         parts: list[list[Solved | None]] = []
         for names, owner in zip(shared, owners):  # first everybody solves, then results go round
-            own = (part := sums.pop(0)) and part.rounded()
+            own, held = (part and part.rounded() for part in sums.pop(0))
             parts.append(
-                _solve(walk.layer, prefix, names, own, config, method) if ranks.rank == owner else [None] * len(names)
+                solve_unit(walk.layer, prefix, names, own, held, config, method)
+                if ranks.rank == owner
+                else [None] * len(names)
             )
         for owner, unit in zip(owners, parts):
             solved += [exchanged(part, ranks, owner) for part in unit]
-        for name, (linear, _) in zip(group, solved[-len(group) :]):
+        for name, (linear, metrics) in zip(group, solved[-len(group) :]):
             walk.put(name, linear)
+            metrics |= {"importance": facts[name]} if name in facts else {}
     return solved
+
+
+def scale_layer(
+    walk: LayerWalk,
+    prefix: str,
+    family: Family,
+    config: QuantConfig,
+    ratios: tuple[float, float] | None,
+    stored: Callable[[str, torch.Tensor], torch.Tensor],  # of a hub name
+    ranks: Ranks = ALONE,
+) -> tuple[list[Solved], dict[str, torch.Tensor]]:
+    """Round a layer's linears to nearest after AWQ's or MBQ's scaling: they, and the norms that ship in place of the source's.
+
+    The layer keeps its source weights: these methods calibrate on the full-precision stream.
+    """
+
+    def grid_of(columns: int) -> tuple[Affine, int]:
+        return grid_for(config, columns), config.group_columns(columns)
+
+    scaled = scaled_layer(
+        walk, family.groups, grid_of, ratios=ratios, stored=lambda name, value: stored(prefix + name, value),
+        norms=family.norms, ranks=ranks,
+    )  # fmt: skip
+    solved = []
+    for name, weights in scaled.weights.items():
+        solution = nearest(weights, "", config)
+        metrics = {"weight_error": ratio(solution.decode() - weights, weights)}
+        if name in scaled.powers:
+            metrics["power"] = scaled.powers[name]
+        solved.append((linear_of(prefix, name, scaled.biases.get(name), solution, config), metrics))
+    return solved, {prefix + name: value for name, value in scaled.norms.items()}
 
 
 def exchanged(solved: Solved | None, ranks: Ranks, owner: int) -> Solved:
@@ -93,107 +128,29 @@ def importance_factors(walk: LayerWalk, norm: str, ranks: Ranks = ALONE) -> dict
 @torch.no_grad()
 def collect(
     walk: LayerWalk, stage: int, shared: list[list[str]], factors: dict[str, list[torch.Tensor]], method: Method
-) -> list[Statistics]:
-    """Statistics of one group's input, a set for each list of linears that also share their token weights."""
-    module, drift = walk.layer.get_submodule(shared[0][0]), method.drift != "plain"
-    sums = [Statistics.empty(module.in_features, drift=drift, device=module.weight.device) for _ in shared]
+) -> list[tuple[Statistics, Statistics | None]]:
+    """Statistics of one group's input, a set for each list of linears that also share their token weights.
+
+    The second of a pair is of the samples put aside, where the method chooses by them.
+    """
+    module, drift, modal = walk.layer.get_submodule(shared[0][0]), method.drift != "plain", method.ranges == "modality"
+    residual = module.out_features if method.residual and stage in (OUT, DOWN) else 0
+
+    def empty() -> Statistics:
+        device = module.weight.device
+        return Statistics.empty(module.in_features, drift=drift, device=device, modal=modal, residual=residual)
+
+    sums = [(empty(), empty() if method.holds_out else None) for _ in shared]
     for i, (x, x_full) in enumerate(walk.inputs(stage)):
-        for names, part in zip(shared, sums):
-            part.add(x, x_full if drift else None, factors[names[0]][i] if names[0] in factors else None)
-    return sums
-
-
-@torch.no_grad()
-def _solve(
-    layer: nn.Module, prefix: str, names: list[str], sums: Statistics | None, config: QuantConfig, method: Method
-) -> list[Solved]:
-    """Solve linears that share statistics: those of one grid together, stacked by rows."""
-    kinds = {name: config.types.get(prefix + name, "") for name in names}
-    solved = {}
-    for kind in dict.fromkeys(kinds.values()):
-        alike = [name for name in names if kinds[name] == kind]
-        solved |= zip(alike, _solve_alike(layer, prefix, alike, kind, sums, config, method))
-    return [solved[name] for name in names]
-
-
-def _solve_alike(
-    layer: nn.Module,
-    prefix: str,
-    names: list[str],
-    kind: str,
-    sums: Statistics | None,
-    config: QuantConfig,
-    method: Method,
-) -> list[Solved]:
-    weights = torch.cat([layer.get_submodule(name).weight.float() for name in names])  # [out of all, in]
-    target, common, matrix = weights, {}, None
-    if sums is None:
-        solution = _nearest(weights, kind, config)
-    else:
-        group = kquants.GRIDS[kind].block if kind else config.group_columns(weights.shape[1])
-        order = "gar" if kind and config.act_order != "off" else config.act_order  # a block's columns stay together
-        hessian = solver.prepare(sums.hessian, sums.diagonal, group=group, act_order=order, damp=config.damp)
-        alpha = config.alpha if method.alpha is None else method.alpha
-        aim, columns = weights, None
-        if sums.drift is not None and not hessian.fallback:
-            target = solver.exact_target(weights, hessian, sums.drift, 1.0)
-            if method.drift == "columns":
-                columns = solver.column_term(hessian, sums.drift, alpha)
+        batch = walk.batches[i]
+        image, behind = batch.tokens(batch.image) if modal else None, walk.residual if residual else None
+        aside = batch.tokens(batch.held[:, None].expand_as(batch.image)) if method.holds_out else None
+        for names, (part, held) in zip(shared, sums):
+            weigh = factors[names[0]][i] if names[0] in factors else None
+            each = (x, x_full if drift else None, weigh, image, behind)
+            if held is None:
+                part.add(*each)
             else:
-                aim = target if alpha == 1 else solver.exact_target(weights, hessian, sums.drift, alpha)
-        if kind:
-            solution = solver.solve_blocks(aim, hessian, kquants.GRIDS[kind], block=config.block_size, columns=columns)
-        else:
-            solution = solver.solve(
-                aim, hessian, grid_for(config, weights.shape[1]), group=group, act_order=order, block=config.block_size,
-                columns=columns,
-            )  # fmt: skip
-        matrix = sums.hessian
-        common = {
-            "damp": hessian.damp, "fallback": hessian.fallback, "dead_columns": int(hessian.dead.sum()),
-            "tokens": sums.tokens, "effective_tokens": round(sums.effective_tokens, 1),
-        }  # fmt: skip
-    solved, start = [], 0
-    for name in names:
-        stop = start + layer.get_submodule(name).out_features
-        part = solution.rows(start, stop)
-        metrics = {"weight_error": _ratio(part.decode() - weights[start:stop], weights[start:stop]), **common}
-        if matrix is not None:
-            metrics |= _losses(part.decode(), target[start:stop], matrix)
-        solved.append((_linear(layer, prefix, name, part, config), metrics))
-        start = stop
-    return solved
-
-
-def _nearest(weights: torch.Tensor, kind: str, config: QuantConfig) -> solver.Solution | solver.BlockSolution:
-    if kind:
-        return solver.nearest_in_blocks(weights, kquants.GRIDS[kind])
-    columns = weights.shape[1]
-    return solver.round_to_nearest(weights, grid_for(config, columns), group=config.group_columns(columns))
-
-
-@tensor_cores()
-def _losses(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -> dict:
-    """The weighted loss against the target of the method's objective, and relative to that target's own energy."""
-    loss = solver.weighted_loss(rounded, target, matrix)
-    energy = solver.weighted_loss(torch.zeros_like(target), target, matrix)
-    return {"loss": loss, "relative_error": (max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0}
-
-
-def _ratio(difference: torch.Tensor, whole: torch.Tensor) -> float:
-    return float(difference.double().norm() / whole.double().norm().clamp_min(1e-300))
-
-
-def _linear(
-    layer: nn.Module, prefix: str, name: str, part: solver.Solution | solver.BlockSolution, config: QuantConfig
-) -> Linear:
-    bias = layer.get_submodule(name).bias
-    bias = None if bias is None else bias.detach().half()
-    if bias is not None and not bool(torch.isfinite(bias).all()):
-        raise CheckpointError(f"{prefix}{name}.bias exceeds float16's range, which every runtime format stores it in")
-    if isinstance(part, solver.BlockSolution):
-        return BlockLinear(prefix + name, part.codes, part.params, bias, part.grid.name)
-    return QuantizedLinear(
-        prefix + name, part.codes, part.scales, part.zero_points, part.g_idx, bias,
-        config.bits, config.group_size, config.symmetric,
-    )  # fmt: skip
+                part.add(*(v if v is None else v[~aside] for v in each))
+                held.add(*(v if v is None else v[aside] for v in each))
+    return sums

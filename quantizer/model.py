@@ -120,6 +120,13 @@ class StreamedModel:
             self.model.set_input_embeddings(embedding)
 
     @contextmanager
+    def filled_head(self):
+        """What runs after the last decoder layer: a function of its output, [..., hidden] → logits."""
+        matrix = self.head_rows(0, self.head_shape[0])
+        with self.filled_norm() as norm:
+            yield lambda hidden: norm(hidden) @ matrix.T
+
+    @contextmanager
     def filled_norm(self):
         """The norm between the last decoder layer and the output head."""
         prefix = "model.language_model.norm."

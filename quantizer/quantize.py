@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from vlmq_export.quantizer.artifact import (
     layer_file,
     read_layer,
     read_layer_records,
+    write_changed,
     write_floats,
     write_json,
     write_layer,
@@ -38,13 +39,16 @@ from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
+from vlmq_export.quantizer.endloss import MBQ_TYPES, modality_ratios
 from vlmq_export.quantizer.families import Family, family_of, is_tied, layer_count
 from vlmq_export.quantizer.head import quantize_head
 from vlmq_export.quantizer.kquants import GRIDS, Params
-from vlmq_export.quantizer.layer import quantize_layer
+from vlmq_export.quantizer.layer import quantize_layer, scale_layer
 from vlmq_export.quantizer.memory import give_back, peak_host
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
+from vlmq_export.quantizer.pictured import image_shape
+from vlmq_export.quantizer.rotation import rotate_inner, rotated
 from vlmq_export.quantizer.shelf import Place, Shelf
 from vlmq_export.quantizer.solver import nearest_in_blocks
 from vlmq_export.quantizer.streams import Batch, decoder_inputs, put
@@ -89,7 +93,7 @@ def check_shapes(linears: Iterable[Shape], config: QuantConfig) -> None:
 
 def quantize(
     checkpoint: Checkpoint,
-    samples: Sequence[Sample],
+    samples: list[Sample],
     config: QuantConfig,
     folder: Path,
     *,
@@ -99,6 +103,7 @@ def quantize(
     resume: bool = False,
     place: Place = "device",
     ranks: Ranks = ALONE,
+    drop_images: bool = False,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
@@ -107,12 +112,14 @@ def quantize(
     `calibration` is what the manifest says of the samples. With `resume`, layers that are on disk are not solved again
     and the folder ends with the bytes of a run that was never stopped (same device, number of threads and of ranks). Of
     several ranks each is given all samples and walks its share; the first writes, the others need to read what it wrote.
+    `drop_images` takes the pixels out of the list `samples` once the first pass has seen them: often more than the activations.
 
     Raises UsageError, CheckpointError and CalibrationError before heavy work where it can; ArtifactError when the folder
     belongs to another run; Interrupted after a layer was published and `should_stop()` is true.
     """
     progress = progress or (lambda *_: None)
     should_stop = should_stop or (lambda: False)
+    checkpoint = rotated(checkpoint, config.rotate, config.seed)
     method, family, target = method_named(config.method), family_of(checkpoint.config), pick_device(device)
     count = layer_count(checkpoint.config)
     check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
@@ -123,6 +130,8 @@ def quantize(
     clock.tokens = sum(len(sample.input_ids) for sample in samples)
     with clock("load"):
         model = StreamedModel(checkpoint, target)
+        if config.rotate == "online":
+            rotate_inner([model.layer(i) for i in range(count)], checkpoint.inner_rotation())
     done = 0
     if ranks.first:
         done = _claim(
@@ -137,7 +146,11 @@ def quantize(
     if ranks.first:
         with clock("floats"):
             write_source(folder, checkpoint, own_head=bool(head))
-            write_floats(folder, checkpoint, _float_names(checkpoint, [*linears, *(q.name for q in outer)]))
+            quantized = [*linears, *(q.name for q in outer)]
+            changed = {
+                f"{family.layers}{i}.{norm}.weight" for i in range(count) for norm, _ in family.norms if method.scaling
+            }
+            write_floats(folder, checkpoint, [n for n in _float_names(checkpoint, quantized) if n not in changed])
             if outer:
                 write_layer(folder, OUTER, outer, [ModuleRecord.of(q, OUTER, {}) for q in outer])
     batches: list[Batch] = []
@@ -154,7 +167,13 @@ def quantize(
                     _start_from(prefix, outer, batches, samples, family, shelf, ranks)
                 lost = ranks.count(sum(batch.drop_non_finite() for batch in batches))
                 refuse_many_lost(lost, len(samples))
+            if drop_images:
+                samples[:] = [replace(sample, pixel_values=None) for sample in samples]
             give_back()
+        ratios: dict[str, list[float]] = {}
+        if method.scaling == "mbq":
+            with clock("gradients"):
+                ratios = modality_ratios(model, count, batches, MBQ_TYPES, ranks)
         for i in range(count):
             progress("quantize", i, count)
             if method.calibrated and not ranks.count(sum(int(b.valid.sum()) for b in batches)):
@@ -166,9 +185,18 @@ def quantize(
                 walk = LayerWalk(layer, batches, two_streams=method.two_streams)
                 if solved:
                     walk.pass_full()
-                    _restore(layer, folder, i, f"{family.layers}{i}.")
+                    if not method.scaling:  # which stays on the full-precision stream
+                        _restore(layer, folder, i, f"{family.layers}{i}.")
                 else:
-                    linears = quantize_layer(walk, f"{family.layers}{i}.", family.groups, config, ranks)
+                    prefix = f"{family.layers}{i}."
+                    if method.scaling:
+                        rho = tuple(ratios[kind][i] for kind in MBQ_TYPES) if ratios else None
+                        stored = _storing(checkpoint)
+                        linears, changed = scale_layer(walk, prefix, family, config, rho, stored, ranks)
+                        if ranks.first:
+                            write_changed(folder, i, {n: v.to(checkpoint.tensor(n).dtype) for n, v in changed.items()})
+                    else:
+                        linears = quantize_layer(walk, prefix, family.groups, config, ranks)
                     if ranks.first:
                         records = [ModuleRecord.of(q, i, metrics) for q, metrics in linears]
                         write_layer(folder, i, [q for q, _ in linears], records)
@@ -194,6 +222,8 @@ def quantize(
         return
     if method.calibrated:
         calibration = calibration | {"non_finite": lost}
+    if method.importance != "none":
+        calibration = calibration | image_shape(samples)
     if lost:
         log.warning("%d of %d samples left out: their activations are not finite", lost, len(samples))
     files = [*([OUTER] if outer else []), *range(count + bool(head))]
@@ -276,6 +306,11 @@ def _start_from(
     )  # fmt: skip
     for batch, start in zip(batches, again):
         batch.quantized = start.quantized
+
+
+def _storing(checkpoint: Checkpoint) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Rounds a new value of a float tensor to what the source stores it in."""
+    return lambda name, value: value.to(checkpoint.tensor(name).dtype).float()
 
 
 def _float_names(checkpoint: Checkpoint, linears: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ The exact solution of the same problem is plain GPTQ on W' = W + α·W·D·A⁻�
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ from vlmq_export.quantizer.grids import Affine
 from vlmq_export.quantizer.kquants import BlockGrid, Params
 
 PRECISION = torch.float64  # of the factorization
+# Weights [group, out] as the columns before them leave them, and those columns [group] → scale and zero-point [out].
+Fit = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 _BAND = 512  # rows or columns worked on together
 DAMP_STEPS = (1, 10, 100)  # times the recipe's damping, tried in turn before falling back to plain rounding
 LEAF = 32  # columns that are rounded one by one between two matrix products, where no kernel takes more
@@ -142,14 +145,28 @@ def column_term(hessian: Hessian, drift: torch.Tensor, alpha: float) -> torch.Te
     return term
 
 
+def own_term(hessian: Hessian, drift: torch.Tensor, alpha: float) -> torch.Tensor:
+    """VLM-PTQ's C = α·diag(D·L)⊙diag(L) in loop order, float32 [in]; C_q is α·D_q,≥q·[(A_≥q)⁻¹]_:,q.
+
+    What a column would add to itself if it were still free: it is rounded as v·(1 + C), its error still counts from v.
+    """
+    order, factor, term = hessian.order, hessian.factor, torch.empty_like(hessian.pivots)
+    for start in range(0, len(drift), _BAND):
+        rows = drift[order[start : start + _BAND]].index_select(1, order[start:])
+        term[start : start + _BAND] = _times_inverse(rows, factor[start:, start:].T, upper=False).diagonal()
+    return term.mul_(alpha).div_(hessian.pivots)
+
+
 def exact_target(weights: torch.Tensor, hessian: Hessian, drift: torch.Tensor, alpha: float) -> torch.Tensor:
     """W' = W + α·W·D·(A+λI)⁻¹, float32 [out, in], original order. Damping leans toward W, not toward zero."""
-    shift = (weights @ drift)[:, hessian.order]
-    shift = _times_inverse(shift, hessian.factor.T, upper=False).div_(hessian.pivots)
+    return weights + alpha * regression(weights @ drift, hessian)
+
+
+def regression(products: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+    """products·(A+λI)⁻¹, float32 [out, in], original order."""
+    shift = _times_inverse(products[:, hessian.order], hessian.factor.T, upper=False).div_(hessian.pivots)
     shift = _times_inverse(shift, hessian.factor, upper=True)
-    target = weights.clone()
-    target[:, hessian.order] += alpha * shift
-    return target
+    return shift[:, hessian.order.argsort()]
 
 
 def _times_inverse(matrix: torch.Tensor, triangle: torch.Tensor, *, upper: bool) -> torch.Tensor:
@@ -176,6 +193,8 @@ def solve(
     act_order: str,
     block: int,  # within it GPTAQ's term takes the weights before rounding, beyond it those after
     columns: torch.Tensor | None = None,  # GPTAQ's P, loop order
+    own: torch.Tensor | None = None,  # VLM-PTQ's C, loop order
+    fit: Fit | None = None,  # of ranges, in place of the grid's own
 ) -> Solution:
     """Codes for `target` under the prepared Hessian, the one loop of every method.
 
@@ -184,15 +203,18 @@ def solve(
     """
     if hessian.fallback:
         return round_to_nearest(target, grid, group=group)
-    order, (out_features, in_features) = hessian.order, target.shape
+    order, in_features = hessian.order, target.shape[1]
     target = target.float()
     if bool(hessian.dead.any()):
         target = target.masked_fill(hessian.dead, 0)
     natural = order // group  # natural group of each step
     group_of = torch.arange(in_features, device=order.device) // group if act_order == "dynamic" else natural
     loop = _Loop(target.T.contiguous()[order], hessian.factor, columns, grid, group, group, block, group_of)
+    loop.own, loop.fit, loop.order = own, fit, order
     if act_order == "static":
-        loop.scales, loop.zeros = (p.T.contiguous() for p in grid.fit(target.view(out_features, -1, group)))
+        for columns_of in torch.arange(in_features, device=order.device).split(group):
+            index = int(columns_of[0]) // group
+            loop.scales[index], loop.zeros[index] = loop.fitted_to(target.T[columns_of], columns_of)
         loop.fitted = True
     loop.run(0, in_features)
     back = order.argsort()
@@ -219,6 +241,7 @@ class _Loop:
         self.factor, self.columns, self.grid, self.group = factor, columns, grid, group
         self.group_of, self.group_index = group_of.tolist(), group_of.to(torch.int32)
         self.fitted = False  # whether the groups were fitted before the loop
+        self.own = self.fit = self.order = None  # as in `solve`
         # A group is fitted on weights that carry every earlier update: no range but whole groups may straddle two.
         self.lazy = block if group >= block else block // group * group
         self.kernel = kernels.usable(target.device, grid)
@@ -237,7 +260,7 @@ class _Loop:
         lazy = not inside and size <= self.lazy
         unit = next((u for u in self.units if u < size), None)
         if unit is None:
-            (self._fused if self.kernel else self._leaf)(start, stop)
+            (self._fused if self.kernel and self.own is None else self._leaf)(start, stop)
         else:
             middle = start + -(-size // unit) // 2 * unit
             self.run(start, middle, inside=inside or lazy)
@@ -255,10 +278,14 @@ class _Loop:
         shift = torch.linalg.solve_triangular(own, self.shift[start:stop], upper=False, unitriangular=True)
         self._fit_to(start, stop, self.target[start:stop] + shift)
 
-    def _fit_to(self, start: int, _stop: int, weights: torch.Tensor) -> None:
+    def _fit_to(self, start: int, stop: int, weights: torch.Tensor) -> None:
         """weights: [group, out], in loop order."""
         group = self.group_of[start]
-        self.scales[group], self.zeros[group] = self.grid.fit(weights, dim=0)
+        self.scales[group], self.zeros[group] = self.fitted_to(weights, self.order[start:stop])
+
+    def fitted_to(self, weights: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero-point [out] of one group [group, out]."""
+        return self.grid.fit(weights, dim=0) if self.fit is None else self.fit(weights, columns)
 
     def _leaf(self, start: int, stop: int) -> None:
         """One column after the other. The tensors are small here: what counts is the number of calls."""
@@ -274,7 +301,8 @@ class _Loop:
             if current != (current := self.group_of[start + i]):
                 scale, zero = self.scales[current], self.zeros[current]
             weights = t + s
-            code.copy_(self.grid.encode(weights, scale, zero))
+            aim = weights if self.own is None else weights * (1 + self.own[start + i])
+            code.copy_(self.grid.encode(aim, scale, zero))
             torch.sub(t, self.grid.decode(code, scale, zero), out=s)
             if term is not None:
                 t.copy_(weights)
@@ -331,6 +359,7 @@ def solve_blocks(
     *,
     block: int,  # as in `solve`
     columns: torch.Tensor | None = None,  # GPTAQ's P, loop order
+    own: torch.Tensor | None = None,  # VLM-PTQ's C, loop order
 ) -> BlockSolution:
     """`solve` on a block type: when the loop reaches a block, all its parameters are fitted on the compensated weights."""
     target = target.float().masked_fill(hessian.dead, 0)
@@ -338,6 +367,7 @@ def solve_blocks(
         return nearest_in_blocks(target, grid)
     order = hessian.order
     loop = _BlockLoop(target.T[order].contiguous(), hessian, columns, grid, block)
+    loop.own = own
     loop.run(0, len(order))
     return BlockSolution(grid, loop.codes[order.argsort()].T.contiguous(), Params.joined(loop.params))
 

@@ -66,12 +66,22 @@ class Statistics:
     tokens: int = 0
     weight: float = 0.0  # Σ g²
     weight_squared: float = 0.0  # Σ g⁴
+    modal: torch.Tensor | None = None  # Σ g² x² of image and of text tokens, float64 [2, in]; None where nobody asks
+    modal_weight: torch.Tensor | None = None  # Σ g² of either, float64 [2]
+    residual: torch.Tensor | None = None  # R = Σ g² (r̃ − r) xᵀ, r what the output is added to, float64 [out, in]
 
     @classmethod
     def empty(
-        cls, in_features: int, *, drift: bool, device: torch.device | str = "cpu", precision: Precision | None = None
+        cls,
+        in_features: int,
+        *,
+        drift: bool,
+        device: torch.device | str = "cpu",
+        precision: Precision | None = None,
+        modal: bool = False,
+        residual: int = 0,
     ) -> Statistics:
-        """`precision` of the products: the device's own unless given."""
+        """`precision` of the products: the device's own unless given. `residual`: outputs of the linear, if R is wanted."""
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -80,6 +90,8 @@ class Statistics:
         return cls(
             zeros(*square), zeros(*square) if drift else None, zeros(in_features),
             precision or PRECISION[torch.device(device).type],
+            modal=zeros(2, in_features) if modal else None, modal_weight=zeros(2) if modal else None,
+            residual=zeros(residual, in_features) if residual else None,
         )  # fmt: skip
 
     @property
@@ -90,8 +102,16 @@ class Statistics:
             self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
         return self.upper
 
-    def add(self, x: torch.Tensor, x_full: torch.Tensor | None = None, importance: torch.Tensor | None = None) -> None:
-        """x, x_full: [tokens, in]; importance g: [tokens], None for ones."""
+    def add(
+        self,
+        x: torch.Tensor,
+        x_full: torch.Tensor | None = None,
+        importance: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> None:
+        """x, x_full: [tokens, in]; importance g: [tokens], None for ones; image: bool [tokens], where modalities count;
+        residual r̃ − r: [tokens, out], where it counts."""
         x = x.float()
         weighted = x if importance is None else x * importance[:, None]
         for start in range(0, len(self.upper), _BAND):
@@ -106,7 +126,14 @@ class Statistics:
             for start in range(0, len(self.drift), _BAND):
                 stop = start + _BAND
                 self.drift[start:stop] += product(delta[:, start:stop], weighted, self.precision)
+        if self.residual is not None:
+            behind = residual if importance is None else residual * importance[:, None]
+            self.residual += product(behind.float(), weighted, self.precision)
         squares = torch.ones(len(x), dtype=torch.float64) if importance is None else importance.double().square()
+        if self.modal is not None:
+            for row, tokens in enumerate((image, ~image)):
+                self.modal[row] += weighted[tokens].square().sum(0)
+                self.modal_weight[row] += squares.to(x.device)[tokens].sum()
         self.tokens += len(x)
         self.weight += float(squares.sum())
         self.weight_squared += float(squares.square().sum())
@@ -117,6 +144,9 @@ class Statistics:
         self.diagonal += other.diagonal
         if self.drift is not None:
             self.drift += other.drift
+        for name in ("modal", "modal_weight", "residual"):
+            if (mine := getattr(self, name)) is not None:
+                mine += getattr(other, name)
         self.tokens += other.tokens
         self.weight += other.weight
         self.weight_squared += other.weight_squared
@@ -125,7 +155,18 @@ class Statistics:
         """These sums in float32, which the solver works on; the float64 ones are given up."""
         self.upper, self.diagonal = self.upper.float(), self.diagonal.float()
         self.drift = None if self.drift is None else self.drift.float()
+        self.residual = None if self.residual is None else self.residual.float()
         return self
+
+    def mismatch(self, weights: torch.Tensor) -> torch.Tensor:
+        """W·D, and R where it counts: what the linear's output should make up for, against its input; float32 [out, in]."""
+        pull = weights @ self.drift
+        return pull if self.residual is None else pull.add_(self.residual)
+
+    def error(self, rounded: torch.Tensor, weights: torch.Tensor) -> float:
+        """Σ g²·‖ŵ·x − w·x̃ − (r̃ − r)‖² over these tokens, but for a constant that does not depend on ŵ."""
+        change = rounded - weights
+        return float(((change @ self.hessian - 2 * self.mismatch(weights)) * change).sum(dtype=torch.float64))
 
     @property
     def effective_tokens(self) -> float:

@@ -19,6 +19,7 @@ from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.shelf import Shelf
 
 BATCH_TOKENS = 4096
+HELD_OUT = 8  # every n-th sample, by length, is what a method may judge its choices on
 
 
 class Batch:
@@ -36,6 +37,11 @@ class Batch:
         vision: torch.Tensor | None = None,  # bool [samples, tokens], of what is in `added`
         added: Sequence[torch.Tensor] = (),  # [vision tokens, hidden] each, for the next layers' outputs
         shelf: Shelf | None = None,
+        *,
+        image: torch.Tensor | None = None,  # bool [samples, tokens], as Sample.vision
+        answer: torch.Tensor | None = None,  # bool [samples, tokens], as Sample.answer
+        ids: torch.Tensor | None = None,  # int64 [samples, tokens], as Sample.input_ids
+        held: torch.Tensor | None = None,  # bool [samples]: kept out of the statistics where a method chooses by them
     ):
         self._shelf = shelf or Shelf(quantized.device)
         self._quantized = self._shelf.put(quantized)
@@ -43,6 +49,7 @@ class Batch:
         self._kwargs = self._shelf.put(kwargs)
         self._added = [self._shelf.put(features) for features in added]
         self.valid, self.vision = valid, vision
+        self.image, self.answer, self.ids, self.held = image, answer, ids, held
 
     @property
     def quantized(self) -> torch.Tensor:
@@ -71,8 +78,8 @@ class Batch:
     def pass_layer(self, quantized: torch.Tensor, full: torch.Tensor | None) -> None:
         """Take a layer's outputs, adding what the model adds to its image tokens after that layer (DeepStack)."""
         if self._added:
-            features = self._added.pop(0).get()
-            quantized, full = (x if x is None else _add(x, self.vision, features) for x in (quantized, full))
+            quantized, full = (x if x is None else add(x, self) for x in (quantized, full))
+            self._added.pop(0)
         self.quantized, self.full = quantized, full
 
     def aside(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -93,9 +100,12 @@ class Batch:
         return activations[self.valid].flatten(0, 1)
 
 
-def _add(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+def add(hidden: torch.Tensor, batch: Batch, ahead: int = 0) -> torch.Tensor:
+    """A layer's output with what the model adds after it; `ahead` layers further on than the batch is."""
+    if ahead >= len(added := batch.added):
+        return hidden
     hidden = hidden.clone()
-    hidden[mask] += features
+    hidden[batch.vision] += added[ahead]
     return hidden
 
 
@@ -134,9 +144,11 @@ def decoder_inputs(
         caught.append((hidden, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
         raise Stop
 
+    groups = list(_equal_lengths(samples))
+    places = torch.arange(len(samples)).split([len(group) for group in groups])
     batches = []
     with before(first_layer, catch), before(model.model.language_model, lambda _args, kwargs: given.update(kwargs)):
-        for group in ranks.share(list(_equal_lengths(samples))):
+        for group, place in zip(ranks.share(groups), ranks.share(places)):
             try:
                 model.model(**_stack(group, device), use_cache=False)
             except Stop:
@@ -145,7 +157,10 @@ def decoder_inputs(
             mask, features = (given.get(name) for name in added) if added else (None, None)
             given.clear()
             streams = (hidden, hidden if two_streams else None)
-            batches.append(Batch(*streams, kwargs, valid, mask, features or (), shelf))
+            marks = (("image", "vision"), ("answer", "answer"), ("ids", "input_ids"))
+            marks = {name: torch.stack([getattr(s, field) for s in group]).to(device) for name, field in marks}
+            held = (place % HELD_OUT == HELD_OUT // 2).to(device)
+            batches.append(Batch(*streams, kwargs, valid, mask, features or (), shelf, held=held, **marks))
     return batches
 
 

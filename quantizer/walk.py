@@ -30,6 +30,7 @@ class LayerWalk:
     def __init__(self, layer: nn.Module, batches: list[Batch], *, two_streams: bool):
         self.layer, self.batches, self.two_streams = layer, batches, two_streams
         self._solved = False
+        self.residual: torch.Tensor | None = None  # r̃ − r, [tokens, hidden]: of the batch that `inputs` gave last
         self._attended: dict[int, Callable] = {}  # batch → a of the quantized stream
         self._full_attended: dict[int, Callable] = {}  # the same of the full-precision stream
         self._source: list[tuple[nn.Parameter, torch.Tensor]] = []  # of gate_proj and up_proj, once replaced
@@ -49,9 +50,22 @@ class LayerWalk:
         The groups before this one have their decoded weights, this one and those after it their source weights.
         """
         for index, batch in enumerate(self.batches):
+            if self.two_streams and stage in (OUT, DOWN):
+                self.residual = batch.tokens(batch.full - batch.quantized)
             full = batch.tokens(self._full_input(stage, index)) if self.two_streams else None
             yield batch.tokens(self._input(stage, index)), full
         self._solved = stage == DOWN
+
+    @torch.no_grad()
+    @tensor_cores()
+    def again(self, stage: int, index: int) -> torch.Tensor:
+        """x of one batch, [samples, tokens, in], once more while its stage lasts."""
+        layer, hidden = self.layer, self.batches[index].quantized
+        if stage == OUT:
+            return self._attended[index]()
+        if stage == DOWN:
+            return mlp_inner(layer, hidden)
+        return (layer.input_layernorm if stage == QKV else layer.post_attention_layernorm)(hidden)
 
     def put(self, name: str, linear: QuantizedLinear) -> None:
         """Give a linear the weights and bias that will be on disk."""

@@ -21,6 +21,18 @@ def fit_group(values: np.ndarray, bits: int, symmetric: bool, portable: bool = F
     return scale, int(np.clip(np.round(-low / scale), 1, top))
 
 
+def best_range(values: np.ndarray, bits: int, importance: np.ndarray | None) -> tuple[float, int]:
+    """Min-max, or with importance that of 80 shrunk ranges which leaves the least weighted squared error."""
+    if importance is None:
+        return fit_group(values, bits, False)
+    best = (np.inf, 0.0, 0)
+    for step in range(80):
+        scale, zero = fit_group(values * (1 - step / 100), bits, False)
+        rounded = scale * (np.clip(np.round(values / scale) + zero, 0, 2**bits - 1) - zero)
+        best = min(best, (float(importance @ (rounded - values) ** 2), scale, zero), key=lambda b: b[0])
+    return best[1:]
+
+
 def nearest(value: float, scale: float, zero: int, bits: int) -> int:
     return int(np.clip(np.round(value / scale) + zero, 0, 2**bits - 1))
 
@@ -36,6 +48,8 @@ def brain_surgeon(
     alpha: float = 0.0,
     inside: int | None = None,  # block within which the term uses the value before rounding; beyond it the rounded one
     static: bool = False,
+    own: bool = False,  # VLM-PTQ's C: a column also makes up for its own drift
+    weigh: np.ndarray | None = None,  # M [in], original order: groups take the range of least weighted error
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Optimal Brain Quantization in a fixed order, the inverse of the remaining Hessian recomputed at every step.
 
@@ -63,8 +77,10 @@ def brain_surgeon(
         for r in range(rows):
             g = order[q] // group if static else q // group
             if q % group == 0 and not static:
-                scales[r, g], zeros[r, g] = fit_group(w[r, q : q + group], bits, False)
-            codes[r, q] = nearest(w[r, q], scales[r, g], zeros[r, g], bits)
+                importance = None if weigh is None else weigh[order[q : q + group]]
+                scales[r, g], zeros[r, g] = best_range(w[r, q : q + group], bits, importance)
+            correction = alpha * d[q, q:] @ inverse[:, 0] if own else 0.0
+            codes[r, q] = nearest(w[r, q] * (1 + correction), scales[r, g], zeros[r, g], bits)
             rounded = scales[r, g] * (codes[r, q] - zeros[r, g])
             before = w[r, q]
             w[r, q:] += (rounded - before) / inverse[0, 0] * inverse[0]

@@ -66,7 +66,7 @@ def test_weights_on_the_grid_are_found_again(values, grid):
 def test_portable_products_are_exact_for_every_scale():
     """All positive float16 scales in, every zero-point 1..15: s·z of the scale that comes out is a float16."""
     bits = torch.arange(1, 0x7C00, dtype=torch.int32)
-    scale = Affine(4, portable=True)._storable(bits.to(torch.int16).view(torch.float16).float())
+    scale = Affine(4, portable=True).storable(bits.to(torch.int16).view(torch.float16).float())
     assert torch.equal(scale, scale.half().float())
     for zero in range(1, 16):
         product = scale * zero
@@ -81,7 +81,7 @@ def test_portable_products_are_exact_for_every_scale():
 
 def test_a_plain_scale_is_not_portable():
     """The check above can fail: float16 scales as they come need rounding up."""
-    scale = Affine(4)._storable(torch.tensor([0.0123, 0.0457, 0.1011]))
+    scale = Affine(4).storable(torch.tensor([0.0123, 0.0457, 0.1011]))
     assert not torch.equal((scale * 13).half().float(), scale * 13)
 
 

@@ -78,9 +78,13 @@ def test_every_method_makes_a_whole_artifact(method, folder, small, samples, tmp
     checkpoint = Checkpoint(source)
     names = {f"{q.name}.{part}" for q in artifact.linears() for part in ("weight", "bias")}
     assert {n for n in checkpoint.tensors if n not in names} == set(artifact.float_names())
+    scaled = METHODS[method].scaling
     for name in artifact.float_names():
-        assert torch.equal(artifact.float_tensor(name), checkpoint.tensor(name))
+        same = torch.equal(artifact.float_tensor(name), checkpoint.tensor(name))
+        assert same != (scaled and name.endswith("layernorm.weight")), name
     for q in artifact.linears():
+        if scaled:  # weights that carry a scale: test_scaling.py
+            continue
         weight = checkpoint.tensor(f"{q.name}.weight").float()
         assert q.codes.shape == weight.shape and int(q.codes.max()) <= 7
         assert q.scales.shape == q.zero_points.shape == (weight.shape[0], weight.shape[1] // 64)
@@ -314,7 +318,7 @@ def test_samples_with_nan_are_counted_and_all_of_them_refused(small, samples, tm
 
     config = QuantConfig(method="vlmq", bits=3, group_size=64)
     artifact = run(small, [broken(samples[0]), *samples[1:5]], tmp_path / "a", config)
-    assert artifact.manifest.calibration == {"rows": 5, "non_finite": 1}
+    assert artifact.manifest.calibration.items() >= {"rows": 5, "non_finite": 1}.items()
     assert artifact.manifest.modules[0].metrics["tokens"] == sum(len(s.input_ids) for s in samples[1:5])
     with pytest.raises(CalibrationError, match="no sample has finite activations"):
         run(small, [broken(s) for s in samples[:3]], tmp_path / "b", config)

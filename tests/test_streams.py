@@ -138,7 +138,7 @@ def test_text_only_samples_travel_with_the_others(walk, samples):
     model, layers = walk
     text = dataclasses.replace(
         samples[0], input_ids=torch.arange(5, 5 + len(samples[1].input_ids)), pixel_values=None, image_grid_thw=None,
-        vision=torch.zeros(len(samples[1].input_ids), dtype=torch.bool),
+        vision=torch.zeros(len(samples[1].input_ids), dtype=torch.bool), answer=samples[1].answer,
     )  # fmt: skip
     (batch,) = decoder_inputs(model, layers[0], [text, samples[1]], two_streams=False, device=CPU)
     for row, sample in enumerate((text, samples[1])):
@@ -213,7 +213,7 @@ def test_groups_see_what_the_groups_before_them_did(walk, samples):
 
     def spy(steps, stage, shared, *args):
         sums = collect(steps, stage, shared, *args)
-        seen[shared[0][0]] = sums[0]
+        seen[shared[0][0]], _ = sums[0]
         return list(sums)
 
     collect = module.collect

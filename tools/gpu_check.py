@@ -121,7 +121,7 @@ def statistics_of(layer, batches) -> dict:
     factors = importance_factors(walk, "l1")
     sums = {}
     for stage, group in enumerate(DECODER_GROUPS):
-        parts = collect(walk, stage, [[n] for n in group], factors, method_named("vlmq"))
+        parts = [part for part, _ in collect(walk, stage, [[n] for n in group], factors, method_named("vlmq"))]
         sums |= dict(zip(group, (part.rounded() for part in parts)))
     return sums
 

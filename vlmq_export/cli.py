@@ -29,6 +29,7 @@ from vlmq_export.recipe import (
     OnnxGraph,
     OnnxProvider,
     Recipe,
+    Rotate,
     load_recipe,
 )
 
@@ -76,6 +77,7 @@ def export(
     group_size: Annotated[int | None, typer.Option(help="Columns a scale; -1 for one an output channel.  [default: 128]", show_default=False)] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Grid without or with zero-points.  [default: asym; 8 bits: sym]", show_default=False)] = None,
     method: Annotated[Method | None, typer.Option(help="[default: vlmq]", show_default=False)] = None,
+    rotate: Annotated[Rotate | None, typer.Option(help="Hadamard rotations: folded into the weights, or online too, which no format holds.  [default: off]", show_default=False)] = None,
     head_bits: Annotated[int | None, typer.Option(help="Quantize the output head too, to 2, 3, 4 or 8 bits; GPTQ files cannot hold it.  [default: as it is]", show_default=False)] = None,
     act_order: Annotated[ActOrder | None, typer.Option(help="Column order of the solver.  [default: gar]", show_default=False)] = None,
     calibration: Annotated[Path | None, typer.Option(help="LLaVA/ShareGPT4V JSON or messages JSONL.  [default: bundled]", show_default=False)] = None,
@@ -94,7 +96,9 @@ def export(
     onnx_dtype: Annotated[OnnxDtype | None, typer.Option(help="Activations, cache and float weights of ONNX.  [default: float32]", show_default=False)] = None,
     onnx_provider: Annotated[OnnxProvider | None, typer.Option(help="Where the ONNX package runs.  [default: cpu]", show_default=False)] = None,
     gguf_type: Annotated[str | None, typer.Option(help="Solve on llama.cpp's own types: Q2_K … Q6_K, Q4_K_M, Q8_0; GGUF only.", show_default=False)] = None,
+    target_bpw: Annotated[float | None, typer.Option(help="Choose those types by measured cost, to this many bits per weight over all matrices.", show_default=False)] = None,
     tensor_type: Annotated[list[str] | None, typer.Option(help="REGEX=TYPE on GGUF tensor names, over the mix; repeat.", show_default=False)] = None,
+    emit_imatrix: Annotated[bool | None, typer.Option("--emit-imatrix", help="Also write imatrix.gguf, from the calibration images, for stock llama-quantize.", show_default=False)] = None,
     class_row: Annotated[ClassRow | None, typer.Option(help="Where InternVL's GGUF has the class token's position: last for llama.cpp b11549, first as on the hub.  [default: last]", show_default=False)] = None,
     mmproj: Annotated[MmprojType | None, typer.Option(help="Type of GGUF vision weights.  [default: f16]", show_default=False)] = None,
     split_max_size: Annotated[str | None, typer.Option(help="Split the GGUF text model into files of this size, as 2G or 500M.  [default: one file]", show_default=False)] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vlmq_export import formats
 from vlmq_export.errors import CheckpointError
@@ -54,6 +54,11 @@ def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelP
     return ModelPlan(name, checkpoint.model_type, source, linears, floats, config)
 
 
+def with_types(model: ModelPlan, types: dict[str, str], mix: str = "") -> ModelPlan:
+    """The same run on block types: hub module → type, and the mix that they came from."""
+    return replace(model, config=replace(model.config, gguf_type=mix, types=types))
+
+
 def artifact_plan(artifact: Artifact) -> ModelPlan:
     """The same description of a model that is quantized already."""
     m = artifact.manifest
@@ -86,8 +91,18 @@ def shapes_of(model: ModelPlan) -> Shapes:
         layers=layers, hidden=decoder[0].in_features, heads=heads if isinstance(heads, int) else 1,
         linears=tuple((x.out_features, x.in_features) for x in decoder[: len(decoder) // layers]),
         groups=tuple(len(group) for group in family.groups), prefix=sum(t.numel for t in kept),
+        pixels=_pixels(model.source_config),
         weights=sum(x.out_features * x.in_features for x in model.linears) + sum(t.numel for t in model.floats),
     )  # fmt: skip
+
+
+def _pixels(config: dict) -> int:
+    """Numbers that the vision tower is given for a token: the patches that are merged into it, each in all its frames."""
+    vision = config.get("vision_config", {})
+    patch, frames = vision.get("patch_size", 14), vision.get("temporal_patch_size", 1)
+    side = patch[0] if isinstance(patch, list) else patch
+    merged = vision.get("spatial_merge_size", round(1 / config.get("downsample_ratio", 1)))
+    return 3 * frames * (side * merged) ** 2
 
 
 def plan_memory(
@@ -119,8 +134,13 @@ def plan_run(model: ModelPlan, recipe: Recipe, memory: MemoryPlan | None = None)
 
 def _format_plan(name: str, model: ModelPlan, options: FormatOptions) -> FormatPlan:
     try:
-        return formats.get(name).plan(model, options)
+        plan = formats.get(name).plan(model, options)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:  # settings that are not there
         raise CheckpointError(
             f"config.json of {model.name} cannot be used for --format {name} ({e!r}); copy it from the original model"
         ) from None
+    if model.config.rotate == "online":
+        plan.refusals.append(
+            "--rotate online multiplies by a Hadamard matrix between two linears, which its runtimes cannot; use folded"
+        )
+    return plan
