@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -67,7 +68,8 @@ class Stack:
         )
         self.shift = None  # of the exact target, W' − W for α = 1
         if sums.drift is not None and not self.hessian.fallback:
-            self.shift = solver.regression(sums.mismatch(self.weights), self.hessian)
+            shift = solver.regression(sums.mismatch(self.weights), self.hessian)
+            self.shift = shift if bool(torch.isfinite(shift).all()) else None
         tried = {name: self._try(METHODS[name]) for name in method.candidates} or {"": self._try(method)}
         solved = [
             self._best({name: parts[i] for name, parts in tried.items()}, weights)
@@ -78,6 +80,8 @@ class Stack:
             "damp": self.hessian.damp, "fallback": self.hessian.fallback, "dead_columns": int(self.hessian.dead.sum()),
             "tokens": sums.tokens, "effective_tokens": round(sums.effective_tokens, 1),
         }  # fmt: skip
+        if sums.drift is not None and self.shift is None:
+            common["drift_ignored"] = True
         return [
             (part, self._metrics(part, weights) | common | chosen | _losses(part.decode(), aim, sums.hessian))
             for (part, chosen), weights, aim in zip(solved, self._split(self.weights), self._split(target))
@@ -173,6 +177,10 @@ def _losses(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -
     """The weighted loss against the target of the method's objective, and relative to that target's own energy."""
     loss = solver.weighted_loss(rounded, target, matrix)
     energy = solver.weighted_loss(torch.zeros_like(target), target, matrix)
+    if not (
+        math.isfinite(loss) and math.isfinite(energy)
+    ):  # sums beyond float32: rounded to nearest, nothing to report
+        return {}
     return {"loss": loss, "relative_error": (max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0}
 
 
