@@ -132,13 +132,15 @@ def write_cells(file: Path, cells: dict[Cell, dict]) -> None:
     file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
-def all_tables(cells: list[dict], rows: int = 512) -> dict[str, str]:
-    """NAME of a table → markdown: `FIELD REFERENCE`, and `tasks GRID REFERENCE`."""
+def all_tables(cells: list[dict]) -> dict[str, str]:
+    """NAME of a table → markdown: `FIELD REFERENCE`, `tasks GRID REFERENCE`, `W4A4KV8 FIELD REFERENCE`.
+
+    Of each reference the cells that were scored on most rows, and of those on each grid the ones with most samples.
+    """
     tables, order = {}, (*GRIDS, "full precision", *OURS, *peers.PEERS)
     for reference in REFERENCES:
-        every = [
-            c | {"rotate": c.get("rotate", "off")} for c in cells if c["reference"] == reference and c["rows"] == rows
-        ]
+        every = [c | {"rotate": c.get("rotate", "off")} for c in cells if c["reference"] == reference]
+        every = _most(_most(every, "rows"), "samples")
         rounding = [c for c in every if c["grid"] == ACTIVATIONS]
         for field in ("kl", "exact"):
             tables[f"{ACTIVATIONS} {field} {reference}"] = table(
@@ -151,6 +153,14 @@ def all_tables(cells: list[dict], rows: int = 512) -> dict[str, str]:
             alike = [c for c in own if c["grid"] in (grid, "")]
             tables[f"tasks {grid} {reference}"] = table(alike, "method", "grid", "tasks", order)
     return tables
+
+
+def _most(cells: list[dict], key: str) -> list[dict]:
+    """Of each grid, the cells with the largest `key`."""
+    largest: dict[str, int] = {}
+    for c in cells:
+        largest[c["grid"]] = max(c[key], largest.get(c["grid"], 0))
+    return [c for c in cells if c[key] == largest[c["grid"]]]
 
 
 def _row(cell: dict) -> str:
@@ -211,7 +221,7 @@ def main(
         write_cells(out.with_suffix(".json"), known)
         if out.with_suffix(".md").is_file():
             fill(out.with_suffix(".md"), all_tables(list(known.values())))
-    for title, text in all_tables(list(known.values() if out else wanted.values()), rows).items():
+    for title, text in all_tables(list(known.values() if out else wanted.values())).items():
         if text.count("\n") > 1:
             print(f"{title}\n\n{text}\n")
     raise typer.Exit(1 if failed else 0)
