@@ -43,7 +43,15 @@ def test_tables_are_of_the_cells_scored_on_most_rows():
         return cell(method, grid, 0.1, rows=rows, samples=samples, reference="llava_onevision", calibration="c.json")
 
     cells = [made("a", 64, 512), made("b", 128, 64), made("c", 128, 512), made("d", 64, 64, "W3")]
-    text = quality.all_tables(cells)["kl llava_onevision"]
+    cells.append(
+        cell(quality.FULL, "", None, rows=128, samples=0, reference="llava_onevision", exact=0.7, tasks={"read": 0.6})
+    )
+    tables_of = quality.all_tables(cells)
+    assert (
+        "| full precision | .700 | .700 |" in tables_of["exact llava_onevision"]
+        and "read" in tables_of["tasks W3 llava_onevision"]
+    )
+    text = tables_of["kl llava_onevision"]
     assert "| c |" in text and "| d | 100 |" in text and "| a |" not in text and "| b |" not in text
 
 
