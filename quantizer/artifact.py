@@ -2,7 +2,7 @@
 
     artifact/
       manifest.json              schema, source model and its hashes, recipe, one entry a linear (grid and metrics)
-      layer-00000.safetensors    one file a decoder layer: codes, scales, zero_points, g_idx, and changed biases
+      layer-00000.safetensors    one file a decoder layer: codes, scales, zero_points, g_idx, changed biases, energy of inputs
       float-00001.safetensors    every tensor that is not quantized, bytes as in the source checkpoint
       float-changed-00000.safetensors  norms of a decoder layer that took a scale (awq, mbq), in place of the source's
       timing.json                seconds by phase and layer, tokens a second, peak memory
@@ -31,12 +31,13 @@ from safetensors.torch import save_file
 from vlmq_export.errors import ArtifactError, CheckpointError
 from vlmq_export.quantizer.checkpoint import COMPANIONS, Checkpoint, TensorInfo, read_infos, read_tensor
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
+from vlmq_export.quantizer.families import untied
 from vlmq_export.quantizer.kquants import GRIDS, Params
 from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.untrusted import contained, read_json
 
 SCHEMA = 1
-OUTER = -1  # the "layer" of embedding and output matrix
+OUTER = -1  # the "layer" of an embedding
 MANIFEST = "manifest.json"
 TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
 _FLOAT_SHARD_BYTES = 2 * 2**30
@@ -44,7 +45,7 @@ _FLOAT_SHARD_BYTES = 2 * 2**30
 
 @dataclass
 class ModuleRecord:
-    """What the manifest says of one linear. `layer` is −1 for the embedding and the output matrix."""
+    """What the manifest says of one linear. `layer` is −1 for an embedding; the output head comes after the last layer."""
 
     name: str
     layer: int
@@ -56,16 +57,29 @@ class ModuleRecord:
     bias: bool
     metrics: dict = field(default_factory=dict)  # loss, relative error, damp used, fallback, seconds
     type: str = ""  # a GGUF block type; empty for the affine grid
+    energy: bool = False  # whether calibration left the energy of its inputs
 
     @classmethod
     def of(cls, linear: Linear, layer: int, metrics: dict) -> ModuleRecord:
         shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
+        energy = linear.energy is not None
         if isinstance(linear, BlockLinear):
             grid = GRIDS[linear.type]
             return cls(
-                linear.name, layer, grid.bits, grid.sub_block, not grid.affine, *shape, bias, metrics, linear.type
+                linear.name,
+                layer,
+                grid.bits,
+                grid.sub_block,
+                not grid.affine,
+                *shape,
+                bias,
+                metrics,
+                linear.type,
+                energy,
             )
-        return cls(linear.name, layer, linear.bits, linear.group_size, linear.symmetric, *shape, bias, metrics)
+        return cls(
+            linear.name, layer, linear.bits, linear.group_size, linear.symmetric, *shape, bias, metrics, energy=energy
+        )
 
     def packed_bits(self) -> float:
         """Bits of codes, scales and zero-points once packed; on disk a code takes a byte."""
@@ -77,15 +91,16 @@ class ModuleRecord:
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype (safetensors' spelling) and shape of each of its tensors."""
         codes = {"codes": ("U8", (self.out_features, self.in_features))}
-        bias = {"bias": ("F16", (self.out_features,))} if self.bias else {}
+        more = {"bias": ("F16", (self.out_features,))} if self.bias else {}
+        more |= {"energy": ("F32", (self.in_features,))} if self.energy else {}
         if self.type:
             grid = GRIDS[self.type]
             blocks, subs = ((self.out_features, self.in_features // n) for n in (grid.block, grid.sub_block))
             minimum = {"dmin": ("F16", blocks), "sub_mins": ("U8", subs)} if grid.affine else {}
-            return codes | {"d": ("F16", blocks), "sub_scales": ("I8", subs)} | minimum | bias
+            return codes | {"d": ("F16", blocks), "sub_scales": ("I8", subs)} | minimum | more
         groups = (self.out_features, 1 if self.group_size == -1 else self.in_features // self.group_size)
         parts = {"scales": ("F16", groups), "zero_points": ("U8", groups), "g_idx": ("I32", (self.in_features,))}
-        return codes | parts | bias
+        return codes | parts | more
 
     def linear(self, read: Callable[[str], torch.Tensor]) -> Linear:
         """The integers themselves; `read(key)` gives a stored tensor and raises KeyError where there is none."""
@@ -93,14 +108,14 @@ class ModuleRecord:
         def part(key: str) -> torch.Tensor:
             return read(f"{self.name}.{key}")
 
-        bias = part("bias") if self.bias else None
+        bias, energy = part("bias") if self.bias else None, part("energy") if self.energy else None
         if not self.type:
             parts = (part(k) for k in ("codes", "scales", "zero_points", "g_idx"))
-            return QuantizedLinear(self.name, *parts, bias, self.bits, self.group_size, self.symmetric)
+            return QuantizedLinear(self.name, *parts, bias, self.bits, self.group_size, self.symmetric, energy)
         d, scales, minimum = part("d"), part("sub_scales").to(torch.int16), ()
         if GRIDS[self.type].affine:
             minimum = (part("dmin"), part("sub_mins").to(torch.int16))
-        return BlockLinear(self.name, part("codes"), Params(d, scales, *minimum), bias, self.type)
+        return BlockLinear(self.name, part("codes"), Params(d, scales, *minimum), bias, self.type, energy)
 
 
 @dataclass
@@ -146,7 +161,7 @@ def write_json(path: Path, value) -> None:
 
 
 def layer_file(index: int) -> str:
-    """−1 is what lies outside the layers: embedding and output matrix, where the recipe quantizes them."""
+    """−1 is the embedding, where the recipe quantizes it; the output head's number follows the last decoder layer's."""
     return f"layer-{index:05d}.safetensors" if index >= 0 else "layer-outer.safetensors"
 
 
@@ -222,11 +237,15 @@ def _write_tensors(path: Path, infos: list[TensorInfo], read: Callable[[str], to
             f.write(read(t.name).view(-1).view(torch.uint8).numpy().data)
 
 
-def write_source(folder: Path, checkpoint: Checkpoint) -> None:
+def write_source(folder: Path, checkpoint: Checkpoint, *, own_head: bool = False) -> None:
+    """config.json, tokenizer and processor files. `own_head`: of a model that no longer shares its output matrix."""
     target = folder / "source"
     target.mkdir(parents=True, exist_ok=True)
-    for file in [checkpoint.path / "config.json", *checkpoint.companions]:
+    checkpoint.write_config(target / "config.json")
+    for file in checkpoint.companions:
         shutil.copyfile(file, target / file.name)
+    if own_head and (config := untied(checkpoint.config)) != checkpoint.config:
+        write_json(target / "config.json", config)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -382,7 +401,12 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
         problems.append(f"name {m.name!r} is no file name")  # output files are named after it
     if not isinstance(m.model_type, str) or not all(isinstance(x, dict) for x in (m.source, m.calibration, m.phases)):
         problems.append("model_type, source, calibration or phases of another type")
-    if not _is_grid(config) or config.act_order not in ACT_ORDERS or not isinstance(config.method, str):
+    if (
+        config.head_bits not in (0, *BITS)
+        or not _is_grid(config)
+        or config.act_order not in ACT_ORDERS
+        or not isinstance(config.method, str)
+    ):
         problems.append(f"a recipe of {config.bits} bits in groups of {config.group_size}, order {config.act_order}")
     names: set[str] = set()
     for r in m.modules:
@@ -395,8 +419,8 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
             problems.append(
                 f"{r.name} has {r.in_features} columns of {r.type or f'{r.bits} bits in groups of {r.group_size}'}"
             )
-        elif not isinstance(r.bias, bool) or not isinstance(r.metrics, dict):
-            problems.append(f"{r.name} has bias {r.bias!r}")
+        elif not isinstance(r.bias, bool) or not isinstance(r.energy, bool) or not isinstance(r.metrics, dict):
+            problems.append(f"{r.name} has bias {r.bias!r}, energy {r.energy!r} or metrics that are none")
         names.add(str(r.name))
     return problems if m.modules else [*problems, "no linears"]
 

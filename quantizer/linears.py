@@ -26,6 +26,7 @@ class QuantizedLinear:
     bits: int
     group_size: int  # −1: per output channel
     symmetric: bool
+    energy: torch.Tensor | None = None  # float32 [in]: mean g²x² of its inputs over the calibration tokens
 
     @property
     def out_features(self) -> int:
@@ -61,7 +62,8 @@ class QuantizedLinear:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer's file holds of it, the bias aside."""
-        return {"codes": self.codes, "scales": self.scales, "zero_points": self.zero_points, "g_idx": self.g_idx}
+        held = {"codes": self.codes, "scales": self.scales, "zero_points": self.zero_points, "g_idx": self.g_idx}
+        return held | _energy(self)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class BlockLinear:
     params: Params
     bias: torch.Tensor | None  # float16 [out]
     type: str  # of kquants.GRIDS
+    energy: torch.Tensor | None = None  # as in QuantizedLinear
 
     @property
     def out_features(self) -> int:
@@ -111,10 +114,14 @@ class BlockLinear:
         held = {"codes": self.codes, "d": p.d, "sub_scales": p.scales.to(torch.int8)}
         if p.dmin is not None and p.mins is not None:
             held |= {"dmin": p.dmin, "sub_mins": p.mins.to(torch.uint8)}
-        return held
+        return held | _energy(self)
 
 
 Linear = QuantizedLinear | BlockLinear
+
+
+def _energy(linear: Linear) -> dict[str, torch.Tensor]:
+    return {} if linear.energy is None else {"energy": linear.energy}
 
 
 def _wrong(found: dict[str, torch.Tensor]) -> str:

@@ -3,6 +3,7 @@
 Peak memory follows one decoder layer and the calibration set, never the model:
 
     fixed        Python, PyTorch, transformers
+    images       all samples' pixels, dropped after the first pass
     first pass   vision tower and projector in float32, dropped before the first layer
     layer        its weights in float32, and the group of linears that is being solved
     solver       statistics and factorization at the widest linear, n² times a few matrices
@@ -43,6 +44,7 @@ class Shapes:
     linears: tuple[tuple[int, int], ...]  # (out, in) of one decoder layer
     groups: tuple[int, ...]  # how many of them share an input, in order
     prefix: int  # weights that run before the first decoder layer, embedding rows not counted
+    pixels: int  # numbers of a preprocessed image a token
     weights: int  # of the whole model
 
 
@@ -86,6 +88,7 @@ def memory_plan(
     batch = min(tokens, max(BATCH_TOKENS, seq_len))
     streams = (2 if method.two_streams else 1) if method.calibrated else 0
     parts = {
+        "images": tokens * shapes.pixels * _FLOAT if method.calibrated else 0,
         "first pass": shapes.prefix * _FLOAT if method.calibrated else 0,
         "layer": (sum(m * n for m, n in shapes.linears) + _GROUP_COPIES * group) * _FLOAT,
         "solver": matrices * widest**2,
@@ -94,18 +97,19 @@ def memory_plan(
     }
     kept = shapes.layers if method.scaling == "mbq" else 0  # inputs of every layer, for the gradients
     activations = tokens * shapes.hidden * (2 * streams + kept) * _FLOAT
-    work = max(parts["first pass"], sum(parts.values()) - parts["first pass"])
+    images, first = parts["images"], parts["first pass"]
+    work = sum(parts.values()) - images - first
     host_room, device_room = int(_SHARE * host_free), int(_SHARE * device_free)
     on_cuda = device_free > 0
     if on_cuda:
-        place: Place = "device" if work + activations <= device_room else "host"
-        if place == "host" and FIXED + activations > host_room:
+        place: Place = "device" if max(first, work) + activations <= device_room else "host"
+        if place == "host" and FIXED + images + activations > host_room:
             place = "disk"
     else:
-        place = "device" if FIXED + work + activations <= host_room else "disk"
+        place = "device" if FIXED + max(images + first, work) + activations <= host_room else "disk"
     resting = {"device": activations if not on_cuda else 0, "host": activations, "disk": 0}[place]
-    host = FIXED + resting + (0 if on_cuda else work)
-    device = (work + (activations if place == "device" else 0)) if on_cuda else 0
+    host = FIXED + resting + max(images + (0 if on_cuda else first), 0 if on_cuda else work)
+    device = (max(first, work) + (activations if place == "device" else 0)) if on_cuda else 0
     return MemoryPlan(
         place, {"fixed": FIXED} | parts, activations, host, device, activations if place == "disk" else 0, host_free,
         device_free,

@@ -33,12 +33,14 @@ def solve_unit(
 ) -> list[Solved]:
     """Solve linears that share statistics: those of one grid together, stacked by rows."""
     kinds = {name: config.types.get(prefix + name, "") for name in names}
+    energy = (sums.hessian.diagonal() / sums.weight).float() if sums and sums.weight else None  # of the inputs, [in]
     solved = {}
     for kind in dict.fromkeys(kinds.values()):
         alike = [name for name in names if kinds[name] == kind]
         stack = Stack([layer.get_submodule(name) for name in alike], sums, held, config, kind)
         for name, (part, metrics) in zip(alike, stack.solved(method)):
-            solved[name] = (linear_of(prefix, name, layer.get_submodule(name).bias, part, config), metrics)
+            bias = layer.get_submodule(name).bias
+            solved[name] = (linear_of(prefix, name, bias, part, config, energy), metrics)
     return [solved[name] for name in names]
 
 
@@ -83,7 +85,7 @@ class Stack:
         if sums.drift is not None and self.shift is None:
             common["drift_ignored"] = True
         return [
-            (part, self._metrics(part, weights) | common | chosen | _losses(part.decode(), aim, sums.hessian))
+            (part, self._metrics(part, weights) | common | chosen | self._losses(part, weights, aim))
             for (part, chosen), weights, aim in zip(solved, self._split(self.weights), self._split(target))
         ]
 
@@ -160,6 +162,12 @@ class Stack:
         ends = torch.tensor(self.sizes).cumsum(0).tolist()
         return [solution.rows(end - size, end) for end, size in zip(ends, self.sizes)]
 
+    def _losses(self, part: Rounded, weights: torch.Tensor, aim: torch.Tensor) -> dict:
+        """Toward `aim`, and what rounding `weights` to nearest would have left."""
+        plain = nearest(weights, self.kind, self.config).decode()
+        near = _losses(plain, aim, self.sums.hessian)["relative_error"]
+        return _losses(part.decode(), aim, self.sums.hessian) | {"nearest_error": near}
+
     def _metrics(self, part: Rounded, weights: torch.Tensor) -> dict:
         return {"weight_error": ratio(part.decode() - weights, weights)}
 
@@ -194,13 +202,14 @@ def linear_of(
     bias: torch.Tensor | None,
     part: Rounded,
     config: QuantConfig,
+    energy: torch.Tensor | None = None,
 ) -> Linear:
     bias = None if bias is None else bias.detach().half()
     if bias is not None and not bool(torch.isfinite(bias).all()):
         raise CheckpointError(f"{prefix}{name}.bias exceeds float16's range, which every runtime format stores it in")
     if isinstance(part, solver.BlockSolution):
-        return BlockLinear(prefix + name, part.codes, part.params, bias, part.grid.name)
+        return BlockLinear(prefix + name, part.codes, part.params, bias, part.grid.name, energy)
     return QuantizedLinear(
         prefix + name, part.codes, part.scales, part.zero_points, part.g_idx, bias,
-        config.bits, config.group_size, config.symmetric,
+        config.bits, config.group_size, config.symmetric, energy,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def test_fallback(columns, kind, wanted):
     ({"gguf_type": "Q4_K_M", "bits": 3}, "--bits and --gguf-type Q4_K_M exclude each other"),
     ({"gguf_type": "Q4_K_M", "act_order": "dynamic"}, "use gar or off"),
     ({"gguf_type": "Q4_K_M", "format": ["gptq"]}, "only GGUF holds these integers"),
-    ({"tensor_type": ["attn_v=Q8_0"]}, "give --gguf-type too"),
+    ({"tensor_type": ["attn_v=Q8_0"]}, "give --gguf-type or --target-bpw too"),
 ])  # fmt: skip
 def test_one_line_for_a_mix_that_cannot_be(flags, said):
     with pytest.raises(UsageError, match=r"^[^\n]*$") as raised:

@@ -75,7 +75,7 @@ def main(binary: str, out: str) -> None:
         for shape in SHAPES:
             write_model(model, shape)
             ones = {name: np.ones(size[1], np.float32) for name, size in shapes(*shape).items()}
-            write_imatrix(imatrix, ones, dict.fromkeys(ones, 1.0), dataset="ones", chunks=1, tokens=1)
+            write_imatrix(imatrix, ones, {"file": "ones", "rows": 1, "tokens": 1})
             for mix in MIXES:
                 given = ["--imatrix", str(imatrix)] if mix == "Q2_K_S" else []  # refused without one
                 command = [binary, *given, str(model), str(quantized), mix, "1"]

@@ -16,12 +16,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vlmq_export import bundled, checksums, formats, report
+from vlmq_export.budget import chosen_types, planned_types
 from vlmq_export.errors import ArtifactError, CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
 from vlmq_export.formats.gguf.mix import mix_named, module_types
 from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, write_artifact
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats, forget_places
-from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run
+from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run, with_types
 from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, refuse_unreadable
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
@@ -30,9 +31,10 @@ from vlmq_export.quantizer.families import family_of
 from vlmq_export.quantizer.loading import read_samples
 from vlmq_export.quantizer.memory import MemoryPlan, free_memory
 from vlmq_export.quantizer.model import pick_device
-from vlmq_export.quantizer.quantize import quantize
+from vlmq_export.quantizer.quantize import RUN, quantize
+from vlmq_export.quantizer.rotation import rotated
 from vlmq_export.quantizer.untrusted import read_json, third_party
-from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, load_recipe
+from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, Rotate, load_recipe
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
@@ -116,13 +118,20 @@ def _quantize(
     recipe, checkpoint, samples, described, result: Result, hooks: Hooks, ranks: Ranks, *, resume: bool
 ) -> None:
     memory = result.plan.memory
+    if recipe.target_bpw is not None:
+        begun = result.out / "artifact" / RUN if resume else None
+        with result.timed("choose types"):
+            types = chosen_types(
+                result.plan.model, recipe, checkpoint, samples, memory.host_free, ranks, begun, hooks.progress
+            )
+        result.plan = replace(result.plan, model=with_types(result.plan.model, types))
     tokens = sum(len(s.input_ids) for s in samples) // ranks.size
     memory = plan_memory(result.plan.model, recipe, memory.host_free, memory.device_free, tokens)
     _tell_memory(memory)
     quantize(
         checkpoint, samples, result.plan.model.config, result.out / "artifact", name=result.plan.model.name,
         calibration=described, device=recipe.device.value, resume=resume, place=memory.place, ranks=ranks,
-        progress=hooks.progress, should_stop=hooks.should_stop,
+        drop_images=True, progress=hooks.progress, should_stop=hooks.should_stop,
     )  # fmt: skip
 
 
@@ -190,11 +199,15 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | 
         return plan_run(artifact_plan(artifact), recipe)
     assert checkpoint is not None
     name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
+    if not isinstance(checkpoint, GptqCheckpoint):
+        checkpoint = rotated(checkpoint, recipe.rotate.value, recipe.seed)
     model = model_plan(checkpoint, recipe.quant_config(), name)
     if recipe.gguf_type is not None:
         mix = mix_named(recipe.gguf_type)
         types = module_types(model, mix, recipe.tensor_type)
-        model = replace(model, config=replace(model.config, gguf_type=mix, types=types))
+        model = with_types(model, types, mix)
+    elif recipe.target_bpw is not None:
+        model = with_types(model, planned_types(model, recipe))
     if isinstance(checkpoint, GptqCheckpoint):
         return plan_run(model, recipe)
     memory = plan_memory(model, recipe, *free_memory(pick_device(recipe.device.value), recipe.max_memory))
@@ -220,17 +233,23 @@ def recipe_of(recipe: Recipe, artifact: Artifact | None, checkpoint: Checkpoint 
                 raise UsageError(
                     f"--gguf-type {recipe.gguf_type}: the artifact has {c.gguf_type} already; quantize the model again"
                 )
-            recipe = recipe.model_copy(update={"gguf_type": c.gguf_type})
+            if recipe.target_bpw is not None and c.gguf_type:
+                raise UsageError(
+                    f"{recipe.block_types}: the artifact has {c.gguf_type} already; quantize the model again"
+                )
+            recipe = recipe.model_copy(update={"gguf_type": c.gguf_type or None})
     elif isinstance(checkpoint, GptqCheckpoint):
         c, what = checkpoint.quant_config, "checkpoint"
     else:
         return recipe
-    fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order)}
+    fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order),
+             "rotate": Rotate(c.rotate), "head_bits": c.head_bits or None}  # fmt: skip
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
             flag = "--" + key.replace("_", "-")
             raise UsageError(
-                f"{flag} {getattr(recipe, key)}: the {what} has {value} already; quantize the float model again"
+                f"{flag} {getattr(recipe, key)}: the {what} has {'none' if value is None else value} already; "
+                "quantize the float model again"
             )
     return recipe.model_copy(update=fixed | {"method": Method(c.method), "seed": c.seed})
 

@@ -45,6 +45,12 @@ class ActOrder(StrEnum):
     dynamic = "dynamic"
 
 
+class Rotate(StrEnum):
+    off = "off"
+    folded = "folded"
+    online = "online"
+
+
 class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
@@ -63,6 +69,7 @@ class GptqNames(StrEnum):
 
 class OnnxGraph(StrEnum):
     fused = "fused"
+    single = "single"
     plain = "plain"
 
 
@@ -99,10 +106,12 @@ class Recipe(BaseModel):
     sym: bool | None = None  # None: symmetric at 8 bits, asymmetric below
     method: Method = Method.vlmq
     act_order: ActOrder = ActOrder.gar
+    rotate: Rotate = Rotate.off
     calibration: Path | None = None  # None: the bundled set
     image_root: Path | None = None
     samples: Annotated[int, Field(ge=1, le=10**7)] = 512
     seq_len: Annotated[int, Field(ge=8, le=2**20)] | None = None  # None: the paper's for the family
+    head_bits: int | None = None  # None: the output head stays as it is
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     verify_data: Path | None = None  # None: the bundled held-out set
     verify: bool = True
@@ -118,39 +127,64 @@ class Recipe(BaseModel):
     mmproj: MmprojType = MmprojType.f16
     class_row: ClassRow = ClassRow.last
     split_max_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}[MG]$")] | None = None
+    emit_imatrix: bool = False  # an imatrix.gguf for stock llama-quantize beside the GGUF
     gguf_type: str | None = None  # a mix of block types in place of the affine grid: Q4_K_M
+    target_bpw: Annotated[float, Field(gt=0, le=16)] | None = None  # of all matrices: types by measured cost
     tensor_type: list[str] = Field(default_factory=list)  # regex=TYPE on GGUF tensor names, first match wins
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"--bits {self.bits}: the runtimes decode 2, 3, 4 or 8 bits")
+        if self.head_bits not in (None, 2, 3, 4, 8):
+            raise ValueError(f"--head-bits {self.head_bits}: the runtimes decode 2, 3, 4 or 8 bits")
         if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(f"--group-size {self.group_size}: a multiple of 16, or -1 for one scale an output channel")
         for key in ("model", "calibration", "image_root", "verify_data", "out"):
             if "\0" in str(getattr(self, key)):
                 raise ValueError(f"--{key.replace('_', '-')}: a name with a null byte")
-        if self.tensor_type and self.gguf_type is None:
-            raise ValueError("--tensor-type changes a mix; give --gguf-type too")
-        if self.gguf_type is not None:
-            self._check_mix()
+        if self.emit_imatrix and FormatName.gguf not in self.format:
+            raise ValueError("--emit-imatrix writes beside the GGUF; add --format gguf")
+        if self.tensor_type and self.block_types is None:
+            raise ValueError("--tensor-type changes a mix; give --gguf-type or --target-bpw too")
+        if self.gguf_type is not None and self.target_bpw is not None:
+            raise ValueError("--gguf-type and --target-bpw exclude each other: both choose the types")
+        if self.block_types is not None:
+            self._check_types(self.block_types)
         if len(set(self.format)) != len(self.format):
             raise ValueError("--format is given twice with the same value")
         return self
 
-    def _check_mix(self) -> None:
+    def _check_types(self, given: str) -> None:
         for key in ("bits", "group_size", "sym"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 flag = "--" + key.replace("_", "-")
-                raise ValueError(f"{flag} and --gguf-type {self.gguf_type} exclude each other: the type sets the grid")
+                raise ValueError(f"{flag} and {given} exclude each other: the type sets the grid")
         if self.act_order in (ActOrder.static, ActOrder.dynamic):
             raise ValueError(
-                f"--act-order {self.act_order}: with --gguf-type a block's columns stay together; use gar or off"
+                f"--act-order {self.act_order}: with {given} a block's columns stay together; use gar or off"
+            )
+        if self.head_bits is not None:
+            raise ValueError(
+                f"--head-bits and {given} exclude each other: the mix names the head's type; "
+                "--tensor-type '^output.weight$=Q8_0' gives it another"
             )
         if any(f != FormatName.gguf for f in self.format):
-            raise ValueError(
-                f"--gguf-type {self.gguf_type}: only GGUF holds these integers; export other formats without it"
-            )
+            raise ValueError(f"{given}: only GGUF holds these integers; export other formats without it")
+
+    @property
+    def block_types(self) -> str | None:
+        """The flag that makes llama.cpp's block types the grid, or None."""
+        if self.target_bpw is not None:
+            return f"--target-bpw {self.target_bpw:g}"
+        return None if self.gguf_type is None else f"--gguf-type {self.gguf_type}"
+
+    @property
+    def grid(self) -> str:
+        """For report and card."""
+        if self.target_bpw is not None:
+            return f"{self.target_bpw:g} bits per weight"
+        return self.gguf_type or f"{self.bits} bits"
 
     @property
     def symmetric(self) -> bool:
@@ -164,7 +198,8 @@ class Recipe(BaseModel):
     def quant_config(self) -> QuantConfig:
         return QuantConfig(
             method=self.method.value, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric,
-            act_order=self.act_order.value, seed=self.seed,
+            act_order=self.act_order.value, seed=self.seed, rotate=self.rotate.value,
+            head_bits=self.head_bits or 0,
         )  # fmt: skip
 
     def format_options(self, name: str) -> FormatOptions:
@@ -173,15 +208,20 @@ class Recipe(BaseModel):
             onnx_accuracy_level=self.accuracy_level, onnx_graph=self.onnx_graph.value, onnx_dtype=self.onnx_dtype.value,
             onnx_provider=self.onnx_provider.value, mmproj_dtype=self.mmproj.value,
             mmproj_class_row=self.class_row.value, gguf_split_bytes=self.split_bytes,
+            gguf_imatrix=self.emit_imatrix,
         )  # fmt: skip
 
     def label(self) -> str:
         """Short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
+        method = self.method if self.rotate is Rotate.off else f"{self.method}-rotated"
         if self.gguf_type is not None:
-            return f"{self.gguf_type}-{self.method}"
+            return f"{self.gguf_type}-{method}"
+        if self.target_bpw is not None:
+            return f"{self.target_bpw:g}bpw-{method}"
         group = "" if self.group_size == -1 else f"g{self.group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
-        return f"w{self.bits}{group}{sym}-{self.method}"
+        head = "" if self.head_bits is None else f"-head{self.head_bits}"
+        return f"w{self.bits}{group}{sym}{head}-{method}"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

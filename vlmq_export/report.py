@@ -9,9 +9,10 @@ from pathlib import Path
 
 import jinja2
 
-from vlmq_export import __version__
+from vlmq_export import __version__, figures
 from vlmq_export.errors import one_line
 from vlmq_export.formats.base import Check
+from vlmq_export.formats.gguf.imatrix import IMATRIX
 from vlmq_export.quantizer.artifact import TIMING, Artifact, ModuleRecord, write_atomic
 from vlmq_export.recipe import Recipe
 
@@ -36,6 +37,12 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         "yaml": _public_yaml(recipe),
         "manifest": artifact.manifest,
         "layers": layer_errors(artifact.manifest.modules),
+        "errors": figures.error_charts(artifact.manifest.modules),
+        "low_importance": figures.low_importance_charts(artifact.manifest.modules),
+        "low_ratio": figures.low_importance_ratio(artifact.manifest.modules),
+        "compared": any("nearest_error" in r.metrics for r in artifact.manifest.modules),
+        "ramp": ", ".join(f"rgb{colour}" for colour in figures.RAMP),
+        "maps": figures.importance_maps(artifact.manifest.modules, artifact.manifest.calibration.get("pictured")),
         "calibrated": any("relative_error" in r.metrics for r in artifact.manifest.modules),
         "result": result,
         "timing": _timing(artifact),
@@ -121,6 +128,7 @@ def _public_yaml(recipe: Recipe) -> str:
 def _run_with(name: str, out: Path) -> str:
     if name != "gguf":
         return RUN_WITH[name]
-    files = sorted((out / "gguf").glob("*.gguf"), key=lambda p: p.name.startswith("mmproj"))
-    text, mmproj = (files[0].name, files[-1].name) if files else ("model.gguf", "mmproj.gguf")
+    models = [p.name for p in (out / "gguf").glob("*.gguf") if p.name != IMATRIX]
+    files = sorted(models, key=lambda name: (name.startswith("mmproj"), name))
+    text, mmproj = (files[0], files[-1]) if files else ("model.gguf", "mmproj.gguf")
     return RUN_WITH[name].format(text=text, mmproj=mmproj)

@@ -65,7 +65,7 @@ def add_general(
     writer.add_base_model_name(0, m.name)
     if text := next((f for f in ("LICENSE", "LICENSE.txt") if (artifact.source / f).is_file()), None):
         _add_license(writer, (artifact.source / text).read_text("utf-8", errors="replace"))
-    if config.gguf_type:
+    if config.types:
         writer.add_string("vlmq.method", config.method)
         return
     for key in ("method", "bits", "group_size", "symmetric", "act_order"):  # where the integers came from

@@ -33,6 +33,8 @@ FILE_TYPES = {
 }  # fmt: skip
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
+_BUDGET = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")  # what --target-bpw chooses from
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -60,6 +62,20 @@ def module_types(model: ModelPlan, mix: str, given: Iterable[str] = ()) -> dict[
     matrices = [Tensor(name, s[1]) for name, s in text_shapes(p).items() if len(s) == 2]
     types = tensor_types(mix, matrices, shape, parse_overrides(given))
     return {hub[name].removesuffix(".weight"): kind for name, kind in types.items()}
+
+
+def module_choices(model: ModelPlan, given: Iterable[str] = ()) -> dict[str, dict[str, int]]:
+    """Hub module → type → bits of the whole matrix: the types that a budget may choose from, or the overriding one alone."""
+    p, hub, overrides = text_params(model.source_config), text_to_hub(model.source_config), parse_overrides(given)
+    choices = {}
+    for name, shape in text_shapes(p).items():
+        if len(shape) != 2:
+            continue
+        manual = next((kind for pattern, kind in overrides if pattern.search(name)), None)
+        candidates = [manual] if manual else _BUDGET if shape[1] % 256 == 0 else list(FALLBACK.values())
+        kinds = [fallback(kind, shape[1]) for kind in candidates]
+        choices[hub[name].removesuffix(".weight")] = {k: 8 * shape[0] * TYPES[k].row_bytes(shape[1]) for k in kinds}
+    return choices
 
 
 def mix_named(name: str) -> str:

@@ -14,6 +14,7 @@ from vlmq_export.formats.gguf.names import head, unused, vision_places, vision_t
 from vlmq_export.formats.gguf.params import text_params, vision_params
 from vlmq_export.formats.gguf.types import TYPES
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.methods import method_named
 
 _DTYPE_BYTES = {"F32": 4, "F64": 4, "F16": 2, "BF16": 2}  # in the file; wider floats are stored as F32
 
@@ -23,16 +24,18 @@ _TOKEN_BYTES = 36  # of a token's text, type and merge in the metadata, on Qwen2
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     """Refusals come first; with one, the figures are those of the layers that could be written."""
     config = model.config
-    homes = {x.name: config.types.get(x.name) or planned_home(config, x.in_features) for x in model.linears}
-    refusals = [why_homeless(x.name, config, x.in_features) for x in model.linears if homes[x.name] is None]
+    homes = {x.name: config.types.get(x.name) or planned_home(config.of(x.name), x.in_features) for x in model.linears}
+    refusals = [why_homeless(x.name, config.of(x.name), x.in_features) for x in model.linears if homes[x.name] is None]
     refusals += [
-        f"{name}: no block type of --gguf-type {config.gguf_type} divides its rows; leave the option out"
+        f"{name}: no block type of {config.gguf_type or 'llama.cpp'} divides its rows; leave --gguf-type and --target-bpw out"
         for name, kind in config.types.items() if kind == "F16"
     ]  # fmt: skip
     if config.act_order == "dynamic" and config.group_size != -1:
         refusals.append(
             "--act-order dynamic permutes the groups, and GGUF has no g_idx; use gar, static or off, or --group-size -1"
         )
+    if options.gguf_imatrix and not method_named(config.method).calibrated:
+        refusals.append(f"--emit-imatrix needs calibration samples, which --method {config.method} does not use")
     for read in (text_params, vision_params):
         try:
             read(model.source_config)

@@ -18,6 +18,7 @@ import numpy as np
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.gguf.container import Container, TensorInfo, parse
 from vlmq_export.formats.gguf.decode import decode
+from vlmq_export.formats.gguf.imatrix import IMATRIX
 from vlmq_export.formats.gguf.llama import library_path
 from vlmq_export.formats.gguf.types import TYPES
 from vlmq_export.formats.gguf.writer import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, shard_suffix
@@ -88,7 +89,7 @@ _LATER_SHARD = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
 def find_files(folder: str | Path) -> tuple[Path, Path]:
     """(text model, mmproj) of an exported folder; of a split model its first file. Raises FormatError unless there is
     exactly one of each."""
-    files = [f for f in sorted(Path(folder).glob("*.gguf")) if not _LATER_SHARD.search(f.name)]
+    files = [f for f in sorted(Path(folder).glob("*.gguf")) if f.name != IMATRIX and not _LATER_SHARD.search(f.name)]
     vision = [f for f in files if f.name.startswith("mmproj-")]
     text = [f for f in files if f not in vision]
     if len(text) != 1 or len(vision) != 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.base import FormatOptions
+from vlmq_export.formats.gguf import imatrix
 from vlmq_export.formats.gguf.metadata import file_stem
 from vlmq_export.formats.gguf.mmproj import write_mmproj
 from vlmq_export.formats.gguf.params import image_params, vision_params
@@ -26,13 +27,21 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
     homes = choose_homes(artifact)
     size = parameters(artifact)
     text = folder / f"{file_stem(options.name, size, artifact.config.gguf_type or dominant(artifact, homes))}.gguf"
+    energies = imatrix.energies(artifact) if options.gguf_imatrix else {}
     vision = folder / f"mmproj-{file_stem(options.name, size, options.mmproj_dtype)}.gguf"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         write_mmproj(artifact, vision, options.mmproj_dtype, options.name, options.mmproj_class_row)
         write_text(artifact, text, options, homes=homes)
+        if energies:
+            imatrix.write_imatrix(folder / imatrix.IMATRIX, energies, artifact.manifest.calibration)
     except BaseException:
-        for file in (text, vision, *folder.glob(f"{escape(text.stem)}-*-of-*.gguf")):  # all or none
+        for file in (
+            text,
+            vision,
+            folder / imatrix.IMATRIX,
+            *folder.glob(f"{escape(text.stem)}-*-of-*.gguf"),
+        ):  # all or none
             file.unlink(missing_ok=True)
         raise
     return [*plan_notes(model, homes), *_image_note(artifact)]

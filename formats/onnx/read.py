@@ -110,7 +110,8 @@ class OnnxFolder:
                 self.floats.setdefault(name, []).append(tensor)
 
     def _rows(self, node, module: str, outputs: int, consumers: dict, constants: dict) -> list[tuple[str, slice]]:
-        """The linears of a node and their rows: one, or those that the Split behind it (and behind a bias) takes apart."""
+        """The linears of a node and their rows: one, or those that the Split or the attention behind it (and behind a
+        bias) takes apart."""
         if "|" not in module:
             return [(module, slice(None))]
         first, *others = module.split("|")
@@ -120,6 +121,10 @@ class OnnxFolder:
             split = consumers.get(split.output[0])
         lengths = constants.get(split.input[1]) if split is not None and split.op_type == "Split" else None
         sizes = [] if lengths is None else self._array(lengths).tolist()
+        if split is not None and split.op_type == "GroupQueryAttention" and not any(split.input[1:3]):
+            heads, pairs = ({a.name: a.i for a in split.attribute}[n] for n in ("num_heads", "kv_num_heads"))
+            size = outputs // (heads + 2 * pairs)
+            sizes = [heads * size, pairs * size, pairs * size]
         if len(sizes) != len(names) or sum(sizes) != outputs or min(sizes) < 1:
             raise FormatError(f"{self.path}: {module} is not split into {len(names)} linears; export again")
         ends = np.cumsum(sizes).tolist()
