@@ -164,9 +164,11 @@ class Stack:
 
     def _losses(self, part: Rounded, weights: torch.Tensor, aim: torch.Tensor) -> dict:
         """Toward `aim`, and what rounding `weights` to nearest would have left."""
-        plain = nearest(weights, self.kind, self.config).decode()
-        near = _losses(plain, aim, self.sums.hessian)["relative_error"]
-        return _losses(part.decode(), aim, self.sums.hessian) | {"nearest_error": near}
+        losses = _losses(part.decode(), aim, self.sums.hessian)
+        if losses:
+            plain = nearest(weights, self.kind, self.config).decode()
+            losses["nearest_error"] = _losses(plain, aim, self.sums.hessian)["relative_error"]
+        return losses
 
     def _metrics(self, part: Rounded, weights: torch.Tensor) -> dict:
         return {"weight_error": ratio(part.decode() - weights, weights)}
