@@ -36,6 +36,8 @@ def quantize_layer(
     """
     method = method_named(config.method)
     factors = importance_factors(walk, method.importance, ranks)
+    if method.weighs == "qkv":
+        factors.pop(PROJECTIONS[-1], None)
     if method.effective:
         width = walk.layer.get_submodule(groups[0][0]).in_features
         factors = {name: floored(parts, method.effective * width, ranks) for name, parts in factors.items()}

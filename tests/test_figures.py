@@ -135,3 +135,13 @@ def test_a_run_records_what_its_report_draws(tmp_path):
     better = [m.metrics["relative_error"] < m.metrics["nearest_error"] for m in manifest.modules]
     assert sum(better) > 0.9 * len(better)
     assert all("image" not in m.metrics.get("importance", {}) for m in manifest.modules if ".mlp." in m.name)
+
+
+def test_the_ablation_weighs_queries_keys_and_values_alone(tmp_path):
+    source = bundled.REFERENCE_VLM
+    samples = [Preprocessor(source).sample(row) for row in read_rows(bundled.CALIBRATION)[:6]]
+    config = QuantConfig("vlmq-qkv", 2, 128)
+    quantize(Checkpoint(source), samples, config, tmp_path / "a", name="m", calibration={}, device="cpu")
+    for m in Artifact(tmp_path / "a").manifest.modules:
+        even = m.metrics["effective_tokens"] == pytest.approx(m.metrics["tokens"], rel=1e-3)
+        assert even == (m.layer == 0 or not m.name.endswith(("q_proj", "k_proj", "v_proj"))), m.name

@@ -38,6 +38,23 @@ def test_a_table_of_tasks():
     ]  # fmt: skip
 
 
+def test_tables_are_of_the_cells_scored_on_most_rows():
+    def made(method, rows, samples, grid="W2"):
+        return cell(method, grid, 0.1, rows=rows, samples=samples, reference="llava_onevision", calibration="c.json")
+
+    cells = [made("a", 64, 512), made("b", 128, 64), made("c", 128, 512), made("d", 64, 64, "W3")]
+    cells.append(
+        cell(quality.FULL, "", None, rows=128, samples=0, reference="llava_onevision", exact=0.7, tasks={"read": 0.6})
+    )
+    tables_of = quality.all_tables(cells)
+    assert (
+        "| full precision | .700 | .700 |" in tables_of["exact llava_onevision"]
+        and "read" in tables_of["tasks W3 llava_onevision"]
+    )
+    text = tables_of["kl llava_onevision"]
+    assert "| c |" in text and "| d | 100 |" in text and "| a |" not in text and "| b |" not in text
+
+
 def test_a_page_is_filled_where_it_asks_and_nowhere_else(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table kl x -->\nold | table\n<!-- end -->\nafter <!-- table kl x --><!-- end -->")

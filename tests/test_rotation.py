@@ -158,12 +158,12 @@ def test_off_is_the_checkpoint_itself(tiny):
     assert rotated(turned, "folded", 0) is turned and turned.fingerprint() == plain.fingerprint()
 
 
-@pytest.mark.parametrize("rotate", ["folded", "online"])
-def test_a_rotated_artifact_at_eight_bits_is_the_model(rotate, tmp_path):
+@pytest.mark.parametrize(("method", "rotate"), [("vlmq", "folded"), ("vlmq", "online"), ("awq", "folded")])
+def test_a_rotated_artifact_at_eight_bits_is_the_model(method, rotate, tmp_path):
     """End to end, calibrated: floats, untied head and integers of the artifact answer as the source does."""
     source = bundled.REFERENCE_VLM
     samples = [Preprocessor(source).sample(row) for row in read_rows(bundled.CALIBRATION)[:8]]
-    config = QuantConfig("vlmq", 8, 128, rotate=rotate)
+    config = QuantConfig(method, 8, 128, rotate=rotate)
     quantize(Checkpoint(source), samples, config, tmp_path / "a", name="m", calibration={}, device="cpu")
     artifact = Artifact(tmp_path / "a")
     assert artifact.config.rotate == rotate and artifact.source_config["tie_word_embeddings"] is False

@@ -40,7 +40,7 @@ def main(request: dict) -> None:
         model, tokenizer=tokenizer, processor=processor, image_processor=processor,
         bits=request["bits"], group_size=request["group_size"], sym=request["sym"],
         dataset=samples_of(request["samples_file"], request["samples"]), nsamples=request["samples"],
-        batch_size=1, gradient_accumulate_steps=8, device_map="cpu", enable_torch_compile=False, seed=request.get("seed", 42),
+        iters=request.get("iters"), batch_size=1, gradient_accumulate_steps=8, device_map="cpu", enable_torch_compile=False, seed=request.get("seed", 42),
     )  # fmt: skip
     rounding.quantize_and_save(request["out"], format="auto_gptq")
 

@@ -47,6 +47,7 @@ GRIDS = {"W4 g128": (4, 128), "W3": (3, -1), "W3 g128": (3, 128), "W2 g128": (2,
 ACTIVATIONS = "W4A4KV8"  # 4-bit weights per channel, and activations.py
 OURS = ("rtn", "gptq", "gptaq", "vlmq", "vlmq-l2", "vlmq-gptq")
 PEERS = ("GPTQModel GPTQ", "GPTQModel GPTAQ")
+FULL = "full precision"
 FIELDS = ("kl", "kl_text", "agreement", "exact", "bits", "user")
 err = Console(stderr=True)
 
@@ -132,25 +133,37 @@ def write_cells(file: Path, cells: dict[Cell, dict]) -> None:
     file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
-def all_tables(cells: list[dict], rows: int = 512) -> dict[str, str]:
-    """NAME of a table → markdown: `FIELD REFERENCE`, and `tasks GRID REFERENCE`."""
-    tables, order = {}, (*GRIDS, "full precision", *OURS, *peers.PEERS)
+def all_tables(cells: list[dict]) -> dict[str, str]:
+    """NAME of a table → markdown: `FIELD REFERENCE`, `tasks GRID REFERENCE`, `W4A4KV8 FIELD REFERENCE`.
+
+    Of each reference the cells that were scored on most rows, and of those on each grid the ones with most samples.
+    """
+    tables, order = {}, (*GRIDS, FULL, *OURS, *peers.PEERS)
     for reference in REFERENCES:
-        every = [
-            c | {"rotate": c.get("rotate", "off")} for c in cells if c["reference"] == reference and c["rows"] == rows
-        ]
+        every = [c | {"rotate": c.get("rotate", "off")} for c in cells if c["reference"] == reference]
+        every = _most(_most(every, "rows"), "samples")
         rounding = [c for c in every if c["grid"] == ACTIVATIONS]
         for field in ("kl", "exact"):
             tables[f"{ACTIVATIONS} {field} {reference}"] = table(
                 rounding, "method", "rotate", field, (*order, *ROTATIONS)
             )
-        own = [c | {"method": _row(c)} for c in every if c["grid"] != ACTIVATIONS]
+        own = [c | {"method": _row(c)} for c in every if c["grid"] not in (ACTIVATIONS, "")]
+        grids = dict.fromkeys(c["grid"] for c in own)
+        own += [c | {"grid": grid} for c in every if c["method"] == FULL for grid in grids]
         for field in FIELDS:
             tables[f"{field} {reference}"] = table(own, "method", "grid", field, order)
         for grid in GRIDS:
-            alike = [c for c in own if c["grid"] in (grid, "")]
+            alike = [c for c in own if c["grid"] == grid]
             tables[f"tasks {grid} {reference}"] = table(alike, "method", "grid", "tasks", order)
     return tables
+
+
+def _most(cells: list[dict], key: str) -> list[dict]:
+    """Of each grid, the cells with the largest `key`."""
+    largest: dict[str, int] = {}
+    for c in cells:
+        largest[c["grid"]] = max(c[key], largest.get(c["grid"], 0))
+    return [c for c in cells if c[key] == largest[c["grid"]]]
 
 
 def _row(cell: dict) -> str:
@@ -193,7 +206,7 @@ def main(
                 cell = Cell(method, grid, path.name, samples, reference=name, rows=rows, rotate=turn)
                 done = cache / f"{cell.key()}.json"
                 if cell not in known and not done.is_file():
-                    bench = bench or Bench(name, rows)
+                    bench = bench or _bench(name, rows, cache)
                     try:
                         done.write_text(json.dumps(_run(bench, cell, path, cache), indent=1) + "\n")
                     except RuntimeError as e:
@@ -202,19 +215,27 @@ def main(
                         continue
                 wanted[cell] = known.get(cell) or json.loads(done.read_text())
                 _tell(wanted[cell])
-        if bench:
-            full = bench.scorer.baseline
-            cell = Cell("full precision", "", "", 0, reference=name, rows=rows)
-            known[cell] = asdict(cell) | {"exact": full.exact, "tasks": full.tasks}
+        full = Cell(FULL, "", "", 0, reference=name, rows=rows)
+        if (done := cache / f"{full.key()}.json").is_file():
+            wanted[full] = json.loads(done.read_text())
     known |= wanted
     if out:
         write_cells(out.with_suffix(".json"), known)
         if out.with_suffix(".md").is_file():
             fill(out.with_suffix(".md"), all_tables(list(known.values())))
-    for title, text in all_tables(list(known.values() if out else wanted.values()), rows).items():
+    for title, text in all_tables(list(known.values() if out else wanted.values())).items():
         if text.count("\n") > 1:
             print(f"{title}\n\n{text}\n")
     raise typer.Exit(1 if failed else 0)
+
+
+def _bench(reference: str, rows: int, cache: Path) -> Bench:
+    """A reference ready to score with, and its own full-precision cell in the cache."""
+    bench = Bench(reference, rows)
+    cell, own = Cell(FULL, "", "", 0, reference=reference, rows=rows), bench.scorer.baseline
+    told = asdict(cell) | {"exact": own.exact, "tasks": own.tasks}
+    (cache / f"{cell.key()}.json").write_text(json.dumps(told, indent=1) + "\n")
+    return bench
 
 
 def _run(bench: Bench, cell: Cell, calibration: Path, cache: Path) -> dict:
