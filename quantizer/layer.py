@@ -14,6 +14,7 @@ from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.families import Family
 from vlmq_export.quantizer.grids import Affine, grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, floored, normalized, output_gradients, token_factors
+from vlmq_export.quantizer.memory import give_back
 from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.pictured import importance_facts
 from vlmq_export.quantizer.scaling import scaled_layer
@@ -46,6 +47,7 @@ def quantize_layer(
     for stage, group in enumerate(groups):
         shared = [[name] for name in group] if group[0] in factors else [list(group)]
         sums = collect(walk, stage, shared, factors, method) if method.calibrated else [(None, None)] * len(shared)
+        give_back()  # or the freed pieces of every step would add up to more than its peak
         owners = [ranks.owner(unit) for unit in range(len(shared))]
         sums = [[part and ranks.collect(part, owner) for part in pair] for pair, owner in zip(sums, owners)]
         parts: list[list[Solved | None]] = []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 
@@ -124,9 +125,9 @@ def peak(model, out) -> tuple[int, int]:
 @pytest.mark.slow
 def test_the_peak_at_8_layers_is_that_at_2(tmp_path):
     """Qwen2.5-VL-3B with every width a quarter: six more layers in float32 would be 14 % of the peak, mapped shards 7 %."""
-    peaks = {n: peak(make(tmp_path / f"m{n}", layers=n, scale=4), tmp_path / f"o{n}") for n in (2, 8)}
-    (few, planned), (many, _) = peaks[2], peaks[8]
-    assert many == pytest.approx(few, rel=0.05), peaks
-    assert 0.6 * planned < few < planned, (
-        peaks
-    )  # the dry run counts on 4 samples of 512 tokens; these have 148 together
+    models = {n: make(tmp_path / f"m{n}", layers=n, scale=4) for n in (2, 8)}
+    runs = {n: [peak(models[n], tmp_path / f"o{n}-{i}") for i in range(3)] for n in models}  # one varies by 4 %
+    few, many = (statistics.median(top for top, _ in runs[n]) for n in (2, 8))
+    assert many <= 1.05 * few, runs
+    planned = runs[2][0][1]  # for 4 samples of 512 tokens; these have 148 together
+    assert 0.6 * planned < few < planned, runs
