@@ -81,8 +81,10 @@ def memory_plan(
     group = max(
         sum(m * n for m, n in shapes.linears[start : start + size]) for start, size in zip(starts, shapes.groups)
     )
-    # A, D and P in float32, the factorization in float64 with its result in float32.
-    matrices = (3 if method.drift != "plain" else 1) * _FLOAT + 2 * 8 + _FLOAT if method.calibrated else 0
+    # A, D and P in float32, those of the samples put aside, the factorization in float64 with its result in float32, and
+    # the damped matrix for what follows the loop.
+    sums = (3 if method.drift != "plain" else 1) * (2 if method.holds_out else 1)
+    matrices = (sums + bool(method.refine.sweeps or method.candidates) + 1) * _FLOAT + 2 * 8 if method.calibrated else 0
     batch = min(tokens, max(BATCH_TOKENS, seq_len))
     streams = (2 if method.two_streams else 1) if method.calibrated else 0
     parts = {
@@ -93,7 +95,8 @@ def memory_plan(
         "batch": batch * (_BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * widest) * _FLOAT * bool(streams)
         + (batch * seq_len * shapes.heads * _BATCH_SCORES * _FLOAT if method.importance != "none" else 0),
     }
-    activations = tokens * shapes.hidden * 2 * streams * _FLOAT
+    kept = shapes.layers if method.scaling == "mbq" else 0  # inputs of every layer, for the gradients
+    activations = tokens * shapes.hidden * (2 * streams + kept) * _FLOAT
     images, first = parts["images"], parts["first pass"]
     work = sum(parts.values()) - images - first
     host_room, device_room = int(_SHARE * host_free), int(_SHARE * device_free)

@@ -74,7 +74,11 @@ class Shape(Protocol):
 
 def check_shapes(linears: Iterable[Shape], config: QuantConfig) -> None:
     """Raises UsageError for a recipe that cannot be solved on these linears; from headers alone."""
-    method_named(config.method)
+    method = method_named(config.method)
+    if config.types and (method.scaling or method.ranges != "minmax"):
+        raise UsageError(
+            f"method {config.method} fits the ranges of affine grids; choose another method for GGUF's block types"
+        )
     if config.bits not in BITS:
         raise UsageError(f"bits {config.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
     if config.act_order not in ACT_ORDERS:

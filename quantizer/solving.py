@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -69,7 +70,8 @@ class Stack:
         )
         self.shift = None  # of the exact target, W' − W for α = 1
         if sums.drift is not None and not self.hessian.fallback:
-            self.shift = solver.regression(sums.mismatch(self.weights), self.hessian)
+            shift = solver.regression(sums.mismatch(self.weights), self.hessian)
+            self.shift = shift if bool(torch.isfinite(shift).all()) else None
         tried = {name: self._try(METHODS[name]) for name in method.candidates} or {"": self._try(method)}
         solved = [
             self._best({name: parts[i] for name, parts in tried.items()}, weights)
@@ -80,6 +82,8 @@ class Stack:
             "damp": self.hessian.damp, "fallback": self.hessian.fallback, "dead_columns": int(self.hessian.dead.sum()),
             "tokens": sums.tokens, "effective_tokens": round(sums.effective_tokens, 1),
         }  # fmt: skip
+        if sums.drift is not None and self.shift is None:
+            common["drift_ignored"] = True
         return [
             (part, self._metrics(part, weights) | common | chosen | self._losses(part, weights, aim))
             for (part, chosen), weights, aim in zip(solved, self._split(self.weights), self._split(target))
@@ -160,9 +164,11 @@ class Stack:
 
     def _losses(self, part: Rounded, weights: torch.Tensor, aim: torch.Tensor) -> dict:
         """Toward `aim`, and what rounding `weights` to nearest would have left."""
-        plain = nearest(weights, self.kind, self.config).decode()
-        near = _losses(plain, aim, self.sums.hessian)["relative_error"]
-        return _losses(part.decode(), aim, self.sums.hessian) | {"nearest_error": near}
+        losses = _losses(part.decode(), aim, self.sums.hessian)
+        if losses:
+            plain = nearest(weights, self.kind, self.config).decode()
+            losses["nearest_error"] = _losses(plain, aim, self.sums.hessian)["relative_error"]
+        return losses
 
     def _metrics(self, part: Rounded, weights: torch.Tensor) -> dict:
         return {"weight_error": ratio(part.decode() - weights, weights)}
@@ -181,6 +187,10 @@ def _losses(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -
     """The weighted loss against the target of the method's objective, and relative to that target's own energy."""
     loss = solver.weighted_loss(rounded, target, matrix)
     energy = solver.weighted_loss(torch.zeros_like(target), target, matrix)
+    if not (
+        math.isfinite(loss) and math.isfinite(energy)
+    ):  # sums beyond float32: rounded to nearest, nothing to report
+        return {}
     return {"loss": loss, "relative_error": (max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0}
 
 
