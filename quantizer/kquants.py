@@ -7,6 +7,7 @@ in the affine types, an integer multiple of one float16 minimum `dmin`:
     Q3_K Q6_K         w = (d·sc)·(q − centre)          sc signed, 6 or 8 bits
     Q4_0 Q5_0 Q8_0    w = d·(q − centre)               a block of 32 is its own sub-block
     Q4_1 Q5_1         w = d·q + m                      m = −minimum, float16
+    TQ2_0 Q2_0        w = d·(q − 1)                    a block of 256 or 64; d < 0 is a zero-point of 2
 
 `fit` chooses d, dmin, sc and m on the storage grid under a weight a column; codes are chosen afterwards against the
 decoded scale and minimum, so nothing is rounded twice. Products are exact in float32 and the subtraction rounds once,
@@ -66,6 +67,7 @@ class BlockGrid:
     scale_limits: tuple[int, int]  # smallest and largest stored multiple
     affine: bool  # whether there is a minimum
     signed_minimum: bool = False  # Q4_1, Q5_1: a float16 of either sign
+    off_centre: int | None = None  # code of zero where it is not the middle one
 
     @property
     def top(self) -> int:
@@ -75,7 +77,14 @@ class BlockGrid:
     @property
     def centre(self) -> int:
         """Code that decodes to zero where there is no minimum."""
+        if self.off_centre is not None:
+            return self.off_centre
         return 0 if self.affine else 2 ** (self.bits - 1)
+
+    @property
+    def reach(self) -> int:
+        """q − centre at the longer end of the grid."""
+        return max(-self.centre, self.top - self.centre, key=abs)
 
     @property
     def bits_per_weight(self) -> float:
@@ -133,14 +142,14 @@ class BlockGrid:
         return best_scale, best_min
 
     def _symmetric(self, w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """Signed scale whose code 0 reaches the largest weight: the grid is longer on that side."""
+        """Signed scale whose longer side, mostly that of code 0, reaches the largest weight."""
         extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        best = -extreme / self.centre
+        best = extreme / self.reach
         zero = torch.zeros_like(best)
         least = self._sub_error(w, h, best, zero)
         for excess in _EXCESS_SYMMETRIC:
             for sign in (-1.0, 1.0):
-                scale = sign * extreme / (self.centre + excess)
+                scale = sign * extreme / (abs(self.reach) + excess)
                 for _ in range(2):
                     q = self.encode(w, scale[..., None], zero[..., None]) - self.centre
                     scale = (h * q * w).sum(-1) / (h * q * q).sum(-1).clamp_min(1e-30)
@@ -257,5 +266,6 @@ GRIDS = {
         BlockGrid("Q4_0", 4, 32, 32, (1, 1), False), BlockGrid("Q4_1", 4, 32, 32, (1, 1), True, True),
         BlockGrid("Q5_0", 5, 32, 32, (1, 1), False), BlockGrid("Q5_1", 5, 32, 32, (1, 1), True, True),
         BlockGrid("Q8_0", 8, 32, 32, (1, 1), False),
+        BlockGrid("TQ2_0", 2, 256, 256, (1, 1), False, off_centre=1), BlockGrid("Q2_0", 2, 64, 64, (1, 1), False, off_centre=1),
     )
 }  # fmt: skip

@@ -114,6 +114,22 @@ def test_several_new_tokens_after_a_cache(packages):
             assert relative_error(row[:, : reference.vocabulary], reference.logits(p)[half:]) <= FORMAT_GATE
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_image_token_without_an_image_is_a_word_and_features_go_to_all_rows_in_order(packages, dtype):
+    """A model may generate its image token: a random one at 2 bits did, and its answer was another than transformers'."""
+    reference, folder = packages(dtype=dtype)
+    runner, token = OnnxRunner(folder), reference.preprocessor.image_token_id
+    words = reference.weights.array("model.embed_tokens.weight")
+    ids = np.array([[5, token, token], [token, 7, 8]])
+    assert np.array_equal(runner.embed(ids), words[ids].astype(runner._dtype))
+    features = np.arange(3 * words.shape[1]).reshape(3, -1).astype(runner._dtype)
+    got = runner.embed(ids, features)
+    assert np.array_equal(got[[0, 0, 1], [1, 2, 0]], features)
+    assert np.array_equal(got[[0, 1, 1], [0, 1, 2]], words[[5, 7, 8]].astype(runner._dtype))
+    with pytest.raises(Exception, match=r"(?i)index|indices"):
+        runner.embed(ids, features[:2])
+
+
 @pytest.mark.parametrize("graph", ["fused", "single"])
 def test_past_and_present_in_one_buffer(packages, graph):
     """What genai_config.json asks for: a cache of full length, written in place, beyond the mask never read."""
@@ -306,14 +322,14 @@ def wrong_heads(graph):
 
 
 def wrong_axis(graph):
-    """One frequency turned by another position of the three."""
+    """The slowest frequency turned by another position of the three: too slow for any short prompt to show it."""
     tensor = next(t for t in graph.initializer if t.name == "rotary.axis")
     axis = np.frombuffer(tensor.raw_data, np.int64).copy()
     axis[-1] = 0
     tensor.raw_data = axis.tobytes()
 
 
-@pytest.mark.parametrize(("change", "levels"), [(wrong_heads, {"L1", "L2", "L3"}), (wrong_axis, {"L3"})])
+@pytest.mark.parametrize(("change", "levels"), [(wrong_heads, {"L1", "L2", "L3"}), (wrong_axis, {"L1"})])
 def test_a_changed_single_graph_is_caught(packages, tmp_path, change, levels):
     reference, folder = packages("single")
     shutil.copytree(folder, tmp_path / "onnx")

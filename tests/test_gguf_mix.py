@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_cli import refused
 from tools.llama_quantize_types import shapes
 from vlmq_export.errors import UsageError
 from vlmq_export.formats.gguf.mix import MIXES, Shape, Tensor, fallback, mix_named, parse_overrides, tensor_types
@@ -65,3 +66,8 @@ def test_one_line_for_names_that_are_none():
 
 def test_aliases_are_llama_cpps():
     assert [mix_named(n) for n in ("q4_k", "Q3_K", "Q5_K", "q8_0")] == ["Q4_K_M", "Q3_K_M", "Q5_K_M", "Q8_0"]
+
+
+def test_a_type_that_gguf_py_does_not_know_is_refused_by_name(tmp_path):
+    said = refused("--format", "gguf", "--gguf-type", "Q2_0", "--out", tmp_path / "o", code=2)
+    assert "Q2_0: gguf-py 0.19.0 does not know this type" in said and "use TQ2_0" in said

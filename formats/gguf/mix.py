@@ -23,15 +23,23 @@ from vlmq_export.quantizer.kquants import GRIDS
 MIXES = {
     "Q2_K_S": "Q2_K", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K",
     "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0", "Q5_1": "Q5_1",
-    "Q8_0": "Q8_0",
+    "Q8_0": "Q8_0", "TQ2_0": "TQ2_0", "Q2_0": "Q2_0",
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 # general.file_type of a file made by a mix
 FILE_TYPES = {
     "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14,
-    "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "Q2_K_S": 21,
+    "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "Q2_K_S": 21, "TQ2_0": 37, "Q2_0": 41,
 }  # fmt: skip
-FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+FALLBACK = {
+    "Q2_0": "Q4_0",
+    "TQ2_0": "Q4_0",
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
 
 _BUDGET = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")  # what --target-bpw chooses from
 
@@ -72,7 +80,7 @@ def module_choices(model: ModelPlan, given: Iterable[str] = ()) -> dict[str, dic
         if len(shape) != 2:
             continue
         manual = next((kind for pattern, kind in overrides if pattern.search(name)), None)
-        candidates = [manual] if manual else _BUDGET if shape[1] % 256 == 0 else list(FALLBACK.values())
+        candidates = [manual] if manual else _BUDGET if shape[1] % 256 == 0 else ("Q4_0", "Q5_0", "Q5_1", "Q8_0")
         kinds = [fallback(kind, shape[1]) for kind in candidates]
         choices[hub[name].removesuffix(".weight")] = {k: 8 * shape[0] * TYPES[k].row_bytes(shape[1]) for k in kinds}
     return choices
@@ -129,6 +137,8 @@ def _by_rule(mix: str, t: Tensor, shape: Shape) -> str:
     base = MIXES[mix]
     if t.name == "output.weight" or (t.name == "token_embd.weight" and shape.tied):
         return "Q8_0" if base == "Q8_0" or t.columns % TYPES[base].block else "Q6_K"
+    if t.name == "token_embd.weight" and base in ("TQ2_0", "Q2_0"):
+        return "Q4_K"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", t.name)
     if match is None:
         return base

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.metadata import version
+from importlib.util import find_spec
 from math import prod
 
 from vlmq_export.errors import FormatError
@@ -30,12 +32,16 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         f"{name}: no block type of {config.gguf_type or 'llama.cpp'} divides its rows; leave --gguf-type and --target-bpw out"
         for name, kind in config.types.items() if kind == "F16"
     ]  # fmt: skip
+    refusals += _unknown(config)
     if config.act_order == "dynamic" and config.group_size != -1:
         refusals.append(
             "--act-order dynamic permutes the groups, and GGUF has no g_idx; use gar, static or off, or --group-size -1"
         )
-    if options.gguf_imatrix and not method_named(config.method).calibrated:
-        refusals.append(f"--emit-imatrix needs calibration samples, which --method {config.method} does not use")
+    method = method_named(config.method)
+    if options.gguf_imatrix and (not method.calibrated or method.scaling):
+        refusals.append(
+            f"--emit-imatrix: --method {config.method} leaves no energies of the model's own inputs; use another"
+        )
     for read in (text_params, vision_params):
         try:
             read(model.source_config)
@@ -51,6 +57,18 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     return FormatPlan(
         bits / weights if weights else 0.0, size, list(dict.fromkeys(refusals)), plan_notes(model, homes | config.types)
     )
+
+
+def _unknown(config: QuantConfig) -> list[str]:
+    """Types that the installed gguf-py has no name for: it can neither write nor read a file that contains one."""
+    if not config.types or find_spec("gguf") is None:
+        return []
+    import gguf
+
+    return [
+        f"{kind}: gguf-py {version('gguf')} does not know this type, and cannot read a file that contains it; use TQ2_0 or Q2_K"
+        for kind in sorted(set(config.types.values())) if not hasattr(gguf.GGMLQuantizationType, kind)
+    ]  # fmt: skip
 
 
 def _float_bytes(model: ModelPlan, options: FormatOptions) -> int:

@@ -14,6 +14,7 @@ ggml-common.h; h is a little-endian float16, q the codes, e an element's place i
     Q5_K  h d, h dmin, 12 B, 32 B, 128 B  as Q4_K; fourth bit of q[e] = bit e/32 of byte e%32
     Q6_K  128 B, 64 B, 16 int8 scales, h d                  (d·scale)·(q−32), one scale per 16
     TQ2_0 64 B, h d                       d·(q−1)      two bits as Q2_K's
+    Q2_0  h d, 16 B                       d·(q−1)      byte j = q[4j] | q[4j+1] << 2 | q[4j+2] << 4 | q[4j+3] << 6
 
 `decode.py` reads all of them, and more, by the per-element formulas; it shares nothing with this module but the table.
 """
@@ -56,7 +57,7 @@ TYPES = {
         GGMLType("IQ1_S", 19, 256, 50), GGMLType("IQ4_NL", 20, 32, 18), GGMLType("IQ3_S", 21, 256, 110),
         GGMLType("IQ2_S", 22, 256, 82), GGMLType("IQ4_XS", 23, 256, 136), GGMLType("IQ1_M", 29, 256, 56),
         GGMLType("TQ1_0", 34, 256, 54, 36), GGMLType("TQ2_0", 35, 256, 66, 37), GGMLType("MXFP4", 39, 32, 17),
-        GGMLType("NVFP4", 40, 64, 36), GGMLType("Q1_0", 41, 128, 18), GGMLType("Q2_0", 42, 64, 18),
+        GGMLType("NVFP4", 40, 64, 36), GGMLType("Q1_0", 41, 128, 18), GGMLType("Q2_0", 42, 64, 18, 41),
     )
 }  # fmt: skip
 BY_ID = {t.id: t for t in TYPES.values()}
@@ -159,6 +160,11 @@ def _tq2_0(b: Blocks) -> list[np.ndarray]:
     return [_crumbs(b.codes), _bytes(b.d)]
 
 
+def _q2_0(b: Blocks) -> list[np.ndarray]:
+    q = b.codes.reshape(-1, 16, 4)
+    return [_bytes(b.d), q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6]
+
+
 @dataclass(frozen=True)
 class Packer:
     fields: Callable[[Blocks], list[np.ndarray]]  # byte fields in file order
@@ -172,7 +178,7 @@ PACKERS = {
     "Q4_0": Packer(_q4_0, 16), "Q4_1": Packer(_q4_1, 16, offset=True), "Q5_0": Packer(_q5_0, 32), "Q8_0": Packer(_q8_0, 128),
     "Q2_K": Packer(_q2_k, 4, 16, 16, offset=True), "Q3_K": Packer(_q3_k, 8, 16, 64), "Q4_K": Packer(_q4_k, 16, 8, 64, offset=True),
     "Q5_1": Packer(_q5_1, 32, offset=True), "Q5_K": Packer(_q5_k, 32, 8, 64, offset=True), "Q6_K": Packer(_q6_k, 64, 16, 256),
-    "TQ2_0": Packer(_tq2_0, 4),
+    "TQ2_0": Packer(_tq2_0, 4), "Q2_0": Packer(_q2_0, 4),
 }  # fmt: skip
 
 

@@ -2,11 +2,10 @@
 
     python -m tools.bench.gguf --out docs/gguf-quality --calibration SET0 --calibration SET1 --calibration SET2
 
-Contenders, all on the bundled reference VLM with the types of one mix: `llama.cpp` (`ggml_quantize_chunk`, what
-llama-quantize calls for each tensor) without an imatrix, with one from the calibration text, and with one from text and
-images; and our solver on the same block types. KL to full precision at answer tokens and exact agreement of the next
-token come from logits of llama.cpp itself, images through mtmd; `weights` is the KL of the decoded weights in float32,
-which leaves out that llama.cpp rounds activations to 8 bits.
+Both reference VLMs, the types of one mix for all: `llama.cpp` (`ggml_quantize_chunk`, what llama-quantize calls for each
+tensor) without an imatrix, with one from the calibration text, and with one from text and images; our solver on the same
+block types; and `types by cost`, as many bits spread by `--target-bpw`. KL to full precision at answer tokens and exact
+match are of llama.cpp itself, images through mtmd; the float32 file says what of that is not quantization.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import logging
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -27,29 +27,35 @@ import torch
 import typer
 from rich.console import Console
 
-from tools.bench.quality import _source_weights as source_weights
 from tools.bench.scoring import Scorer, batches, load_model
 from vlmq_export import pipeline
+from vlmq_export.budget import measured_types
 from vlmq_export.bundled import CALIBRATION, HELDOUT, REFERENCE_VLM
 from vlmq_export.formats.base import FormatOptions
 from vlmq_export.formats.gguf import runner
 from vlmq_export.formats.gguf.llama import library_path
 from vlmq_export.formats.gguf.mmproj import write_mmproj
 from vlmq_export.formats.gguf.names import text_to_hub
-from vlmq_export.formats.gguf.read import GGUFFile
 from vlmq_export.formats.gguf.text import write_text
-from vlmq_export.formats.gguf.twin import copy_types
+from vlmq_export.formats.gguf.twin import copy_container, copy_types
 from vlmq_export.formats.gguf.types import TYPES
+from vlmq_export.plan import with_types
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.quantize import quantize
 from vlmq_export.recipe import Recipe
-from vlmq_export.reference import Reference, Weights
+from vlmq_export.reference import Reference
 
 PEERS = ("llama.cpp", "llama.cpp + text imatrix", "llama.cpp + image imatrix")
-OURS = ("gptq", "gptaq", "vlmq")
+OURS = ("exact", "exact, types by cost", "vlmq")
+FLOOR = "full precision, float32 file"  # what is left of KL where nothing is quantized: llama.cpp's own deviations
 MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M")
+MODELS = {
+    "Qwen2.5-VL": REFERENCE_VLM,
+    "LLaVA-OneVision": Path(__file__).parents[1] / "reference_vlm" / "llava_onevision",
+}
+ANSWER = 12  # tokens of a greedy answer
 err = Console(stderr=True)
 
 
@@ -93,17 +99,37 @@ def quantized_by_ggml(weight: np.ndarray, kind: str, imatrix: np.ndarray | None)
     return raw
 
 
-def ours(method: str, mix: str, samples: list[Sample], folder: Path) -> Artifact:
-    recipe = Recipe(method=method, gguf_type=mix, format=["gguf"])
-    checkpoint = Checkpoint(REFERENCE_VLM)
-    config = pipeline.plan_of(recipe, checkpoint, None).model.config
+def source_weights(model: Path) -> Iterator[tuple[str, np.ndarray]]:
+    checkpoint = Checkpoint(model)
+    return ((name, checkpoint.tensor(name).float().numpy()) for name in checkpoint.tensors)
+
+
+def ours(model: Path, contender: str, mix: str, samples: list[Sample], folder: Path) -> Artifact:
+    """A method on the types of a mix, or on as many bits spread by measured cost."""
+    method, _, by_cost = contender.partition(", ")
+    checkpoint, recipe = Checkpoint(model), Recipe(model=str(model), gguf_type=mix, format=["gguf"])
+    plan = pipeline.plan_of(recipe, checkpoint, None).model
+    if by_cost:
+        bits, total = size_of(plan.config.types, checkpoint)
+        budget = Recipe(model=str(model), target_bpw=bits / total * (1 + 1e-12), format=["gguf"])
+        types = measured_types(plan, budget, checkpoint, samples, 10**10, lambda *_: None)
+        plan = with_types(plan, types)
+    config = replace(plan.config, method=method)
     quantize(checkpoint, samples, config, folder / "artifact", name="reference-vlm", calibration={}, device="cpu")
     return Artifact(folder / "artifact")
 
 
-def peer(shipped: Path, path: Path, imatrix: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A file of the same types with ggml's own blocks; returns what it decodes to by hub name."""
-    checkpoint = Checkpoint(REFERENCE_VLM)
+def size_of(types: dict[str, str], checkpoint: Checkpoint) -> tuple[int, int]:
+    """(bits, weights) of the matrices with these types."""
+    shapes = {name: checkpoint.info(f"{name}.weight").shape for name in types}
+    return sum(8 * rows * TYPES[types[n]].row_bytes(k) for n, (rows, k) in shapes.items()), sum(
+        rows * k for rows, k in shapes.values()
+    )
+
+
+def peer(model: Path, shipped: Path, path: Path, imatrix: dict[str, np.ndarray]) -> None:
+    """A file of the same types with ggml's own blocks."""
+    checkpoint = Checkpoint(model)
     hub = text_to_hub(checkpoint.config)
 
     def blocks(name: str, kind: str) -> np.ndarray | None:
@@ -113,17 +139,25 @@ def peer(shipped: Path, path: Path, imatrix: dict[str, np.ndarray]) -> dict[str,
         return quantized_by_ggml(weight, kind, imatrix.get(hub[name].removesuffix(".weight")))
 
     copy_types(shipped, path, blocks)
-    file = GGUFFile(path)
-    return {hub[n]: np.array(file.array(n)) for n, t in file.tensors.items() if not t.type.startswith(("F", "BF"))}
 
 
-def measured(text: Path, mmproj: Path, reference: Reference, scorer: Scorer) -> tuple[float, float]:
-    """(KL at answer tokens, share of answer tokens whose most likely token agrees) of llama.cpp's own logits."""
-    kl, agree = [], []
+def full_precision(model: Path, shipped: Path, path: Path) -> None:
+    """The source's own weights in float32."""
+    checkpoint = Checkpoint(model)
+    hub = text_to_hub(checkpoint.config)
+    copy_container(shipped, path, change=lambda name, _: checkpoint.tensor(hub[name]).float().numpy())
+
+
+def measured(text: Path, mmproj: Path, reference: Reference, scorer: Scorer) -> dict[str, float]:
+    """Of llama.cpp's own logits and greedy answers: KL and agreement at answer tokens, and exact match."""
+    kl, agree, right = [], [], 0
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         prompts = [runner.mtmd_prompt(reference, s, place, f"p{i}", logits=True) for i, s in enumerate(scorer.samples)]
-        run = runner.run(place, text, mmproj, prompts, reference, 1, 0)
+        prompts += [
+            runner.mtmd_prompt(reference, s, place, f"a{i}", answer=ANSWER) for i, s in enumerate(scorer.prompts)
+        ]
+        run = runner.run(place, text, mmproj, prompts, reference, 1, ANSWER)
         for i, (sample, p) in enumerate(zip(scorer.samples, scorer.full)):
             logits = torch.from_numpy(np.array(run.logits(i)))[:, : reference.vocabulary]
             q = torch.full((len(sample.input_ids), p.shape[1]), -torch.inf)
@@ -133,61 +167,73 @@ def measured(text: Path, mmproj: Path, reference: Reference, scorer: Scorer) -> 
             here, there = p[answer], q[answer, : reference.vocabulary]
             kl.append((here.exp() * (here - there)).sum(-1))
             agree.append((here.argmax(-1) == there.argmax(-1)).float())
-    return float(torch.cat(kl).mean()), float(torch.cat(agree).mean())
+        decode = scorer.preprocessor.tokenizer.decode
+        answers = run.prompts[len(scorer.samples) :]
+        right = sum(
+            decode(a["answer"], skip_special_tokens=True).strip() == r.answer for a, r in zip(answers, scorer.rows)
+        )
+    return {
+        "kl": float(torch.cat(kl).mean()), "agreement": float(torch.cat(agree).mean()), "exact": right / len(scorer.rows)
+    }  # fmt: skip
 
 
-def run_set(path: Path, mixes: list[str], methods: list[str], samples: int, scorer: Scorer, cache: Path) -> list[dict]:
-    """Every contender on one calibration set; finished cells come from the cache."""
-    preprocessor = Preprocessor(REFERENCE_VLM)
+def run_set(
+    name: str, path: Path, mixes: list[str], methods: list[str], samples: int, scorer: Scorer, cache: Path
+) -> list[dict]:
+    """Every contender on one model and calibration set; finished cells come from the cache."""
+    model, preprocessor = MODELS[name], Preprocessor(MODELS[name])
     rows = read_rows(path)[:samples]
     drawn = [preprocessor.sample(r) for r in rows]
-    full = load_model(REFERENCE_VLM, source_weights())
-    imatrices = {
-        PEERS[0]: {},
-        PEERS[1]: energies(full, [preprocessor.sample(without_images(r)) for r in rows]),
-        PEERS[2]: energies(full, drawn),
-    }
+    imatrices: dict[str, dict] = {}
+
+    def imatrix(contender: str) -> dict[str, np.ndarray]:
+        if contender not in imatrices:
+            given = [preprocessor.sample(without_images(r)) for r in rows] if "text" in contender else drawn
+            plain = contender == PEERS[0]
+            imatrices[contender] = {} if plain else energies(load_model(model, source_weights(model)), given)
+        return imatrices[contender]
+
     cells = []
     for mix in mixes:
         with tempfile.TemporaryDirectory() as scratch:
-            shipped, mmproj = None, Path(scratch) / "mmproj-x.gguf"
-            for contender in [*methods, *PEERS]:
-                key = hashlib.sha256(f"{path.resolve()} {samples} {len(scorer.rows)} {mix} {contender}".encode())
+            lent = None  # a file with the types of the mix, its mmproj, and the reference that prompts are made with
+            for contender in [FLOOR, *methods, *PEERS]:
+                key = hashlib.sha256(f"{name} {path.name} {samples} {len(scorer.rows)} {mix} {contender}".encode())
                 done = cache / f"{key.hexdigest()[:16]}.json"
-                folder = Path(scratch) / contender.replace(" ", "")
-                if done.is_file() and contender not in methods[:1]:  # the first one's file lends its types and metadata
-                    cells.append(json.loads(done.read_text("utf-8")))
-                    continue
-                folder.mkdir()
-                text = folder / "text.gguf"
-                if contender in methods:
-                    artifact = ours(contender, mix, drawn, folder)
-                    write_text(artifact, text, FormatOptions(name="reference-vlm"))
-                    weights = dict(Weights(artifact.path).items())
-                    if shipped is None:
-                        shipped, reference = text, Reference(artifact.path, [])
-                        write_mmproj(artifact, mmproj, "f32")
-                else:
-                    assert shipped is not None
-                    weights = dict(source_weights()) | peer(shipped, text, imatrices[contender])
                 if not done.is_file():
-                    kl, agreement = measured(text, mmproj, reference, scorer)
-                    score = scorer.score(load_model(REFERENCE_VLM, weights.items()))
-                    cell = {
-                        "contender": contender, "mix": mix, "calibration": path.name, "bytes": text.stat().st_size,
-                        "kl": kl, "agreement": agreement, "kl_weights": score.kl, "exact": score.exact,
-                    }  # fmt: skip
-                    done.write_text(json.dumps(cell), "utf-8")
-                cells.append(json.loads(done.read_text("utf-8")))
-                c = cells[-1]
+                    lent = lent or _lend(model, mix, Path(scratch))
+                    shipped, mmproj, reference = lent
+                    folder = Path(scratch) / key.hexdigest()[:16]
+                    folder.mkdir()
+                    text = folder / "text.gguf"
+                    if contender in methods:
+                        write_text(
+                            ours(model, contender, mix, drawn, folder), text, FormatOptions(name="reference-vlm")
+                        )
+                    elif contender == FLOOR:
+                        full_precision(model, shipped, text)
+                    else:
+                        peer(model, shipped, text, imatrix(contender))
+                    cell = {"model": name, "contender": contender, "mix": mix, "calibration": path.name}
+                    cell |= {"samples": samples, "bytes": text.stat().st_size}
+                    done.write_text(json.dumps(cell | measured(text, mmproj, reference, scorer)), "utf-8")
+                cells.append(c := json.loads(done.read_text("utf-8")))
                 err.print(
-                    f"{path.stem} {mix} {contender}: KL {c['kl']:.2e} in llama.cpp, {c['kl_weights']:.2e} of the weights, {c['bytes']} bytes",
+                    f"{name} {path.stem} {mix} {contender}: KL {c['kl']:.2e}, exact {c['exact']:.3f}, {c['bytes']} bytes",
                     highlight=False,
                 )
     return cells
 
 
-def table(cells: list[dict], field: str) -> str:
+def _lend(model: Path, mix: str, scratch: Path) -> tuple[Path, Path, Reference]:
+    artifact = ours(model, "rtn", mix, [], scratch)
+    shipped, mmproj = scratch / "lent.gguf", scratch / "mmproj-lent.gguf"
+    write_text(artifact, shipped, FormatOptions(name="reference-vlm"))
+    write_mmproj(artifact, mmproj, "f32")
+    return shipped, mmproj, Reference(artifact.path, [])
+
+
+def table(cells: list[dict], field: str, digits: str = ".1e") -> str:
     """Markdown, a row a contender and a column a mix: mean over the calibration sets, ± half their range."""
     by = defaultdict(list)
     for c in cells:
@@ -196,7 +242,7 @@ def table(cells: list[dict], field: str) -> str:
     lines = ["| | " + " | ".join(mixes) + " |", "|---" * (1 + len(mixes)) + "|"]
     for contender in dict.fromkeys(c["contender"] for c in cells):
         found = [by[contender, mix] for mix in mixes]
-        row = [f"{statistics.fmean(v):.1e} ± {(max(v) - min(v)) / 2:.0e}" if v else "" for v in found]
+        row = [f"{statistics.fmean(v):{digits}} ± {(max(v) - min(v)) / 2:{digits}}" if v else "" for v in found]
         lines.append(f"| {contender} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
@@ -205,23 +251,30 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Writes OUT.json and OUT.md")] = None,
     cache: Annotated[Path, typer.Option(help="One JSON a cell")] = Path("out/gguf-quality"),
     calibration: Annotated[list[Path] | None, typer.Option(help="Calibration sets; default: the bundled one")] = None,
+    models: Annotated[str, typer.Option(help="Comma-separated")] = ",".join(MODELS),
     mixes: Annotated[str, typer.Option(help="Comma-separated")] = ",".join(MIXES),
-    methods: Annotated[str, typer.Option(help="Comma-separated")] = ",".join(OURS),
+    methods: Annotated[str, typer.Option(help="Separated by semicolons")] = ";".join(OURS),
     samples: int = 512,
     rows: int = 512,
 ) -> None:
     """Run what is not in the cache, then print the tables."""
     logging.disable(logging.WARNING)
     cache.mkdir(parents=True, exist_ok=True)
-    scorer = Scorer(REFERENCE_VLM, load_model(REFERENCE_VLM, source_weights()), read_rows(HELDOUT)[:rows])
-    cells = []
-    for path in calibration or [CALIBRATION]:
-        cells += run_set(path, mixes.split(","), methods.split(","), samples, scorer, cache)
-    text = f"KL in llama.cpp\n\n{table(cells, 'kl')}\nKL of the weights\n\n{table(cells, 'kl_weights')}"
+    texts, cells = [], []
+    for name in models.split(","):
+        scorer = Scorer(MODELS[name], load_model(MODELS[name], source_weights(MODELS[name])), read_rows(HELDOUT)[:rows])
+        found = []
+        for path in calibration or [CALIBRATION]:
+            found += run_set(name, path, mixes.split(","), methods.split(";"), samples, scorer, cache)
+        cells += found
+        texts.append(f"{name}: KL in llama.cpp\n\n{table(found, 'kl')}\n")
+        texts.append(
+            f"Exact match in llama.cpp (transformers, full precision: {scorer.baseline.exact:.3f})\n\n{table(found, 'exact', '.3f')}\n"
+        )
     if out:
         out.with_suffix(".json").write_text(json.dumps(cells, indent=1) + "\n")
-        out.with_suffix(".md").write_text(text)
-    print(text)
+        out.with_suffix(".md").write_text("".join(texts))
+    print("".join(texts))
 
 
 if __name__ == "__main__":
