@@ -144,6 +144,7 @@ def collect(
         device = module.weight.device
         return Statistics.empty(module.in_features, drift=drift, device=device, modal=modal, residual=residual)
 
+    walk.with_residual = bool(residual)
     sums = [(empty(), empty() if method.holds_out else None) for _ in shared]
     for i, (x, x_full) in enumerate(walk.inputs(stage)):
         batch = walk.batches[i]

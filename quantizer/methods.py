@@ -63,8 +63,9 @@ METHODS = {
     "mbq": Method(scaling="mbq"),
     "gptaq-exact": Method(drift="exact", alpha=1.0),
     "vlmq-exact": Method(drift="exact", importance="l1", alpha=1.0),
-    "exact": Method(drift="exact", alpha="held-out", refine=Refinement(sweeps=4, refit=True)),
-    "auto": Method(drift="exact", candidates=("gptq", "exact")),
+    "exact": Method(drift="exact", alpha=1.0, refine=Refinement(sweeps=3)),
+    "exact-held": Method(drift="exact", alpha="held-out", refine=Refinement(sweeps=3)),
+    "auto": Method(drift="exact", candidates=("gptq", "exact-held")),
 }
 
 

@@ -64,19 +64,12 @@ class Stack:
         if self.sums is None:
             rounded = self._parts(nearest(self.weights, self.kind, self.config))
             return [(part, self._metrics(part, weights)) for part, weights in zip(rounded, self._split(self.weights))]
+        self._prepare()
+        if method.candidates:
+            solved = self._chosen({name: self._try(METHODS[name]) for name in method.candidates})
+        else:
+            solved = self._try(method)
         sums = self.sums
-        self.hessian = solver.prepare(
-            sums.hessian, sums.diagonal, group=self.group, act_order=self.order, damp=self.config.damp
-        )
-        self.shift = None  # of the exact target, W' − W for α = 1
-        if sums.drift is not None and not self.hessian.fallback:
-            shift = solver.regression(sums.mismatch(self.weights), self.hessian)
-            self.shift = shift if bool(torch.isfinite(shift).all()) else None
-        tried = {name: self._try(METHODS[name]) for name in method.candidates} or {"": self._try(method)}
-        solved = [
-            self._best({name: parts[i] for name, parts in tried.items()}, weights)
-            for i, weights in enumerate(self._split(self.weights))
-        ]
         target = self.weights if self.shift is None else self.weights + self.shift
         common = {
             "damp": self.hessian.damp, "fallback": self.hessian.fallback, "dead_columns": int(self.hessian.dead.sum()),
@@ -89,15 +82,26 @@ class Stack:
             for (part, chosen), weights, aim in zip(solved, self._split(self.weights), self._split(target))
         ]
 
-    def _try(self, method: Method) -> list[tuple[Rounded, dict]]:
-        """(solution, what was chosen) of each linear by one method."""
+    def _prepare(self) -> None:
+        """Factorize A, and find where the exact target lies."""
+        sums = self.sums
+        self.hessian = solver.prepare(
+            sums.hessian, sums.diagonal, group=self.group, act_order=self.order, damp=self.config.damp
+        )
+        self.shift = None  # of the exact target, W' − W for α = 1
+        if sums.drift is not None and not self.hessian.fallback:
+            shift = solver.regression(sums.mismatch(self.weights), self.hessian)
+            self.shift = shift if bool(torch.isfinite(shift).all()) else None
+
+    def _try(self, method: Method, shares: Sequence[float] | None = None) -> list[tuple[Rounded, dict]]:
+        """(solution, what was chosen) of each linear by one method; `shares`: α of each linear, if it is known already."""
         aim, columns, own, fit, chosen = self.weights, None, None, None, [{} for _ in self.sizes]
         alpha = self.config.alpha if method.alpha is None else method.alpha
         if self.shift is not None and method.drift == "columns":
             columns = solver.column_term(self.hessian, self.sums.drift, alpha)
             own = solver.own_term(self.hessian, self.sums.drift, alpha) if method.own else None
         elif self.shift is not None and method.drift == "exact":
-            shares = [alpha] * len(self.sizes) if alpha != "held-out" else self._shares()
+            shares = shares or ([alpha] * len(self.sizes) if alpha != "held-out" else self._shares())
             aim = torch.cat([w + a * s for w, a, s in zip(self._split(aim), shares, self._split(self.shift))])
             chosen = [{"alpha": round(share, 4)} for share in shares]
         if method.ranges == "modality" and not self.kind and not self.hessian.fallback:
@@ -144,16 +148,32 @@ class Stack:
         importance = torch.cat(weigh, 1)  # [in, out]
         return (lambda part, columns: ranges.search(self.grid, part, importance[columns])), mixes
 
-    def _best(self, tried: dict[str, tuple[Rounded, dict]], weights: torch.Tensor) -> tuple[Rounded, dict]:
-        """Of one linear's candidates that with the least error on the samples put aside; the first of those that are equal."""
-        if len(tried) == 1:
-            return next(iter(tried.values()))
-        errors = {name: self.held.error(part.decode(), weights) for name, (part, _) in tried.items()}
-        best, first = min(errors, key=errors.__getitem__), next(iter(errors))
-        energy = solver.weighted_loss(torch.zeros_like(weights), weights, self.held.hessian)
-        part, chosen = tried[best]
-        gain = (errors[first] - errors[best]) / energy if energy > 0 else 0.0
-        return part, chosen | {"method": best, "held_out_gain": gain}
+    def _chosen(self, tried: dict[str, list[tuple[Rounded, dict]]]) -> list[tuple[Rounded, dict]]:
+        """Of each linear the candidate with the least error on the samples put aside, solved once more from all samples.
+
+        The first candidate is kept where others are equal, and the second solution only where it errs no more on those
+        samples than the first candidate did: never worse than that one, there.
+        """
+        weights, held = self._split(self.weights), self.held
+        errors = [
+            {name: held.error(parts[i][0].decode(), w) for name, parts in tried.items()} for i, w in enumerate(weights)
+        ]
+        names = [min(each, key=each.__getitem__) for each in errors]
+        shares = [tried[name][i][1].get("alpha", 0.0) for i, name in enumerate(names)]
+        self.sums.merge(held)
+        self._prepare()
+        again = {name: self._try(METHODS[name], shares) for name in dict.fromkeys(names)}
+        solved = []
+        for i, (name, each, w) in enumerate(zip(names, errors, weights)):
+            first = each[next(iter(each))]
+            part, chosen = again[name][i]
+            error = held.error(part.decode(), w)
+            if not error <= first:
+                (part, chosen), error = tried[name][i], each[name]
+            energy = solver.weighted_loss(torch.zeros_like(w), w, held.hessian)
+            gain = (first - each[name]) / energy if energy > 0 and math.isfinite(each[name]) else 0.0
+            solved.append((part, chosen | {"method": name, "held_out_gain": gain}))
+        return solved
 
     def _split(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
         return rows.split(self.sizes)

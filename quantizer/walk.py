@@ -30,7 +30,8 @@ class LayerWalk:
     def __init__(self, layer: nn.Module, batches: list[Batch], *, two_streams: bool):
         self.layer, self.batches, self.two_streams = layer, batches, two_streams
         self._solved = False
-        self.residual: torch.Tensor | None = None  # r̃ − r, [tokens, hidden]: of the batch that `inputs` gave last
+        self.with_residual = False  # whether `inputs` leaves r̃ − r, what the output is added to, of each batch here:
+        self.residual: torch.Tensor | None = None  # [tokens, hidden]
         self._attended: dict[int, Callable] = {}  # batch → a of the quantized stream
         self._full_attended: dict[int, Callable] = {}  # the same of the full-precision stream
         self._source: list[tuple[nn.Parameter, torch.Tensor]] = []  # of gate_proj and up_proj, once replaced
@@ -50,7 +51,7 @@ class LayerWalk:
         The groups before this one have their decoded weights, this one and those after it their source weights.
         """
         for index, batch in enumerate(self.batches):
-            if self.two_streams and stage in (OUT, DOWN):
+            if self.with_residual and stage in (OUT, DOWN):
                 self.residual = batch.tokens(batch.full - batch.quantized)
             full = batch.tokens(self._full_input(stage, index)) if self.two_streams else None
             yield batch.tokens(self._input(stage, index)), full

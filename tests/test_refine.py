@@ -189,7 +189,7 @@ def test_share_of_the_shift_is_the_best_one_for_tokens_put_aside():
     """α in closed form against a grid search over the tokens, each linear its own."""
     (x, full), (hx, hfull) = two_streams(120), two_streams(80, seed=1)
     s = stack(sums_of(x, full), sums_of(hx, hfull))
-    s.solved(METHODS["exact"])
+    s.solved(METHODS["exact-held"])
     for ours, w, shift in zip(s._shares(), s.weights.split(s.sizes), s.shift.split(s.sizes)):
         grid = np.linspace(0, 1, 1001)
         error = [float(((w + a * shift) @ hx.T - w @ hfull.T).double().square().sum()) for a in grid]
@@ -200,11 +200,11 @@ def test_share_of_the_shift_is_the_best_one_for_tokens_put_aside():
 def test_streams_that_do_not_drift_or_have_no_held_samples_leave_the_weights():
     x, _ = two_streams(120)
     s = stack(sums_of(x, x), sums_of(x[:40], x[:40]))
-    s.solved(METHODS["exact"])
+    s.solved(METHODS["exact-held"])
     assert s._shares() == [0.0, 0.0]
     x, full = two_streams(120)
     s = stack(sums_of(x, full), Statistics.empty(48, drift=True).rounded())
-    s.solved(METHODS["exact"])
+    s.solved(METHODS["exact-held"])
     assert s._shares() == [0.0, 0.0]
 
 
@@ -212,17 +212,27 @@ def test_auto_is_never_worse_than_gptq_on_what_is_put_aside():
     better = 0
     for seed in range(6):
         (x, full), (hx, hfull) = two_streams(150, seed=seed), two_streams(60, seed=seed + 50)
+        gptq = stack(sums_of(x, full), sums_of(hx, hfull)).solved(METHODS["gptq"])
         s = stack(sums_of(x, full), sums_of(hx, hfull))
-        auto, gptq = s.solved(METHODS["auto"]), s.solved(METHODS["gptq"])
+        auto = s.solved(METHODS["auto"])
         for (ours, metrics), (plain, _), w in zip(auto, gptq, s.weights.split(s.sizes)):
             error, base = (float((p.decode() @ hx.T - w @ hfull.T).double().square().sum()) for p in (ours, plain))
             assert error <= base * (1 + 1e-5)
-            assert metrics["method"] in METHODS["auto"].candidates
-            assert metrics["held_out_gain"] == pytest.approx(
-                (base - error) / float((w @ hx.T).double().square().sum()), abs=1e-4
-            )
+            assert metrics["method"] in METHODS["auto"].candidates and metrics["held_out_gain"] >= 0
+            assert metrics["tokens"] == 210, "the choice is solved once more from all samples"
             better += error < 0.99 * base
     assert better >= 6
+
+
+def test_auto_keeps_its_first_solution_where_the_second_errs_more():
+    """All samples together may lead elsewhere: then what was chosen by the samples put aside stays."""
+    (x, full), (hx, _) = two_streams(150), two_streams(60, seed=1)
+    hfull = hx - 3 * (two_streams(60, seed=1)[1] - hx)
+    gptq = stack(sums_of(x, full), sums_of(hx, hfull)).solved(METHODS["gptq"])
+    s = stack(sums_of(x, full), sums_of(hx, hfull))
+    for (ours, _), (plain, _), w in zip(s.solved(METHODS["auto"]), gptq, s.weights.split(s.sizes)):
+        error, base = (float((p.decode() @ hx.T - w @ hfull.T).double().square().sum()) for p in (ours, plain))
+        assert error <= base * (1 + 1e-5)
 
 
 def test_auto_keeps_the_weights_as_target_where_the_drift_does_not_carry_over():
@@ -271,24 +281,18 @@ def test_floor_of_the_importance_leaves_the_tokens_asked_for(least):
 
 def damaged(kind: str) -> tuple[Statistics, Statistics]:
     """Sums, and those of samples put aside, as bad calibration leaves them."""
-    (x, full), (hx, hfull) = two_streams(3 if kind == "few" else 150), two_streams(40, seed=1)
-    if kind == "dead":
-        x[:, 5:9], full[:, 5:9], hx[:, 5:9], hfull[:, 5:9] = 0, 0, 0, 0
-    elif kind == "all dead":
-        x, full = torch.zeros_like(x), torch.zeros_like(full)
-    elif kind == "rank":
-        x[:, 24:], full[:, 24:] = x[:, :24], full[:, :24]
-    elif kind == "huge":
-        x, full = x * 1e21, full * 1e21
-    elif kind == "tiny":
-        x, full = x * 1e-21, full * 1e-21
-    elif kind == "one token":
-        x, full = x[:1], full[:1]
-    image = torch.arange(len(x)) % 2 == 0
-    sums, held = (Statistics.empty(48, drift=True, modal=True) for _ in range(2))
-    sums.add(x, full, image=image)
-    held.add(hx, hfull, image=torch.arange(len(hx)) % 2 == 0)
-    return sums.rounded(), held.rounded()
+    both = []
+    for seed, tokens in ((0, 3 if kind == "few" else 150), (1, 40)):
+        x, full = two_streams(1 if kind == "one token" else tokens, seed=seed)
+        if kind == "dead":
+            x[:, 5:9], full[:, 5:9] = 0, 0
+        elif kind == "rank":
+            x[:, 24:], full[:, 24:] = x[:, :24], full[:, :24]
+        factor = {"all dead": 0.0, "huge": 1e21, "tiny": 1e-21}.get(kind, 1.0)
+        sums = Statistics.empty(48, drift=True, modal=True)
+        sums.add(x * factor, full * factor, image=torch.arange(len(x)) % 2 == 0)
+        both.append(sums.rounded())
+    return tuple(both)
 
 
 @pytest.mark.parametrize("kind", ["few", "dead", "all dead", "rank", "huge", "tiny", "one token"])

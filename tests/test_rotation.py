@@ -208,7 +208,7 @@ def test_an_artifact_rotated_online_cannot_be_exported_either(tmp_path):
 @pytest.mark.parametrize("arch", list(FAMILIES))
 def test_a_folded_rotation_is_proven_in_every_runtime_that_takes_the_family(arch, tiny, tmp_path):
     recipe = Recipe(
-        model=str(tiny(arch, tied=True)),
+        model=str(tiny(arch, tied=True, layers=3)),
         format=["gptq", "onnx", "gguf"],
         method="rtn",
         rotate="folded",

@@ -35,6 +35,7 @@ class Method(StrEnum):
     awq = "awq"
     mbq = "mbq"
     exact = "exact"
+    exact_held = "exact-held"
     auto = "auto"
 
 
