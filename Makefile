@@ -6,7 +6,7 @@ export VLMQ_REQUIRE ?= gptq,onnx,gguf
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo setup test test-slow lint format clean
+.PHONY: demo setup test test-faults test-slow lint format clean
 
 demo: setup  ## set up, then quantize the bundled reference VLM, write all three formats and prove them
 	$(BIN)/vlmq-export --format gptq --format onnx --format gguf --bits 4 --out out/reference --overwrite
@@ -25,6 +25,9 @@ setup: .venv/installed
 # Two processes of one thread each: the models are small, and threads that wait for each other cost more than they bring.
 test: setup  ## everything that must pass, under 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+test-faults: setup  ## killed before every operation, no space at every writer, peak memory by layers
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow tests/test_faults.py tests/test_memory.py
 
 test-slow: setup  ## the rest: kill points, long training, big shapes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow

@@ -61,7 +61,7 @@ class FormatOptions:
     gptq_names: str = "hub"  # hub | module
     gptq_shard_bytes: int = 5 * 10**9  # transformers' own default
     onnx_accuracy_level: int = 0
-    onnx_graph: str = "fused"  # fused | plain
+    onnx_graph: str = "fused"  # fused | single | plain
     onnx_dtype: str = "float32"  # float32 | float16
     onnx_provider: str = "cpu"  # cpu | cuda
     gguf_split_bytes: int = 0  # of tensors in a file of the text model; 0: one file

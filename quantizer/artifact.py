@@ -31,12 +31,13 @@ from safetensors.torch import save_file
 from vlmq_export.errors import ArtifactError, CheckpointError
 from vlmq_export.quantizer.checkpoint import COMPANIONS, Checkpoint, TensorInfo, read_infos, read_tensor
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
+from vlmq_export.quantizer.families import untied
 from vlmq_export.quantizer.kquants import GRIDS, Params
 from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.untrusted import contained, read_json
 
 SCHEMA = 1
-OUTER = -1  # the "layer" of embedding and output matrix
+OUTER = -1  # the "layer" of an embedding
 MANIFEST = "manifest.json"
 TIMING = "timing.json"  # seconds; kept apart so that every other file has the same bytes in every run
 _FLOAT_SHARD_BYTES = 2 * 2**30
@@ -44,7 +45,7 @@ _FLOAT_SHARD_BYTES = 2 * 2**30
 
 @dataclass
 class ModuleRecord:
-    """What the manifest says of one linear. `layer` is −1 for the embedding and the output matrix."""
+    """What the manifest says of one linear. `layer` is −1 for an embedding; the output head comes after the last layer."""
 
     name: str
     layer: int
@@ -160,7 +161,7 @@ def write_json(path: Path, value) -> None:
 
 
 def layer_file(index: int) -> str:
-    """−1 is what lies outside the layers: embedding and output matrix, where the recipe quantizes them."""
+    """−1 is the embedding, where the recipe quantizes it; the output head's number follows the last decoder layer's."""
     return f"layer-{index:05d}.safetensors" if index >= 0 else "layer-outer.safetensors"
 
 
@@ -236,11 +237,15 @@ def _write_tensors(path: Path, infos: list[TensorInfo], read: Callable[[str], to
             f.write(read(t.name).view(-1).view(torch.uint8).numpy().data)
 
 
-def write_source(folder: Path, checkpoint: Checkpoint) -> None:
+def write_source(folder: Path, checkpoint: Checkpoint, *, own_head: bool = False) -> None:
+    """config.json, tokenizer and processor files. `own_head`: of a model that no longer shares its output matrix."""
     target = folder / "source"
     target.mkdir(parents=True, exist_ok=True)
-    for file in [checkpoint.path / "config.json", *checkpoint.companions]:
+    checkpoint.write_config(target / "config.json")
+    for file in checkpoint.companions:
         shutil.copyfile(file, target / file.name)
+    if own_head and (config := untied(checkpoint.config)) != checkpoint.config:
+        write_json(target / "config.json", config)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -396,7 +401,12 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
         problems.append(f"name {m.name!r} is no file name")  # output files are named after it
     if not isinstance(m.model_type, str) or not all(isinstance(x, dict) for x in (m.source, m.calibration, m.phases)):
         problems.append("model_type, source, calibration or phases of another type")
-    if not _is_grid(config) or config.act_order not in ACT_ORDERS or not isinstance(config.method, str):
+    if (
+        config.head_bits not in (0, *BITS)
+        or not _is_grid(config)
+        or config.act_order not in ACT_ORDERS
+        or not isinstance(config.method, str)
+    ):
         problems.append(f"a recipe of {config.bits} bits in groups of {config.group_size}, order {config.act_order}")
     names: set[str] = set()
     for r in m.modules:

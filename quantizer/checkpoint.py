@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import shutil
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -257,6 +258,10 @@ class Checkpoint:
         if bad := count_non_finite(value):
             raise CheckpointError(f"{info.file}: {name} has {bad} NaN or infinite values; this checkpoint is damaged")
         return value
+
+    def write_config(self, target: Path) -> None:
+        """config.json of what `tensor` gives."""
+        shutil.copyfile(self.path / "config.json", target)
 
     @cached_property
     def companions(self) -> list[Path]:

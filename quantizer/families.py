@@ -64,6 +64,8 @@ class Family:
     prefixes: tuple[tuple[str, str], ...]
     groups: tuple[tuple[str, ...], ...] = DECODER_GROUPS
     norms: tuple[tuple[str, tuple[str, ...]], ...] = DECODER_NORMS
+    # Hub modules and tensors outside the decoder that write into its residual stream, `*` for a number; all [hidden, …].
+    writers: tuple[str, ...] = ()
     seq_len: int = 512  # the paper's truncation for this family
     images: str = "grid"  # `grid`: as many tokens as its size asks for; `tile`: one square tile an image (images.py)
     around: tuple[str, str] = ("", "")  # written before and after an image's tokens where the template does not
@@ -75,6 +77,11 @@ class Family:
     def linear_names(self, layers: int) -> list[str]:
         """Hub names of the modules to quantize, in layer order, then in the order of `groups`."""
         return [f"{self.layers}{i}.{p}" for i in range(layers) for group in self.groups for p in group]
+
+    @property
+    def head(self) -> str:
+        """Hub name of the output matrix; where it is tied to the embedding no tensor has that name."""
+        return self.hub_name("lm_head.weight").removesuffix(".weight")
 
     def module_name(self, name: str) -> str:
         """Name in the module tree of a tensor or module, named in any way."""
@@ -95,6 +102,7 @@ class Family:
         return name.startswith(self.vision)
 
 
+_MERGER = ("visual.merger.mlp.2",)
 _QWEN = (("visual.", "model.visual."), ("model.", "model.language_model."))
 # transformers 4 published these two; 4.52 to 4.57 kept `vision_model` in memory; 5 saves without it.
 _TOWER = (
@@ -106,13 +114,14 @@ _TOWER = (
 FAMILIES = {
     f.model_type: f
     for f in (
-        Family("qwen2_vl", layers="model.layers.", vision=("visual.",), prefixes=_QWEN),
-        Family("qwen2_5_vl", layers="model.layers.", vision=("visual.",), prefixes=_QWEN),
+        Family("qwen2_vl", layers="model.layers.", vision=("visual.",), prefixes=_QWEN, writers=_MERGER),
+        Family("qwen2_5_vl", layers="model.layers.", vision=("visual.",), prefixes=_QWEN, writers=_MERGER),
         Family(
             "qwen3_vl",
             layers="model.language_model.layers.",
             vision=("model.visual.",),
             prefixes=(),
+            writers=("model.visual.merger.linear_fc2", "model.visual.deepstack_merger_list.*.linear_fc2"),
             added=("visual_pos_masks", "deepstack_visual_embeds"),
         ),
         Family(
@@ -126,6 +135,7 @@ FAMILIES = {
                 ("image_newline", "model.image_newline"),
                 *_TOWER,
             ),
+            writers=("multi_modal_projector.linear_2", "image_newline"),
             seq_len=986,
             images="tile",
             newline=1,
@@ -136,6 +146,7 @@ FAMILIES = {
             layers="language_model.model.layers.",
             vision=("vision_tower.", "multi_modal_projector."),
             prefixes=(("vision_tower.", "model.vision_tower."), *_TOWER),
+            writers=("multi_modal_projector.linear_2",),
             images="tile",
             around=("<img>", "</img>"),
             mrope=False,
@@ -161,6 +172,19 @@ def text_config(config: dict) -> dict:
     if not isinstance(text, dict):
         raise CheckpointError("text_config in config.json is not an object; copy the file again")
     return text
+
+
+def is_tied(config: dict) -> bool:
+    """Whether the output matrix is the embedding."""
+    return bool(config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False)))
+
+
+def untied(config: dict) -> dict:
+    """The same config of a model whose output matrix is its own: what a tied model becomes once its head is quantized."""
+    config = config | {"tie_word_embeddings": False}
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = text | {"tie_word_embeddings": False}
+    return config
 
 
 def layer_count(config: dict) -> int:

@@ -15,6 +15,7 @@ from vlmq_export.quantizer.families import Family
 from vlmq_export.quantizer.grids import Affine, grid_for
 from vlmq_export.quantizer.importance import PROJECTIONS, floored, normalized, output_gradients, token_factors
 from vlmq_export.quantizer.methods import Method, method_named
+from vlmq_export.quantizer.pictured import importance_facts
 from vlmq_export.quantizer.scaling import scaled_layer
 from vlmq_export.quantizer.solving import Solved, linear_of, nearest, ratio, solve_unit
 from vlmq_export.quantizer.statistics import Statistics
@@ -35,9 +36,12 @@ def quantize_layer(
     """
     method = method_named(config.method)
     factors = importance_factors(walk, method.importance, ranks)
+    if method.weighs == "qkv":
+        factors.pop(PROJECTIONS[-1], None)
     if method.effective:
         width = walk.layer.get_submodule(groups[0][0]).in_features
         factors = {name: floored(parts, method.effective * width, ranks) for name, parts in factors.items()}
+    facts = importance_facts(factors, walk.batches, ranks)
     solved: list[Solved] = []
     for stage, group in enumerate(groups):
         shared = [[name] for name in group] if group[0] in factors else [list(group)]
@@ -54,8 +58,9 @@ def quantize_layer(
             )
         for owner, unit in zip(owners, parts):
             solved += [exchanged(part, ranks, owner) for part in unit]
-        for name, (linear, _) in zip(group, solved[-len(group) :]):
+        for name, (linear, metrics) in zip(group, solved[-len(group) :]):
             walk.put(name, linear)
+            metrics |= {"importance": facts[name]} if name in facts else {}
     return solved
 
 

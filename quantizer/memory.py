@@ -3,6 +3,7 @@
 Peak memory follows one decoder layer and the calibration set, never the model:
 
     fixed        Python, PyTorch, transformers
+    images       all samples' pixels, dropped after the first pass
     first pass   vision tower and projector in float32, dropped before the first layer
     layer        its weights in float32, and the group of linears that is being solved
     solver       statistics and factorization at the widest linear, n² times a few matrices
@@ -43,6 +44,7 @@ class Shapes:
     linears: tuple[tuple[int, int], ...]  # (out, in) of one decoder layer
     groups: tuple[int, ...]  # how many of them share an input, in order
     prefix: int  # weights that run before the first decoder layer, embedding rows not counted
+    pixels: int  # numbers of a preprocessed image a token
     weights: int  # of the whole model
 
 
@@ -79,30 +81,35 @@ def memory_plan(
     group = max(
         sum(m * n for m, n in shapes.linears[start : start + size]) for start, size in zip(starts, shapes.groups)
     )
-    # A, D and P in float32, the factorization in float64 with its result in float32.
-    matrices = (3 if method.drift != "plain" else 1) * _FLOAT + 2 * 8 + _FLOAT if method.calibrated else 0
+    # A, D and P in float32, those of the samples put aside, the factorization in float64 with its result in float32, and
+    # the damped matrix for what follows the loop.
+    sums = (3 if method.drift != "plain" else 1) * (2 if method.holds_out else 1)
+    matrices = (sums + bool(method.refine.sweeps or method.candidates) + 1) * _FLOAT + 2 * 8 if method.calibrated else 0
     batch = min(tokens, max(BATCH_TOKENS, seq_len))
     streams = (2 if method.two_streams else 1) if method.calibrated else 0
     parts = {
+        "images": tokens * shapes.pixels * _FLOAT if method.calibrated else 0,
         "first pass": shapes.prefix * _FLOAT if method.calibrated else 0,
         "layer": (sum(m * n for m, n in shapes.linears) + _GROUP_COPIES * group) * _FLOAT,
         "solver": matrices * widest**2,
         "batch": batch * (_BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * widest) * _FLOAT * bool(streams)
         + (batch * seq_len * shapes.heads * _BATCH_SCORES * _FLOAT if method.importance != "none" else 0),
     }
-    activations = tokens * shapes.hidden * 2 * streams * _FLOAT
-    work = max(parts["first pass"], sum(parts.values()) - parts["first pass"])
+    kept = shapes.layers if method.scaling == "mbq" else 0  # inputs of every layer, for the gradients
+    activations = tokens * shapes.hidden * (2 * streams + kept) * _FLOAT
+    images, first = parts["images"], parts["first pass"]
+    work = sum(parts.values()) - images - first
     host_room, device_room = int(_SHARE * host_free), int(_SHARE * device_free)
     on_cuda = device_free > 0
     if on_cuda:
-        place: Place = "device" if work + activations <= device_room else "host"
-        if place == "host" and FIXED + activations > host_room:
+        place: Place = "device" if max(first, work) + activations <= device_room else "host"
+        if place == "host" and FIXED + images + activations > host_room:
             place = "disk"
     else:
-        place = "device" if FIXED + work + activations <= host_room else "disk"
+        place = "device" if FIXED + max(images + first, work) + activations <= host_room else "disk"
     resting = {"device": activations if not on_cuda else 0, "host": activations, "disk": 0}[place]
-    host = FIXED + resting + (0 if on_cuda else work)
-    device = (work + (activations if place == "device" else 0)) if on_cuda else 0
+    host = FIXED + resting + max(images + (0 if on_cuda else first), 0 if on_cuda else work)
+    device = (max(first, work) + (activations if place == "device" else 0)) if on_cuda else 0
     return MemoryPlan(
         place, {"fixed": FIXED} | parts, activations, host, device, activations if place == "disk" else 0, host_free,
         device_free,

@@ -29,6 +29,7 @@ class Method:
     calibrated: bool = True
     drift: Literal["plain", "columns", "exact"] = "plain"
     importance: Literal["none", "l1", "l2"] = "none"
+    weighs: Literal["qkvo", "qkv"] = "qkvo"  # the projections that importance is for
     effective: float = 0.0  # effective tokens that importance must leave, a multiple of `in`; 0: as it comes (D5)
     alpha: float | Literal["held-out"] | None = None  # None: the recipe's; "held-out": best for samples put aside
     residual: bool = False  # o and down also make up for the residual stream's own drift (LoaQ)
@@ -56,6 +57,7 @@ METHODS = {
     "vlmq": Method(drift="columns", importance="l1"),
     "vlmq-l2": Method(drift="columns", importance="l2"),  # the paper's †: inferred, methods.md §1.2
     "vlmq-gptq": Method(importance="l1"),  # the paper's ‡
+    "vlmq-qkv": Method(drift="columns", importance="l1", weighs="qkv"),  # the paper's ablation without o
     "vlm-ptq": Method(drift="columns", own=True, ranges="modality"),
     "awq": Method(scaling="awq"),
     "mbq": Method(scaling="mbq"),

@@ -122,14 +122,31 @@ class StreamedModel:
     @contextmanager
     def filled_head(self):
         """What runs after the last decoder layer: a function of its output, [..., hidden] → logits."""
-        weight = self.model.get_output_embeddings().weight  # tied or not
-        name = next(
-            n for n, p in self.model.named_parameters(remove_duplicate=False) if p is weight and n in self._source
-        )
-        norm = self._family.module_name(self._family.layers.removesuffix("layers.") + "norm")
-        with self._filled([n for n in self._source if n.startswith(f"{norm}.")]):
-            matrix = self.checkpoint.tensor(self._source[name]).to(self.device).float()
-            yield lambda hidden: self.model.get_submodule(norm)(hidden) @ matrix.T
+        matrix = self.head_rows(0, self.head_shape[0])
+        with self.filled_norm() as norm:
+            yield lambda hidden: norm(hidden) @ matrix.T
+
+    @contextmanager
+    def filled_norm(self):
+        """The norm between the last decoder layer and the output head."""
+        prefix = "model.language_model.norm."
+        with self._filled([name for name in self._source if name.startswith(prefix)]):
+            yield self.model.get_submodule(prefix.rstrip("."))
+
+    @property
+    def _head(self) -> str:
+        """The checkpoint's tensor that is the output matrix: the embedding where it is tied."""
+        weight = self.model.get_output_embeddings().weight
+        return self._source[next(n for n, p in self.model.named_parameters() if p is weight)]
+
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        return self.checkpoint.info(self._head).shape
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the output matrix, float32 [rows, hidden] on the device."""
+        rows = range(start, min(stop, self.head_shape[0]))
+        return self.checkpoint.tensor(self._head, rows=rows).to(self.device).float()
 
     @contextmanager
     def _filled(self, names: list[str]):

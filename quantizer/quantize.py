@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -40,12 +40,15 @@ from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.endloss import MBQ_TYPES, modality_ratios
-from vlmq_export.quantizer.families import Family, family_of, layer_count
+from vlmq_export.quantizer.families import Family, family_of, is_tied, layer_count
+from vlmq_export.quantizer.head import quantize_head
 from vlmq_export.quantizer.kquants import GRIDS, Params
 from vlmq_export.quantizer.layer import quantize_layer, scale_layer
 from vlmq_export.quantizer.memory import give_back, peak_host
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
+from vlmq_export.quantizer.pictured import image_shape
+from vlmq_export.quantizer.rotation import rotate_inner, rotated
 from vlmq_export.quantizer.shelf import Place, Shelf
 from vlmq_export.quantizer.solver import nearest_in_blocks
 from vlmq_export.quantizer.streams import Batch, decoder_inputs, put
@@ -71,7 +74,11 @@ class Shape(Protocol):
 
 def check_shapes(linears: Iterable[Shape], config: QuantConfig) -> None:
     """Raises UsageError for a recipe that cannot be solved on these linears; from headers alone."""
-    method_named(config.method)
+    method = method_named(config.method)
+    if config.types and (method.scaling or method.ranges != "minmax"):
+        raise UsageError(
+            f"method {config.method} fits the ranges of affine grids; choose another method for GGUF's block types"
+        )
     if config.bits not in BITS:
         raise UsageError(f"bits {config.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
     if config.act_order not in ACT_ORDERS:
@@ -90,7 +97,7 @@ def check_shapes(linears: Iterable[Shape], config: QuantConfig) -> None:
 
 def quantize(
     checkpoint: Checkpoint,
-    samples: Sequence[Sample],
+    samples: list[Sample],
     config: QuantConfig,
     folder: Path,
     *,
@@ -100,6 +107,7 @@ def quantize(
     resume: bool = False,
     place: Place = "device",
     ranks: Ranks = ALONE,
+    drop_images: bool = False,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
@@ -108,21 +116,26 @@ def quantize(
     `calibration` is what the manifest says of the samples. With `resume`, layers that are on disk are not solved again
     and the folder ends with the bytes of a run that was never stopped (same device, number of threads and of ranks). Of
     several ranks each is given all samples and walks its share; the first writes, the others need to read what it wrote.
+    `drop_images` takes the pixels out of the list `samples` once the first pass has seen them: often more than the activations.
 
     Raises UsageError, CheckpointError and CalibrationError before heavy work where it can; ArtifactError when the folder
     belongs to another run; Interrupted after a layer was published and `should_stop()` is true.
     """
     progress = progress or (lambda *_: None)
     should_stop = should_stop or (lambda: False)
+    checkpoint = rotated(checkpoint, config.rotate, config.seed)
     method, family, target = method_named(config.method), family_of(checkpoint.config), pick_device(device)
     count = layer_count(checkpoint.config)
     check_shapes([_Shape(n, checkpoint.info(f"{n}.weight").shape[1]) for n in family.linear_names(count)], config)
+    head = head_to_solve(checkpoint.config, config)
     if method.calibrated and not samples:
         raise CalibrationError(f"method {config.method} needs calibration samples; give some, or use --method rtn")
     clock = Clock(target)
     clock.tokens = sum(len(sample.input_ids) for sample in samples)
     with clock("load"):
         model = StreamedModel(checkpoint, target)
+        if config.rotate == "online":
+            rotate_inner([model.layer(i) for i in range(count)], checkpoint.inner_rotation())
     done = 0
     if ranks.first:
         done = _claim(
@@ -132,11 +145,12 @@ def quantize(
             done = _WHOLE
     if (done := ranks.same(done)) == _WHOLE:
         return
-    outer = _solve_outer(checkpoint, config, family.linear_names(count))
+    linears = [*family.linear_names(count), *([head] if head else [])]
+    outer = _solve_outer(checkpoint, config, linears)
     if ranks.first:
         with clock("floats"):
-            write_source(folder, checkpoint)
-            quantized = [*family.linear_names(count), *(q.name for q in outer)]
+            write_source(folder, checkpoint, own_head=bool(head))
+            quantized = [*linears, *(q.name for q in outer)]
             changed = {
                 f"{family.layers}{i}.{norm}.weight" for i in range(count) for norm, _ in family.norms if method.scaling
             }
@@ -157,6 +171,8 @@ def quantize(
                     _start_from(prefix, outer, batches, samples, family, shelf, ranks)
                 lost = ranks.count(sum(batch.drop_non_finite() for batch in batches))
                 refuse_many_lost(lost, len(samples))
+            if drop_images:
+                samples[:] = [replace(sample, pixel_values=None) for sample in samples]
             give_back()
         ratios: dict[str, list[float]] = {}
         if method.scaling == "mbq":
@@ -198,16 +214,24 @@ def quantize(
                     "layer %d of %d: %.1f s, %.0f tokens/s, peak %.2f GB",
                     i + 1, count, clock.layers[i], clock.tokens_per_second(), peak_host() / 1e9,
                 )  # fmt: skip
-                if i + 1 < count and ranks.count(should_stop()):
+                if i + 1 < count + bool(head) and ranks.count(should_stop()):
                     raise Interrupted(f"stopped after layer {i + 1} of {count}; continue with --resume")
+        if head and done <= count:
+            with clock("head"):
+                linear, metrics = quantize_head(model, head, batches, config, ranks)
+                if ranks.first:
+                    write_layer(folder, count, [linear], [ModuleRecord.of(linear, count, metrics)])
     progress("quantize", count, count)
     if not ranks.first:
         return
     if method.calibrated:
         calibration = calibration | {"non_finite": lost}
+    if method.importance != "none":
+        calibration = calibration | image_shape(samples)
     if lost:
         log.warning("%d of %d samples left out: their activations are not finite", lost, len(samples))
-    modules = [record for i in [*([OUTER] if outer else []), *range(count)] for record in read_layer_records(folder, i)]
+    files = [*([OUTER] if outer else []), *range(count + bool(head))]
+    modules = [record for i in files for record in read_layer_records(folder, i)]
     _warn_of_fallbacks(modules)
     write_json(folder / TIMING, clock.to_dict())
     manifest = Manifest(
@@ -239,6 +263,15 @@ def refuse_many_lost(lost: int, samples: int) -> None:
         )
 
 
+def head_to_solve(source: dict, config: QuantConfig) -> str:
+    """Hub name of the output matrix where the recipe quantizes one that is the model's own; else nothing.
+
+    A mix may name a type for it; where it is the embedding too, one tensor serves both and nothing calibrates it.
+    """
+    name = family_of(source).head
+    return name if config.head_bits or (name in config.types and not is_tied(source)) else ""
+
+
 @dataclass(frozen=True)
 class _Shape:
     name: str
@@ -246,7 +279,7 @@ class _Shape:
 
 
 def _solve_outer(checkpoint: Checkpoint, config: QuantConfig, linears: Sequence[str]) -> list[BlockLinear]:
-    """Embedding and output matrix on the block types that the recipe names, rounded to nearest: nothing calibrates them."""
+    """The embedding on the block type that the recipe names for it, rounded to nearest: nothing calibrates it."""
     solved = []
     for name in [n for n in config.types if n not in set(linears)]:
         weight, kind = checkpoint.tensor(f"{name}.weight"), config.types[name]

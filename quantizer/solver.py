@@ -31,6 +31,7 @@ PRECISION = torch.float64  # of the factorization
 Fit = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 _BAND = 512  # rows or columns worked on together
 DAMP_STEPS = (1, 10, 100)  # times the recipe's damping, tried in turn before falling back to plain rounding
+FAINTEST = 1e-30  # mean(diag A) of inputs that float32 can still divide by; nothing that a model computes is so small
 LEAF = 32  # columns that are rounded one by one between two matrix products, where no kernel takes more
 
 
@@ -99,7 +100,7 @@ def prepare(matrix: torch.Tensor, diagonal: torch.Tensor, *, group: int, act_ord
     order = column_order(weights, group, act_order)
     live = weights[~dead].double()
     mean = float(live.mean()) if len(live) else 0.0
-    for step in DAMP_STEPS if mean > 0 else ():
+    for step in DAMP_STEPS if mean > FAINTEST else ():
         backwards = order.flip(0)  # LAPACK's lower factor of the reversed matrix is the upper one that the loop needs
         permuted = _permuted(matrix, backwards)
         own = permuted.diagonal()

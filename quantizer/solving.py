@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,13 +33,14 @@ def solve_unit(
 ) -> list[Solved]:
     """Solve linears that share statistics: those of one grid together, stacked by rows."""
     kinds = {name: config.types.get(prefix + name, "") for name in names}
-    energy = (sums.hessian.diagonal() / sums.weight).float() if sums and sums.weight else None
+    energy = (sums.hessian.diagonal() / sums.weight).float() if sums and sums.weight else None  # of the inputs, [in]
     solved = {}
     for kind in dict.fromkeys(kinds.values()):
         alike = [name for name in names if kinds[name] == kind]
         stack = Stack([layer.get_submodule(name) for name in alike], sums, held, config, kind)
         for name, (part, metrics) in zip(alike, stack.solved(method)):
-            solved[name] = (linear_of(prefix, name, layer.get_submodule(name).bias, part, config, energy), metrics)
+            bias = layer.get_submodule(name).bias
+            solved[name] = (linear_of(prefix, name, bias, part, config, energy), metrics)
     return [solved[name] for name in names]
 
 
@@ -68,7 +70,8 @@ class Stack:
         )
         self.shift = None  # of the exact target, W' − W for α = 1
         if sums.drift is not None and not self.hessian.fallback:
-            self.shift = solver.regression(sums.mismatch(self.weights), self.hessian)
+            shift = solver.regression(sums.mismatch(self.weights), self.hessian)
+            self.shift = shift if bool(torch.isfinite(shift).all()) else None
         tried = {name: self._try(METHODS[name]) for name in method.candidates} or {"": self._try(method)}
         solved = [
             self._best({name: parts[i] for name, parts in tried.items()}, weights)
@@ -79,8 +82,10 @@ class Stack:
             "damp": self.hessian.damp, "fallback": self.hessian.fallback, "dead_columns": int(self.hessian.dead.sum()),
             "tokens": sums.tokens, "effective_tokens": round(sums.effective_tokens, 1),
         }  # fmt: skip
+        if sums.drift is not None and self.shift is None:
+            common["drift_ignored"] = True
         return [
-            (part, self._metrics(part, weights) | common | chosen | _losses(part.decode(), aim, sums.hessian))
+            (part, self._metrics(part, weights) | common | chosen | self._losses(part, weights, aim))
             for (part, chosen), weights, aim in zip(solved, self._split(self.weights), self._split(target))
         ]
 
@@ -157,6 +162,14 @@ class Stack:
         ends = torch.tensor(self.sizes).cumsum(0).tolist()
         return [solution.rows(end - size, end) for end, size in zip(ends, self.sizes)]
 
+    def _losses(self, part: Rounded, weights: torch.Tensor, aim: torch.Tensor) -> dict:
+        """Toward `aim`, and what rounding `weights` to nearest would have left."""
+        losses = _losses(part.decode(), aim, self.sums.hessian)
+        if losses:
+            plain = nearest(weights, self.kind, self.config).decode()
+            losses["nearest_error"] = _losses(plain, aim, self.sums.hessian)["relative_error"]
+        return losses
+
     def _metrics(self, part: Rounded, weights: torch.Tensor) -> dict:
         return {"weight_error": ratio(part.decode() - weights, weights)}
 
@@ -174,6 +187,10 @@ def _losses(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -
     """The weighted loss against the target of the method's objective, and relative to that target's own energy."""
     loss = solver.weighted_loss(rounded, target, matrix)
     energy = solver.weighted_loss(torch.zeros_like(target), target, matrix)
+    if not (
+        math.isfinite(loss) and math.isfinite(energy)
+    ):  # sums beyond float32: rounded to nearest, nothing to report
+        return {}
     return {"loss": loss, "relative_error": (max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0}
 
 

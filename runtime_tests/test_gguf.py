@@ -453,3 +453,49 @@ def test_the_emulated_rounding_is_the_librarys_own_bit_for_bit(home, kind, size,
         np.testing.assert_array_equal(
             head[:, 1], (scale * codes.sum(-1, dtype=np.float32)).astype(np.float16).reshape(-1)
         )
+
+
+# --- what rounded activations cost a model ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_bits(tmp_path_factory):
+    """A random model whom 8-bit activations cost more than the usual bound: all of its linears in TQ2_0 or Q2_K."""
+    folder = tmp_path_factory.mktemp("two_bits")
+    source = make_random_checkpoint(folder / "model", "qwen2_5_vl", layers=4, depth=4)
+    return export(folder, GRIDS["w2"], source)
+
+
+def test_a_model_is_held_to_what_rounding_costs_itself(two_bits):
+    reference, folder = two_bits
+    found = row(run_check(reference, folder), "shipped file through mtmd")
+    assert found.status == "passed" and found.value > 5e-2 and "costs this model" in found.detail
+    assert found.value < found.gate < 1.4 * found.value  # no wider than it must be
+
+
+def test_a_shipped_file_twice_as_far_off_as_rounding_explains_fails(two_bits):
+    import importlib
+
+    checks = importlib.import_module("vlmq_export.formats.gguf.check")
+    reference, folder = two_bits
+    files, samples = checks._Files.open(folder, reference), reference.prompts[:3]
+    before = {s.id: reference.logits(s).copy() for s in samples}
+    cost = checks.rounding.cost(reference, files.hub, files.types, samples)
+    assert all(np.array_equal(before[s.id], reference.logits(s)) for s in samples)  # nothing stays rounded
+    assert checks.shipped_row(files, reference, samples, cost).status == "passed"
+    assert checks.shipped_row(files, reference, samples, {k: 2 * v for k, v in cost.items()}).status == "failed"
+
+
+def test_a_changed_weight_of_it_fails_by_name(two_bits, tmp_path):
+    """What the wider bound lets pass, the readers and each product do not."""
+    reference, folder = two_bits
+    shutil.copytree(folder, tmp_path / "gguf")
+    text, _ = find_files(tmp_path / "gguf")
+    tensor = GGUFFile(text).tensors["blk.1.ffn_up.weight"]
+    data = bytearray(text.read_bytes())
+    data[tensor.offset + 3] ^= 1
+    text.write_bytes(data)
+    rows = run_check(reference, tmp_path / "gguf")
+    failed = {r.level for r in rows if r.status == "failed"}
+    assert {"L1", "L2"} <= failed
+    assert all("layers.1.mlp.up_proj" in r.worst for r in rows if r.name.startswith("weights by"))

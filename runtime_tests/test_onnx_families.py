@@ -1,4 +1,4 @@
-"""Qwen3-VL, LLaVA-OneVision and InternVL3 in plain ONNX Runtime against the fake-quantized reference."""
+"""Qwen3-VL, LLaVA-OneVision (random, and the trained second reference) and InternVL3 in plain ONNX Runtime."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -11,6 +11,7 @@ import torch
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from tests.artifacts import GRIDS, rtn_artifact
+from tools.reference_vlm import onevision
 from tools.reference_vlm.families import make_tiny
 from vlmq_export.bundled import HELDOUT
 from vlmq_export.formats import onnx as onnx_format
@@ -24,6 +25,7 @@ from vlmq_export.parity import required_runtimes
 from vlmq_export.plan import artifact_plan
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.calibration import read_rows
+from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.reference import Reference
 
 SETTINGS = CheckSettings(images=2, questions=2, threads=1)
@@ -34,6 +36,7 @@ def slow(*values):
 
 
 FAMILIES = ("qwen3_vl", "llava_onevision", "internvl")
+SECOND = "second"  # the trained reference of LLaVA-OneVision's architecture
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +64,8 @@ def exported(tmp_path_factory):
         key = (arch, tag, graph, *options.items())
         if key not in made:
             folder = tmp_path_factory.mktemp(f"{arch}-{tag}")
-            artifact = rtn_artifact(folder / "artifact", GRIDS[tag], make_tiny(folder / "model", arch, **options))
+            source = onevision.FOLDER if arch == SECOND else make_tiny(folder / "model", arch, **options)
+            artifact = rtn_artifact(folder / "artifact", GRIDS[tag], source)
             (folder / "onnx").mkdir()
             onnx_format.write(artifact, folder / "onnx", FormatOptions(onnx_graph=graph))
             made[key] = Reference(artifact.path, read_rows(HELDOUT)[:4]), folder / "onnx"
@@ -80,6 +84,22 @@ def test_every_grid_passes_every_gate(exported, arch, tag):
     assert {c.level for c in rows if c.status == "passed"} == {"L1", "L2", "L3"}
 
 
+@pytest.mark.parametrize(
+    ("bits", "group"), [(3, 128), *(slow(b, g) for b in (2, 3, 4, 8) for g in (32, 128, -1) if (b, g) != (3, 128))]
+)
+def test_every_width_and_group_of_the_second_reference_passes_every_gate(bits, group, tmp_path):
+    artifact = rtn_artifact(
+        tmp_path / "artifact", QuantConfig("rtn", bits, group, symmetric=bits == 8), onevision.FOLDER
+    )
+    (tmp_path / "onnx").mkdir()
+    onnx_format.write(artifact, tmp_path / "onnx", FormatOptions())
+    rows = onnx_format.check(
+        tmp_path / "onnx", Reference(artifact.path, read_rows(HELDOUT)[:4]), FormatOptions(), SETTINGS
+    )
+    assert not [c for c in rows if c.status not in ("passed", "info")], rows
+    assert {c.level for c in rows if c.status == "passed"} == {"L1", "L2", "L3"}
+
+
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_the_standard_operators_pass_every_gate(exported, arch):
     reference, folder = exported(arch, graph="plain")
@@ -87,6 +107,17 @@ def test_the_standard_operators_pass_every_gate(exported, arch):
     assert not [c for c in rows if c.status not in ("passed", "info")], rows
     nodes = onnx.load(folder / "text.onnx", load_external_data=False).graph.node
     assert {n.op_type for n in nodes if n.domain} == {"MatMulNBits"}
+
+
+@pytest.mark.parametrize("arch", [*FAMILIES, SECOND])
+def test_one_prompt_at_a_time_passes_every_gate(exported, arch):
+    """GroupQueryAttention rotates: by one axis of positions, or by Qwen3-VL's three, woven into one table of angles."""
+    reference, folder = exported(arch, graph="single")
+    rows = onnx_format.check(folder, reference, FormatOptions(onnx_graph="single"), replace(SETTINGS, images=1))
+    assert not [c for c in rows if c.status not in ("passed", "info")], rows
+    nodes = onnx.load(folder / "text.onnx", load_external_data=False).graph.node
+    (packed,) = {tuple(n.input[1:3]) == ("", "") for n in nodes if n.op_type == "GroupQueryAttention"}
+    assert packed == (arch != "qwen3_vl")  # whose query and key are normed before
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -116,7 +147,7 @@ def two_images(reference):
     return reference.preprocessor.sample(both, prompt_only=True)
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", [*FAMILIES, SECOND])
 def test_two_images_in_one_prompt(exported, arch):
     reference, folder = exported(arch)
     prompt = two_images(reference)
@@ -153,7 +184,7 @@ def test_an_image_token_without_an_image_is_a_word_and_too_few_features_an_error
 
 
 @pytest.mark.parametrize("graph", ["plain", "fused"])
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", [*FAMILIES, SECOND])
 def test_a_left_padded_batch_and_its_next_token(exported, arch, graph):
     """Two prompts of unequal length through one embedding and one text run, then one more token a row by the cache."""
     reference, folder = exported(arch, graph=graph)

@@ -104,7 +104,7 @@ def test_several_new_tokens_after_a_cache(packages):
     reference, _ = packages()
     p = reference.prompts[0]
     positions, half = reference.position_ids(p), len(p.input_ids) // 2
-    for graph, rows in (("fused", 1), ("plain", 1), ("plain", 2)):
+    for graph, rows in (("fused", 1), ("single", 1), ("plain", 1), ("plain", 2)):
         runner = OnnxRunner(packages(graph)[1])
         embeds = np.repeat(runner._embed_prompt(p), rows, axis=0)
         at = np.repeat(positions, rows, axis=1)
@@ -114,11 +114,28 @@ def test_several_new_tokens_after_a_cache(packages):
             assert relative_error(row[:, : reference.vocabulary], reference.logits(p)[half:]) <= FORMAT_GATE
 
 
-def test_past_and_present_in_one_buffer(packages):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_image_token_without_an_image_is_a_word_and_features_go_to_all_rows_in_order(packages, dtype):
+    """A model may generate its image token: a random one at 2 bits did, and its answer was another than transformers'."""
+    reference, folder = packages(dtype=dtype)
+    runner, token = OnnxRunner(folder), reference.preprocessor.image_token_id
+    words = reference.weights.array("model.embed_tokens.weight")
+    ids = np.array([[5, token, token], [token, 7, 8]])
+    assert np.array_equal(runner.embed(ids), words[ids].astype(runner._dtype))
+    features = np.arange(3 * words.shape[1]).reshape(3, -1).astype(runner._dtype)
+    got = runner.embed(ids, features)
+    assert np.array_equal(got[[0, 0, 1], [1, 2, 0]], features)
+    assert np.array_equal(got[[0, 1, 1], [0, 1, 2]], words[[5, 7, 8]].astype(runner._dtype))
+    with pytest.raises(Exception, match=r"(?i)index|indices"):
+        runner.embed(ids, features[:2])
+
+
+@pytest.mark.parametrize("graph", ["fused", "single"])
+def test_past_and_present_in_one_buffer(packages, graph):
     """What genai_config.json asks for: a cache of full length, written in place, beyond the mask never read."""
     import onnxruntime as ort
 
-    reference, folder = packages()
+    reference, folder = packages(graph)
     p, runner = reference.prompts[0], OnnxRunner(folder)
     positions, embeds, capacity = reference.position_ids(p), runner._embed_prompt(p), len(p.input_ids) + 7
     cache = {n: ort.OrtValue.ortvalue_from_numpy(np.full((1, h, capacity, d), 1e3, np.float32))
@@ -200,7 +217,10 @@ def genai():
         pytest.skip("onnxruntime-genai is an optional extra")
 
 
-@pytest.mark.parametrize(("graph", "dtype"), [("fused", "float32"), ("plain", "float32"), ("fused", "float16")])
+@pytest.mark.parametrize(
+    ("graph", "dtype"),
+    [("fused", "float32"), ("single", "float32"), ("plain", "float32"), ("fused", "float16"), ("single", "float16")],
+)
 def test_genai_answers_as_the_reference_from_every_package(packages, graph, dtype, genai):
     reference, folder = packages(graph, dtype)
     rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=6))}
@@ -263,6 +283,62 @@ def test_every_width_and_group_passes_every_gate(bits, group, arch, tmp_path):
     source = None if arch == "reference" else make_random_checkpoint(tmp_path / "model", arch, layers=2, depth=3)
     reference, folder = export(tmp_path, QuantConfig("rtn", bits, group, symmetric=bits == 8), source)
     assert_all_pass(onnx_format.check(folder, reference, FormatOptions(), replace(SETTINGS, images=2, questions=2)))
+
+
+# -- one prompt at a time ---------------------------------------------------------------------------------------
+
+
+def test_single_has_one_product_an_attention_that_rotates_it_and_passes_every_gate(packages):
+    reference, folder = packages("single")
+    found, _ = operators(folder)
+    assert found["com.microsoft", "MatMulNBits"] == 5 * LAYERS and found["com.microsoft", "MRotaryEmbedding"] == 0
+    graph = onnx.load(folder / "text.onnx", load_external_data=False).graph
+    attentions = [n for n in graph.node if n.op_type == "GroupQueryAttention"]
+    assert len(attentions) == LAYERS and all(n.input[1] == n.input[2] == "" for n in attentions)
+    assert {a.i for n in attentions for a in n.attribute if a.name == "do_rotary"} == {1}
+    assert_all_pass(onnx_format.check(folder, reference, FormatOptions(onnx_graph="single"), SETTINGS))
+
+
+def test_single_refuses_two_rows_by_name(packages):
+    """The operator would turn both rows by the first one's positions."""
+    reference, folder = packages("single")
+    runner = OnnxRunner(folder)
+    embeds, mask, positions, _ = left_padded(reference, runner, 0.0)
+    with pytest.raises(Exception, match=r"inputs_embeds.*Got: 2 Expected: 1|Got: 2 Expected: 1"):
+        runner.step(embeds, mask, positions, None)
+
+
+def test_single_keeps_linears_apart_whose_columns_have_an_order_of_their_own(tmp_path):
+    options = FormatOptions(onnx_graph="single")
+    reference, folder = export(tmp_path, GRIDS["w4g128-dynamic"], None, options)
+    assert operators(folder)[0]["com.microsoft", "MatMulNBits"] == 7 * LAYERS
+    assert_all_pass(onnx_format.check(folder, reference, options, replace(SETTINGS, images=1, questions=1)))
+
+
+def wrong_heads(graph):
+    """Another split of the same rows: four heads of keys and values where there are two, of half the size."""
+    for node in (n for n in graph.node if n.op_type == "GroupQueryAttention"):
+        next(a for a in node.attribute if a.name == "num_heads").i = 12
+
+
+def wrong_axis(graph):
+    """The slowest frequency turned by another position of the three: too slow for any short prompt to show it."""
+    tensor = next(t for t in graph.initializer if t.name == "rotary.axis")
+    axis = np.frombuffer(tensor.raw_data, np.int64).copy()
+    axis[-1] = 0
+    tensor.raw_data = axis.tobytes()
+
+
+@pytest.mark.parametrize(("change", "levels"), [(wrong_heads, {"L1", "L2", "L3"}), (wrong_axis, {"L1"})])
+def test_a_changed_single_graph_is_caught(packages, tmp_path, change, levels):
+    reference, folder = packages("single")
+    shutil.copytree(folder, tmp_path / "onnx")
+    model = onnx.load(tmp_path / "onnx" / "text.onnx", load_external_data=False)
+    change(model.graph)
+    (tmp_path / "onnx" / "text.onnx").write_bytes(model.SerializeToString())
+    options = FormatOptions(onnx_graph="single")
+    rows = onnx_format.check(tmp_path / "onnx", reference, options, replace(SETTINGS, images=2, questions=1))
+    assert {r.level for r in rows if r.status == "failed"} == levels
 
 
 # -- linears merged for level 4 ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,16 +35,16 @@ def run(recipe: dict, *, resume: bool = False, fault: Fault = Fault()) -> tuple[
     """(exit code, standard error, number of operations) of one run; a negative code is the signal that ended it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults_preload"])
-    out = Path(recipe["out"])
-    notes = out.with_name(out.name + ".notes")
-    process = context.Process(target=_child, args=(recipe, resume, fault, notes))
-    process.start()
-    process.join(300)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"{fault} hangs")
-    error = notes.with_suffix(".err").read_text() if notes.with_suffix(".err").exists() else ""
-    count = json.loads(notes.read_text()) if notes.exists() else -1
+    with tempfile.TemporaryDirectory() as aside:  # not beside the output: that disk may be full
+        notes = Path(aside) / "notes"
+        process = context.Process(target=_child, args=(recipe, resume, fault, notes))
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{fault} hangs")
+        error = notes.with_suffix(".err").read_text() if notes.with_suffix(".err").exists() else ""
+        count = json.loads(notes.read_text()) if notes.exists() else -1
     return process.exitcode, error, count
 
 
@@ -54,7 +55,6 @@ def _child(recipe: dict, resume: bool, fault: Fault, notes: Path) -> None:
 
     error = notes.with_suffix(".err").open("w")
     os.dup2(error.fileno(), 2)
-    notes.unlink(missing_ok=True)
     done, out = 0, Path(recipe["out"]).absolute()
 
     def hook(event: str, args: tuple) -> None:

@@ -133,7 +133,7 @@ def exhausted(model: Path, small_disk, formats: tuple[str, ...], sizes: list[int
         recipe = recipe_for(model, disk / f"{size}", *formats)
         code, error, _ = run(recipe)
         assert code == 1 and one_line_with_advice(error), (size, error)
-        failed.add(Path(error.removeprefix("error: ").split(": ")[0]).name)
+        failed.add(error.removeprefix(f"error: {disk}/{size}/").split(": ")[0])
         small_disk(64 * 2**20)
         check_resumes(recipe, whole)
         subprocess.run(["rm", "-rf", str(disk / f"{size}")], check=True)
@@ -161,7 +161,7 @@ def test_a_full_disk_at_every_writer_of_every_format(model, small_disk, tmp_path
         ends.append(total - 4096)
     failed = exhausted(model, small_disk, formats, sorted({max(4096, end) for end in ends}), whole)
     for writer in ("float-00001", "layer-00000", "layer-00001", "gptq", "onnx", "gguf"):
-        assert any(name.startswith(writer) for name in failed), (writer, failed)
+        assert any(writer in name for name in failed), (writer, failed)
 
 
 def test_names_that_vary_are_written(whole):

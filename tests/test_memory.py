@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from tools.make_random_checkpoint import make
+from tools.reference_vlm.families import make_tiny
+from vlmq_export.bundled import CALIBRATION
 from vlmq_export.errors import UsageError
 from vlmq_export.pipeline import dry_run
+from vlmq_export.plan import shapes_of
+from vlmq_export.quantizer.calibration import Preprocessor, read_rows
+from vlmq_export.quantizer.families import FAMILIES
 from vlmq_export.quantizer.memory import Shapes, free_memory, memory_plan, peak_host
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.recipe import Recipe
@@ -18,7 +23,7 @@ from vlmq_export.recipe import Recipe
 GB = 10**9
 QWEN_3B = Shapes(
     36, 2048, 16, ((2048, 2048), (256, 2048), (256, 2048), (2048, 2048), (11008, 2048), (11008, 2048), (2048, 11008)),
-    (3, 1, 2, 1), 670_000_000, 3_750_000_000,
+    (3, 1, 2, 1), 670_000_000, 4704, 3_750_000_000,
 )  # fmt: skip
 
 
@@ -40,19 +45,36 @@ def test_activations_rest_where_they_fit():
     assert tight.place == "disk" and tight.disk == tight.activations and tight.fits
     assert tight.host == on_cpu.host - on_cpu.activations
     assert not plan(host_free=2 * GB).fits
-    for device_free, host_free, place in ((80, 64, "device"), (14, 64, "host"), (14, 4, "disk")):
+    for device_free, host_free, place in ((80, 64, "device"), (14, 64, "host"), (14, 6, "disk")):
         p = plan(device_free=device_free * GB, host_free=host_free * GB)
         assert p.place == place, (device_free, p)
         assert p.device <= device_free * GB and p.fits
-        assert p.host == 600 * 10**6 + (p.activations if place == "host" else 0)
+        assert p.host == 600 * 10**6 + p.parts["images"] + (p.activations if place == "host" else 0)
 
 
 def test_what_a_method_does_not_need_is_not_counted():
     parts = {m: plan(method=m).parts for m in ("rtn", "gptq", "gptaq", "vlmq")}
-    assert parts["rtn"]["solver"] == parts["rtn"]["first pass"] == plan(method="rtn").activations == 0
+    assert {parts["rtn"][p] for p in ("images", "first pass", "solver", "batch")} == {0}
+    assert plan(method="rtn").activations == 0
     assert parts["gptq"]["solver"] < parts["gptaq"]["solver"] == parts["vlmq"]["solver"]
     assert plan(method="gptq").activations * 2 == plan(method="vlmq").activations
     assert parts["gptaq"]["batch"] < parts["vlmq"]["batch"]
+
+
+def test_images_count_as_far_as_the_first_pass():
+    """512 samples of 512 tokens of Qwen2.5-VL hold 4.9 GB of pixels; more than the layers' work, they are the peak."""
+    assert plan().parts["images"] == 512 * 512 * 4 * 14 * 14 * 3 * 2 * 4
+    more = plan(dataclasses.replace(QWEN_3B, pixels=10**5), host_free=10**12)
+    assert more.host == 600 * 10**6 + more.parts["images"] + more.parts["first pass"] + more.activations
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_of_a_token_are_known_of_every_family(family, tmp_path):
+    """No less than a sample of the family has, where an image is not padded or pooled (LLaVA-OneVision)."""
+    model = make_tiny(tmp_path / "m", family, layers=1, depth=1)
+    sample = Preprocessor(model).sample(read_rows(CALIBRATION)[0])
+    pixels = shapes_of(dry_run(Recipe(model=str(model), format=["gptq"])).model).pixels
+    assert int(sample.vision.sum()) * pixels >= 0.9 * sample.pixel_values.numel()
 
 
 def test_free_memory_is_what_was_allowed_or_what_there_is(monkeypatch):

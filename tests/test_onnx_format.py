@@ -5,7 +5,7 @@ import json
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +30,7 @@ def slow_decode(codes, scales, zeros, g_idx):
     return out
 
 
+@settings(deadline=None)
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_packing_is_a_stream_from_the_low_bit(bits, count, seed):
     values = np.random.default_rng(seed).integers(0, 2**bits, count, dtype=np.uint8)
@@ -43,6 +44,7 @@ def test_golden_bytes():
     assert pack_bits(np.array([0, 1, 2, 3, 1], np.uint8), 2).tobytes() == bytes([0xE4, 0x01])
 
 
+@settings(deadline=None)
 @given(
     bits=st.sampled_from([2, 3, 4, 8]), group=st.sampled_from([-1, 16, 32, 48, 96, 128, 512]), groups=st.integers(1, 3),
     permuted=st.booleans(), seed=st.integers(0, 2**32 - 1),

@@ -318,7 +318,7 @@ def test_samples_with_nan_are_counted_and_all_of_them_refused(small, samples, tm
 
     config = QuantConfig(method="vlmq", bits=3, group_size=64)
     artifact = run(small, [broken(samples[0]), *samples[1:5]], tmp_path / "a", config)
-    assert artifact.manifest.calibration == {"rows": 5, "non_finite": 1}
+    assert artifact.manifest.calibration.items() >= {"rows": 5, "non_finite": 1}.items()
     assert artifact.manifest.modules[0].metrics["tokens"] == sum(len(s.input_ids) for s in samples[1:5])
     with pytest.raises(CalibrationError, match="no sample has finite activations"):
         run(small, [broken(s) for s in samples[:3]], tmp_path / "b", config)

@@ -54,6 +54,6 @@ def test_options_of_onnx_reach_the_format(tmp_path):
     assert Recipe().format_options("x").onnx_graph == "fused"
     with pytest.raises(UsageError, match="--onnx-dtype"):
         load_recipe(None, {"onnx_dtype": "float8"})
-    with pytest.raises(UsageError, match="lm_head_bits"):  # lm_head is not quantized, and nothing pretends that it is
+    with pytest.raises(UsageError, match="lm_head_bits"):  # the key is head_bits
         file.write_text("lm_head_bits: 4\n")
         load_recipe(file, {})

@@ -1,6 +1,7 @@
 """What follows the column loop, against brute force in float64, and the choices made on samples put aside."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -263,3 +264,52 @@ def test_floor_of_the_importance_leaves_the_tokens_asked_for(least):
         assert effective(ours) == pytest.approx(min(least, 2500), rel=1e-3)
         assert float(ours.square().mean()) == pytest.approx(1, rel=1e-5)
         assert torch.equal(ours.argsort(stable=True).sort().values, torch.arange(5000)) and float(ours.min()) > 0
+
+
+# --- numerics that do not break ----------------------------------------------------------------------------------
+
+
+def damaged(kind: str) -> tuple[Statistics, Statistics]:
+    """Sums, and those of samples put aside, as bad calibration leaves them."""
+    (x, full), (hx, hfull) = two_streams(3 if kind == "few" else 150), two_streams(40, seed=1)
+    if kind == "dead":
+        x[:, 5:9], full[:, 5:9], hx[:, 5:9], hfull[:, 5:9] = 0, 0, 0, 0
+    elif kind == "all dead":
+        x, full = torch.zeros_like(x), torch.zeros_like(full)
+    elif kind == "rank":
+        x[:, 24:], full[:, 24:] = x[:, :24], full[:, :24]
+    elif kind == "huge":
+        x, full = x * 1e21, full * 1e21
+    elif kind == "tiny":
+        x, full = x * 1e-21, full * 1e-21
+    elif kind == "one token":
+        x, full = x[:1], full[:1]
+    image = torch.arange(len(x)) % 2 == 0
+    sums, held = (Statistics.empty(48, drift=True, modal=True) for _ in range(2))
+    sums.add(x, full, image=image)
+    held.add(hx, hfull, image=torch.arange(len(hx)) % 2 == 0)
+    return sums.rounded(), held.rounded()
+
+
+@pytest.mark.parametrize("kind", ["few", "dead", "all dead", "rank", "huge", "tiny", "one token"])
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.calibrated and not m.scaling])
+def test_bad_statistics_break_nothing(kind, name):
+    """Whole integers, finite weights, and a manifest that JSON can hold which says what was done."""
+    sums, held = damaged(kind)
+    for part, metrics in stack(sums, held).solved(METHODS[name]):
+        decoded = part.decode()
+        assert bool(torch.isfinite(decoded).all()) and int(part.codes.max()) <= 3
+        assert bool((part.scales > 0).all())
+        json.dumps(metrics, allow_nan=False)
+        assert metrics["fallback"] == (kind in ("all dead", "huge", "tiny")), metrics
+        assert metrics["dead_columns"] == {"dead": 4, "all dead": 48, "tiny": metrics["dead_columns"]}.get(kind, 0)
+        if kind in ("few", "rank", "one token", "dead"):
+            assert metrics["damp"] in (0.01, 0.1, 1.0)
+
+
+def test_damping_that_grew_is_in_the_manifest():
+    x, full = two_streams(150)
+    sums = sums_of(x, full)
+    lowest = float(torch.linalg.eigvalsh(sums.hessian.double())[0])
+    sums.upper = sums.upper - (lowest + 0.05 * float(sums.upper.diagonal().mean())) * torch.eye(48)
+    assert [m["damp"] for _, m in stack(sums, None).solved(METHODS["gptaq"])] == [0.1, 0.1]

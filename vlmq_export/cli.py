@@ -29,6 +29,7 @@ from vlmq_export.recipe import (
     OnnxGraph,
     OnnxProvider,
     Recipe,
+    Rotate,
     load_recipe,
 )
 
@@ -76,6 +77,8 @@ def export(
     group_size: Annotated[int | None, typer.Option(help="Columns a scale; -1 for one an output channel.  [default: 128]", show_default=False)] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Grid without or with zero-points.  [default: asym; 8 bits: sym]", show_default=False)] = None,
     method: Annotated[Method | None, typer.Option(help="[default: vlmq]", show_default=False)] = None,
+    rotate: Annotated[Rotate | None, typer.Option(help="Hadamard rotations: folded into the weights, or online too, which no format holds.  [default: off]", show_default=False)] = None,
+    head_bits: Annotated[int | None, typer.Option(help="Quantize the output head too, to 2, 3, 4 or 8 bits; GPTQ files cannot hold it.  [default: as it is]", show_default=False)] = None,
     act_order: Annotated[ActOrder | None, typer.Option(help="Column order of the solver.  [default: gar]", show_default=False)] = None,
     calibration: Annotated[Path | None, typer.Option(help="LLaVA/ShareGPT4V JSON or messages JSONL.  [default: bundled]", show_default=False)] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths start from.  [default: the file's own]", show_default=False)] = None,
@@ -89,7 +92,7 @@ def export(
     gptq_version: Annotated[GptqVersion | None, typer.Option(help="How zero-points are stored.  [default: v1]", show_default=False)] = None,
     gptq_names: Annotated[GptqNames | None, typer.Option(help="Tensor names; module suits GPTQModel.load.  [default: hub]", show_default=False)] = None,
     accuracy_level: Annotated[int | None, typer.Option(help="MatMulNBits attribute: 0 exact, 4 int8 activations.  [default: 0]", show_default=False)] = None,
-    onnx_graph: Annotated[OnnxGraph | None, typer.Option(help="ONNX Runtime's decoder operators, or standard ones.  [default: fused]", show_default=False)] = None,
+    onnx_graph: Annotated[OnnxGraph | None, typer.Option(help="ONNX Runtime's decoder operators, the same for one prompt at a time, or standard ones.  [default: fused]", show_default=False)] = None,
     onnx_dtype: Annotated[OnnxDtype | None, typer.Option(help="Activations, cache and float weights of ONNX.  [default: float32]", show_default=False)] = None,
     onnx_provider: Annotated[OnnxProvider | None, typer.Option(help="Where the ONNX package runs.  [default: cpu]", show_default=False)] = None,
     gguf_type: Annotated[str | None, typer.Option(help="Solve on llama.cpp's own types: Q2_K … Q6_K, Q4_K_M, Q8_0; GGUF only.", show_default=False)] = None,

@@ -32,8 +32,9 @@ from vlmq_export.quantizer.loading import read_samples
 from vlmq_export.quantizer.memory import MemoryPlan, free_memory
 from vlmq_export.quantizer.model import pick_device
 from vlmq_export.quantizer.quantize import RUN, quantize
+from vlmq_export.quantizer.rotation import rotated
 from vlmq_export.quantizer.untrusted import read_json, third_party
-from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, load_recipe
+from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, Rotate, load_recipe
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
@@ -130,7 +131,7 @@ def _quantize(
     quantize(
         checkpoint, samples, result.plan.model.config, result.out / "artifact", name=result.plan.model.name,
         calibration=described, device=recipe.device.value, resume=resume, place=memory.place, ranks=ranks,
-        progress=hooks.progress, should_stop=hooks.should_stop,
+        drop_images=True, progress=hooks.progress, should_stop=hooks.should_stop,
     )  # fmt: skip
 
 
@@ -198,6 +199,8 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint | None, artifact: Artifact | 
         return plan_run(artifact_plan(artifact), recipe)
     assert checkpoint is not None
     name = "reference-vlm" if recipe.model is None else checkpoint.path.resolve().name
+    if not isinstance(checkpoint, GptqCheckpoint):
+        checkpoint = rotated(checkpoint, recipe.rotate.value, recipe.seed)
     model = model_plan(checkpoint, recipe.quant_config(), name)
     if recipe.gguf_type is not None:
         mix = mix_named(recipe.gguf_type)
@@ -239,12 +242,14 @@ def recipe_of(recipe: Recipe, artifact: Artifact | None, checkpoint: Checkpoint 
         c, what = checkpoint.quant_config, "checkpoint"
     else:
         return recipe
-    fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order)}
+    fixed = {"bits": c.bits, "group_size": c.group_size, "sym": c.symmetric, "act_order": ActOrder(c.act_order),
+             "rotate": Rotate(c.rotate), "head_bits": c.head_bits or None}  # fmt: skip
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
             flag = "--" + key.replace("_", "-")
             raise UsageError(
-                f"{flag} {getattr(recipe, key)}: the {what} has {value} already; quantize the float model again"
+                f"{flag} {getattr(recipe, key)}: the {what} has {'none' if value is None else value} already; "
+                "quantize the float model again"
             )
     return recipe.model_copy(update=fixed | {"method": Method(c.method), "seed": c.seed})
 

@@ -10,7 +10,7 @@ from vlmq_export.formats.base import FormatOptions, FormatPlan, LinearSpec, Mode
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.families import family_of, layer_count, text_config
+from vlmq_export.quantizer.families import family_of, layer_count, text_config, untied
 from vlmq_export.quantizer.memory import MemoryPlan, Shapes, memory_plan
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.recipe import Recipe
@@ -42,9 +42,16 @@ def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelP
         if len(shape) != 2 or 0 in shape:
             raise CheckpointError(f"{linear}.weight has shape {list(shape)}, which is no linear's; copy the file again")
         linears.append(LinearSpec(linear, shape[0], shape[1], f"{linear}.bias" in checkpoint.tensors))
+    source = checkpoint.config
+    if config.head_bits:
+        own = f"{family.head}.weight"
+        tied = next((n for n in checkpoint.tensors if n.endswith("embed_tokens.weight")), own)
+        shape = checkpoint.info(own if own in checkpoint.tensors else tied).shape
+        linears.append(LinearSpec(family.head, shape[0], shape[1], False))
+        source = untied(source)
     taken = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
     floats = [TensorSpec(t.name, t.shape, t.dtype) for t in checkpoint.tensors.values() if t.name not in taken]
-    return ModelPlan(name, checkpoint.model_type, checkpoint.config, linears, floats, config)
+    return ModelPlan(name, checkpoint.model_type, source, linears, floats, config)
 
 
 def with_types(model: ModelPlan, types: dict[str, str], mix: str = "") -> ModelPlan:
@@ -78,13 +85,24 @@ def shapes_of(model: ModelPlan) -> Shapes:
     """What the memory plan needs to know. A matrix with a row for every token of the vocabulary is never held."""
     family, text = family_of(model.source_config), text_config(model.source_config)
     layers, heads, rows = layer_count(model.source_config), text.get("num_attention_heads"), (text.get("vocab_size"),)
+    decoder = [x for x in model.linears if x.name.startswith(family.layers)]
     kept = [t for t in model.floats if not t.name.startswith(family.layers) and t.shape[:1] != rows]
     return Shapes(
-        layers=layers, hidden=model.linears[0].in_features, heads=heads if isinstance(heads, int) else 1,
-        linears=tuple((x.out_features, x.in_features) for x in model.linears[: len(model.linears) // layers]),
+        layers=layers, hidden=decoder[0].in_features, heads=heads if isinstance(heads, int) else 1,
+        linears=tuple((x.out_features, x.in_features) for x in decoder[: len(decoder) // layers]),
         groups=tuple(len(group) for group in family.groups), prefix=sum(t.numel for t in kept),
+        pixels=_pixels(model.source_config),
         weights=sum(x.out_features * x.in_features for x in model.linears) + sum(t.numel for t in model.floats),
     )  # fmt: skip
+
+
+def _pixels(config: dict) -> int:
+    """Numbers that the vision tower is given for a token: the patches that are merged into it, each in all its frames."""
+    vision = config.get("vision_config", {})
+    patch, frames = vision.get("patch_size", 14), vision.get("temporal_patch_size", 1)
+    side = patch[0] if isinstance(patch, list) else patch
+    merged = vision.get("spatial_merge_size", round(1 / config.get("downsample_ratio", 1)))
+    return 3 * frames * (side * merged) ** 2
 
 
 def plan_memory(
@@ -116,8 +134,13 @@ def plan_run(model: ModelPlan, recipe: Recipe, memory: MemoryPlan | None = None)
 
 def _format_plan(name: str, model: ModelPlan, options: FormatOptions) -> FormatPlan:
     try:
-        return formats.get(name).plan(model, options)
+        plan = formats.get(name).plan(model, options)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:  # settings that are not there
         raise CheckpointError(
             f"config.json of {model.name} cannot be used for --format {name} ({e!r}); copy it from the original model"
         ) from None
+    if model.config.rotate == "online":
+        plan.refusals.append(
+            "--rotate online multiplies by a Hadamard matrix between two linears, which its runtimes cannot; use folded"
+        )
+    return plan

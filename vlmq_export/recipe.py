@@ -45,6 +45,12 @@ class ActOrder(StrEnum):
     dynamic = "dynamic"
 
 
+class Rotate(StrEnum):
+    off = "off"
+    folded = "folded"
+    online = "online"
+
+
 class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
@@ -63,6 +69,7 @@ class GptqNames(StrEnum):
 
 class OnnxGraph(StrEnum):
     fused = "fused"
+    single = "single"
     plain = "plain"
 
 
@@ -99,10 +106,12 @@ class Recipe(BaseModel):
     sym: bool | None = None  # None: symmetric at 8 bits, asymmetric below
     method: Method = Method.vlmq
     act_order: ActOrder = ActOrder.gar
+    rotate: Rotate = Rotate.off
     calibration: Path | None = None  # None: the bundled set
     image_root: Path | None = None
     samples: Annotated[int, Field(ge=1, le=10**7)] = 512
     seq_len: Annotated[int, Field(ge=8, le=2**20)] | None = None  # None: the paper's for the family
+    head_bits: int | None = None  # None: the output head stays as it is
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     verify_data: Path | None = None  # None: the bundled held-out set
     verify: bool = True
@@ -127,6 +136,8 @@ class Recipe(BaseModel):
     def _consistent(self) -> Recipe:
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"--bits {self.bits}: the runtimes decode 2, 3, 4 or 8 bits")
+        if self.head_bits not in (None, 2, 3, 4, 8):
+            raise ValueError(f"--head-bits {self.head_bits}: the runtimes decode 2, 3, 4 or 8 bits")
         if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(f"--group-size {self.group_size}: a multiple of 16, or -1 for one scale an output channel")
         for key in ("model", "calibration", "image_root", "verify_data", "out"):
@@ -152,6 +163,11 @@ class Recipe(BaseModel):
         if self.act_order in (ActOrder.static, ActOrder.dynamic):
             raise ValueError(
                 f"--act-order {self.act_order}: with {given} a block's columns stay together; use gar or off"
+            )
+        if self.head_bits is not None:
+            raise ValueError(
+                f"--head-bits and {given} exclude each other: the mix names the head's type; "
+                "--tensor-type '^output.weight$=Q8_0' gives it another"
             )
         if any(f != FormatName.gguf for f in self.format):
             raise ValueError(f"{given}: only GGUF holds these integers; export other formats without it")
@@ -182,7 +198,8 @@ class Recipe(BaseModel):
     def quant_config(self) -> QuantConfig:
         return QuantConfig(
             method=self.method.value, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric,
-            act_order=self.act_order.value, seed=self.seed,
+            act_order=self.act_order.value, seed=self.seed, rotate=self.rotate.value,
+            head_bits=self.head_bits or 0,
         )  # fmt: skip
 
     def format_options(self, name: str) -> FormatOptions:
@@ -196,13 +213,15 @@ class Recipe(BaseModel):
 
     def label(self) -> str:
         """Short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
+        method = self.method if self.rotate is Rotate.off else f"{self.method}-rotated"
         if self.gguf_type is not None:
-            return f"{self.gguf_type}-{self.method}"
+            return f"{self.gguf_type}-{method}"
         if self.target_bpw is not None:
-            return f"{self.target_bpw:g}bpw-{self.method}"
+            return f"{self.target_bpw:g}bpw-{method}"
         group = "" if self.group_size == -1 else f"g{self.group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
-        return f"w{self.bits}{group}{sym}-{self.method}"
+        head = "" if self.head_bits is None else f"-head{self.head_bits}"
+        return f"w{self.bits}{group}{sym}{head}-{method}"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample
 from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.rotation import changes
 
 _AFFINE = ("codes", "scales", "zero_points", "g_idx")
 _BLOCKS = ("codes", "d", "sub_scales", "dmin", "sub_mins")
@@ -53,12 +54,20 @@ class Weights:
         self.parts = packed & set(self._files)
         self.floats = [k for k in self._files if k not in packed]
         changed = {k for k in self.floats if self._files[k].name.startswith("float-changed-")}
+        rotate = manifest["config"].get("rotate", "off") != "off"
+
+        def moved(name: str) -> bool:
+            """Whether the artifact has another value of a float tensor than the source."""
+            return rotate and changes(name, family)
+
         if source is not None:  # floats from the source itself, not from the artifact's copies
             for file in sorted(source.glob("*.safetensors")):
                 with safe_open(file, framework="pt") as f:
                     rounded = {f"{n}.bias" for n in self.linears}
                     stored = {family.hub_name(k): k for k in f.keys()}  # noqa: SIM118
-                    mine = {k: stored[k] for k in stored if k in self.floats and k not in rounded | changed}
+                    mine = {
+                        k: stored[k] for k in stored if k in self.floats and k not in rounded | changed and not moved(k)
+                    }
                     self._files |= dict.fromkeys(mine, file)
                     self._stored |= mine
 

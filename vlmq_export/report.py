@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from vlmq_export import __version__
+from vlmq_export import __version__, figures
 from vlmq_export.errors import one_line
 from vlmq_export.formats.base import Check
 from vlmq_export.formats.gguf.imatrix import IMATRIX
@@ -37,6 +37,12 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         "yaml": _public_yaml(recipe),
         "manifest": artifact.manifest,
         "layers": layer_errors(artifact.manifest.modules),
+        "errors": figures.error_charts(artifact.manifest.modules),
+        "low_importance": figures.low_importance_charts(artifact.manifest.modules),
+        "low_ratio": figures.low_importance_ratio(artifact.manifest.modules),
+        "compared": any("nearest_error" in r.metrics for r in artifact.manifest.modules),
+        "ramp": ", ".join(f"rgb{colour}" for colour in figures.RAMP),
+        "maps": figures.importance_maps(artifact.manifest.modules, artifact.manifest.calibration.get("pictured")),
         "calibrated": any("relative_error" in r.metrics for r in artifact.manifest.modules),
         "result": result,
         "timing": _timing(artifact),

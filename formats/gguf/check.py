@@ -22,7 +22,7 @@ import numpy as np
 
 from vlmq_export.errors import FormatError, MissingRuntime
 from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, compare_weights, relative_error
-from vlmq_export.formats.gguf import deviations, emulate, runner
+from vlmq_export.formats.gguf import deviations, emulate, rounding, runner
 from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.reference import Reference
 
@@ -36,6 +36,7 @@ _EMBEDDING_WHY = {
     "q8_0": "sanity only: activations are rounded to 8 bits; L1 and L2 hold the weights",
 }
 SHIPPED = 5e-2  # right: 2e-2 to 3e-2, by 8-bit activations alone
+ROUNDED = 1.25  # times what that rounding costs the model in emulation, where it costs more (measured 0.96 to 1.13)
 ANSWER = 16  # most tokens of a greedy answer
 TEXT_PROMPTS = 8
 SMALL = 2**28  # bytes: llama.cpp's threads spin at every barrier, and on models below this cost more than they give
@@ -287,15 +288,25 @@ def _mtmd(
     )  # fmt: skip
     if np.isfinite(value) and files.mmproj_dtype != "q8_0":
         yield deviations.half_precision(reference, compared, images, value)
-    name, value = _worst(logits)
-    yield _gate(
-        "L3", "shipped file through mtmd, median logits", float(np.median(list(logits.values()))), SHIPPED, unit="rel",
-        compared=len(compared), worst=f"{name} ({value:.1e})", detail="sanity only: activations are rounded to 8 bits",
-    )  # fmt: skip
+    yield shipped_row(files, reference, compared, logits)
     different = [s.id for s, r in zip(samples, results) if r["answer"] != reference.answer(s, ANSWER)]
     yield Check(
         "gguf", "L3", "greedy answers of the shipped file equal", "info", 1 - len(different) / len(samples), None, "share",
         len(samples), f"{len(samples) - len(different)} of {len(samples)} equal", ", ".join(different[:4]),
+    )  # fmt: skip
+
+
+def shipped_row(files: _Files, reference: Reference, samples: list[Sample], errors: dict[str, float]) -> Check:
+    """Sanity only. A model whom rounded activations cost more than usual is held to its own cost, not to the usual one."""
+    (name, value), median, gate = _worst(errors), float(np.median(list(errors.values()))), SHIPPED
+    detail = "sanity only: activations are rounded to 8 bits"
+    if not median <= SHIPPED:
+        cost = float(np.median(list(rounding.cost(reference, files.hub, files.types, samples).values())))
+        gate = max(SHIPPED, ROUNDED * cost)
+        detail += f", which in the reference costs this model {cost:.2g}"
+    return _gate(
+        "L3", "shipped file through mtmd, median logits", median, gate, unit="rel", compared=len(samples),
+        worst=f"{name} ({value:.1e})", detail=detail,
     )  # fmt: skip
 
 

@@ -26,8 +26,8 @@ _TOKEN_BYTES = 36  # of a token's text, type and merge in the metadata, on Qwen2
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     """Refusals come first; with one, the figures are those of the layers that could be written."""
     config = model.config
-    homes = {x.name: config.types.get(x.name) or planned_home(config, x.in_features) for x in model.linears}
-    refusals = [why_homeless(x.name, config, x.in_features) for x in model.linears if homes[x.name] is None]
+    homes = {x.name: config.types.get(x.name) or planned_home(config.of(x.name), x.in_features) for x in model.linears}
+    refusals = [why_homeless(x.name, config.of(x.name), x.in_features) for x in model.linears if homes[x.name] is None]
     refusals += [
         f"{name}: no block type of {config.gguf_type or 'llama.cpp'} divides its rows; leave --gguf-type and --target-bpw out"
         for name, kind in config.types.items() if kind == "F16"

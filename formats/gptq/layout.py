@@ -109,6 +109,11 @@ def _refusals(model: ModelPlan, options: FormatOptions) -> Iterator[str]:
     if c.group_size not in GROUP_SIZES:
         allowed = ", ".join(map(str, GROUP_SIZES))
         yield f"--group-size {c.group_size}: GPTQModel and transformers load only {allowed}; choose one of these"
+    if c.head_bits:
+        yield (
+            f"--head-bits {c.head_bits}: transformers loads quantized linears of the decoder layers only (optimum 2.3); "
+            "leave out --format gptq, or the option"
+        )
     for axis in ("out_features", "in_features"):
         odd = [s for s in model.linears if getattr(s, axis) % 32]
         if odd:

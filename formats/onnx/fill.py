@@ -138,8 +138,10 @@ def _replace_linear(model: ir.Model, weight: ir.Value, artifact: Artifact, name:
     new.append(node)
     old = product.outputs[0]
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"{name}.product", old.type, old.shape
+    if old.is_graph_output():  # the output head's: logits keep their name
+        node.outputs[0].name, old.name = old.name, f"{old.name}.float"
     graph.insert_before(product, new)
-    old.replace_all_uses_with(node.outputs[0])
+    old.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
     graph.remove(product, safe=True)
     graph.remove(transpose, safe=True)
     graph.initializers.pop(weight.name or "")

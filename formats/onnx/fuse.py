@@ -7,6 +7,9 @@
 GroupQueryAttention takes a length a row and expects padding on the right; prompts of a batch are padded on the left. So
 every row is given the full length, and the mask goes in as attention_bias. One thing the operator cannot do: several new
 tokens on top of a cache with more than one row. The plain graph can.
+
+With `single` the batch is one and the operator rotates query and key itself, from the cosines and sines of the tokens at
+hand (it takes the same ones for every row of a prompt, hence the one). Then merge.py hands it all three as one product.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ DOMAIN = "com.microsoft"
 TABLES = ("rotary_emb.cos_cache", "rotary_emb.sin_cache")
 
 
-def fuse(model: ir.Model, mrope_section: list[int] | None) -> bool:
+def fuse(model: ir.Model, mrope_section: list[int] | None, *, single: bool = False) -> bool:
     """Rewrite a decoder graph in place, before it is filled. False: it has no attention that can be fused.
 
     `mrope_section`: frequencies that turn with the temporal, height and width position; None: rotation stays as it is.
+    `single`: a batch of one, rotated inside the attention.
     """
     graph, inputs = model.graph, {v.name: v for v in model.graph.inputs}
     attentions = [n for n in graph if n.op_type == "Attention" and n.domain == ""]
@@ -31,12 +35,19 @@ def fuse(model: ir.Model, mrope_section: list[int] | None) -> bool:
     if len(masks) != 1 or not causal or _depends_on(masks.pop()) != {"attention_mask"}:
         return False
     tables = [next((v for n, v in graph.initializers.items() if n.endswith(t)), None) for t in TABLES]
-    if mrope_section is not None and None not in tables:
+    shared = _mask_inputs(graph, inputs["attention_mask"], inputs["inputs_embeds"])
+    rotary: list = [None, None]
+    if single:
+        _one_row(graph)
+        rotary = _token_rotary(graph, attentions, inputs, tables, mrope_section)
+    elif mrope_section is not None and None not in tables:
         for node in [n for n in graph if n.op_type == "RotaryEmbedding"]:
             _rotate(graph, node, [inputs["position_ids"], *tables], mrope_section)
-    shared = _mask_inputs(graph, inputs["attention_mask"], inputs["inputs_embeds"])
     for node in attentions:
-        _attend(graph, node, shared)
+        _attend(graph, node, shared, rotary)
+    for node in [n for n in graph if n.op_type == "SkipSimplifiedLayerNormalization"]:
+        for i in (1, 2):  # mean and inverse deviation, which nothing reads
+            node.outputs[i].name = ""
     model.opset_imports[DOMAIN] = 1
     model.functions.pop((DOMAIN, "SkipSimplifiedLayerNormalization", ""), None)
     RemoveUnusedNodesPass()(model)
@@ -68,16 +79,61 @@ def _rotate(graph: ir.Graph, node: ir.Node, places: list[ir.Value], sections: li
     _replace(graph, node, "MRotaryEmbedding", [node.inputs[0], *places], attributes)
 
 
-def _attend(graph: ir.Graph, node: ir.Node, shared: list[ir.Value]) -> None:
+def _one_row(graph: ir.Graph) -> None:
+    """A batch of one in the shapes of inputs and outputs: a runtime refuses any other by name."""
+    batch = next(v for v in graph.inputs if v.name == "inputs_embeds").shape[0]
+    for value in [*graph.inputs, *graph.outputs]:
+        if value.shape is not None:
+            value.shape = ir.Shape([1 if d == batch else d for d in value.shape])
+
+
+def _token_rotary(
+    graph: ir.Graph, attentions: list[ir.Node], inputs: dict, tables: list, mrope_section: list[int] | None
+) -> list[ir.Value]:
+    """Cosines and sines of the tokens at hand, [past + S, head size / 2] each, those of the past left zero: row i is what
+    the operator takes at position i, and it asks for as many rows as there are tokens."""
+    tape = ir.tape.Tape()
+
+    def constant(name: str, values: list) -> ir.Value:
+        return tape.initializer(ir.Tensor(np.array(values, np.int64), name=f"rotary.{name}"))
+
+    if mrope_section is not None and None not in tables:
+        axis_of = constant("axis", np.repeat(np.arange(3), mrope_section).tolist())
+        flat = tape.op("Reshape", [inputs["position_ids"], constant("by_axis", [3, -1])])  # [3, S]
+        index = tape.op("Transpose", [tape.op("Gather", [flat, axis_of])], {"perm": [1, 0]})  # [S, head size / 2]
+        rows = [tape.op("GatherElements", [table, index]) for table in tables]
+    else:
+        rotations = {tuple(n.inputs[i].producer().inputs[1:3]) for n in attentions for i in (0, 1)}
+        ((cosines, sines),) = rotations  # float [1, S, head size / 2]
+        axis = constant("batch_axis", [0])
+        rows = [tape.op("Squeeze", [x, axis]) for x in (cosines, sines)]
+    new = tape.op("Shape", [inputs["inputs_embeds"]], {"start": 1, "end": 2})
+    total = tape.op("Shape", [inputs["attention_mask"]], {"start": 1, "end": 2})
+    pads = tape.op("Concat", [tape.op("Sub", [total, new]), constant("no_pads", [0, 0, 0])], {"axis": 0})
+    padded = [tape.op("Pad", [x, pads]) for x in rows]
+    for i, made in enumerate(tape.nodes):
+        made.outputs[0].name = f"rotary.{made.op_type}_{i}"
+    for value in tape.initializers:
+        graph.initializers[value.name or ""] = value
+    first = next(n for n in graph if n.op_type == "RotaryEmbedding")
+    graph.insert_before(first, tape.nodes)
+    return padded
+
+
+def _attend(graph: ir.Graph, node: ir.Node, shared: list[ir.Value], rotary: list) -> None:
     a = node.attributes
     query, key, value, _, past_key, past_value = node.inputs
     lengths, total, bias = shared
+    if rotary[0] is not None:
+        query, key = (x.producer().inputs[0] for x in (query, key))
     attributes = [
         ir.AttrInt64("num_heads", a["q_num_heads"].as_int()),
         ir.AttrInt64("kv_num_heads", a["kv_num_heads"].as_int()),
         ir.AttrFloat32("scale", a["scale"].as_float()),
     ]
-    inputs = [query, key, value, past_key, past_value, lengths, total, None, None, None, bias]
+    if rotary[0] is not None:
+        attributes.append(ir.AttrInt64("do_rotary", 1))
+    inputs = [query, key, value, past_key, past_value, lengths, total, *rotary, None, bias]
     _replace(graph, node, "GroupQueryAttention", inputs, attributes)
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from vlmq_export.errors import FormatError
@@ -74,6 +75,7 @@ def float_graphs(source: Path, known: Collection[str], dtype: ir.DataType = ir.D
                 packages[kind] = build_from_module(module, typed, task=_default_task_for_model(whole.model_type))
         graphs = {name: packages[dtype][component] for name, component in GRAPHS.items()}
         graphs["vision"] = packages[ir.DataType.FLOAT][GRAPHS["vision"]]
+        embed(graphs["embedding"].graph, int(whole.image_token_id))
         if dtype != ir.DataType.FLOAT:
             cast_output(graphs["vision"].graph, dtype)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -83,10 +85,48 @@ def float_graphs(source: Path, known: Collection[str], dtype: ir.DataType = ir.D
     for name, model in graphs.items():
         model.graph.name = name
         model.ir_version = IR_VERSION
-        for value in list(model.graph.initializers.values()):
-            if value.const_value is None:
-                rename(model.graph, value, hub_name(value.name or "", known))
+        for value in _parameters(model.graph):
+            rename(model.graph, value, hub_name(value.name or "", known))
     return graphs
+
+
+def embed(graph: ir.Graph, image_token: int) -> None:
+    """input_ids, image_features → inputs_embeds as torch_text.Embedding has it, in place of mobius' nodes.
+
+    Those count features anew in every row of a batch, and give an image token that the model generated a zero or another
+    image's feature, where transformers feeds the word.
+    """
+    (ids, features), (out,), (table,) = graph.inputs, graph.outputs, _parameters(graph)
+    dtype, width = table.dtype, table.shape[1]
+    tape = ir.tape.Tape()
+
+    def constant(name: str, values) -> ir.Value:
+        return tape.initializer(ir.Tensor(np.asarray(values), name=f"embedding.{name}"))
+
+    zero, last = constant("zero", [0]), constant("last", [-1])
+    words = tape.op("Gather", [table, ids])  # [B, S, hidden]
+    some = tape.op("Greater", [tape.op("Shape", [features], {"start": 0, "end": 1}), zero])
+    image = tape.op("And", [tape.op("Equal", [ids, constant("image_token", image_token)]), some])  # [B, S]
+    counted = tape.op("CumSum", [tape.op("Reshape", [tape.op("Cast", [image], {"to": ir.DataType.INT64}), last]), zero])
+    nth = tape.op("Reshape", [counted, tape.op("Shape", [ids])])  # from 1: a feature too few is out of bounds
+    rows = tape.op("Concat", [constant("none", np.zeros((1, width), dtype.numpy())), features], {"axis": 0})
+    picked = tape.op("Gather", [rows, nth])
+    made = tape.op("Where", [tape.op("Unsqueeze", [image, last]), picked, words])
+    for i, node in enumerate(tape.nodes):
+        node.outputs[0].name = f"embedding.{node.op_type}_{i}"
+    made.name, made.type, made.shape = out.name, out.type, out.shape
+    old = list(graph)
+    graph.outputs[0] = made
+    graph.remove(old, safe=True)
+    for name in [n for n, v in graph.initializers.items() if v is not table]:
+        graph.initializers.pop(name)
+    for value in tape.initializers:
+        graph.initializers[value.name or ""] = value
+    graph.extend(tape.nodes)
+
+
+def _parameters(graph: ir.Graph) -> list[ir.Value]:
+    return [v for v in graph.initializers.values() if v.const_value is None]
 
 
 def cast_output(graph: ir.Graph, dtype: ir.DataType) -> None:

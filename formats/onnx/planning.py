@@ -33,12 +33,12 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     refusals += graph_refusals(model.source_config)
     if refusals:
         return FormatPlan(0.0, 0, refusals)
-    block, bits = block_size_for(config.group_size), container_bits(config.bits)
+    block = block_size_for(config.group_size)
     assert block is not None
     weights = stored = 0
     width = 2 if half else 4  # bytes a float outside the vision tower
     for x in model.linears:
-        blocks = -(-x.in_features // block)
+        blocks, bits = -(-x.in_features // block), container_bits(config.of(x.name).bits)
         weights += x.out_features * x.in_features
         stored += x.out_features * (
             blocks * block * bits // 8 + width * blocks + -(-blocks * bits // 8) + width * x.bias
@@ -48,7 +48,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     family = family_of(model.source_config)
     floats = sum((4 if family.is_vision(t.name) else width) * t.numel for t in model.floats)
     embedding = next((width * t.numel for t in model.floats if t.name.endswith("embed_tokens.weight")), 0)
-    tied = not any(t.name.endswith("lm_head.weight") for t in model.floats)
+    tied = not config.head_bits and not any(t.name.endswith("lm_head.weight") for t in model.floats)
     text = text_config(model.source_config)
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     traced = model.model_type in TRACED  # computes cosines and sines, where mobius stores those of every position
@@ -59,7 +59,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
 
 def is_fused(options: FormatOptions) -> bool:
     """Whether the decoder gets ONNX Runtime's CPU operators."""
-    return options.onnx_graph == "fused" and options.onnx_provider == "cpu"
+    return options.onnx_graph != "plain" and options.onnx_provider == "cpu"
 
 
 def graph_refusals(source_config: dict) -> list[str]:
@@ -76,14 +76,19 @@ def graph_refusals(source_config: dict) -> list[str]:
 
 
 def notes_for(config: QuantConfig, options: FormatOptions) -> list[str]:
-    notes = ["vision tower, embeddings, norms and output head are float32, scales too: what the CPU kernels compute in"]
+    head = "" if config.head_bits else " and output head"
+    notes = [f"vision tower, embeddings, norms{head} are float32, scales too: what the CPU kernels compute in"]
     if options.onnx_dtype == "float16":
         notes = ["embeddings, decoder and cache are float16, the vision tower computes in float32"]
-    if options.onnx_provider == "cuda" and options.onnx_graph == "fused":
+    if options.onnx_graph == "single" and options.onnx_provider == "cpu":
+        notes.append("the decoder runs one prompt at a time; --onnx-graph fused takes batches")
+    if options.onnx_provider == "cuda" and options.onnx_graph != "plain":
         notes.append(
             "the decoder keeps its standard operators: CUDA's GroupQueryAttention has no fast path with a mask"
         )
-    if config.bits == 3:
+    if config.head_bits:
+        notes.append(f"the output head is a tensor of its own, {config.head_bits} bits; the embedding stays as it was")
+    if 3 in (config.bits, config.head_bits):
         notes.append("3-bit codes lie in the 4-bit container, at the size of 4 bits; no runtime decodes three")
     if config.group_size == -1:
         notes.append("one scale a channel is written as blocks of 256 with the scale repeated")

@@ -110,7 +110,8 @@ class OnnxFolder:
                 self.floats.setdefault(name, []).append(tensor)
 
     def _rows(self, node, module: str, outputs: int, consumers: dict, constants: dict) -> list[tuple[str, slice]]:
-        """The linears of a node and their rows: one, or those that the Split behind it (and behind a bias) takes apart."""
+        """The linears of a node and their rows: one, or those that the Split or the attention behind it (and behind a
+        bias) takes apart."""
         if "|" not in module:
             return [(module, slice(None))]
         first, *others = module.split("|")
@@ -119,7 +120,11 @@ class OnnxFolder:
         if split is not None and split.op_type == "Add":
             split = consumers.get(split.output[0])
         lengths = constants.get(split.input[1]) if split is not None and split.op_type == "Split" else None
-        sizes = [] if lengths is None else self._array(lengths).tolist()
+        sizes = [] if lengths is None else self.array(lengths).tolist()
+        if split is not None and split.op_type == "GroupQueryAttention" and not any(split.input[1:3]):
+            heads, pairs = ({a.name: a.i for a in split.attribute}[n] for n in ("num_heads", "kv_num_heads"))
+            size = outputs // (heads + 2 * pairs)
+            sizes = [heads * size, pairs * size, pairs * size]
         if len(sizes) != len(names) or sum(sizes) != outputs or min(sizes) < 1:
             raise FormatError(f"{self.path}: {module} is not split into {len(names)} linears; export again")
         ends = np.cumsum(sizes).tolist()
@@ -168,15 +173,15 @@ class OnnxFolder:
     @guarded
     def linear(self, name: str) -> Linear:
         attributes, weight, scales, zeros, order, rows = self._linears[name]
-        columns = None if order is None else self._array(order)
+        columns = None if order is None else self.array(order)
         if columns is not None and not np.array_equal(np.sort(columns), np.arange(attributes["K"])):
             raise FormatError(f"{self.path}: {order.name} is not an order of the columns; export again")
         return Linear(
             name, attributes["bits"], attributes["block_size"],
-            *(self._array(part)[rows] for part in (weight, scales, zeros)), columns, attributes["K"], attributes.get("accuracy_level", 0),
+            *(self.array(part)[rows] for part in (weight, scales, zeros)), columns, attributes["K"], attributes.get("accuracy_level", 0),
         )  # fmt: skip
 
-    def _array(self, tensor) -> np.ndarray:
+    def array(self, tensor) -> np.ndarray:
         from onnx import numpy_helper
 
         try:
@@ -190,7 +195,7 @@ class OnnxFolder:
         module = name.removesuffix(".weight")
         if module in self._linears:
             return self.linear(module).decode()
-        return agreeing([self._array(t) for t in self.floats.get(name, [])])
+        return agreeing([self.array(t) for t in self.floats.get(name, [])])
 
 
 def agreeing(copies: list[np.ndarray]) -> np.ndarray | None:

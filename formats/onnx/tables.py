@@ -43,7 +43,28 @@ def rotary_tables(written: OnnxFolder, reference) -> list[Check]:
         compared += units.size
         if units.max() >= worst:
             worst, where = float(units.max()), f"{name} at position {int(units.max(axis=1).argmax())}"
-    return [_row(worst, compared, where)]
+    return [_row(worst, compared, where), *_axes(written, reference)]
+
+
+def _axes(written: OnnxFolder, reference) -> list[Check]:
+    """Which of the three positions turns each frequency, where the graph says so in numbers: as the config's sections."""
+    text = reference.config.get("text_config") or reference.config
+    sections = (text.get("rope_parameters") or text.get("rope_scaling"))["mrope_section"]
+    graph = written.models["text"].graph
+    found = {n.name: list(a.ints) for n in graph.node if n.op_type == "MRotaryEmbedding" for a in n.attribute
+             if a.name == "mrope_section"}  # fmt: skip
+    want = {key: list(sections) for key in found}
+    for tensor in graph.initializer:
+        if tensor.name == "rotary.axis":
+            found[tensor.name] = written.array(tensor).tolist()
+            want[tensor.name] = np.repeat(np.arange(len(sections)), sections).tolist()
+    if not found:
+        return []
+    wrong = [name for name in found if found[name] != want[name]]
+    return [
+        Check.at_most("onnx", "L1", "axes of the rotary frequencies", float(len(wrong)), 0.0, unit="constants that differ",
+                      compared=len(found), detail="mrope_section of config.json", worst=", ".join(wrong[:4]))
+    ]  # fmt: skip
 
 
 def _frequencies(written: OnnxFolder, reference) -> Check:

@@ -30,12 +30,13 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
     dtype = ir.DataType.FLOAT16 if options.onnx_dtype == "float16" else ir.DataType.FLOAT
     notes = notes_for(artifact.config, options)
     for name, model in float_graphs(artifact.source, known, dtype).items():
-        if name == "text" and is_fused(options) and not fuse(model, _mrope_section(artifact.source_config)):
+        fused, single = name == "text" and is_fused(options), options.onnx_graph == "single"
+        if fused and not fuse(model, _mrope_section(artifact.source_config), single=single):
             raise FormatError(
                 f"the decoder graph of {artifact.manifest.model_type} has no attention to fuse; use --onnx-graph plain"
             )
         found += fill(model, artifact, options.onnx_accuracy_level)
-        if name == "text" and is_fused(options) and options.onnx_accuracy_level == 4:
+        if fused:
             merge(model)
         save(model, folder / f"{name}.onnx")
     missing = set(artifact.linear_names()) - set(found)

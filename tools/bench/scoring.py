@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,13 @@ from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample
 
 @dataclass(frozen=True)
 class Score:
-    """Means over all answer tokens (kl, agreement), over all text tokens (kl_text), over rows (exact)."""
+    """Means over all answer tokens (kl, agreement), over all text tokens (kl_text), over rows (exact, by task too)."""
 
     kl: float
     kl_text: float
     agreement: float
     exact: float
+    tasks: dict[str, float] = field(default_factory=dict)
 
 
 def load_model(folder: Path, weights: Iterable[tuple[str, np.ndarray]]) -> torch.nn.Module:
@@ -37,7 +38,8 @@ def batches(samples: list[Sample], size: int = 64) -> Iterator[tuple[list[int], 
     """Samples of equal length and image size together, so that nothing is padded."""
     alike = defaultdict(list)
     for i, s in enumerate(samples):
-        alike[len(s.input_ids), str(s.image_grid_thw.tolist()) if s.image_grid_thw is not None else ""].append(i)
+        size_of_images = "" if s.image_grid_thw is None else str(s.image_grid_thw.tolist())
+        alike[len(s.input_ids), size_of_images].append(i)
     for group in alike.values():
         for start in range(0, len(group), size):
             part = group[start : start + size]
@@ -53,6 +55,7 @@ class Scorer:
         self.rows = rows
         self.samples = [self.preprocessor.sample(r) for r in rows]
         self.prompts = [self.preprocessor.sample(r, prompt_only=True) for r in rows]
+        self.tasks = sorted({row.task for row in rows} - {""})
         self.eos = self.preprocessor.tokenizer.eos_token_id
         self.full = self._log_probabilities(model)
         self.baseline = self.score(model)
@@ -74,12 +77,12 @@ class Scorer:
             kl.append(each[answer])
             kl_text.append(each[text])
             agree.append((p.argmax(-1) == q.argmax(-1))[:-1][answer].float())
-        return Score(*(float(torch.cat(x).mean()) for x in (kl, kl_text, agree)), self.exact(model))
+        return Score(*(float(torch.cat(x).mean()) for x in (kl, kl_text, agree)), **self.exact(model))
 
     @torch.no_grad()
-    def exact(self, model: torch.nn.Module) -> float:
-        """Share of rows whose greedy answer is the expected one, character for character."""
-        right = 0
+    def exact(self, model: torch.nn.Module) -> dict:
+        """Share of rows whose greedy answer is the expected one, character for character: over all, and by task."""
+        right = [False] * len(self.rows)
         for part, inputs in batches(self.prompts):
             ids = model.generate(
                 **inputs, max_new_tokens=12, do_sample=False, eos_token_id=self.eos, pad_token_id=self.eos
@@ -87,5 +90,11 @@ class Scorer:
             texts = self.preprocessor.tokenizer.batch_decode(
                 ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
-            right += sum(text.strip() == self.rows[i].answer for i, text in zip(part, texts))
-        return right / len(self.prompts)
+            for i, text in zip(part, texts):
+                right[i] = text.strip() == self.rows[i].answer
+        tasks = {task: [r for r, row in zip(right, self.rows) if row.task == task] for task in self.tasks}
+        return {"exact": _share(right), "tasks": {task: _share(each) for task, each in tasks.items()}}
+
+
+def _share(right: list[bool]) -> float:
+    return sum(right) / len(right)

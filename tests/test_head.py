@@ -1,0 +1,204 @@
+"""The output head, quantized when the recipe asks for it: what it is calibrated on, and that nothing else changes."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from tests.test_quantize import files, write
+from tools.reference_vlm.model import make_random_checkpoint
+from vlmq_export import bundled, formats
+from vlmq_export.errors import ArtifactError, Interrupted, UsageError
+from vlmq_export.formats.base import FormatOptions
+from vlmq_export.plan import artifact_plan, model_plan, plan_run, shapes_of
+from vlmq_export.quantizer import head as output_head
+from vlmq_export.quantizer.artifact import Artifact
+from vlmq_export.quantizer.calibration import Preprocessor, read_rows
+from vlmq_export.quantizer.checkpoint import Checkpoint
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.families import family_of, is_tied
+from vlmq_export.quantizer.model import load_model
+from vlmq_export.quantizer.quantize import quantize
+from vlmq_export.recipe import Recipe, load_recipe
+from vlmq_export.reference import Reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIG = QuantConfig(method="vlmq", bits=3, group_size=64, head_bits=3)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    preprocessor = Preprocessor(bundled.REFERENCE_VLM)
+    return [preprocessor.sample(row) for row in read_rows(bundled.CALIBRATION)[:8]]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """tied → a random Qwen2-VL of two layers."""
+    folder = tmp_path_factory.mktemp("models")
+    return {t: make_random_checkpoint(folder / str(t), "qwen2_vl", layers=2, depth=3, tied=t) for t in (True, False)}
+
+
+def run(source, samples, out, config=CONFIG, **options):
+    quantize(Checkpoint(source), samples, config, out, name="m", calibration={}, device="cpu", **options)
+    return Artifact(out)
+
+
+@pytest.fixture(scope="module")
+def solved(checkpoints, samples, tmp_path_factory):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = {t: run(source, samples, tmp_path_factory.mktemp("solved") / "a") for t, source in checkpoints.items()}
+    torch.set_num_threads(before)
+    return made
+
+
+def head_inputs(artifact, source, samples):
+    """x of the output head, float64 [tokens, in], from transformers' own forward pass of the quantized layers."""
+    model = load_model(Checkpoint(source), torch.device("cpu"))
+    if is_tied(Checkpoint(source).config):  # the head alone is replaced
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    write(model, artifact)
+    seen = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, -2).double()))
+    with torch.no_grad():
+        for sample in samples:
+            model(**sample.model_inputs(), use_cache=False)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def matrix_of(source):
+    checkpoint = Checkpoint(source)
+    name = "lm_head.weight" if "lm_head.weight" in checkpoint.tensors else "model.embed_tokens.weight"
+    return checkpoint.tensor(name).double()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_solved_on_what_the_final_norm_gives_it(tied, checkpoints, samples, tmp_path):
+    """The loss in its metrics is that of its true inputs, summed token by token in float64."""
+    config = dataclasses.replace(CONFIG, method="gptq")
+    artifact = run(checkpoints[tied], samples, tmp_path / "a", config)
+    x, weight = head_inputs(artifact, checkpoints[tied], samples), matrix_of(checkpoints[tied])
+    metrics, decoded = artifact.records["lm_head"].metrics, artifact.linear("lm_head").decode().double()
+    loss = float(((decoded - weight) @ x.T).square().sum())
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-3) and metrics["tokens"] == len(x)
+    assert metrics["relative_error"] == pytest.approx((loss / float((weight @ x.T).square().sum())) ** 0.5, rel=1e-3)
+    rounded = run(checkpoints[tied], [], tmp_path / "rtn", dataclasses.replace(CONFIG, method="rtn"))
+    nearest = rounded.linear("lm_head").decode().double()
+    assert loss < 0.9 * float(((nearest - weight) @ x.T).square().sum())  # a solver that was really at work
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_nothing_else_changes(tied, checkpoints, samples, solved, tmp_path):
+    artifact, source = solved[tied], Checkpoint(checkpoints[tied])
+    without = run(checkpoints[tied], samples, tmp_path / "a", dataclasses.replace(CONFIG, head_bits=0))
+    for name in without.linear_names():
+        for part, value in without.linear(name).tensors().items():
+            assert torch.equal(artifact.linear(name).tensors()[part], value), name
+    assert set(artifact.linear_names()) - set(without.linear_names()) == {"lm_head"}
+    assert set(without.float_names()) - set(artifact.float_names()) == (set() if tied else {"lm_head.weight"})
+    name = "model.embed_tokens.weight"
+    assert torch.equal(artifact.float_tensor(name), source.tensor(name))
+    assert not is_tied(artifact.source_config) and is_tied(without.source_config) is tied
+    q = artifact.linear("lm_head")
+    error = float((q.decode().double() - matrix_of(checkpoints[tied])).norm() / matrix_of(checkpoints[tied]).norm())
+    assert artifact.records["lm_head"].metrics["weight_error"] == pytest.approx(error, rel=1e-4)
+
+
+def test_transformers_computes_with_the_heads_own_matrix(solved, samples):
+    """A tied config would have thrown it away without a word."""
+    reference = Reference(solved[True].path, [])
+    assert reference.model.lm_head.weight is not reference.model.model.language_model.embed_tokens.weight
+    assert torch.equal(reference.model.lm_head.weight, solved[True].linear("lm_head").decode())
+
+
+def test_rows_in_slabs_are_the_rows_of_one_matrix(checkpoints, samples, solved, tmp_path, monkeypatch):
+    monkeypatch.setattr(output_head, "SLAB", 100)
+    artifact = run(checkpoints[False], samples, tmp_path / "a")
+    whole, slabs = (a.linear("lm_head") for a in (solved[False], artifact))
+    assert float((whole.codes == slabs.codes).float().mean()) > 0.999  # sums of other lengths may round otherwise
+    assert torch.equal(whole.scales[:, :1], slabs.scales[:, :1]) and torch.equal(whole.g_idx, slabs.g_idx)
+    for key in ("loss", "relative_error", "weight_error"):
+        before, after = (a.records["lm_head"].metrics[key] for a in (solved[False], artifact))
+        assert after == pytest.approx(before, rel=1e-3)
+
+
+def test_a_run_stopped_before_the_head_resumes_to_the_same_bytes(checkpoints, samples, solved, tmp_path):
+    for layer in (1, 2):
+        with pytest.raises(Interrupted, match=f"stopped after layer {layer} of 2"):
+            run(checkpoints[True], samples, tmp_path / "a", resume=layer > 1, should_stop=lambda: True)
+    assert not (tmp_path / "a" / "manifest.json").exists()
+    run(checkpoints[True], samples, tmp_path / "a", resume=True)
+    assert files(tmp_path / "a") == files(solved[True].path)
+    (tmp_path / "a" / "manifest.json").unlink()  # killed between the head and the manifest
+    run(checkpoints[True], samples, tmp_path / "a", resume=True)
+    assert files(tmp_path / "a") == files(solved[True].path)
+
+
+def test_eight_bits_are_symmetric_and_the_rest_is_as_the_recipe_says(checkpoints, tmp_path):
+    config = dataclasses.replace(CONFIG, method="rtn", bits=4, head_bits=8)
+    record = run(checkpoints[True], [], tmp_path / "a", config).records["lm_head"]
+    assert (record.bits, record.group_size, record.symmetric, record.layer) == (8, 64, True, 2)
+    assert config.of("model.layers.0.mlp.up_proj") is config and config.of("language_model.lm_head").bits == 8
+
+
+def test_a_family_whose_head_has_another_name(tiny, tmp_path):
+    source = tiny("internvl", layers=2)
+    artifact = run(source, [], tmp_path / "a", dataclasses.replace(CONFIG, method="rtn"))
+    name = family_of(artifact.source_config).head
+    assert name == "language_model.lm_head" and name in artifact.records
+    assert not is_tied(artifact.source_config)
+
+
+def test_the_heads_type_in_a_mix_is_solved_too(checkpoints, samples, tmp_path):
+    types = dict.fromkeys(family_of(Checkpoint(checkpoints[False]).config).linear_names(2), "Q4_0")
+    config = QuantConfig(
+        method="gptq", gguf_type="Q4_0", types=types | {"lm_head": "Q6_K", "model.embed_tokens": "Q4_0"}
+    )
+    artifact = run(checkpoints[False], samples, tmp_path / "a", config)
+    head, embedding = artifact.records["lm_head"], artifact.records["model.embed_tokens"]
+    assert head.type == "Q6_K" and head.metrics["loss"] > 0 and head.layer == 2
+    assert embedding.type == "Q4_0" and embedding.metrics == {} and embedding.layer == -1
+
+
+# --- plans and refusals --------------------------------------------------------------------------------------------
+
+
+def test_the_plan_before_is_the_plan_after(checkpoints, solved):
+    for tied, source in checkpoints.items():
+        before, after = model_plan(Checkpoint(source), CONFIG, "m"), artifact_plan(solved[tied])
+        assert before.linears == after.linears and before.source_config == after.source_config
+        assert sorted(t.name for t in before.floats) == sorted(t.name for t in after.floats)
+        assert len(shapes_of(before).linears) == 7 and shapes_of(before).layers == 2
+
+
+def test_gptq_files_are_refused_by_name_before_anything_is_written(solved):
+    plan = plan_run(artifact_plan(solved[False]), Recipe(format=["gptq", "onnx"], head_bits=3, bits=3, group_size=64))
+    assert [r for r in plan.refusals if "head" in r] == plan.refusals and plan.refusals[0].startswith(
+        "gptq: --head-bits 3"
+    )
+    with pytest.raises(Exception, match="--head-bits 3"):
+        formats.get("gptq").write(solved[False], solved[False].path.parent, FormatOptions())
+
+
+def test_options_that_make_no_sense_are_one_line():
+    with pytest.raises(UsageError, match="--head-bits 5: the runtimes decode 2, 3, 4 or 8 bits"):
+        load_recipe(None, {"head_bits": 5})
+    with pytest.raises(
+        UsageError, match=r"--head-bits and --gguf-type .* exclude each other: the mix names the head's"
+    ):
+        load_recipe(None, {"head_bits": 4, "gguf_type": "Q4_K_M"})
+    assert Recipe(head_bits=8).label() == "w4g128-head8-vlmq" and Recipe().quant_config().head_bits == 0
+
+
+def test_a_manifest_with_an_impossible_head_is_damaged(solved, tmp_path):
+    import shutil
+
+    shutil.copytree(solved[True].path, tmp_path / "a")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    manifest["config"]["head_bits"] = 5
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="a recipe of"):
+        Artifact(tmp_path / "a")

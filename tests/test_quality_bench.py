@@ -1,0 +1,152 @@
+"""The quality bench's own arithmetic: cells, tables, and the readers of what peers write."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tools.bench import peers, quality, tables
+from vlmq_export.bundled import CALIBRATION, HELDOUT
+from vlmq_export.quantizer.calibration import Preprocessor, read_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def cell(method: str, grid: str, kl: float, **more) -> dict:
+    return {"method": method, "grid": grid, "kl": kl} | more
+
+
+def test_a_table_has_means_and_half_ranges_in_the_order_asked_for():
+    cells = [cell("b", "W2", 0.02), cell("b", "W2", 0.04), cell("a", "W2", 0.5), cell("a", "W3", 0.1)]
+    assert tables.table(cells, "method", "grid", "kl", ("W3", "W2", "a")).splitlines() == [
+        "| | W3 | W2 |", "|---|---|---|", "| a | 100 | 500 |", "| b |  | 30 ± 10 |",
+    ]  # fmt: skip
+
+
+def test_figures_have_no_exponent_and_no_zero_before_the_point():
+    assert tables.spread([3.1e-5, 3.3e-5], 1e3, ".2g") == ".032 ± .001"
+    assert tables.spread([1.234e-6], 1e3, ".2g") == ".0012" and tables.spread([3.456], 1e3, ".2g") == "3500"
+    assert tables.spread([1e-8], 1e3, ".2g") == ".00001" and tables.spread([0.0], 1e3, ".2g") == "0"
+    assert tables.spread([0.5, 0.5], 1, ".3f") == ".500" and tables.spread([]) == ""
+
+
+def test_a_table_of_tasks():
+    cells = [cell("a", "W2", 0.1, tasks={"read": 0.5, "bars": 0.25}), cell("old", "W2", 0.1)]
+    assert tables.table(cells, "method", "grid", "tasks").splitlines()[::2] == [
+        "| | read | bars |", "| a | .500 | .250 |",
+    ]  # fmt: skip
+
+
+def test_tables_are_of_the_cells_scored_on_most_rows():
+    def made(method, rows, samples, grid="W2"):
+        return cell(method, grid, 0.1, rows=rows, samples=samples, reference="llava_onevision", calibration="c.json")
+
+    cells = [made("a", 64, 512), made("b", 128, 64), made("c", 128, 512), made("d", 64, 64, "W3")]
+    cells.append(
+        cell(quality.FULL, "", None, rows=128, samples=0, reference="llava_onevision", exact=0.7, tasks={"read": 0.6})
+    )
+    tables_of = quality.all_tables(cells)
+    assert (
+        "| full precision | .700 | .700 |" in tables_of["exact llava_onevision"]
+        and "read" in tables_of["tasks W3 llava_onevision"]
+    )
+    text = tables_of["kl llava_onevision"]
+    assert "| c |" in text and "| d | 100 |" in text and "| a |" not in text and "| b |" not in text
+
+
+def test_a_page_is_filled_where_it_asks_and_nowhere_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table kl x -->\nold | table\n<!-- end -->\nafter <!-- table kl x --><!-- end -->")
+    tables.fill(page, {"kl x": "| new |"})
+    first = page.read_text()
+    assert first.startswith("before\n<!-- table kl x -->\n\n| new |\n\n<!-- end -->\nafter") and "old" not in first
+    tables.fill(page, {"kl x": "| new |"})
+    assert page.read_text() == first
+    page.write_text("<!-- table kl y --><!-- end -->")
+    with pytest.raises(KeyError):
+        tables.fill(page, {})
+
+
+def test_cells_of_before_there_were_two_references_keep_their_value(tmp_path):
+    file = tmp_path / "q.json"
+    old = {"method": "gptq", "grid": "W2", "calibration": "calibration.json", "samples": 512, "seed": 0, "kl": 1e-3}
+    file.write_text(json.dumps([old]))
+    cells = quality.read_cells(file)
+    ((key, result),) = cells.items()
+    assert key.reference == "qwen2_5_vl" and key.rows == 512 and result.items() >= old.items()
+    quality.write_cells(file, cells)
+    assert quality.read_cells(file) == cells
+
+
+def test_the_page_of_the_project_asks_for_tables_that_there_are():
+    page = tables.Path(quality.__file__).parents[2] / "docs" / "quality.md"
+    cells = quality.read_cells(page.with_suffix(".json"))
+    before = page.read_text("utf-8")
+    renewed = page.parent / ".quality.tmp"
+    renewed.write_text(before, "utf-8")
+    try:
+        tables.fill(renewed, quality.all_tables(list(cells.values())))
+        assert renewed.read_text("utf-8") == before, (
+            "tables and cells differ: run tools.bench.quality --out docs/quality"
+        )
+    finally:
+        renewed.unlink()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_packed_weights_of_compressed_tensors(bits):
+    """Against rows packed here as one long number each; columns and rows that do not fill their last word."""
+    rng = np.random.default_rng(bits)
+    rows, columns, groups = 5, 12, 3
+    codes, zeros = (rng.integers(0, 2**bits, (rows, n)) for n in (columns, groups))
+    scales = rng.random((rows, groups)).astype(np.float16)
+
+    def packed(values: np.ndarray) -> torch.Tensor:
+        words = -(-values.shape[1] * bits // 32)
+        streams = [sum(int(v) << bits * i for i, v in enumerate(row)) for row in values]
+        raw = b"".join(stream.to_bytes(4 * words, "little") for stream in streams)
+        return torch.from_numpy(np.frombuffer(raw, "<i4").reshape(len(values), words).copy())
+
+    parts = {
+        "weight_packed": packed(codes), "weight_zero_point": packed(zeros.T).T, "weight_scale": torch.from_numpy(scales),
+        "weight_shape": torch.tensor([rows, columns]),
+    }  # fmt: skip
+    group = np.arange(columns) // 4
+    want = (codes - zeros[:, group]).astype(np.float32) * scales.astype(np.float32)[:, group]
+    assert np.array_equal(peers.decode_packed(parts, bits), want)
+
+
+def test_a_peer_that_is_not_there_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("AUTOROUND_PYTHON", raising=False)
+    with pytest.raises(RuntimeError, match="AUTOROUND_PYTHON"):
+        peers.quantize("AutoRound", tmp_path, CALIBRATION, [], 2, 128, tmp_path / "out")
+
+
+@pytest.mark.parametrize("reference", list(quality.REFERENCES))
+def test_a_cell_of_either_reference(reference, tmp_path):
+    """Rounding to nearest at two bits, scored on a few rows: worse than full precision, bits as the grid has them."""
+    bench = quality.Bench(reference, 10)
+    assert bench.scorer.baseline.kl == 0 and bench.scorer.baseline.agreement == 1
+    assert bench.scorer.tasks == ["bars", "digits", "form", "read", "shapes"]
+    result = bench.run(
+        quality.Cell("rtn", "W2 g128", CALIBRATION.name, 1, reference=reference), CALIBRATION, tmp_path / "a"
+    )
+    assert (
+        result["bits"] == pytest.approx(2 + 18 / 128)
+        and result["kl"] > 1e-3
+        and set(result["tasks"]) == set(bench.scorer.tasks)
+    )
+    assert result["exact"] == pytest.approx(np.mean(list(result["tasks"].values())))  # two rows of each
+
+
+def test_batches_give_what_single_samples_give():
+    """Rows of the second reference, which has no image grid to tell them apart, in one batch."""
+    folder = quality.REFERENCES["llava_onevision"]
+    rows = read_rows(HELDOUT)[:6]
+    model = quality.load_model(folder, quality._source_weights(folder))
+    scorer = quality.Scorer(folder, model, rows)
+    for row, together in zip(rows, scorer.full):
+        with torch.no_grad():
+            alone = model(**Preprocessor(folder).sample(row).model_inputs()).logits[0].log_softmax(-1)
+        assert torch.allclose(alone, together, atol=2e-4)

@@ -1,0 +1,49 @@
+"""Quantize a model folder with AutoRound on given samples, as a request of peers.py says.
+
+    python tools/bench/autoround_quantize.py REQUEST.json
+
+Needs `auto-round` 0.16 and nothing of this project. Its defaults (200 iterations of sign gradient descent on rounding and
+ranges), 8 samples a step; all samples are given where its own default is 128 texts. What it writes is GPTQ's format.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def samples_of(file: str, count: int) -> list[dict]:
+    from safetensors import safe_open
+
+    samples: list[dict] = [{} for _ in range(count)]
+    with safe_open(file, framework="pt") as f:
+        for name in f.keys():  # noqa: SIM118
+            index, _, key = name.partition(".")
+            samples[int(index)][key] = f.get_tensor(name)
+    return samples
+
+
+def main(request: dict) -> None:
+    import torch
+    import transformers
+    from auto_round import AutoRound
+
+    folder = request["model"]
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    # It refuses a VLM without a processor, whose one for this family needs torchvision; the samples are processed already.
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    rounding = AutoRound(
+        model, tokenizer=tokenizer, processor=processor, image_processor=processor,
+        bits=request["bits"], group_size=request["group_size"], sym=request["sym"],
+        dataset=samples_of(request["samples_file"], request["samples"]), nsamples=request["samples"],
+        iters=request.get("iters"), batch_size=1, gradient_accumulate_steps=8, device_map="cpu", enable_torch_compile=False, seed=request.get("seed", 42),
+    )  # fmt: skip
+    rounding.quantize_and_save(request["out"], format="auto_gptq")
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
