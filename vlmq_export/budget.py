@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 
+from torch import nn
+
 from vlmq_export.errors import ArtifactError, UsageError
 from vlmq_export.formats.base import ModelPlan
 from vlmq_export.formats.gguf.mix import module_choices
@@ -61,7 +63,9 @@ def measured_types(
     bits, family = module_choices(model, recipe.tensor_type), family_of(checkpoint.config)
     whole = load_model(checkpoint, pick_device(recipe.device.value))
     modules = {name: whole.get_submodule(family.module_name(name)) for name in bits}
-    linears = {x.name for x in model.linears}
+    linears = {
+        name for name, module in modules.items() if isinstance(module, nn.Linear)
+    }  # an embedding is only rounded
     room = max(0, memory - 4 * sum(p.numel() for p in whole.parameters()))
     with exact_arithmetic():
         cost = budget.measured(

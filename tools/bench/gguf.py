@@ -197,7 +197,7 @@ def run_set(
     for mix in mixes:
         with tempfile.TemporaryDirectory() as scratch:
             lent = None  # a file with the types of the mix, its mmproj, and the reference that prompts are made with
-            for contender in [FLOOR, *methods, *PEERS]:
+            for contender in [*([FLOOR] if mix == mixes[0] else []), *methods, *PEERS]:
                 key = hashlib.sha256(f"{name} {path.name} {samples} {len(scorer.rows)} {mix} {contender}".encode())
                 done = cache / f"{key.hexdigest()[:16]}.json"
                 if not done.is_file():
