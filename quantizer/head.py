@@ -89,11 +89,16 @@ def _stacked(slabs: Sequence[Linear]) -> Linear:
 
 def _joined_metrics(slabs: Sequence[dict], energies: Sequence[float]) -> dict:
     """Those of the whole matrix; `energies` are the sums of squares of each slab's weights."""
-    joined = dict(slabs[0])
-    squares = sum(m["weight_error"] ** 2 * energy for m, energy in zip(slabs, energies, strict=True))
-    joined["weight_error"] = math.sqrt(squares / max(sum(energies), 1e-300))
+    joined = slabs[0] | {"weight_error": _mean([m["weight_error"] for m in slabs], energies)}
     if "loss" in joined:
         joined["loss"] = sum(m["loss"] for m in slabs)
-        whole = sum(m["loss"] / m["relative_error"] ** 2 for m in slabs if m["relative_error"] > 0)
-        joined["relative_error"] = math.sqrt(max(joined["loss"], 0.0) / whole) if whole else 0.0
+        of_targets = [m["loss"] / m["relative_error"] ** 2 if m["relative_error"] > 0 else 0.0 for m in slabs]
+        for key in {"relative_error", "nearest_error"} & joined.keys():
+            joined[key] = _mean([m[key] for m in slabs], of_targets)
     return joined
+
+
+def _mean(errors: Sequence[float], energies: Sequence[float]) -> float:
+    """Relative errors of parts → that of the whole."""
+    squares = sum(e**2 * energy for e, energy in zip(errors, energies, strict=True))
+    return math.sqrt(squares / max(sum(energies), 1e-300))

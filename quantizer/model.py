@@ -10,7 +10,7 @@ from torch import nn
 
 from vlmq_export.errors import CheckpointError, UsageError
 from vlmq_export.quantizer.checkpoint import Checkpoint
-from vlmq_export.quantizer.families import family_of
+from vlmq_export.quantizer.families import family_of, is_tied
 from vlmq_export.quantizer.untrusted import third_party
 
 
@@ -135,7 +135,12 @@ class StreamedModel:
 
     @property
     def _head(self) -> str:
-        """The checkpoint's tensor that is the output matrix: the embedding where it is tied."""
+        """The checkpoint's tensor that is the output matrix: the embedding where it is tied.
+
+        A rotated checkpoint has one of its own, although the model that config.json makes is tied.
+        """
+        if not is_tied(self.checkpoint.config) and self._source.get("lm_head.weight"):
+            return self._source["lm_head.weight"]
         weight = self.model.get_output_embeddings().weight
         return self._source[next(n for n, p in self.model.named_parameters() if p is weight)]
 

@@ -197,8 +197,11 @@ def test_cuda_is_not_run_where_it_is_absent(packages):
     assert {r.status for r in rows if r.level == "L1"} == {"passed"}
 
 
-def test_a_package_for_cuda_has_standard_attention_and_says_so_in_genai_config(tmp_path):
-    _, folder = export(tmp_path, GRIDS["w4g128"], None, FormatOptions(onnx_provider="cuda"))
+@pytest.mark.parametrize("graph", ["fused", "single"])
+def test_a_package_for_cuda_has_standard_attention_and_says_so_in_genai_config(tmp_path, graph):
+    options = FormatOptions(onnx_provider="cuda", onnx_graph=graph, onnx_dtype="float16", onnx_accuracy_level=4)
+    _, folder = export(tmp_path, GRIDS["w4g128"], None, options)
+    onnx.checker.check_model(folder / "text.onnx")
     assert ("", "Attention") in operators(folder)[0]
     config = json.loads((folder / "genai_config.json").read_text())
     parts = [

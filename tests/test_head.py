@@ -20,6 +20,7 @@ from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.families import family_of, is_tied
 from vlmq_export.quantizer.model import load_model
 from vlmq_export.quantizer.quantize import quantize
+from vlmq_export.quantizer.rotation import rotated
 from vlmq_export.recipe import Recipe, load_recipe
 from vlmq_export.reference import Reference
 
@@ -120,7 +121,7 @@ def test_rows_in_slabs_are_the_rows_of_one_matrix(checkpoints, samples, solved, 
     whole, slabs = (a.linear("lm_head") for a in (solved[False], artifact))
     assert float((whole.codes == slabs.codes).float().mean()) > 0.999  # sums of other lengths may round otherwise
     assert torch.equal(whole.scales[:, :1], slabs.scales[:, :1]) and torch.equal(whole.g_idx, slabs.g_idx)
-    for key in ("loss", "relative_error", "weight_error"):
+    for key in ("loss", "relative_error", "nearest_error", "weight_error"):
         before, after = (a.records["lm_head"].metrics[key] for a in (solved[False], artifact))
         assert after == pytest.approx(before, rel=1e-3)
 
@@ -202,3 +203,24 @@ def test_a_manifest_with_an_impossible_head_is_damaged(solved, tmp_path):
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="a recipe of"):
         Artifact(tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "exact", "auto"])
+def test_methods_that_choose_or_scale_solve_a_head_too(method, checkpoints, samples, tmp_path):
+    """AWQ and MBQ have nothing to scale before the head, which is then rounded to nearest."""
+    artifact = run(checkpoints[True], samples, tmp_path / "a", dataclasses.replace(CONFIG, method=method))
+    assert ("loss" in artifact.records["lm_head"].metrics) == (method != "awq")
+
+
+def test_a_rotated_tied_model_gets_a_head_in_the_rotated_space(checkpoints, samples, tmp_path):
+    artifact = run(
+        checkpoints[True], samples, tmp_path / "a", dataclasses.replace(CONFIG, method="gptq", rotate="folded")
+    )
+    rotated_head = rotated(Checkpoint(checkpoints[True]), "folded", 0).tensor("lm_head.weight").double()
+    head = artifact.linear("lm_head").decode().double()
+    error = float((head - rotated_head).norm() / rotated_head.norm())
+    assert artifact.records["lm_head"].metrics["weight_error"] == pytest.approx(error, rel=1e-4)
+    embedding = artifact.float_tensor("model.embed_tokens.weight").double()
+    assert (
+        float((rotated_head - embedding).norm() / embedding.norm()) > 0.05
+    )  # the norm's gain went into the head alone
