@@ -13,7 +13,7 @@ A format package offers five functions and a constant, found through `vlmq_expor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -154,6 +154,24 @@ def compare_weights(
     return Check(
         format, "L1", name, "passed" if complete and not mismatched else "failed", float(mismatched), 0.0, "mismatches",
         compared, detail if complete else f"compared {compared} of the model's {count} weights", ", ".join(bad[:8]),
+    )  # fmt: skip
+
+
+def answers_row(
+    format: str,
+    name: str,
+    verdicts: Mapping[str, str],
+    allowed: float = 0.0,
+    *,
+    unit: str = "answers",
+    detail: str = "",
+) -> Check:
+    """L3: prompt → verdict of `Reference.judge`. An answer that left the reference's at a tie is counted, and passes."""
+    other, ties = ([p for p, said in verdicts.items() if said == kind] for kind in ("other", "tie"))
+    tied = f"{len(ties)} more part at a tie: two tokens that the logits' gate cannot tell apart" if ties else ""
+    return Check.at_most(
+        format, "L3", name, float(len(other)), allowed, unit=unit, compared=len(verdicts),
+        detail="; ".join(filter(None, (detail, tied))), worst=", ".join([*other, *ties][:8]),
     )  # fmt: skip
 
 

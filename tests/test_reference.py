@@ -56,6 +56,35 @@ def test_rows_of_the_same_id_keep_their_own_results(artifact):
         assert np.array_equal(reference.logits(ours), alone.logits(theirs))
 
 
+def test_an_answer_that_parts_at_a_tie_is_told_from_another_answer(artifact):
+    """The tie is two tokens that logits within the gate exchange: no closer, no farther."""
+    reference = Reference(artifact.path, read_rows(HELDOUT)[:1])
+    (prompt,) = reference.prompts
+    own = reference.answer(prompt)
+    assert len(own) >= 2 and reference.judge(prompt, list(own), 0.0) == "same"
+    logits = _step(reference, prompt, own[:1])
+    margin = float(logits[own[1]] - logits.topk(2).values[1])
+    second = int(logits.topk(2).indices[1])
+    gate = margin / (2**0.5 * float(logits.norm()))
+    answer = [own[0], second, *([7] * 5)]  # what follows does not matter
+    assert reference.judge(prompt, answer, 1.001 * gate) == "tie"
+    assert reference.judge(prompt, answer, 0.999 * gate) == "other"
+    assert reference.judge(prompt, [], 1e-5) == "other"  # stopped at once
+    worst = int(logits.argmin())
+    assert reference.judge(prompt, [own[0], worst], 1e-3) == "other"
+
+
+def _step(reference, prompt, answer: list[int]) -> torch.Tensor:
+    """Logits after `answer`, by one forward pass without a cache."""
+    inputs = prompt.model_inputs()
+    added = torch.tensor([answer])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], added], 1)
+    for name in ("attention_mask", "mm_token_type_ids"):
+        inputs[name] = torch.cat([inputs[name], torch.full_like(added, int(name == "attention_mask"))], 1)
+    with torch.no_grad():
+        return reference.model(**inputs, use_cache=False).logits[0, -1].double()
+
+
 def test_a_model_too_large_for_the_memory_is_compared_weight_by_weight_and_said_not_to_be_run(artifacts, tmp_path):
     """Nothing that was not run counts as passed, even where the environment declares the runtime present."""
     artifact, folder = artifacts("w4g128"), tmp_path / "gptq"

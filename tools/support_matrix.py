@@ -88,7 +88,8 @@ def _cell(family: str, grid: str, name: str, parity: Parity) -> Cell:
 
 
 def _described(check: Check) -> str:
-    return f"{check.level} {check.name} {check.status} ({check.value:.2g} over {check.gate:.2g})"
+    figures = f" ({check.value:.2g} over {check.gate:.2g})" if None not in (check.value, check.gate) else ""
+    return f"{check.level} {check.name} {check.status}{figures or f': {check.detail}'}"
 
 
 def table(cells: list[Cell]) -> str:

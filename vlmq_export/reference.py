@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -120,6 +122,9 @@ class Weights:
         return total
 
 
+Verdict = Literal["same", "tie", "other"]  # of a greedy answer
+
+
 class Reference:
     """The reference model with its held-out prompts. Everything is computed once and kept."""
 
@@ -224,6 +229,26 @@ class Reference:
             new = ids[0, inputs["input_ids"].shape[1] :].tolist()
             self._answers[prompt.id] = new[: next((i for i, t in enumerate(new) if t in self.stop_ids), len(new))]
         return self._answers[prompt.id]
+
+    @torch.no_grad()
+    def judge(self, prompt: Sample, answer: list[int], gate: float, limit: int = 16) -> Verdict:
+        """How a runtime's greedy answer compares: `tie` where it left ours at two tokens that its rounding may exchange.
+
+        Logits off by `gate` of their norm, which is what their own gate allows, exchange two tokens whose logits here are
+        at most √2 · gate · norm apart, and no others. What follows such a place is another text, and says nothing.
+        """
+        own = self.answer(prompt, limit)
+        if answer == own:
+            return "same"
+        at = next(i for i in count() if own[i : i + 1] != answer[i : i + 1])
+        logits = self.model.generate(
+            **prompt.model_inputs(), max_new_tokens=at + 1, do_sample=False, num_beams=1,
+            eos_token_id=sorted(self.stop_ids), pad_token_id=min(self.stop_ids), output_logits=True,
+            return_dict_in_generate=True,
+        ).logits[at][0].double()  # fmt: skip
+        stop = sorted(self.stop_ids)
+        ours, theirs = (logits[each[at : at + 1] or stop].max() for each in (own, answer))  # an answer ends with a stop
+        return "tie" if bool(ours - theirs <= 2**0.5 * gate * logits.norm()) else "other"
 
     @contextmanager
     def language_norm_eps(self, eps: float):

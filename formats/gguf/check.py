@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmq_export.errors import FormatError, MissingRuntime
-from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, compare_weights, relative_error
+from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, answers_row, compare_weights, relative_error
 from vlmq_export.formats.gguf import deviations, emulate, rounding, runner
 from vlmq_export.quantizer.calibration import Sample
 from vlmq_export.reference import Reference
@@ -348,25 +348,20 @@ def _twin(files: _Files, reference: Reference, settings: CheckSettings, scratch:
         logits = (run.logits(i)[:, : reference.vocabulary] for i in range(len(samples)))
         return {s.id: _error(got, reference.logits(s)) for s, got in zip(samples, logits)}
 
-    def different() -> list[str]:
-        return [s.id for s in images if answers[s.id] != reference.answer(s, ANSWER)]
-
     with reference.language_norm_eps(run.eps):
-        adjusted, wrong = errors(), different()
+        adjusted = errors()
+        verdicts = {s.id: reference.judge(s, answers[s.id], TWIN, ANSWER) for s in images}
     said = f"reference with the RMS epsilon that llama.cpp's load log prints ({run.eps:g})"
     for kind, some in (("text prompts", texts), ("image prompts, reference's vision features", images)):
         name, value = _worst({s.id: adjusted[s.id] for s in some})
         n = len(some)
         yield _gate("L3", f"float32 twin, {kind}", value, TWIN, unit="rel", compared=n, worst=name, detail=said)
-    yield _gate(
-        "L3", "greedy answers of the twin", len(wrong), 0, unit="different", compared=len(images),
-        worst=", ".join(wrong[:4]), detail=said,
-    )  # fmt: skip
+    yield answers_row("gguf", "greedy answers of the twin", verdicts, unit="different", detail=said)
     name, value = _worst(errors())
-    plain = different()
+    same = sum(answers[s.id] == reference.answer(s, ANSWER) for s in images)
     yield Check(
         "gguf", "L3", "float32 twin against the unmodified reference", "info", value, None, "rel", len(samples),
-        f"{deviations.rms_epsilon(reference, run.eps)}; {len(images) - len(plain)} of {len(images)} greedy answers equal", name,
+        f"{deviations.rms_epsilon(reference, run.eps)}; {same} of {len(images)} greedy answers equal", name,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmq_export.errors import FormatError
-from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, compare_weights, relative_error
+from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, answers_row, compare_weights, relative_error
 from vlmq_export.formats.gptq import autogptq, runtime
 from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.reference import Reference
@@ -115,13 +115,12 @@ def exact_rows(outcome: runtime.Outcome, folder: GptqFolder, reference: Referenc
     yield linear_row(outcome, module_name, reference)
     yield logits_row(outcome, reference)
     prompts = reference.prompts[: len(outcome.answers)]
-    different = [
-        p.id for p, got in zip(prompts, outcome.answers, strict=True) if got != reference.answer(p, ANSWER_TOKENS)
-    ]
-    yield Check.at_most(
-        "gptq", "L3", _RUNTIME_ROWS[3][1], float(len(different)), 0.0, unit="different", compared=len(prompts),
-        detail=f"same tokens as the reference, at most {ANSWER_TOKENS}", worst=", ".join(different[:8]),
-    )  # fmt: skip
+    verdicts = {
+        p.id: reference.judge(p, got, LOGITS_GATE, ANSWER_TOKENS)
+        for p, got in zip(prompts, outcome.answers, strict=True)
+    }
+    said = f"same tokens as the reference, at most {ANSWER_TOKENS}"
+    yield answers_row("gptq", _RUNTIME_ROWS[3][1], verdicts, unit="different", detail=said)
 
 
 def linear_row(outcome: runtime.Outcome, module_name, reference: Reference) -> Check:

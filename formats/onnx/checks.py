@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from vlmq_export.errors import VlmqError
-from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, compare_weights, relative_error
+from vlmq_export.formats.base import Check, CheckSettings, FormatOptions, answers_row, compare_weights, relative_error
 from vlmq_export.formats.onnx.genai_check import genai_rows
 from vlmq_export.formats.onnx.read import Linear, OnnxFolder, agreeing
 from vlmq_export.formats.onnx.runner import PROVIDERS, OnnxRunner, available, session
@@ -219,7 +219,8 @@ def _logits(folder, written: OnnxFolder, reference, settings: CheckSettings, pro
     level = max(written.accuracy_levels)
     # A file of level 0 is run as it lies; another one with the attribute rewritten in memory.
     runner = OnnxRunner(folder, accuracy_level=0 if level else None, threads=settings.threads, provider=provider)
-    features, errors, different, agree = [], [], [], []
+    gate, allowed = (HALF_GATE, math.floor(HALF_ANSWERS * count)) if written.half else (FORMAT_GATE, 0)
+    features, errors, agree, verdicts = [], [], [], {}
     for p in prompts:
         positions = reference.position_ids(p)
         if p.pixel_values is not None:
@@ -228,20 +229,17 @@ def _logits(folder, written: OnnxFolder, reference, settings: CheckSettings, pro
         got, want = runner.logits(p, positions)[:, :vocabulary], reference.logits(p)
         errors.append((relative_error(got, want), p.id))
         agree.append(got.argmax(-1) == want.argmax(-1))
-        if runner.answer(p, positions, stop=reference.stop_ids) != reference.answer(p):
-            different.append(p.id)
+        verdicts[p.id] = reference.judge(p, runner.answer(p, positions, stop=reference.stop_ids), FORMAT_GATE)
     first = prompts[0]
     positions, full = reference.position_ids(first), reference.logits(first)
     cached = runner.stepwise(first, positions, len(first.input_ids) // 2)[:, :vocabulary]
-    gate, allowed = (HALF_GATE, math.floor(HALF_ANSWERS * count)) if written.half else (FORMAT_GATE, 0)
     kind = "float16 activations and cache" if written.half else "float32 throughout"
     rows = [
         _at_most("image features", features, gate, "vision.onnx computes in float32"),
         _at_most("logits at accuracy_level 0", errors, gate, kind),
         Check.at_most("onnx", "L3", "cached decode against one forward", relative_error(cached, full), gate,
                       unit="rel", compared=1, worst=first.id),
-        Check.at_most("onnx", "L3", "greedy answers that differ", float(len(different)), float(allowed), unit="answers",
-                      compared=count, worst=", ".join(different[:8])),
+        answers_row("onnx", "greedy answers that differ", verdicts, float(allowed)),
     ]  # fmt: skip
     if written.half:
         rows.append(_agreement(0, np.concatenate(agree)))
