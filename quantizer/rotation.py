@@ -25,7 +25,7 @@ from torch import nn
 
 from vlmq_export.errors import CheckpointError
 from vlmq_export.quantizer.checkpoint import DTYPES, Checkpoint, TensorInfo
-from vlmq_export.quantizer.families import DECODER_GROUPS, DECODER_NORMS, Family, family_of, text_config
+from vlmq_export.quantizer.families import DECODER_GROUPS, DECODER_NORMS, Family, family_of, text_config, untied
 
 ROTATIONS = ("off", "folded", "online")
 _RESIDUAL, _INNER, _HEADS, _VALUES = range(4)  # which rotation it is; layer i's values have _VALUES + i
@@ -90,7 +90,7 @@ class RotatedCheckpoint(Checkpoint):
         self._head = self.family.hub_name("lm_head.weight")
         self._residual = Rotation.of(self.hidden, seed, _RESIDUAL)
         self._refuse()
-        self.config = _untied(self.config)
+        self.config = untied(self.config)
         names = [*self.tensors, *({self._head} - self.tensors.keys())]
         self.tensors = {name: self._info(name) for name in names}
 
@@ -206,9 +206,3 @@ def changes(name: str, family: Family) -> bool:
 
 
 _WEIGHTS = {*(n for group in DECODER_GROUPS for n in group), *(norm for norm, _ in DECODER_NORMS)}
-
-
-def _untied(config: dict) -> dict:
-    """config.json of a model whose output matrix has weights of its own."""
-    untied = {"tie_word_embeddings": False}
-    return config | untied | ({"text_config": config["text_config"] | untied} if config.get("text_config") else {})

@@ -227,8 +227,8 @@ def test_an_artifact_keeps_every_type_and_two_decoders_agree(mixed):
     for linear in artifact.linears():
         assert np.array_equal(linear.decode().numpy(), weights.array(f"{linear.name}.weight")), linear.name
         source = Checkpoint(REFERENCE_VLM).tensor(f"{linear.name}.weight").float()
-        ternary = linear.type in ("TQ2_0", "Q2_0")  # no minimum, and four levels that are not centred
-        assert (linear.decode() - source).norm() < (0.5 if ternary else 0.35) * source.norm(), linear.type
+        ternary = linear.type in ("TQ2_0", "Q2_0")  # three or four levels: .33 to .42 measured
+        assert (linear.decode() - source).norm() < (0.45 if ternary else 0.35) * source.norm(), linear.type
     assert weights.count == sum(t.numel for t in Checkpoint(REFERENCE_VLM).tensors.values())
 
 
