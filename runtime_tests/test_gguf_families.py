@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes as c
+import importlib
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from runtime_tests.test_gguf import assert_all_pass, export, rewrite, row, run_check
@@ -57,6 +59,19 @@ def test_every_family_passes_every_gate(arch, exported):
     assert ("where config.json says" in plain.detail) == ignored
     resized = row(rows, "mtmd's own resizing")
     assert (resized.value > 0.05) == (arch != "internvl"), resized
+
+
+@pytest.mark.parametrize("arch", GRAPHS)
+def test_what_rounding_costs_is_known_of_every_family(arch, exported):
+    """Every linear of the language model is found by its name in the file, with the type that rounds its inputs."""
+    reference, folder = exported(arch)
+    checks = importlib.import_module("vlmq_export.formats.gguf.check")
+    files = checks._Files.open(folder, reference)
+    found = [module for module, _ in checks.rounding._linears(reference, files.hub, files.types)]
+    linears = [m for m in reference.model.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
+    assert {*map(id, found)} == {*map(id, linears), id(reference.model.get_output_embeddings())}
+    (sample, *_) = reference.prompts
+    assert 1e-3 < checks.rounding.cost(reference, files.hub, files.types, [sample])[sample.id] < 5e-2
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def _linears(reference: Reference, hub: Mapping[str, str], types: Mapping[str, s
     """(module, kind) of every linear of the language model; a tied output matrix has the embedding's type."""
     family = family_of(reference.config)
     for name, stored in hub.items():
-        module = reference.model.get_submodule(family.module_name(stored.removesuffix(".weight")).removesuffix(".bias"))
+        module = reference.model.get_submodule(family.module_name(stored).rpartition(".")[0])
         if isinstance(module, torch.nn.Linear) and name.endswith(".weight"):
             yield module, ACTIVATIONS[types[name]]
     if "output.weight" not in hub:

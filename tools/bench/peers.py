@@ -80,6 +80,9 @@ def save_samples(samples: list[Sample], file: Path) -> None:
 
 def read(folder: Path) -> tuple[Weights, float]:
     """Weights and bits per weight of a GPTQ or compressed-tensors folder; `g_idx`, which few runtimes read, not counted."""
+    folder = next(
+        iter(folder.rglob("config.json")), folder / "config.json"
+    ).parent  # AutoRound names a folder of its own in there
     config = read_json(folder / "config.json")
     method = config["quantization_config"]["quant_method"]
     if method == "gptq":
