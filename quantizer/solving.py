@@ -182,13 +182,15 @@ class Stack:
         ends = torch.tensor(self.sizes).cumsum(0).tolist()
         return [solution.rows(end - size, end) for end, size in zip(ends, self.sizes)]
 
+    @tensor_cores()
     def _losses(self, part: Rounded, weights: torch.Tensor, aim: torch.Tensor) -> dict:
-        """Toward `aim`, and what rounding `weights` to nearest would have left."""
-        losses = _losses(part.decode(), aim, self.sums.hessian)
-        if losses:
-            plain = nearest(weights, self.kind, self.config).decode()
-            losses["nearest_error"] = _losses(plain, aim, self.sums.hessian)["relative_error"]
-        return losses
+        """The weighted loss against the target of the method's objective, and relative to that target's own energy; beside
+        it what rounding `weights` to nearest would have left."""
+        plain = nearest(weights, self.kind, self.config).decode()
+        tried = (part.decode(), plain, torch.zeros_like(aim))
+        loss, near, energy = (solver.weighted_loss(w, aim, self.sums.hessian) for w in tried)
+        relative = [(max(x, 0.0) / energy) ** 0.5 if energy > 0 else 0.0 for x in (loss, near)]
+        return {"loss": loss, "relative_error": relative[0], "nearest_error": relative[1]}
 
     def _metrics(self, part: Rounded, weights: torch.Tensor) -> dict:
         return {"weight_error": ratio(part.decode() - weights, weights)}
@@ -200,18 +202,6 @@ def nearest(weights: torch.Tensor, kind: str, config: QuantConfig) -> Rounded:
         return solver.nearest_in_blocks(weights, kquants.GRIDS[kind])
     columns = weights.shape[1]
     return solver.round_to_nearest(weights, grid_for(config, columns), group=config.group_columns(columns))
-
-
-@tensor_cores()
-def _losses(rounded: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -> dict:
-    """The weighted loss against the target of the method's objective, and relative to that target's own energy."""
-    loss = solver.weighted_loss(rounded, target, matrix)
-    energy = solver.weighted_loss(torch.zeros_like(target), target, matrix)
-    if not (
-        math.isfinite(loss) and math.isfinite(energy)
-    ):  # sums beyond float32: rounded to nearest, nothing to report
-        return {}
-    return {"loss": loss, "relative_error": (max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0}
 
 
 def ratio(difference: torch.Tensor, whole: torch.Tensor) -> float:

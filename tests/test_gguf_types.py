@@ -105,14 +105,17 @@ def test_golden_bytes(name, fields, expected):
     assert pack_blocks(name, blocks).tobytes() == expected
 
 
+CENTRE = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0, "TQ2_0": 1, "Q2_0": 1}
+
+
 def slow_decode(name: str, b: Blocks, i: int) -> list[float]:
     """The formula on the fields themselves, one element at a time, in float32 with one rounding at the end."""
     f = np.float32
     d, m = f(b.d[i]), f(b.m[i]) if b.m is not None else f(0)
     out = []
     for e, q in enumerate(b.codes[i].tolist()):
-        if name in ("Q4_0", "Q5_0", "Q8_0", "TQ2_0"):
-            out.append(d * f(q - {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0, "TQ2_0": 1}[name]))
+        if name in CENTRE:
+            out.append(d * f(q - CENTRE[name]))
         elif name in ("Q4_1", "Q5_1"):
             out.append(d * f(q) + m)
         elif name == "Q6_K":

@@ -43,6 +43,7 @@ from vlmq_export.quantizer.methods import method_named  # noqa: E402
 from vlmq_export.quantizer.model import exact_arithmetic  # noqa: E402
 from vlmq_export.quantizer.quantize import quantize  # noqa: E402
 from vlmq_export.quantizer.shelf import Shelf  # noqa: E402
+from vlmq_export.quantizer.solving import Stack  # noqa: E402
 from vlmq_export.quantizer.streams import BATCH_TOKENS, Batch  # noqa: E402
 from vlmq_export.quantizer.walk import LayerWalk  # noqa: E402
 
@@ -166,10 +167,10 @@ def run(
         undo = [
             phases.watch(layer_module, "importance_factors", "importance"),
             phases.watch(layer_module, "collect", "walk and statistics"),
-            phases.watch(layer_module, "_losses", "metrics"),
+            phases.watch(Stack, "_losses", "metrics"),
             phases.watch(solver, "prepare", "factorize"),
             phases.watch(solver, "column_term", "column term"),
-            phases.watch(solver, "exact_target", "target"),
+            phases.watch(solver, "regression", "target"),
             phases.watch(solver, "solve", "column loop"),
         ]
         peak_memory(device, reset=True)
