@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -114,8 +115,10 @@ print(json.dumps([peak_host(), plan.host]))
 
 def peak(model, out) -> tuple[int, int]:
     """(VmHWM, planned) of a process that quantizes `model` and writes two formats."""
+    # What malloc keeps of freed pieces differs by 8 % between equal runs: each tensor of 4 MB gets pages of its own.
+    tuned = os.environ | {"GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={4 * 2**20}"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(model), str(out)], capture_output=True, text=True, timeout=1800
+        [sys.executable, "-c", RUN, str(model), str(out)], capture_output=True, text=True, timeout=1800, env=tuned
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return tuple(json.loads(done.stdout.splitlines()[-1]))
@@ -123,11 +126,8 @@ def peak(model, out) -> tuple[int, int]:
 
 @pytest.mark.slow
 def test_the_peak_at_8_layers_is_that_at_2(tmp_path):
-    """Qwen2.5-VL-3B with every width halved: six more layers in float32 would be 30 % of the peak, mapped shards 15 %.
-
-    Runs of one model differ by 2.5 %; at a quarter of the width pieces that malloc keeps make that 4 %.
-    """
-    models = {n: make(tmp_path / f"m{n}", layers=n, scale=2) for n in (2, 8)}
+    """Qwen2.5-VL-3B with every width a quarter: six more layers in float32 would be 14 % of the peak, mapped shards 7 %."""
+    models = {n: make(tmp_path / f"m{n}", layers=n, scale=4) for n in (2, 8)}
     (few, planned), (many, _) = (peak(models[n], tmp_path / f"o{n}") for n in (2, 8))
-    assert many <= 1.05 * few, (few, many)
-    assert 0.6 * planned < few < planned, (few, planned)  # planned for 4 samples of 512 tokens; these have 148 together
+    assert many == pytest.approx(few, rel=0.05)
+    assert 0.55 * planned < few < planned, (few, planned)  # planned for 4 samples of 512 tokens; these have 148 together
