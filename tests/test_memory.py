@@ -130,4 +130,5 @@ def test_the_peak_at_8_layers_is_that_at_2(tmp_path):
     models = {n: make(tmp_path / f"m{n}", layers=n, scale=4) for n in (2, 8)}
     (few, planned), (many, _) = (peak(models[n], tmp_path / f"o{n}") for n in (2, 8))
     assert many == pytest.approx(few, rel=0.05)
-    assert 0.55 * planned < few < planned, (few, planned)  # planned for 4 samples of 512 tokens; these have 148 together
+    # Planned for 4 samples of 512 tokens; these have 148 together.
+    assert 0.55 * planned < few < planned, (few, planned)
