@@ -189,8 +189,8 @@ class Stack:
         plain = nearest(weights, self.kind, self.config).decode()
         tried = (part.decode(), plain, torch.zeros_like(aim))
         loss, near, energy = (solver.weighted_loss(w, aim, self.sums.hessian) for w in tried)
-        if not all(map(math.isfinite, (loss, near, energy))):  # sums beyond float32: rounded to nearest, nothing to report
-            return {}
+        if not all(map(math.isfinite, (loss, near, energy))):
+            return {}  # sums beyond float32: rounded to nearest, nothing to report
         relative = [(max(x, 0.0) / energy) ** 0.5 if energy > 0 else 0.0 for x in (loss, near)]
         return {"loss": loss, "relative_error": relative[0], "nearest_error": relative[1]}
 
