@@ -144,7 +144,7 @@ def test_batches_give_what_single_samples_give():
     """Rows of the second reference, which has no image grid to tell them apart, in one batch."""
     folder = quality.REFERENCES["llava_onevision"]
     rows = read_rows(HELDOUT)[:6]
-    model = quality.load_model(folder, quality._source_weights(folder))
+    model = quality.load_model(folder, quality.source_weights(folder))
     scorer = quality.Scorer(folder, model, rows)
     for row, together in zip(rows, scorer.full):
         with torch.no_grad():

@@ -17,7 +17,6 @@ import logging
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +26,8 @@ import torch
 import typer
 from rich.console import Console
 
-from tools.bench.scoring import Scorer, batches, load_model
+from tools.bench.scoring import Scorer, batches, load_model, source_weights
+from tools.reference_vlm import onevision
 from vlmq_export import pipeline
 from vlmq_export.budget import measured_types
 from vlmq_export.bundled import CALIBRATION, HELDOUT, REFERENCE_VLM
@@ -51,10 +51,7 @@ PEERS = ("llama.cpp", "llama.cpp + text imatrix", "llama.cpp + image imatrix")
 OURS = ("exact", "exact, types by cost", "vlmq")
 FLOOR = "full precision, float32 file"  # what is left of KL where nothing is quantized: llama.cpp's own deviations
 MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M")
-MODELS = {
-    "Qwen2.5-VL": REFERENCE_VLM,
-    "LLaVA-OneVision": Path(__file__).parents[1] / "reference_vlm" / "llava_onevision",
-}
+MODELS = {"Qwen2.5-VL": REFERENCE_VLM, "LLaVA-OneVision": onevision.FOLDER}
 ANSWER = 12  # tokens of a greedy answer
 err = Console(stderr=True)
 
@@ -97,11 +94,6 @@ def quantized_by_ggml(weight: np.ndarray, kind: str, imatrix: np.ndarray | None)
     counts = [ctypes.c_int64(n) for n in (0, *source.shape)]
     assert library.ggml_quantize_chunk(ctypes.c_int(TYPES[kind].id), *pointers, *counts, given) == raw.nbytes
     return raw
-
-
-def source_weights(model: Path) -> Iterator[tuple[str, np.ndarray]]:
-    checkpoint = Checkpoint(model)
-    return ((name, checkpoint.tensor(name).float().numpy()) for name in checkpoint.tensors)
 
 
 def ours(model: Path, contender: str, mix: str, samples: list[Sample], folder: Path) -> Artifact:

@@ -30,7 +30,7 @@ from rich.console import Console
 
 from tools.bench import peers
 from tools.bench.activations import attach
-from tools.bench.scoring import Scorer, load_model
+from tools.bench.scoring import Scorer, load_model, source_weights
 from tools.bench.tables import fill, table
 from tools.reference_vlm import onevision
 from vlmq_export.bundled import CALIBRATION, HELDOUT, REFERENCE_VLM
@@ -38,6 +38,7 @@ from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.calibration import Preprocessor, read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.quantize import quantize
 from vlmq_export.quantizer.rotation import ROTATIONS, RotatedCheckpoint
 from vlmq_export.reference import Weights
@@ -45,7 +46,7 @@ from vlmq_export.reference import Weights
 REFERENCES = {"qwen2_5_vl": REFERENCE_VLM, "llava_onevision": onevision.FOLDER}
 GRIDS = {"W4 g128": (4, 128), "W3": (3, -1), "W3 g128": (3, 128), "W2 g128": (2, 128), "W2": (2, -1)}
 ACTIVATIONS = "W4A4KV8"  # 4-bit weights per channel, and activations.py
-OURS = ("rtn", "gptq", "gptaq", "vlmq", "vlmq-l2", "vlmq-gptq")
+OURS = tuple(METHODS)
 PEERS = ("GPTQModel GPTQ", "GPTQModel GPTAQ")
 FULL = "full precision"
 FIELDS = ("kl", "kl_text", "agreement", "exact", "bits", "user")
@@ -89,7 +90,7 @@ class Bench:
         self.folder = REFERENCES[reference]
         self.preprocessor = Preprocessor(self.folder)
         self.scorer = Scorer(
-            self.folder, load_model(self.folder, _source_weights(self.folder)), read_rows(HELDOUT)[:rows]
+            self.folder, load_model(self.folder, source_weights(self.folder)), read_rows(HELDOUT)[:rows]
         )
 
     def run(self, cell: Cell, calibration: Path, folder: Path) -> dict:
@@ -252,11 +253,6 @@ def _tell(r: dict) -> None:
         f" {r.get('user', float('nan')):.0f} s",
         highlight=False,
     )
-
-
-def _source_weights(folder: Path = REFERENCE_VLM):
-    checkpoint = Checkpoint(folder)
-    return ((name, checkpoint.tensor(name).float().numpy()) for name in checkpoint.tensors)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample
+from vlmq_export.quantizer.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Score:
     agreement: float
     exact: float
     tasks: dict[str, float] = field(default_factory=dict)
+
+
+def source_weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of a checkpoint in float32, by hub name."""
+    checkpoint = Checkpoint(folder)
+    return ((name, checkpoint.tensor(name).float().numpy()) for name in checkpoint.tensors)
 
 
 def load_model(folder: Path, weights: Iterable[tuple[str, np.ndarray]]) -> torch.nn.Module:
