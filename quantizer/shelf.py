@@ -5,6 +5,7 @@ Files are read and written whole, not mapped: a mapped page counts as the proces
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -55,14 +56,18 @@ class Rest:
         return _mapped(self._value, _Away, lambda away: away.get())
 
 
-class _Away:
+class _Away(ABC):
+    @abstractmethod
     def get(self) -> torch.Tensor:
-        raise NotImplementedError
+        """The tensor, on the device."""
 
 
+@dataclass
 class _Kept(_Away):
-    def __init__(self, value: torch.Tensor):
-        self.get = lambda: value
+    value: torch.Tensor
+
+    def get(self) -> torch.Tensor:
+        return self.value
 
 
 @dataclass

@@ -14,7 +14,7 @@ formed in float32 first: D has no large terms that cancel.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -69,6 +69,7 @@ class Statistics:
     modal: torch.Tensor | None = None  # Σ g² x² of image and of text tokens, float64 [2, in]; None where nobody asks
     modal_weight: torch.Tensor | None = None  # Σ g² of either, float64 [2]
     residual: torch.Tensor | None = None  # R = Σ g² (r̃ − r) xᵀ, r what the output is added to, float64 [out, in]
+    _mirrored: bool = field(default=False, repr=False)  # whether A is below its diagonal what it is above
 
     @classmethod
     def empty(
@@ -97,9 +98,10 @@ class Statistics:
     @property
     def hessian(self) -> torch.Tensor:
         """A, [in, in], symmetric to the bit."""
-        for start in range(0, len(self.upper), _BAND):
+        for start in range(0, 0 if self._mirrored else len(self.upper), _BAND):
             stop = start + _BAND
             self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
+        self._mirrored = True
         return self.upper
 
     def add(
@@ -112,6 +114,7 @@ class Statistics:
     ) -> None:
         """x, x_full: [tokens, in]; importance g: [tokens], None for ones; image: bool [tokens], where modalities count;
         residual r̃ − r: [tokens, out], where it counts."""
+        self._mirrored = False
         x = x.float()
         weighted = x if importance is None else x * importance[:, None]
         for start in range(0, len(self.upper), _BAND):
@@ -141,6 +144,7 @@ class Statistics:
     def merge(self, other: Statistics) -> None:
         """Add the sums of another part of the tokens."""
         self.upper += other.upper
+        self._mirrored &= other._mirrored
         self.diagonal += other.diagonal
         if self.drift is not None:
             self.drift += other.drift

@@ -1,7 +1,6 @@
 """Qwen3-VL, LLaVA-OneVision (random, and the trained second reference) and InternVL3 in plain ONNX Runtime."""
 
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from vlmq_export.formats.onnx.checks import FORMAT_GATE
 from vlmq_export.formats.onnx.genai import write_genai
 from vlmq_export.formats.onnx.graphs import float_graphs
 from vlmq_export.formats.onnx.runner import OnnxRunner
-from vlmq_export.parity import required_runtimes
 from vlmq_export.plan import artifact_plan
 from vlmq_export.quantizer.artifact import Artifact
 from vlmq_export.quantizer.calibration import read_rows
@@ -301,13 +299,8 @@ def test_a_changed_frequency_is_caught(exported, tmp_path):
     assert [c.worst for c in rows if c.status == "failed"] == ["text.rotary.inv_freq"]
 
 
-def test_genai_answers_about_images_as_qwen3_vl(exported, tmp_path):
+def test_genai_answers_about_images_as_qwen3_vl(exported, tmp_path, genai):
     """onnxruntime-genai 0.18 knows nothing of deepstack: the features come to the decoder inside inputs_embeds."""
-    if find_spec("onnxruntime_genai") is None:
-        assert "genai" not in required_runtimes(), "VLMQ_REQUIRE declares genai, which is not installed"
-        pytest.skip("onnxruntime-genai is an optional extra")
-    import onnxruntime_genai as genai
-
     reference, folder = exported("qwen3_vl")
     model = genai.Model(str(folder))
     processor = model.create_multimodal_processor()

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -20,7 +19,6 @@ from vlmq_export.formats.base import FormatOptions, relative_error
 from vlmq_export.formats.onnx.checks import FORMAT_GATE, HALF_GATE
 from vlmq_export.formats.onnx.genai_check import PIXELS, GenaiModel, _odd_sizes, genai_rows, image_files
 from vlmq_export.formats.onnx.runner import OnnxRunner, available
-from vlmq_export.parity import required_runtimes
 from vlmq_export.quantizer.calibration import read_rows
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.reference import Reference
@@ -213,20 +211,13 @@ def test_a_package_for_cuda_has_standard_attention_and_says_so_in_genai_config(t
 # -- onnxruntime-genai ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def genai():
-    if find_spec("onnxruntime_genai") is None:
-        assert "genai" not in required_runtimes(), "VLMQ_REQUIRE declares genai, which is not installed"
-        pytest.skip("onnxruntime-genai is an optional extra")
-
-
 @pytest.mark.parametrize(
     ("graph", "dtype"),
     [("fused", "float32"), ("single", "float32"), ("plain", "float32"), ("fused", "float16"), ("single", "float16")],
 )
 def test_genai_answers_as_the_reference_from_every_package(packages, graph, dtype, genai):
     reference, folder = packages(graph, dtype)
-    rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=6))}
+    rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=6), 0, FORMAT_GATE)}
     assert rows["onnxruntime-genai: greedy answers that differ"].status == "passed"
     assert rows["onnxruntime-genai: pixels of images that keep their size"].status == "passed"
     assert rows["onnxruntime-genai: pixels of images that it resizes"].status == "info"
@@ -251,7 +242,7 @@ def test_wrong_pixels_in_genai_are_seen(packages, tmp_path, genai):
         step["attrs"]["mean"][0] += 0.01
 
     edit(tmp_path / "onnx" / "processor_config.json", darker)
-    rows = {r.name: r for r in genai_rows(tmp_path / "onnx", reference, replace(SETTINGS, questions=2))}
+    rows = {r.name: r for r in genai_rows(tmp_path / "onnx", reference, replace(SETTINGS, questions=2), 0, FORMAT_GATE)}
     assert rows["onnxruntime-genai: pixels of images that keep their size"].status == "failed"
 
 
@@ -259,7 +250,7 @@ def test_wrong_pixels_in_genai_are_seen(packages, tmp_path, genai):
 def test_genai_answers_256_questions_from_image_files(tmp_path, genai):
     reference, folder = export(tmp_path, GRIDS["w4g128"])
     reference = Reference(reference.artifact, read_rows(HELDOUT)[:256])
-    rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=256))}
+    rows = {r.name: r for r in genai_rows(folder, reference, replace(SETTINGS, questions=256), 0, FORMAT_GATE)}
     row = rows["onnxruntime-genai: greedy answers that differ"]
     assert row.compared == 256 and row.status == "passed", row
 

@@ -33,17 +33,6 @@ def refused(*args: object, code: int) -> str:
     return err
 
 
-@pytest.fixture
-def model(tmp_path):
-    """A copy of the reference checkpoint to damage."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in bundled.REFERENCE_VLM.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [

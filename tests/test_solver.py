@@ -32,6 +32,12 @@ def solve(w, a, diagonal, *, bits=3, group=32, act_order="off", block=128, drift
     return solver.solve(w, hessian, Affine(bits), group=group, act_order=act_order, block=block, columns=columns)
 
 
+def looped(hessian, a, d) -> tuple[np.ndarray, np.ndarray]:
+    """A, damped, and D in loop order, float64."""
+    order = hessian.order.numpy()
+    return damped(a)[np.ix_(order, order)], d.double().numpy()[np.ix_(order, order)]
+
+
 def agreement(solution, codes) -> float:
     return float((solution.codes.numpy() == codes).mean())
 
@@ -105,8 +111,7 @@ def test_column_term_identity(act_order):
     _, a, d, diagonal = problem(in_features=64)
     hessian = solver.prepare(a, diagonal, group=16, act_order=act_order, damp=0.01)
     p = solver.column_term(hessian, d, 0.25).double().numpy()
-    order = hessian.order.numpy()
-    a, d = damped(a)[np.ix_(order, order)], d.double().numpy()[np.ix_(order, order)]
+    a, d = looped(hessian, a, d)
     for q in range(63):
         expected = 0.25 * d[q, q + 1 :] @ np.linalg.inv(a[q + 1 :, q + 1 :])
         np.testing.assert_allclose(p[q, q + 1 :], expected, atol=2e-5 * np.abs(p).max())

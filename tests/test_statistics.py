@@ -128,6 +128,23 @@ def test_only_the_upper_bands_are_summed(monkeypatch, width):
     torch.testing.assert_close(sums.drift.float(), 2 * ((full - x) * g[:, None]).T @ weighted)
 
 
+@pytest.mark.parametrize("read_at", [(), (0,), (1,), (0, 1, 2)])
+def test_a_sum_that_was_read_before_it_was_whole_is_mirrored_again(read_at, monkeypatch):
+    monkeypatch.setattr(statistics, "_BAND", 5)
+    x, full, g = tokens()
+    sums, other = Statistics.empty(12, drift=True), add_all([(x[40:], full[40:], g[40:])])
+    for i, part in enumerate((slice(0, 20), slice(20, 40))):
+        sums.add(x[part], full[part], g[part])
+        if i in read_at:
+            sums.hessian  # noqa: B018
+    if 2 in read_at:
+        other.hessian  # noqa: B018
+    sums.merge(other)
+    weighted = (x * g[:, None]).double()
+    torch.testing.assert_close(sums.hessian, weighted.T @ weighted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(sums.hessian[5:10, :5], sums.hessian[:5, 5:10].T)
+
+
 def test_half_precision_inputs_are_multiplied_in_float32_and_summed_in_float64():
     x, full, g = tokens()
     sums = add_all([(x.half(), full.half(), g)])

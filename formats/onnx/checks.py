@@ -67,7 +67,7 @@ def check(folder, reference, options: FormatOptions, settings: CheckSettings) ->
     stages = (("L1", _own_reader, (written, reference)), ("L1", _runtime_reader, (written, reference, settings)),
               ("L1", rotary_tables, (written, reference)), ("L2", _linears, (written, reference, settings, provider)),
               ("L3", _logits, (folder, written, reference, settings, provider)),
-              ("L3", genai_rows, (folder, reference, settings, max(written.accuracy_levels))))  # fmt: skip
+              ("L3", genai_rows, (folder, reference, settings, max(written.accuracy_levels), FORMAT_GATE)))  # fmt: skip
     for level, stage, arguments in stages:
         if reference.too_large and stage in (rotary_tables, _logits, genai_rows):
             rows.append(Check.not_run("onnx", level, "tables" if level == "L1" else "whole model", reference.too_large))

@@ -23,7 +23,6 @@ ANSWERS = 0.05  # share of answers that may differ: none does on the reference V
 PIXELS = 1e-5  # without a resize both sides compute (value/255 − mean)/std in float32 (measured 1.3e-7)
 ODD = 9  # pixels added to either side of an image, so that no side is a multiple of a merged patch
 RESIZED = 32  # prompts on which the resize is measured
-TIE = 1e-5  # of logits, as their own gate at accuracy_level 0 (checks.py): what may exchange two tokens
 LIMIT = 16  # tokens of an answer, as many as Reference.answer gives
 
 
@@ -71,8 +70,8 @@ class GenaiModel:
         return new
 
 
-def genai_rows(folder: Path, reference, settings: CheckSettings, level: int = 0) -> list[Check]:
-    """Rows of level L3; none for a family that onnxruntime-genai does not know.
+def genai_rows(folder: Path, reference, settings: CheckSettings, level: int, tie: float) -> list[Check]:
+    """Rows of level L3; none for a family that onnxruntime-genai does not know. `tie`: error of the logits that may exchange two tokens.
 
     At accuracy_level 4 the file's own rounding changes answers in every runtime: genai is then held against plain ONNX
     Runtime on the same file.
@@ -89,7 +88,7 @@ def genai_rows(folder: Path, reference, settings: CheckSettings, level: int = 0)
 
     def differs(prompt, answer: list[int]) -> bool:
         if not level:
-            return reference.judge(prompt, answer, TIE) == "other"
+            return reference.judge(prompt, answer, tie) == "other"
         return answer != plain.answer(prompt, reference.position_ids(prompt), stop=reference.stop_ids)
 
     errors, different = _compare(model, differs, reference.stop_ids, [(p, p.images) for p in prompts])

@@ -58,7 +58,7 @@ def schedule(settings: Settings, step: int, progress: float) -> Phase:
     )
 
 
-class BaseTrainer:
+class BaseTrainer(ABC):
     """A model, what trains along with it, and their optimizers, `step_count` steps in: how a step ends, how all is saved."""
 
     def __init__(self, settings: Settings, tokenizer, model):
@@ -69,12 +69,12 @@ class BaseTrainer:
         self.step_count = 0
         self.seconds = 0.0  # spent training, over all resumptions
 
+    @abstractmethod
     def step(self, progress: float) -> tuple[float, float]:
         """Draw a batch, take one step; returns (answer loss, loss of the vision tokens).
 
         The drawings depend on (seed, step) alone: a resumed training sees what an unbroken one would have seen.
         """
-        raise NotImplementedError
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return dict(self.model.named_parameters())
