@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import random
 import shutil
@@ -20,7 +19,7 @@ from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
 from vlmq_export.errors import MissingRuntime
 from vlmq_export.formats import gguf as gguf_format
 from vlmq_export.formats.base import CheckSettings, FormatOptions
-from vlmq_export.formats.gguf import emulate, llama, runner
+from vlmq_export.formats.gguf import llama, runner
 from vlmq_export.formats.gguf.names import text_to_hub
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
 from vlmq_export.formats.gguf.types import TYPES

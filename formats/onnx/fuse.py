@@ -10,6 +10,7 @@ tokens on top of a cache with more than one row. The plain graph can.
 
 With `single` the batch is one and the operator rotates query and key itself, from the cosines and sines of the tokens at
 hand (it takes the same ones for every row of a prompt, hence the one). Then merge.py hands it all three as one product.
+One row has nothing to pad: of its mask only the length is read, and there is no bias.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ def fuse(model: ir.Model, mrope_section: list[int] | None, *, single: bool = Fal
     if len(masks) != 1 or not causal or _depends_on(masks.pop()) != {"attention_mask"}:
         return False
     tables = [next((v for n, v in graph.initializers.items() if n.endswith(t)), None) for t in TABLES]
-    shared = _mask_inputs(graph, inputs["attention_mask"], inputs["inputs_embeds"])
     rotary: list = [None, None]
     if single:
+        shared = _lengths(graph, inputs["attention_mask"])
         _one_row(graph)
         rotary = _token_rotary(graph, attentions, inputs, tables, mrope_section)
-    elif mrope_section is not None and None not in tables:
-        for node in [n for n in graph if n.op_type == "RotaryEmbedding"]:
-            _rotate(graph, node, [inputs["position_ids"], *tables], mrope_section)
+    else:
+        shared = _mask_inputs(graph, inputs["attention_mask"], inputs["inputs_embeds"])
+        if mrope_section is not None and None not in tables:
+            for node in [n for n in graph if n.op_type == "RotaryEmbedding"]:
+                _rotate(graph, node, [inputs["position_ids"], *tables], mrope_section)
     for node in attentions:
         _attend(graph, node, shared, rotary)
     for node in [n for n in graph if n.op_type == "SkipSimplifiedLayerNormalization"]:
@@ -111,13 +114,8 @@ def _token_rotary(
     total = tape.op("Shape", [inputs["attention_mask"]], {"start": 1, "end": 2})
     pads = tape.op("Concat", [tape.op("Sub", [total, new]), constant("no_pads", [0, 0, 0])], {"axis": 0})
     padded = [tape.op("Pad", [x, pads]) for x in rows]
-    for i, made in enumerate(tape.nodes):
-        made.outputs[0].name = f"rotary.{made.op_type}_{i}"
-    for value in tape.initializers:
-        graph.initializers[value.name or ""] = value
     first = next(n for n in graph if n.op_type == "RotaryEmbedding")
-    graph.insert_before(first, tape.nodes)
-    return padded
+    return _insert(graph, first, tape, "rotary", padded)
 
 
 def _attend(graph: ir.Graph, node: ir.Node, shared: list[ir.Value], rotary: list) -> None:
@@ -135,6 +133,14 @@ def _attend(graph: ir.Graph, node: ir.Node, shared: list[ir.Value], rotary: list
         attributes.append(ir.AttrInt64("do_rotary", 1))
     inputs = [query, key, value, past_key, past_value, lengths, total, *rotary, None, bias]
     _replace(graph, node, "GroupQueryAttention", inputs, attributes)
+
+
+def _lengths(graph: ir.Graph, mask: ir.Value) -> list[ir.Value | None]:
+    """[last position int32 [1], cached and new tokens int32 [1], no bias] from a mask of ones [1, T]."""
+    tape = ir.tape.Tape()
+    one = tape.initializer(ir.Tensor(np.array([1], np.int32), name="lengths.one"))
+    total = tape.op("Cast", [tape.op("Shape", [mask], {"start": 1, "end": 2})], {"to": ir.DataType.INT32})
+    return _insert(graph, graph[0], tape, "lengths", [tape.op("Sub", [total, one]), total, None])
 
 
 def _mask_inputs(graph: ir.Graph, mask: ir.Value, embeds: ir.Value) -> list[ir.Value]:
@@ -158,9 +164,14 @@ def _mask_inputs(graph: ir.Graph, mask: ir.Value, embeds: ir.Value) -> list[ir.V
     of_keys = tape.op("Unsqueeze", [tape.op("Gather", [by_value, mask]), axes])  # [B, 1, 1, T]
     bias = tape.op("Expand", [of_keys, tape.op("Concat", [one, one, new, one], {"axis": 0})])
     wanted = [tape.op("Cast", [last], {"to": ir.DataType.INT32}), total, bias]
+    return _insert(graph, graph[0], tape, "attention_bias", wanted)
+
+
+def _insert(graph: ir.Graph, before: ir.Node, tape: ir.tape.Tape, name: str, wanted: list) -> list:
+    """What was recorded goes into the graph, its values named after `name`; returns `wanted`."""
     for i, node in enumerate(tape.nodes):
-        node.outputs[0].name = f"attention_bias.{node.op_type}_{i}"
+        node.outputs[0].name = f"{name}.{node.op_type}_{i}"
     for value in tape.initializers:
         graph.initializers[value.name or ""] = value
-    graph.insert_before(graph[0], tape.nodes)
+    graph.insert_before(before, tape.nodes)
     return wanted
