@@ -77,7 +77,7 @@ class Result:
     logits: float  # relative difference of the last logits
 
 
-def wide_checkpoint(folder: Path, layers: int = 2) -> Path:
+def wide_checkpoint(folder: Path, layers: int = 8) -> Path:
     """A random Qwen2.5-VL whose decoder is wide enough for its products to cost more than its nodes."""
     config = reference_vlm.make_config("qwen2_5_vl", reference_vlm.load_tokenizer(), layers=layers, depth=3)
     for name, value in WIDE.items():
