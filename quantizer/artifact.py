@@ -65,21 +65,10 @@ class ModuleRecord:
         energy = linear.energy is not None
         if isinstance(linear, BlockLinear):
             grid = GRIDS[linear.type]
-            return cls(
-                linear.name,
-                layer,
-                grid.bits,
-                grid.sub_block,
-                not grid.affine,
-                *shape,
-                bias,
-                metrics,
-                linear.type,
-                energy,
-            )
-        return cls(
-            linear.name, layer, linear.bits, linear.group_size, linear.symmetric, *shape, bias, metrics, energy=energy
-        )
+            sizes = (grid.bits, grid.sub_block, not grid.affine, *shape)
+            return cls(linear.name, layer, *sizes, bias, metrics, linear.type, energy)
+        sizes = (linear.bits, linear.group_size, linear.symmetric, *shape)
+        return cls(linear.name, layer, *sizes, bias, metrics, energy=energy)
 
     def packed_bits(self) -> float:
         """Bits of codes, scales and zero-points once packed; on disk a code takes a byte."""
@@ -391,22 +380,13 @@ def _refuse_strangers(folder: Path) -> None:
 def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
     """What a manifest says that no artifact of ours can say: it is a file like any other and may be damaged or hostile."""
     problems = []
-    if (
-        not isinstance(m.name, str)
-        or not m.name.strip(".")
-        or "/" in m.name
-        or "\\" in m.name
-        or not m.name.isprintable()
-    ):
+    name = m.name if isinstance(m.name, str) else ""
+    if not name.strip(".") or set(name) & set("/\\") or not name.isprintable():
         problems.append(f"name {m.name!r} is no file name")  # output files are named after it
     if not isinstance(m.model_type, str) or not all(isinstance(x, dict) for x in (m.source, m.calibration, m.phases)):
         problems.append("model_type, source, calibration or phases of another type")
-    if (
-        config.head_bits not in (0, *BITS)
-        or not _is_grid(config)
-        or config.act_order not in ACT_ORDERS
-        or not isinstance(config.method, str)
-    ):
+    known = config.head_bits in (0, *BITS) and config.act_order in ACT_ORDERS and isinstance(config.method, str)
+    if not known or not _is_grid(config):
         problems.append(f"a recipe of {config.bits} bits in groups of {config.group_size}, order {config.act_order}")
     names: set[str] = set()
     for r in m.modules:

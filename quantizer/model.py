@@ -129,7 +129,7 @@ class StreamedModel:
     @contextmanager
     def filled_norm(self):
         """The norm between the last decoder layer and the output head."""
-        prefix = "model.language_model.norm."
+        prefix = self._family.module_name(self._family.layers).removesuffix("layers.") + "norm."
         with self._filled([name for name in self._source if name.startswith(prefix)]):
             yield self.model.get_submodule(prefix.rstrip("."))
 

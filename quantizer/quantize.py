@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -16,16 +14,14 @@ import torch
 from torch import nn
 
 from vlmq_export._version import __version__
-from vlmq_export.errors import ArtifactError, CalibrationError, Interrupted, UsageError
+from vlmq_export.errors import CalibrationError, Interrupted, UsageError
 from vlmq_export.quantizer.artifact import (
-    MANIFEST,
     OUTER,
     SCHEMA,
     TIMING,
     BlockLinear,
     Manifest,
     ModuleRecord,
-    layer_file,
     read_layer,
     read_layer_records,
     write_changed,
@@ -45,21 +41,19 @@ from vlmq_export.quantizer.head import quantize_head
 from vlmq_export.quantizer.kquants import GRIDS, Params
 from vlmq_export.quantizer.layer import quantize_layer, scale_layer
 from vlmq_export.quantizer.memory import give_back, peak_host
-from vlmq_export.quantizer.methods import method_named
+from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.model import StreamedModel, exact_arithmetic, pick_device
 from vlmq_export.quantizer.pictured import image_shape
+from vlmq_export.quantizer.resuming import WHOLE, claim, identity
 from vlmq_export.quantizer.rotation import rotate_inner, rotated
 from vlmq_export.quantizer.shelf import Place, Shelf
 from vlmq_export.quantizer.solver import nearest_in_blocks
 from vlmq_export.quantizer.streams import Batch, decoder_inputs, put
 from vlmq_export.quantizer.timing import Clock
-from vlmq_export.quantizer.untrusted import read_json
 from vlmq_export.quantizer.walk import LayerWalk
 
 log = logging.getLogger("vlmq_export")
 SCRATCH = ".activations.tmp"
-_WHOLE = -1  # layers "done" of a folder that has its manifest
-RUN = "run.json"  # what this folder is a run of: a resumed run must ask for the same
 _ROWS = 4096  # of an embedding, solved at once
 MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
 Progress = Callable[[str, int, int], None]
@@ -138,23 +132,16 @@ def quantize(
             rotate_inner([model.layer(i) for i in range(count)], checkpoint.inner_rotation())
     done = 0
     if ranks.first:
-        done = _claim(
-            folder, _identity(checkpoint, samples, config, calibration, target) | {"ranks": ranks.size}, resume
-        )
-        if (folder / MANIFEST).is_file():
-            done = _WHOLE
-    if (done := ranks.same(done)) == _WHOLE:
+        done = claim(folder, identity(checkpoint, samples, config, calibration, target, ranks.size), resume)
+    if (done := ranks.same(done)) == WHOLE:
         return
     linears = [*family.linear_names(count), *([head] if head else [])]
     outer = _solve_outer(checkpoint, config, linears)
     if ranks.first:
         with clock("floats"):
             write_source(folder, checkpoint, own_head=bool(head))
-            quantized = [*linears, *(q.name for q in outer)]
-            changed = {
-                f"{family.layers}{i}.{norm}.weight" for i in range(count) for norm, _ in family.norms if method.scaling
-            }
-            write_floats(folder, checkpoint, [n for n in _float_names(checkpoint, quantized) if n not in changed])
+            scaled = [f"{family.layers}{i}.{norm}" for i in range(count) for norm, _ in family.norms if method.scaling]
+            write_floats(folder, checkpoint, _untouched(checkpoint, [*linears, *(q.name for q in outer), *scaled]))
             if outer:
                 write_layer(folder, OUTER, outer, [ModuleRecord.of(q, OUTER, {}) for q in outer])
     batches: list[Batch] = []
@@ -162,13 +149,7 @@ def quantize(
     with exact_arithmetic(), _shelf(target, place, folder) as shelf:
         if method.calibrated:
             with clock("prefix"):
-                ids = torch.cat([sample.input_ids for sample in samples])
-                with model.filled_prefix(ids) as prefix:
-                    batches = decoder_inputs(
-                        prefix, model.layer(0), samples, two_streams=method.two_streams, device=target,
-                        added=family.added, shelf=shelf, ranks=ranks,
-                    )  # fmt: skip
-                    _start_from(prefix, outer, batches, samples, family, shelf, ranks)
+                batches = _first_pass(model, samples, outer, method, family, shelf, ranks)
                 lost = ranks.count(sum(batch.drop_non_finite() for batch in batches))
                 refuse_many_lost(lost, len(samples))
             if drop_images:
@@ -187,24 +168,13 @@ def quantize(
             solved = i < done
             with clock("layers", None if solved else i), model.filled_layer(i) as layer:
                 walk = LayerWalk(layer, batches, two_streams=method.two_streams)
-                if solved:
+                if not solved:
+                    rho = tuple(ratios[kind][i] for kind in MBQ_TYPES) if ratios else None
+                    _solve_layer(walk, i, folder, checkpoint, family, config, rho, ranks)
+                else:
                     walk.pass_full()
                     if not method.scaling:  # which stays on the full-precision stream
                         _restore(layer, folder, i, f"{family.layers}{i}.")
-                else:
-                    prefix = f"{family.layers}{i}."
-                    if method.scaling:
-                        rho = tuple(ratios[kind][i] for kind in MBQ_TYPES) if ratios else None
-                        stored = _storing(checkpoint)
-                        linears, changed = scale_layer(walk, prefix, family, config, rho, stored, ranks)
-                        if ranks.first:
-                            write_changed(folder, i, {n: v.to(checkpoint.tensor(n).dtype) for n, v in changed.items()})
-                    else:
-                        linears = quantize_layer(walk, prefix, family.groups, config, ranks)
-                    if ranks.first:
-                        records = [ModuleRecord.of(q, i, metrics) for q, metrics in linears]
-                        write_layer(folder, i, [q for q, _ in linears], records)
-                    del linears
                 lost += ranks.count(walk.advance())
                 del walk
                 refuse_many_lost(lost, len(samples))
@@ -226,7 +196,7 @@ def quantize(
         return
     if method.calibrated:
         calibration = calibration | {"non_finite": lost}
-    if method.importance != "none":
+    if method.importance != "none" and not lost:  # or the image pictured might be another's, of another shape
         calibration = calibration | image_shape(samples)
     if lost:
         log.warning("%d of %d samples left out: their activations are not finite", lost, len(samples))
@@ -289,6 +259,26 @@ def _solve_outer(checkpoint: Checkpoint, config: QuantConfig, linears: Sequence[
     return solved
 
 
+def _first_pass(
+    model: StreamedModel,
+    samples: Sequence[Sample],
+    outer: Sequence[BlockLinear],
+    method: Method,
+    family: Family,
+    shelf: Shelf,
+    ranks: Ranks,
+) -> list[Batch]:
+    """What enters the first decoder layer, of each rank its share."""
+    ids = torch.cat([sample.input_ids for sample in samples])
+    with model.filled_prefix(ids) as prefix:
+        batches = decoder_inputs(
+            prefix, model.layer(0), samples, two_streams=method.two_streams, device=model.device,
+            added=family.added, shelf=shelf, ranks=ranks,
+        )  # fmt: skip
+        _start_from(prefix, outer, batches, samples, family, shelf, ranks)
+    return batches
+
+
 def _start_from(
     prefix: nn.Module,
     outer: Sequence[BlockLinear],
@@ -312,68 +302,37 @@ def _start_from(
         batch.quantized = start.quantized
 
 
+def _solve_layer(
+    walk: LayerWalk,
+    index: int,
+    folder: Path,
+    checkpoint: Checkpoint,
+    family: Family,
+    config: QuantConfig,
+    ratios: tuple[float, float] | None,  # MBQ's, of this layer
+    ranks: Ranks,
+) -> None:
+    """Quantize a layer and write it; the decoded weights stay in it for what follows, unless the method scales."""
+    prefix = f"{family.layers}{index}."
+    if method_named(config.method).scaling:
+        linears, changed = scale_layer(walk, prefix, family, config, ratios, _storing(checkpoint), ranks)
+        if ranks.first:
+            write_changed(folder, index, {n: v.to(checkpoint.tensor(n).dtype) for n, v in changed.items()})
+    else:
+        linears = quantize_layer(walk, prefix, family.groups, config, ranks)
+    if ranks.first:
+        write_layer(folder, index, [q for q, _ in linears], [ModuleRecord.of(q, index, m) for q, m in linears])
+
+
 def _storing(checkpoint: Checkpoint) -> Callable[[str, torch.Tensor], torch.Tensor]:
     """Rounds a new value of a float tensor to what the source stores it in."""
     return lambda name, value: value.to(checkpoint.tensor(name).dtype).float()
 
 
-def _float_names(checkpoint: Checkpoint, linears: Sequence[str]) -> list[str]:
-    """Tensors that are copied as they are."""
-    taken = {f"{n}.{part}" for n in linears for part in ("weight", "bias")}
+def _untouched(checkpoint: Checkpoint, modules: Sequence[str]) -> list[str]:
+    """Tensors that are copied as they are: all but those of these modules."""
+    taken = {f"{n}.{part}" for n in modules for part in ("weight", "bias")}
     return [name for name in checkpoint.tensors if name not in taken]
-
-
-def _identity(
-    checkpoint: Checkpoint, samples: Sequence[Sample], config: QuantConfig, calibration: dict, device: torch.device
-) -> dict:
-    """What decides the bytes of a run, as JSON."""
-    import transformers
-
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.input_ids.numpy().tobytes())
-        if sample.pixel_values is not None:
-            digest.update(sample.pixel_values.numpy().tobytes())
-    identity = {
-        "schema": SCHEMA, "vlmq-export": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "config": config.to_dict(),
-        "source": checkpoint.fingerprint(), "calibration": calibration, "samples": digest.hexdigest(),
-    }  # fmt: skip
-    return json.loads(json.dumps(identity))
-
-
-def _claim(folder: Path, identity: dict, resume: bool) -> int:
-    """Make the folder this run's; how many layers it already holds. Raises ArtifactError if it is another run's."""
-    file = folder / RUN
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise ArtifactError(f"{folder} holds files of an earlier run; resume it or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".*.tmp"):
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    if not file.is_file():
-        if any(folder.iterdir()):
-            raise ArtifactError(f"{folder} has no {RUN}, so it cannot be resumed; choose another folder")
-        write_json(file, identity)
-        return 0
-    before = read_json(file, error=ArtifactError)
-    if changed := [key for key in identity if before.get(key) != identity[key]]:
-        details = "; ".join(filter(None, (_difference(key, before.get(key), identity[key]) for key in changed)))
-        raise ArtifactError(
-            f"{folder} was begun with another {' and '.join(changed)} ({details}); give the same, or start again"
-        )
-    layers = 0
-    while (folder / layer_file(layers)).is_file():
-        layers += 1
-    return layers
-
-
-def _difference(name: str, before: object, now: object) -> str:
-    """What changed, in a few words: keys of a dict with their values where these are short."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        changed = [k for k in before | now if before.get(k) != now.get(k)]
-        return ", ".join(_difference(k, before.get(k), now.get(k)) for k in changed)
-    short = all(len(str(value)) <= 40 for value in (before, now))
-    return f"{name} was {before}, now {now}" if short else f"{name} has other contents"
 
 
 def _restore(layer: nn.Module, folder: Path, index: int, prefix: str) -> None:

@@ -158,10 +158,8 @@ def _fold_of(
     if tuple(names) in before:
         return _Fold(norm=f"{before[tuple(names)]}.weight")
     source = {OUT: "self_attn.v_proj", DOWN: "mlp.up_proj"}[stage]
-    fits = (
-        layer.get_submodule(source).out_features == layer.get_submodule(names[0]).in_features
-    )  # not with shared heads
-    return _Fold(linear=source) if fits else None
+    given, taken = layer.get_submodule(source).out_features, layer.get_submodule(names[0]).in_features
+    return _Fold(linear=source) if given == taken else None  # heads that share a value do not fit
 
 
 def _fold(out: Scaled, layer: nn.Module, fold: _Fold, scale: torch.Tensor, stored) -> torch.Tensor:
@@ -190,9 +188,8 @@ def clipped(weights: torch.Tensor, grams: torch.Tensor, scale: torch.Tensor, gri
     for share in CLIPS:
         tried = parts.clamp(-share * largest, share * largest)
         step, zero = (p[..., None] for p in grid.fit(tried))
-        error = (grid.decode(grid.encode(tried, step, zero), step, zero) - parts).transpose(
-            0, 1
-        )  # [groups, out, group]
+        error = grid.decode(grid.encode(tried, step, zero), step, zero) - parts
+        error = error.transpose(0, 1)  # [groups, out, group]
         loss = ((error @ grams) * error).sum(-1).T
         better = loss < least
         least, best = torch.where(better, loss, least), torch.where(better[..., None], tried, best)

@@ -135,7 +135,10 @@ def decoder_inputs(
     shelf: Shelf | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Batch]:
-    """Of several ranks each gets its share of the batches, which are the same for any number of ranks. Run vision tower and embeddings, and stop at the first decoder layer. `added`: see Family."""
+    """Run vision tower and embeddings, and stop at the first decoder layer. `added`: see Family.
+
+    Of several ranks each gets its share of the batches, which are the same for any number of ranks.
+    """
     caught: list[tuple[torch.Tensor, dict]] = []
     given: dict = {}  # to the language model
 

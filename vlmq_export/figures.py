@@ -77,12 +77,8 @@ def importance_maps(records: Sequence[ModuleRecord], shape: object) -> list[dict
             if len(tokens) >= shape[0] * shape[1] and len(np.unique(tokens)) > 1:  # else no weights: the first layer
                 layers.setdefault(r.layer, {})[name] = _picture(tokens[: shape[0] * shape[1]].reshape(shape))
     order = sorted(layers)
-    chosen = (
-        sorted({order[round(i * (len(order) - 1) / (LAYERS_PICTURED - 1))] for i in range(LAYERS_PICTURED)})
-        if order
-        else []
-    )
-    return [{"layer": layer, "pictures": layers[layer]} for layer in chosen]
+    places = {round(i * (len(order) - 1) / (LAYERS_PICTURED - 1)) for i in range(LAYERS_PICTURED)} if order else ()
+    return [{"layer": order[i], "pictures": layers[order[i]]} for i in sorted(places)]
 
 
 def _picture(levels: np.ndarray) -> Markup:

@@ -31,7 +31,8 @@ from vlmq_export.quantizer.families import family_of
 from vlmq_export.quantizer.loading import read_samples
 from vlmq_export.quantizer.memory import MemoryPlan, free_memory
 from vlmq_export.quantizer.model import pick_device
-from vlmq_export.quantizer.quantize import RUN, quantize
+from vlmq_export.quantizer.quantize import quantize
+from vlmq_export.quantizer.resuming import RUN
 from vlmq_export.quantizer.rotation import rotated
 from vlmq_export.quantizer.untrusted import read_json, third_party
 from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, Rotate, load_recipe

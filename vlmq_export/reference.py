@@ -26,15 +26,8 @@ from vlmq_export.quantizer.rotation import changes
 
 _AFFINE = ("codes", "scales", "zero_points", "g_idx")
 _BLOCKS = ("codes", "d", "sub_scales", "dmin", "sub_mins")
-_CENTRES = {
-    "Q3_K": 4,
-    "Q4_0": 8,
-    "Q5_0": 16,
-    "Q6_K": 32,
-    "Q8_0": 128,
-    "TQ2_0": 1,
-    "Q2_0": 1,
-}  # code of zero in the types without a minimum
+# Code of zero in the types without a minimum.
+_CENTRES = {"Q3_K": 4, "Q4_0": 8, "Q5_0": 16, "Q6_K": 32, "Q8_0": 128, "TQ2_0": 1, "Q2_0": 1}
 # A weight, while the reference is loaded (decoded, and in the model) and once more in the runtime beside it.
 _WHOLE_MODEL_BYTES = 3 * 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
@@ -13,7 +13,8 @@ from vlmq_export import __version__, figures
 from vlmq_export.errors import one_line
 from vlmq_export.formats.base import Check
 from vlmq_export.formats.gguf.imatrix import IMATRIX
-from vlmq_export.quantizer.artifact import TIMING, Artifact, ModuleRecord, write_atomic
+from vlmq_export.quantizer.artifact import OUTER, TIMING, Artifact, ModuleRecord, write_atomic
+from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.recipe import Recipe
 
 RUN_WITH = {
@@ -36,6 +37,7 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
         "recipe": recipe,
         "yaml": _public_yaml(recipe),
         "manifest": artifact.manifest,
+        "contents": contents(artifact.manifest.modules, recipe),
         "layers": layer_errors(artifact.manifest.modules),
         "errors": figures.error_charts(artifact.manifest.modules),
         "low_importance": figures.low_importance_charts(artifact.manifest.modules),
@@ -54,6 +56,32 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result) -> None:
     for template, target in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
         text = environment.get_template(template).render(facts)
         write_atomic(out / target, lambda t, text=text: t.write_text(text, "utf-8"))
+
+
+def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
+    """What of the model is quantized and how, and what its other tensors hold: a few sentences of the card."""
+    heads = [r for r in records if r.name.endswith("lm_head")]
+    embeddings = [r for r in records if r.layer == OUTER]
+    if recipe.block_types:
+        chosen = f"chosen by measured cost for {recipe.grid}" if recipe.target_bpw else recipe.gguf_type
+        grid = f"on the block types of llama.cpp, {chosen}"
+    else:
+        groups = "one scale an output channel" if recipe.group_size == -1 else f"groups of {recipe.group_size}"
+        grid = f"to {recipe.bits} bits, {groups}, {'symmetric' if recipe.symmetric else 'asymmetric'}"
+    count = len(records) - len(heads) - len(embeddings)
+    text = [f"{count} linears of the language backbone are quantized by `{recipe.method}` {grid}."]
+    if heads:
+        text.append(f"So is the output head, {'on its type' if recipe.block_types else f'to {recipe.head_bits} bits'}.")
+    if embeddings:
+        text.append("The embedding is rounded to nearest on its type.")
+    if recipe.rotate != "off":
+        return " ".join([*text, "All other tensors but those of the vision tower are rotated (docs/methods.md)."])
+    scaled = METHODS[recipe.method].scaling
+    if scaled:
+        text.append("The norms of its layers carry what the linears' inputs were divided by.")
+    kept = ["vision tower", "projector", *([] if embeddings else ["embeddings"]), "last norm" if scaled else "norms"]
+    kept += [] if heads or embeddings else ["output head"]
+    return " ".join([*text, f"{', '.join(kept[:-1]).capitalize()} and {kept[-1]} keep the source's values."])
 
 
 def _timing(artifact: Artifact) -> str:

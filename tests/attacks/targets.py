@@ -25,7 +25,7 @@ from vlmq_export.quantizer.artifact import Artifact, read_layer, read_layer_reco
 from vlmq_export.quantizer.calibration import load_image, read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.quantize import RUN, _claim
+from vlmq_export.quantizer.resuming import RUN, claim
 from vlmq_export.recipe import FormatName, Recipe, load_recipe
 
 
@@ -117,7 +117,7 @@ def _read_import(folder: Path) -> None:
 
 def _run_prepared(folder: Path) -> None:
     folder.mkdir()
-    _claim(folder, {"schema": 1, "config": QuantConfig().to_dict(), "source": {}}, resume=False)
+    claim(folder, {"schema": 1, "config": QuantConfig().to_dict(), "source": {}}, resume=False)
 
 
 def _read_gptq(folder: Path) -> None:
@@ -168,7 +168,7 @@ TARGETS = {
     "artifact-layer": Target("layer-00000.safetensors", seeds.artifact, _read_artifact),
     "artifact-config": Target("source/config.json", seeds.artifact, _read_artifact),
     "resumed-layer": Target("layer-00000.safetensors", seeds.artifact, _read_layer),
-    "run": Target(RUN, _run_prepared, lambda f: _claim(f, {"schema": 1, "source": {}}, resume=True)),
+    "run": Target(RUN, _run_prepared, lambda f: claim(f, {"schema": 1, "source": {}}, resume=True)),
     "gptq-config": Target("config.json", seeds.gptq_folder, _read_gptq),
     "gptq-index": Target("model.safetensors.index.json", seeds.gptq_folder, _read_gptq),
     "gptq-shard": Target("model-00001-of-00002.safetensors", seeds.gptq_folder, _read_gptq),
