@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -34,6 +33,7 @@ from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
 from vlmq_export.quantizer.families import untied
 from vlmq_export.quantizer.kquants import GRIDS, Params
 from vlmq_export.quantizer.linears import BlockLinear, Linear, QuantizedLinear
+from vlmq_export.quantizer.tensor_file import write_tensors
 from vlmq_export.quantizer.untrusted import contained, read_json
 
 SCHEMA = 1
@@ -209,21 +209,7 @@ def write_floats(folder: Path, checkpoint: Checkpoint, names: list[str]) -> None
             continue  # resumed: renamed only when whole
         infos = [checkpoint.tensors[name] for name in shard]
         infos.sort(key=lambda t: (-t.nbytes // max(1, t.numel), t.name))
-        write_atomic(file, lambda t, infos=infos: _write_tensors(t, infos, checkpoint.tensor))
-
-
-def _write_tensors(path: Path, infos: list[TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
-    """A safetensors file, tensor by tensor; the library's own writer wants all of them in memory."""
-    header, end = {}, 0
-    for t in infos:
-        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
-        end += t.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for t in infos:
-            f.write(read(t.name).view(-1).view(torch.uint8).numpy().data)
+        write_atomic(file, lambda t, infos=infos: write_tensors(t, infos, lambda info: checkpoint.tensor(info.name)))
 
 
 def write_source(folder: Path, checkpoint: Checkpoint, *, own_head: bool = False) -> None:

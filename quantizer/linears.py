@@ -9,8 +9,22 @@ import torch
 from vlmq_export.quantizer.kquants import GRIDS, Params
 
 
+class _Coded:
+    """Codes, uint8 [out, in]."""
+
+    codes: torch.Tensor
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1]
+
+
 @dataclass(frozen=True)
-class QuantizedLinear:
+class QuantizedLinear(_Coded):
     """The integers of one linear: `weight = scales[:, g_idx] * (codes − zero_points[:, g_idx])`.
 
     `g_idx[k]` is the group of input column k in the original order. `bias` is the source bias rounded to float16,
@@ -27,14 +41,6 @@ class QuantizedLinear:
     group_size: int  # −1: per output channel
     symmetric: bool
     energy: torch.Tensor | None = None  # float32 [in]: mean g²x² of its inputs over the calibration tokens
-
-    @property
-    def out_features(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.codes.shape[1]
 
     @property
     def natural_order(self) -> bool:
@@ -67,7 +73,7 @@ class QuantizedLinear:
 
 
 @dataclass(frozen=True)
-class BlockLinear:
+class BlockLinear(_Coded):
     """A linear, embedding or output matrix on the grid of a GGUF block type (kquants.py), in natural column order."""
 
     name: str  # hub name of the module
@@ -76,14 +82,6 @@ class BlockLinear:
     bias: torch.Tensor | None  # float16 [out]
     type: str  # of kquants.GRIDS
     energy: torch.Tensor | None = None  # as in QuantizedLinear
-
-    @property
-    def out_features(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.codes.shape[1]
 
     def decode(self) -> torch.Tensor:
         """float32 [out, in], bit for bit what ggml decodes."""

@@ -13,17 +13,16 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from vlmq_export import bundled, checksums, formats, report
 from vlmq_export.budget import chosen_types, planned_types
 from vlmq_export.errors import ArtifactError, CheckpointError, FormatError, Interrupted, UsageError, VlmqError
 from vlmq_export.formats.base import Check, CheckSettings
 from vlmq_export.formats.gguf.mix import mix_named, module_types
 from vlmq_export.formats.gptq.imported import GptqCheckpoint, quantization_of, write_artifact
+from vlmq_export.output import claimed, publish, refuse_output
 from vlmq_export.parity import PARITY_FILE, Parity, check_formats, forget_places
 from vlmq_export.plan import RunPlan, artifact_plan, model_plan, plan_memory, plan_run, with_types
-from vlmq_export.quantizer.artifact import MANIFEST, Artifact, sync, write_atomic
+from vlmq_export.quantizer.artifact import MANIFEST, Artifact, write_atomic
 from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows, refuse_unreadable
 from vlmq_export.quantizer.checkpoint import Checkpoint, sha256_file
 from vlmq_export.quantizer.distributed import Ranks, joined
@@ -39,8 +38,6 @@ from vlmq_export.recipe import RECIPE_FILE, ActOrder, Method, Recipe, Rotate, lo
 from vlmq_export.reference import Reference
 
 log = logging.getLogger("vlmq_export")
-LOCK = ".lock"
-_FREE = ("out", "max_memory")  # keys that change no byte of what is written
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -109,7 +106,7 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, hooks:
                 if unquantized is not None:
                     _quantize(recipe, unquantized, samples, described, result, hooks, ranks, resume=resume)
                 elif not (out / "artifact").exists():
-                    _publish(out / "artifact", lambda folder: _take_over(folder, artifact, checkpoint, plan.model.name))
+                    publish(out / "artifact", lambda folder: _take_over(folder, artifact, checkpoint, plan.model.name))
             _export(recipe, out, result, hooks)
             finish(out, recipe, result, rows, model if checkpoint else None, hooks)
     return result
@@ -312,76 +309,6 @@ def draw(rows: list[Row], count: int, seed: int) -> list[Row]:
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
-def refuse_output(out: Path, model: Path, recipe: Recipe, *, overwrite: bool, resume: bool) -> None:
-    """An existing folder is continued or replaced only if asked, and only if an earlier run of ours wrote it."""
-    if out.resolve() == model.resolve() or model.resolve().is_relative_to(out.resolve()):
-        raise UsageError(f"--out {out} holds the model itself; choose another folder")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; choose another name")
-    if not out.is_dir() or not any(p for p in out.iterdir() if p.name != LOCK and not _is_leftover(p)):
-        return  # nothing there, or what a run left that was killed before it wrote anything
-    if not (out / RECIPE_FILE).is_file():
-        raise UsageError(f"--out {out} holds files that vlmq-export did not write; choose another folder")
-    if not overwrite and not resume:
-        raise UsageError(f"--out {out} exists; --resume continues it, --overwrite replaces it")
-    if resume:
-        _same_recipe(recipe, out)
-
-
-@contextmanager
-def claimed(out: Path, *, overwrite: bool):
-    """The output folder with this process its only writer; emptied first if it is to be replaced."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(f"--out {out} is being written by another process") from None
-    except OSError as e:
-        raise UsageError(f"--out {out} cannot be written ({e.strerror})") from None
-    try:
-        for path in sorted(
-            out.iterdir(), key=lambda p: p.name == RECIPE_FILE
-        ):  # the recipe, which says whose it is, last
-            if path.name != LOCK and (overwrite or _is_leftover(path)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield
-    finally:
-        (out / LOCK).unlink(missing_ok=True)
-        lock.release()
-
-
-def _is_leftover(path: Path) -> bool:
-    """Whether a killed process left it: what it had not renamed yet."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
-
-
-def _same_recipe(recipe: Recipe, out: Path) -> None:
-    """Resuming under another recipe would mix two runs in one folder."""
-    before = load_recipe(out / RECIPE_FILE, {}).model_dump(mode="json")
-    now = recipe.model_dump(mode="json")
-    differ = [f"{k} was {before[k]}, now {now[k]}" for k in now if k not in _FREE and before[k] != now[k]]
-    if differ:
-        raise UsageError(f"--resume {out}: the recipe differs ({'; '.join(differ)}); use --overwrite or another --out")
-
-
-def _publish(target: Path, write: Callable[[Path], object]) -> object:
-    """Call write(temporary sibling folder) and rename it to `target` when whole."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        value = write(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync(file)
-        temporary.rename(target)
-        return value
-    except OSError as e:
-        raise FormatError(f"{target}: cannot be written ({e.strerror}); free space or choose another --out") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _export(recipe: Recipe, out: Path, result: Result, hooks: Hooks) -> None:
     artifact = Artifact(out / "artifact")
     options = recipe.format_options(artifact.manifest.name)
@@ -396,7 +323,7 @@ def _export(recipe: Recipe, out: Path, result: Result, hooks: Hooks) -> None:
             module = formats.get(name)
             # The settings of a source model are as its author wrote them, and each writer reads others.
             with third_party(f"--format {name} cannot be written from this model", FormatError, keep=(OSError,)):
-                result.notes[name] = _publish(out / name, lambda folder, m=module: m.write(artifact, folder, options))
+                result.notes[name] = publish(out / name, lambda folder, m=module: m.write(artifact, folder, options))
     hooks.progress("write", len(names), len(names))
     for name, notes in result.notes.items():
         for note in notes:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +13,7 @@ from vlmq_export.formats.base import FormatOptions, ModelPlan, TensorSpec
 from vlmq_export.formats.gptq.layout import Entry, check_uniform, entries, notes, plan, quantization_config, renamer
 from vlmq_export.formats.gptq.packing import pack_codes, pack_zeros
 from vlmq_export.quantizer.artifact import Artifact, QuantizedLinear, write_atomic, write_json
+from vlmq_export.quantizer.tensor_file import write_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -40,7 +38,7 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
     tensors = _Tensors(artifact, options.gptq_version)
     for file, names in split.filename_to_tensors.items():
         shard = [table[name] for name in names]
-        write_atomic(folder / file, lambda path, shard=shard: write_safetensors(path, shard, tensors.get))
+        write_atomic(folder / file, lambda path, shard=shard: write_tensors(path, shard, tensors.get, {"format": "pt"}))
     if split.is_sharded:
         weight_map = dict(sorted(split.tensor_to_filename.items()))
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": weight_map})
@@ -69,8 +67,15 @@ class _Tensors:
         self._parts: dict[str, torch.Tensor] = {}
 
     def get(self, entry: Entry) -> torch.Tensor:
-        if not entry.part:
-            return self.artifact.float_tensor(entry.source)
+        """Raises FormatError when it is not as planned."""
+        value = self._part(entry) if entry.part else self.artifact.float_tensor(entry.source)
+        if tuple(value.shape) != entry.shape or value.nbytes != entry.nbytes:
+            raise FormatError(
+                f"{entry.source}: {tuple(value.shape)} where {entry.shape} was planned; the artifact is damaged"
+            )
+        return value
+
+    def _part(self, entry: Entry) -> torch.Tensor:
         if entry.source != self._name:
             linear = self.artifact.linear(entry.source)
             check_linear(linear, self.version)
@@ -102,26 +107,3 @@ def check_linear(q: QuantizedLinear, version: str) -> None:
         raise FormatError(
             f"{q.name}: a zero-point of 0 cannot be written in GPTQ v1; use --gptq-version v2 or quantize again"
         )
-
-
-def write_safetensors(path: Path, shard: list[Entry], tensor: Callable[[Entry], torch.Tensor]) -> None:
-    """One safetensors file, tensor by tensor: 8 bytes of header length, JSON header padded to 8, then the data.
-
-    The library's own writer wants all tensors in memory at once. Raises FormatError when a tensor is not as planned.
-    """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for e in shard:
-        header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [offset, offset + e.nbytes]}
-        offset += e.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for e in shard:
-            value = tensor(e).contiguous()
-            if tuple(value.shape) != e.shape or value.nbytes != e.nbytes:
-                raise FormatError(
-                    f"{e.source}: {tuple(value.shape)} where {e.shape} was planned; the artifact is damaged"
-                )
-            f.write(value.view(-1).view(torch.uint8).numpy().data)
