@@ -11,7 +11,7 @@ import onnx_ir as ir
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.base import FormatOptions
 from vlmq_export.formats.onnx.fill import fill
-from vlmq_export.formats.onnx.fuse import fuse
+from vlmq_export.formats.onnx.fuse import fuse, fuse_transposed
 from vlmq_export.formats.onnx.genai import write_genai
 from vlmq_export.formats.onnx.graphs import float_graphs
 from vlmq_export.formats.onnx.merge import merge
@@ -38,6 +38,7 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
         found += fill(model, artifact, options.onnx_accuracy_level)
         if fused:
             merge(model)
+            fuse_transposed(model)
         save(model, folder / f"{name}.onnx")
     missing = set(artifact.linear_names()) - set(found)
     if missing or len(found) != len(artifact.linear_names()):
