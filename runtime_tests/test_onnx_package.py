@@ -53,6 +53,8 @@ def test_fused_has_the_runtimes_operators_and_plain_the_standard_ones(packages):
     assert fused[ours, "GroupQueryAttention"] == LAYERS and fused[ours, "MRotaryEmbedding"] == 2 * LAYERS
     assert fused[ours, "SkipSimplifiedLayerNormalization"] == 2 * LAYERS and functions == []
     assert not {op for domain, op in fused if domain == ""} & {"Attention", "RotaryEmbedding", "Where"}
+    for graph in (fused, operators(packages("single")[1])[0]):  # nothing is turned when the graph is loaded
+        assert graph["", "Transpose"] <= 1 and graph["", "MatMul"] == 0 and graph[ours, "FusedMatMul"] == 1
     plain, functions = operators(packages("plain")[1])
     assert plain["", "Attention"] == LAYERS and plain["", "RotaryEmbedding"] == 2 * LAYERS
     private = {op for domain, op in plain if domain == ours} - set(functions)
