@@ -323,7 +323,8 @@ def all_tables(cells: list[dict]) -> dict[str, str]:
         )
         own = [c for c in own if not c["contender"].endswith(DECODED)]
         mixed = [c for c in own if c["mix"] in MIXES and c["contender"] not in AUTOROUND]
-        beside = [c for c in own if any(_alike(c, other) for other in own if other["contender"] in AUTOROUND)]
+        beside = [c for c in own if c["contender"] in (*OURS, *AUTOROUND, IMAGE)]
+        beside = [c for c in beside if any(_alike(c, other) for other in beside if other["contender"] in AUTOROUND)]
         for field in ("kl", "exact", "ratio", "bits"):
             tables[f"{field} {model}"] = table(mixed, "contender", "mix", field, order)
             tables[f"AutoRound {field} {model}"] = table(beside, "contender", "mix", field, order)
