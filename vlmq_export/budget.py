@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -59,7 +59,21 @@ def measured_types(
     model: ModelPlan, recipe: Recipe, checkpoint: Checkpoint, samples: list[Sample], memory: int,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, str]:  # fmt: skip
-    """The types of least measured cost within the budget; the whole model is loaded for it, and dropped again."""
+    """The types of least measured cost within the budget."""
+    costs = measured_costs(model, recipe, checkpoint, samples, memory, progress)
+    total = sum(_weights(model, costs).values())
+    types = budget.choose(costs, int(recipe.target_bpw * total))
+    spent, expected = (sum(costs[n][k][i] for n, k in types.items()) for i in (0, 1))
+    spread = ", ".join(f"{n} {k}" for k, n in sorted(Counter(types.values()).items()))
+    log.info("%.4f bits per weight: %s; so would cost a KL of about %.1e", spent / total, spread, expected)
+    return types
+
+
+def measured_costs(
+    model: ModelPlan, recipe: Recipe, checkpoint: Checkpoint, samples: list[Sample], memory: int,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, dict[str, tuple[int, float]]]:  # fmt: skip
+    """Hub module → type → (bits of the matrix, KL that it would cost); the whole model is loaded, and dropped again."""
     bits, family = module_choices(model, recipe.tensor_type), family_of(checkpoint.config)
     whole = load_model(checkpoint, pick_device(recipe.device.value))
     modules = {name: whole.get_submodule(family.module_name(name)) for name in bits}
@@ -72,16 +86,10 @@ def measured_types(
             whole, modules, bits, linears, samples, model.config, memory=room,
             progress=lambda done, total: progress("measure types", done, total),
         )  # fmt: skip
-    costs = {n: {k: (b, cost[n][k]) for k, b in kinds.items()} for n, kinds in bits.items()}
-    total = sum(m.weight.numel() for m in modules.values())
-    types = budget.choose(costs, int(recipe.target_bpw * total))
-    spent, expected = (sum(costs[n][k][i] for n, k in types.items()) for i in (0, 1))
-    spread = ", ".join(f"{n} {k}" for k, n in sorted(Counter(types.values()).items()))
-    log.info("%.4f bits per weight: %s; so would cost a KL of about %.1e", spent / total, spread, expected)
-    return types
+    return {n: {k: (b, cost[n][k]) for k, b in kinds.items()} for n, kinds in bits.items()}
 
 
-def _weights(model: ModelPlan, names: Bits) -> dict[str, int]:
+def _weights(model: ModelPlan, names: Iterable[str]) -> dict[str, int]:
     """Number of weights of each matrix."""
     sizes = {x.name: x.out_features * x.in_features for x in model.linears}
     sizes |= {t.name.removesuffix(".weight"): prod(t.shape) for t in model.floats}

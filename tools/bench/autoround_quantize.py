@@ -3,7 +3,8 @@
     python tools/bench/autoround_quantize.py REQUEST.json
 
 Needs `auto-round` 0.16 and nothing of this project. Its defaults (200 iterations of sign gradient descent on rounding and
-ranges), 8 samples a step; all samples are given where its own default is 128 texts. What it writes is GPTQ's format.
+ranges), 8 samples a step; all samples are given where its own default is 128 texts. What it writes is GPTQ's format, or with
+`gguf` in the request a GGUF of that kind by the converter of llama.cpp that it carries.
 """
 
 import json
@@ -34,15 +35,36 @@ def main(request: dict) -> None:
     config = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    # It refuses a VLM without a processor, whose one for this family needs torchvision; the samples are processed already.
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    samples = samples_of(request["samples_file"], request["samples"])
+    # Of texts it drops what is shorter than this, and cuts what is longer.
+    given = {"seqlen": min(s["input_ids"].shape[1] for s in samples)}
+    if (Path(folder) / "preprocessor_config.json").is_file():
+        # It refuses a VLM without a processor, whose one for this family needs torchvision; samples are processed already.
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+        given = {"processor": processor, "image_processor": processor}
+    kind = request.get("gguf", "")
+    grid = {"scheme": kind.upper()} if kind else {k: request[k] for k in ("bits", "group_size", "sym")}
+    if kind:
+        mend_the_converter()
     rounding = AutoRound(
-        model, tokenizer=tokenizer, processor=processor, image_processor=processor,
-        bits=request["bits"], group_size=request["group_size"], sym=request["sym"],
-        dataset=samples_of(request["samples_file"], request["samples"]), nsamples=request["samples"],
+        model, tokenizer=tokenizer, **given, **grid,
+        dataset=samples, nsamples=request["samples"],
         iters=request.get("iters"), batch_size=1, gradient_accumulate_steps=8, device_map="cpu", enable_torch_compile=False, seed=request.get("seed", 42),
     )  # fmt: skip
-    rounding.quantize_and_save(request["out"], format="auto_gptq")
+    rounding.quantize_and_save(request["out"], format=kind or "auto_gptq")
+
+
+def mend_the_converter() -> None:
+    """Its converter knows a pre-tokenizer by what a vocabulary makes of one text, so not the reference VLMs': Qwen2's."""
+    import gguf
+    from auto_round.export.export_to_gguf.llama_cpp_conversion import get_conversion
+
+    if not hasattr(
+        gguf.MODEL_ARCH, "DFLASH"
+    ):  # its module for Qwen2 names it, no published gguf has it, nothing here is one
+        gguf.MODEL_ARCH.DFLASH = gguf.MODEL_ARCH.QWEN2
+    get_conversion()
+    sys.modules["conversion.base"].TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 
 from vlmq_export.formats.gptq.read import GptqFolder, unpack
 from vlmq_export.quantizer.calibration import Sample
+from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.families import family_of
 from vlmq_export.quantizer.untrusted import read_json
 
@@ -49,6 +51,38 @@ def quantize(
 
     Raises RuntimeError with the peer's last line of complaint.
     """
+    request = {
+        "rows": str(rows.resolve()), "bits": bits, "group_size": group, "sym": False,
+        "desc_act": group == -1, "act_group_aware": group != -1,
+    }  # fmt: skip
+    _run(name, model, samples, folder, request)
+    return read(folder.resolve())
+
+
+def autoround_gguf(model: Path, samples: list[Sample], mix: str, iterations: int | None, folder: Path) -> Path:
+    """The text model of AutoRound's GGUF export in `folder`; `iterations` None: its default.
+
+    Raises RuntimeError with its last line of complaint.
+    """
+    _run("AutoRound", model, samples, folder, {"gguf": f"gguf:{mix.lower()}", "iters": iterations})
+    (text,) = (f for f in folder.rglob("*.gguf") if not f.name.startswith("mmproj"))
+    return text
+
+
+def write_decoder(checkpoint: Checkpoint, folder: Path) -> None:
+    """The language model alone as a checkpoint of its own architecture, for peers that do not know the whole one's."""
+    family, config = family_of(checkpoint.config), dict(checkpoint.config["text_config"])
+    config |= {"architectures": [f"{config['model_type'].title()}ForCausalLM"], "dtype": "bfloat16"}
+    prefix = family.layers.removesuffix("layers.")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    own = [name for name in checkpoint.tensors if name.startswith(prefix)]
+    save_file({f"model.{n.removeprefix(prefix)}": checkpoint.tensor(n) for n in own}, folder / "model.safetensors")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint.path / file, folder)
+
+
+def _run(name: str, model: Path, samples: list[Sample], folder: Path, request: dict) -> None:
     peer = PEERS[name]
     python = os.environ.get(peer.python, "") if peer.python else sys.executable
     if not python:
@@ -56,21 +90,20 @@ def quantize(
     folder.mkdir(parents=True)
     out = folder.resolve()
     save_samples(samples, out / "samples.safetensors")
-    request = {
-        "model": str(model.resolve()), "out": str(out), "rows": str(rows.resolve()), "samples": len(samples),
-        "samples_file": str(out / "samples.safetensors"), "bits": bits, "group_size": group, "sym": False,
-        "desc_act": group == -1, "act_group_aware": group != -1, **dict(peer.options),
+    request |= {
+        "model": str(model.resolve()), "out": str(out), "samples": len(samples),
+        "samples_file": str(out / "samples.safetensors"), **dict(peer.options),
     }  # fmt: skip
     (out / "request.json").write_text(json.dumps(request))
     script = Path(__file__).resolve().with_name(peer.script)
-    done = subprocess.run(  # some leave a folder of logs where they run
-        [python, str(script), str(out / "request.json")], capture_output=True, text=True, check=False, cwd=out
+    # -P: this folder's gguf.py and onnx.py must not stand in for the libraries. Some leave a folder of logs where they run.
+    done = subprocess.run(
+        [python, "-P", str(script), str(out / "request.json")], capture_output=True, text=True, check=False, cwd=out
     )
     (out / "stderr.txt").write_text(done.stdout[-20000:] + done.stderr[-20000:])
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise RuntimeError(f"{name} failed: {lines[-1] if lines else f'exit status {done.returncode}'}")
-    return read(out)
 
 
 def save_samples(samples: list[Sample], file: Path) -> None:

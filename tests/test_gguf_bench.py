@@ -1,0 +1,81 @@
+"""The GGUF bench's own arithmetic, and that the page says what the cells say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tools.bench import gguf as bench
+from tools.bench import peers, tables
+from tools.bench.scoring import load_model, source_weights
+from vlmq_export.bundled import CALIBRATION
+from vlmq_export.formats.gguf.names import text_to_hub
+from vlmq_export.quantizer.calibration import Preprocessor, read_rows
+from vlmq_export.quantizer.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAGE = Path(bench.__file__).parents[2] / "docs" / "gguf.md"
+
+
+def cell(contender: str, mix: str, kl: float, calibration: str = "a.json", model: str = "Qwen2.5-VL") -> dict:
+    return {"model": model, "contender": contender, "mix": mix, "calibration": calibration, "samples": 1, "kl": kl}
+
+
+def test_ratios_are_to_the_image_imatrix_of_the_same_set_and_reference():
+    cells = [cell(bench.IMAGE, "Q2_K", 0.02), cell(bench.IMAGE, "Q2_K", 0.04, "b.json")]
+    cells += [cell("exact", "Q2_K", 0.01), cell("exact", "Q2_K", 0.01, "b.json"), cell(bench.PLAIN, "Q2_K", 0.03)]
+    cells += [cell("exact", "Q2_K", 0.5, model="LLaVA-OneVision"), cell("vlmq", "Q4_K_M", 0.5)]
+    text = bench.all_tables(cells)["ratio Qwen2.5-VL"]
+    assert "| exact | .375 ± .125 |" in text and "| llama.cpp | 1.500 |" in text and "vlmq" not in text
+    assert "exact" not in bench.all_tables(cells)["ratio LLaVA-OneVision"]
+
+
+def test_autorounds_table_has_who_was_measured_beside_it():
+    cells = [cell("AutoRound", "Q2_K_S", 0.1), cell("exact", "Q2_K_S", 0.05), cell("exact", "Q2_K_S", 0.07, "b.json")]
+    cells += [cell("exact", "Q2_K", 0.04)]
+    made = bench.all_tables(cells)
+    assert made["AutoRound kl Qwen2.5-VL"].splitlines()[2:] == ["| exact | 50 |", "| AutoRound | 100 |"]
+    assert made["kl Qwen2.5-VL"].splitlines()[2:] == ["| exact | 40 |"]
+
+
+@pytest.mark.parametrize("name", list(bench.MODELS))
+def test_an_imatrix_has_the_decoder_linears_by_the_names_that_the_file_is_made_with(name):
+    """Under any other name llama.cpp's quantizer would get none, and lose for it."""
+    folder = bench.MODELS[name]
+    samples = [Preprocessor(folder).sample(r) for r in read_rows(CALIBRATION)[:1]]
+    found = bench.energies(load_model(folder, source_weights(folder)), samples)
+    hub = text_to_hub(Checkpoint(folder).config)
+    assert set(found) == {
+        h.removesuffix(".weight")
+        for n, h in hub.items()
+        if n.startswith("blk.") and "norm" not in n and h.endswith(".weight")
+    }
+
+
+def test_the_decoder_alone_computes_what_it_computes_in_the_whole(tmp_path):
+    folder = bench.MODELS["LLaVA-OneVision"]
+    peers.write_decoder(Checkpoint(folder), tmp_path / "decoder")
+    row = bench.without_images(read_rows(CALIBRATION)[0])
+    ids = Preprocessor(folder).sample(row).input_ids[None]
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "decoder", dtype=torch.float32)
+    whole = load_model(folder, source_weights(folder))
+    with torch.no_grad():
+        assert torch.allclose(alone(ids).logits, whole(input_ids=ids).logits, atol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "decoder").decode(ids[0]) == row_text(folder, row)
+
+
+def row_text(folder: Path, row) -> str:
+    return Preprocessor(folder).sample(row).text
+
+
+def test_the_page_has_the_tables_of_the_cells(tmp_path):
+    cells = json.loads(PAGE.with_name("gguf-quality.json").read_text("utf-8"))
+    renewed = tmp_path / "page.md"
+    renewed.write_text(PAGE.read_text("utf-8"), "utf-8")
+    tables.fill(renewed, bench.all_tables(cells))
+    assert "<!-- table " in renewed.read_text("utf-8")
+    assert renewed.read_text("utf-8") == PAGE.read_text("utf-8"), (
+        "tables and cells differ: run tools.bench.gguf --mixes '' --out docs/gguf-quality --page docs/gguf.md"
+    )
