@@ -59,10 +59,10 @@ def fuse(model: ir.Model, mrope_section: list[int] | None, *, single: bool = Fal
 
 
 def fuse_transposed(model: ir.Model) -> None:
-    """Products with a matrix of the checkpoint [out, in] as it is, in place of one that is turned when the graph is loaded.
+    """Products with a float matrix of the checkpoint [out, in] as it is, in place of one that is turned when the graph is loaded.
 
-    Turning costs the output matrix twice in memory for a moment, and glibc then keeps allocations of up to its size on the
-    heap, packed weights among them, which one token then reads 7 % more slowly (docs/onnx.md).
+    A turned matrix is twice in memory for a moment. And once that is freed, glibc keeps whatever is smaller on the heap, packed
+    weights among them, of any graph opened afterwards: a token is 7 % slower there (docs/onnx.md).
     """
     for node in [n for n in model.graph if n.op_type == "Transpose" and n.inputs[0].is_initializer()]:
         uses = list(node.outputs[0].uses())

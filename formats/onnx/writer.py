@@ -38,6 +38,7 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
         found += fill(model, artifact, options.onnx_accuracy_level)
         if fused:
             merge(model)
+        if is_fused(options):
             fuse_transposed(model)
         save(model, folder / f"{name}.onnx")
     missing = set(artifact.linear_names()) - set(found)
