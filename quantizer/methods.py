@@ -52,6 +52,7 @@ class Method:
         return bool(self.candidates) or self.alpha == "held-out"
 
 
+_OURS = Refinement(sweeps=3, shrink=tuple(0.9**i for i in range(10)))
 METHODS = {
     "rtn": Method(calibrated=False),
     "gptq": Method(),
@@ -65,8 +66,8 @@ METHODS = {
     "mbq": Method(scaling="mbq"),
     "gptaq-exact": Method(drift="exact", alpha=1.0),
     "vlmq-exact": Method(drift="exact", importance="l1", alpha=1.0),
-    "exact": Method(drift="exact", alpha=1.0, refine=Refinement(sweeps=3)),
-    "exact-held": Method(drift="exact", alpha="held-out", refine=Refinement(sweeps=3)),
+    "exact": Method(drift="exact", alpha=1.0, neighbours=True, refine=_OURS),
+    "exact-held": Method(drift="exact", alpha="held-out", neighbours=True, refine=_OURS),
     "auto": Method(drift="exact", candidates=("gptq", "exact-held")),
 }
 

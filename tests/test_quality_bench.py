@@ -64,32 +64,38 @@ def test_ablations_are_held_against_their_base_on_the_same_grid_and_set():
         )  # fmt: skip
 
     cells = [
-        made("exact", 0.1),
-        made("exact", 0.2, "d.json"),
-        made("exact, α 0", 0.3),
-        made("exact, α 0", 0.3, "d.json"),
+        made("exact min-max", 0.1),
+        made("exact min-max", 0.2, "d.json"),
+        made("exact min-max, α 0", 0.3),
+        made("exact min-max, α 0", 0.3, "d.json"),
     ]
-    cells += [made("exact, α 0", 9.0, "e.json"), made("exact", 0.05, rotate="folded"), made("gptaq", 1.0)]
+    cells += [
+        made("exact min-max, α 0", 9.0, "e.json"),
+        made("exact min-max", 0.05, rotate="folded"),
+        made("gptaq", 1.0),
+    ]
     text = quality.all_tables(cells)["ablations kl llava_onevision"]
-    assert "| 2 α (1; of vlmq .25): exact, α 0 | 2.25 ± .75 |" in text  # 3 and 1.5; nothing to hold set e against
-    assert "| 8 rotation (none): exact, rotated | .50 |" in text and "gptaq" not in text
+    assert (
+        "| 2 α (1; of vlmq .25): exact min-max, α 0 | 2.25 ± .75 |" in text
+    )  # 3 and 1.5; nothing to hold set e against
+    assert "| 8 rotation (none): exact min-max, rotated | .50 |" in text and "gptaq" not in text
     assert "α" not in quality.all_tables(cells)["kl llava_onevision"]
 
 
 def test_names_of_rows_may_have_commas_and_a_rotation():
-    assert quality._rows("gptq,exact, α 0,exact, rotated", ["off"]) == [
-        ("gptq", "off"), ("exact, α 0", "off"), ("exact", "folded"),
+    assert quality._rows("gptq,exact min-max, α 0,exact, rotated", ["off"]) == [
+        ("gptq", "off"), ("exact min-max, α 0", "off"), ("exact", "folded"),
     ]  # fmt: skip
     every = quality._rows("ablations", ["off"])
     assert len(every) == len(set(every)) and {m for m, _ in every} == {*ablations.ABLATIONS} | {
-        "exact", "exact-held", "gptaq-exact", "gptaq", "vlmq", "vlmq-exact", "vlmq-gptq", "vlmq-l2", "vlmq-qkv",
+        "exact", "gptq", "gptaq-exact", "gptaq", "vlmq", "vlmq-exact", "vlmq-gptq", "vlmq-l2", "vlmq-qkv",
     }  # fmt: skip
 
 
 def test_an_ablation_is_a_method_while_it_is_measured():
-    with ablations.listed("exact, damping 5 %") as changes:
-        assert method_named("exact, damping 5 %") == method_named("exact") and changes == {"damp": 0.05}
-    assert "exact, damping 5 %" not in METHODS
+    with ablations.listed("exact min-max, damping 5 %") as changes:
+        assert method_named("exact min-max, damping 5 %") == ablations.BASE and changes == {"damp": 0.05}
+    assert "exact min-max, damping 5 %" not in METHODS
     with ablations.listed("gptq") as changes:
         assert changes == {}
     assert "gptq" in METHODS

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 
 from vlmq_export.quantizer.methods import METHODS, Method, Refinement
 
-EXACT, VLMQ = METHODS["exact"], METHODS["vlmq"]
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of min-max, tried for each row
+VLMQ, GPTQ = METHODS["vlmq"], METHODS["gptq"]
+BASE = Method(drift="exact", alpha=1.0, refine=Refinement(sweeps=3))  # `exact` but for its search of ranges
+SEARCHED = Refinement(shrink=METHODS["exact"].refine.shrink)
 EFFECTIVE = 16.0  # tokens for each input that a floor leaves
 CLIP = 10.0  # times the mean of g²
 
@@ -26,70 +27,75 @@ class Ablation:
     grouped: bool = False  # whether it changes nothing per channel
 
 
-def _outcome(**more) -> Method:
-    return replace(EXACT, refine=replace(EXACT.refine, shrink=SHARES), **more)
-
-
 ABLATIONS = {
-    "exact, ranges by modality": Ablation(replace(EXACT, ranges="modality")),
-    "exact, ranges by modality, zero-points": Ablation(replace(EXACT, ranges="modality", neighbours=True)),
-    "exact, ranges by outcome": Ablation(_outcome()),
-    "exact, ranges by outcome, zero-points": Ablation(_outcome(neighbours=True)),
+    "exact min-max": Ablation(BASE),
+    "exact, own zero-points": Ablation(replace(METHODS["exact"], neighbours=False)),
+    "exact, ranges by modality": Ablation(replace(BASE, ranges="modality")),
+    "exact, ranges by modality, zero-points": Ablation(replace(BASE, ranges="modality", neighbours=True)),
     "vlmq, ranges by modality": Ablation(replace(VLMQ, ranges="modality")),
-    "exact, α 0": Ablation(replace(EXACT, alpha=0.0)),
-    "exact, α .25": Ablation(replace(EXACT, alpha=0.25)),
+    "vlmq, ranges by outcome": Ablation(replace(VLMQ, neighbours=True, refine=SEARCHED)),
+    "gptq, ranges by outcome": Ablation(replace(GPTQ, neighbours=True, refine=SEARCHED)),
+    "exact min-max, α 0": Ablation(replace(BASE, alpha=0.0)),
+    "exact min-max, α .25": Ablation(replace(BASE, alpha=0.25)),
+    "exact min-max, α held-out": Ablation(replace(BASE, alpha="held-out")),
     "vlmq, α 1": Ablation(replace(VLMQ, alpha=1.0)),
-    "exact, importance ℓ1": Ablation(replace(EXACT, importance="l1")),
-    "exact, importance ℓ2": Ablation(replace(EXACT, importance="l2")),
-    "exact, importance ℓ1 clipped": Ablation(replace(EXACT, importance="l1", clip=CLIP)),
-    "exact, importance ℓ1 floored": Ablation(replace(EXACT, importance="l1", effective=EFFECTIVE)),
+    "exact min-max, ℓ1": Ablation(replace(BASE, importance="l1")),
+    "exact min-max, ℓ2": Ablation(replace(BASE, importance="l2")),
+    "exact min-max, ℓ1 clipped": Ablation(replace(BASE, importance="l1", clip=CLIP)),
+    "exact min-max, ℓ1 floored": Ablation(replace(BASE, importance="l1", effective=EFFECTIVE)),
     "vlmq, clipped": Ablation(replace(VLMQ, clip=CLIP)),
     "vlmq, floored": Ablation(replace(VLMQ, effective=EFFECTIVE)),
-    "exact, importance ℓ1, all 7": Ablation(replace(EXACT, importance="l1", weighs="all")),
+    "exact min-max, ℓ1 on all 7": Ablation(replace(BASE, importance="l1", weighs="all")),
     "vlmq, all 7": Ablation(replace(VLMQ, weighs="all")),
-    "exact, LoaQ residual": Ablation(replace(EXACT, residual=True)),
-    "exact, act-order dynamic": Ablation(EXACT, {"act_order": "dynamic"}, grouped=True),
-    "exact, act-order static": Ablation(EXACT, {"act_order": "static"}, grouped=True),
-    "exact, natural order": Ablation(EXACT, {"act_order": "off"}),
-    "vlmq, act-order dynamic": Ablation(VLMQ, {"act_order": "dynamic"}, grouped=True),
-    "vlmq, natural order": Ablation(VLMQ, {"act_order": "off"}),
-    "exact, scales refitted": Ablation(replace(EXACT, refine=Refinement(sweeps=4, refit=True))),
-    "exact, damping .1 %": Ablation(EXACT, {"damp": 0.001}),
-    "exact, damping 5 %": Ablation(EXACT, {"damp": 0.05}),
+    "exact min-max, LoaQ residual": Ablation(replace(BASE, residual=True)),
+    "exact, LoaQ residual": Ablation(replace(METHODS["exact"], residual=True)),
+    "exact min-max, dynamic order": Ablation(BASE, {"act_order": "dynamic"}, grouped=True),
+    "exact min-max, static order": Ablation(BASE, {"act_order": "static"}, grouped=True),
+    "exact min-max, natural order": Ablation(BASE, {"act_order": "off"}),
+    "vlmq, dynamic order": Ablation(VLMQ, {"act_order": "dynamic"}, grouped=True),
+    "exact min-max, scales refitted": Ablation(replace(BASE, refine=Refinement(sweeps=4, refit=True))),
+    "exact min-max, damping .1 %": Ablation(BASE, {"damp": 0.001}),
+    "exact min-max, damping 5 %": Ablation(BASE, {"damp": 0.05}),
 }
 
+# Title, with what `exact min-max` does → what its rows are held against → rows.
 EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
     "1 ranges (min-max)": {
-        "exact": tuple(name for name in ABLATIONS if name.startswith("exact, ranges")),
-        "vlmq": ("vlmq, ranges by modality",),
+        "exact min-max": (
+            "exact", "exact, own zero-points", "exact, ranges by modality", "exact, ranges by modality, zero-points",
+        ),
+        "vlmq": ("vlmq, ranges by modality", "vlmq, ranges by outcome"),
+        "gptq": ("gptq, ranges by outcome",),
     },
     "2 α (1; of vlmq .25)": {
-        "exact": ("exact, α 0", "exact, α .25", "exact-held"),
+        "exact min-max": ("exact min-max, α 0", "exact min-max, α .25", "exact min-max, α held-out"),
         "vlmq": ("vlmq-gptq", "vlmq, α 1", "vlmq-exact"),
     },
     "3 G (none; of vlmq ℓ1)": {
-        "exact": tuple(
-            f"exact, importance {kind}" for kind in ("ℓ1", "ℓ2", "ℓ1 clipped", "ℓ1 floored")
+        "exact min-max": (
+            "exact min-max, ℓ1", "exact min-max, ℓ2", "exact min-max, ℓ1 clipped", "exact min-max, ℓ1 floored",
         ),
         "vlmq": ("gptaq", "vlmq-l2", "vlmq, clipped", "vlmq, floored"),
     },
     "4 weighed (none; of vlmq q, k, v, o)": {
-        "exact": ("exact, importance ℓ1, all 7",),
+        "exact min-max": ("exact min-max, ℓ1 on all 7",),
         "vlmq": ("vlmq-qkv", "vlmq, all 7"),
     },
-    "5 residual (none)": {"exact": ("exact, LoaQ residual",)},
+    "5 residual (none)": {"exact min-max": ("exact min-max, LoaQ residual",), "exact": ("exact, LoaQ residual",)},
     "6 order (group-aware)": {
-        "exact": ("exact, act-order dynamic", "exact, act-order static", "exact, natural order"),
-        "vlmq": ("vlmq, act-order dynamic", "vlmq, natural order"),
+        "exact min-max": (
+            "exact min-max, dynamic order", "exact min-max, static order", "exact min-max, natural order",
+        ),
+        "vlmq": ("vlmq, dynamic order",),
     },
-    "7 after the loop (three sweeps)": {"exact": ("gptaq-exact", "exact, scales refitted")},
-    "8 rotation (none)": {"exact": ("exact, rotated",), "vlmq": ("vlmq, rotated",)},
-    "damping (1 %)": {"exact": ("exact, damping .1 %", "exact, damping 5 %")},
+    "7 after the loop (three sweeps)": {"exact min-max": ("gptaq-exact", "exact min-max, scales refitted")},
+    "8 rotation (none)": {"exact min-max": ("exact min-max, rotated",), "vlmq": ("vlmq, rotated",)},
+    "damping (1 %)": {"exact min-max": ("exact min-max, damping .1 %", "exact min-max, damping 5 %")},
 }  # fmt: skip
 
 
 def names() -> list[str]:
-    """Every row of EIGHT, once, and the methods that they are held against."""
+    """Every row of EIGHT, once, with the methods that they are held against."""
     held = [(base, *rows) for bases in EIGHT.values() for base, rows in bases.items()]
     return list(dict.fromkeys(name for rows in held for name in rows))
 
