@@ -58,39 +58,39 @@ ABLATIONS = {
     "exact min-max, damping 5 %": Ablation(BASE, {"damp": 0.05}),
 }
 
-# Title, with what `exact min-max` does → what its rows are held against → rows.
+# Title → what its rows are held against → rows.
 EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
-    "1 ranges (min-max)": {
+    "1 ranges": {
         "exact min-max": (
             "exact", "exact, own zero-points", "exact, ranges by modality", "exact, ranges by modality, zero-points",
         ),
         "vlmq": ("vlmq, ranges by modality", "vlmq, ranges by outcome"),
         "gptq": ("gptq, ranges by outcome",),
     },
-    "2 α (1; of vlmq .25)": {
+    "2 α": {
         "exact min-max": ("exact min-max, α 0", "exact min-max, α .25", "exact min-max, α held-out"),
         "vlmq": ("vlmq-gptq", "vlmq, α 1", "vlmq-exact"),
     },
-    "3 G (none; of vlmq ℓ1)": {
+    "3 G": {
         "exact min-max": (
             "exact min-max, ℓ1", "exact min-max, ℓ2", "exact min-max, ℓ1 clipped", "exact min-max, ℓ1 floored",
         ),
         "vlmq": ("gptaq", "vlmq-l2", "vlmq, clipped", "vlmq, floored"),
     },
-    "4 weighed (none; of vlmq q, k, v, o)": {
+    "4 weighed": {
         "exact min-max": ("exact min-max, ℓ1 on all 7",),
         "vlmq": ("vlmq-qkv", "vlmq, all 7"),
     },
-    "5 residual (none)": {"exact min-max": ("exact min-max, LoaQ residual",), "exact": ("exact, LoaQ residual",)},
-    "6 order (group-aware)": {
+    "5 residual": {"exact min-max": ("exact min-max, LoaQ residual",), "exact": ("exact, LoaQ residual",)},
+    "6 order": {
         "exact min-max": (
             "exact min-max, dynamic order", "exact min-max, static order", "exact min-max, natural order",
         ),
         "vlmq": ("vlmq, dynamic order",),
     },
-    "7 after the loop (three sweeps)": {"exact min-max": ("gptaq-exact", "exact min-max, scales refitted")},
-    "8 rotation (none)": {"exact min-max": ("exact min-max, rotated",), "vlmq": ("vlmq, rotated",)},
-    "damping (1 %)": {"exact min-max": ("exact min-max, damping .1 %", "exact min-max, damping 5 %")},
+    "7 after the loop": {"exact min-max": ("gptaq-exact", "exact min-max, scales refitted")},
+    "8 rotation": {"exact min-max": ("exact min-max, rotated",), "vlmq": ("vlmq, rotated",)},
+    "damping": {"exact min-max": ("exact min-max, damping .1 %", "exact min-max, damping 5 %")},
 }  # fmt: skip
 
 
