@@ -9,7 +9,7 @@ g_n is the mean absolute gradient of L over the channels of token n at the proje
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -21,6 +21,7 @@ from vlmq_export.quantizer.model import tensor_cores
 
 # As named in every supported family; the paper weighs these four and leaves the MLP alone.
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def attention_block(layer: nn.Module, hidden: torch.Tensor, kwargs: Mapping) -> torch.Tensor:
@@ -37,17 +38,39 @@ def output_gradients(
     L is a sum over tokens and channels, so samples do not weigh on each other. o_proj's output enters L additively: its
     gradient is 2·(Attn(X) − Attn(X̃)), without a backward pass. The parameters are left alone.
     """
+    return _gradients(layer, PROJECTIONS, lambda: attention_block(layer, hidden, kwargs), target)
+
+
+@tensor_cores()
+def mlp_gradients(layer: nn.Module, hidden: torch.Tensor, full: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same of the MLP's projections, for the whole layer's L = ‖Layer(X) − Layer(X̃)‖²; no paper tells of it.
+
+    hidden, full: Attn(X) and Attn(X̃), [batch, tokens, hidden]. down_proj's gradient is the closed one here.
+    """
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+
+    with torch.no_grad():
+        target = block(full)
+    return _gradients(layer, MLP, lambda: block(hidden), target)
+
+
+def _gradients(
+    layer: nn.Module, names: Sequence[str], block: Callable[[], torch.Tensor], target: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Of ‖block() − target‖² at the outputs of the modules, of which the last one's enters the block additively."""
     leaves: dict[str, torch.Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
-        for name in PROJECTIONS[:-1]:
+        for name in names[:-1]:
             stack.enter_context(leaf_output(layer.get_submodule(name), leaves, name))
         # The fused backward adds in no fixed order on CUDA; this one does, and a resumed run must match.
-        if hidden.is_cuda:
+        if target.is_cuda:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        student = attention_block(layer, hidden, kwargs)
+        student = block()
         error = 2 * (student.detach() - target)
         gradients = torch.autograd.grad(student, list(leaves.values()), grad_outputs=error)
-    return dict(zip(leaves, gradients)) | {PROJECTIONS[-1]: error}
+    return dict(zip(leaves, gradients)) | {names[-1]: error}
 
 
 @contextmanager
@@ -85,6 +108,11 @@ def floored(factors: Iterable[torch.Tensor], least: float, ranks: Ranks = ALONE)
     # with y = (1 + ε)²: n·y/(y + m − 1) = least
     epsilon = (least * (fourth / count - 1) / (count - least)) ** 0.5 - 1
     return [((g.double().square() + epsilon) / (1 + epsilon)).sqrt().float() for g in factors]
+
+
+def clipped(factors: Iterable[torch.Tensor], most: float, ranks: Ranks = ALONE) -> list[torch.Tensor]:
+    """Normalized factors whose squares are cut off at `most` times their mean, normalized again."""
+    return normalized([g.clamp_max(most**0.5) for g in factors], ranks)
 
 
 def normalized(factors: Iterable[torch.Tensor], ranks: Ranks = ALONE) -> list[torch.Tensor]:

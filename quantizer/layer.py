@@ -13,7 +13,16 @@ from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.distributed import ALONE, Ranks
 from vlmq_export.quantizer.families import Family
 from vlmq_export.quantizer.grids import Affine, grid_for
-from vlmq_export.quantizer.importance import PROJECTIONS, floored, normalized, output_gradients, token_factors
+from vlmq_export.quantizer.importance import (
+    MLP,
+    PROJECTIONS,
+    clipped,
+    floored,
+    mlp_gradients,
+    normalized,
+    output_gradients,
+    token_factors,
+)
 from vlmq_export.quantizer.memory import give_back
 from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.pictured import importance_facts
@@ -36,12 +45,7 @@ def quantize_layer(
     ranks each solves its share of a group, from the sums of all.
     """
     method = method_named(config.method)
-    factors = importance_factors(walk, method.importance, ranks)
-    if method.weighs == "qkv":
-        factors.pop(PROJECTIONS[-1], None)
-    if method.effective:
-        width = walk.layer.get_submodule(groups[0][0]).in_features
-        factors = {name: floored(parts, method.effective * width, ranks) for name, parts in factors.items()}
+    factors = importance_factors(walk, method, ranks)
     facts = importance_facts(factors, walk.batches, ranks)
     solved: list[Solved] = []
     for stage, group in enumerate(groups):
@@ -111,22 +115,32 @@ def exchanged(solved: Solved | None, ranks: Ranks, owner: int) -> Solved:
     return record.linear(tensors.__getitem__), record.metrics
 
 
-def importance_factors(walk: LayerWalk, norm: str, ranks: Ranks = ALONE) -> dict[str, list[torch.Tensor]]:
-    """projection → one factor a valid token, a tensor a batch, normalized over all of them."""
-    if norm == "none":
+def importance_factors(walk: LayerWalk, method: Method, ranks: Ranks = ALONE) -> dict[str, list[torch.Tensor]]:
+    """projection → one factor a valid token, a tensor a batch, normalized over all of them; as the method wants them."""
+    if method.importance == "none":
         return {}
-    raw: dict[str, list[torch.Tensor]] = {name: [] for name in PROJECTIONS}
+    names = {"qkv": PROJECTIONS[:-1], "qkvo": PROJECTIONS, "all": PROJECTIONS + MLP}[method.weighs]
+    raw: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for index, batch in enumerate(walk.batches):
         hidden = batch.quantized
         if torch.equal(hidden, batch.full):  # layer 0: exactly no gradient, whatever kernel computes the two attentions
             none = torch.zeros(len(batch.tokens(hidden)), device=hidden.device)
-            factors = dict.fromkeys(PROJECTIONS, none)
+            factors = dict.fromkeys(names, none)
         else:
-            gradients = output_gradients(walk.layer, hidden, walk.attention_target(index), batch.kwargs)
-            factors = {name: batch.tokens(token_factors(g, norm)) for name, g in gradients.items()}
-        for name in PROJECTIONS:
+            target = walk.attention_target(index)
+            gradients = output_gradients(walk.layer, hidden, target, batch.kwargs)
+            if method.weighs == "all":
+                gradients |= mlp_gradients(walk.layer, target + gradients[PROJECTIONS[-1]] / 2, target)
+            factors = {name: batch.tokens(token_factors(gradients[name], method.importance)) for name in names}
+        for name in names:
             raw[name].append(factors[name])
-    return {name: normalized(factors, ranks) for name, factors in raw.items()}
+    weights = {name: normalized(factors, ranks) for name, factors in raw.items()}
+    if method.clip:
+        weights = {name: clipped(factors, method.clip, ranks) for name, factors in weights.items()}
+    if method.effective:
+        least = {name: method.effective * walk.layer.get_submodule(name).in_features for name in names}
+        weights = {name: floored(factors, least[name], ranks) for name, factors in weights.items()}
+    return weights
 
 
 @torch.no_grad()

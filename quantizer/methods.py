@@ -24,17 +24,19 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Method:
-    """One row. `importance` weighs the tokens of the attention projections; the MLP's never (Algorithm 1)."""
+    """One row. `importance` weighs the tokens of the attention projections; in the papers the MLP's never (Algorithm 1)."""
 
     calibrated: bool = True
     drift: Literal["plain", "columns", "exact"] = "plain"
     importance: Literal["none", "l1", "l2"] = "none"
-    weighs: Literal["qkvo", "qkv"] = "qkvo"  # the projections that importance is for
+    weighs: Literal["qkvo", "qkv", "all"] = "qkvo"  # the projections that importance is for
     effective: float = 0.0  # effective tokens that importance must leave, a multiple of `in`; 0: as it comes (D5)
+    clip: float = 0.0  # g² is cut off at this many times its mean; 0: nowhere
     alpha: float | Literal["held-out"] | None = None  # None: the recipe's; "held-out": best for samples put aside
     residual: bool = False  # o and down also make up for the residual stream's own drift (LoaQ)
     own: bool = False  # VLM-PTQ's C: a column also makes up for its own drift
     ranges: Literal["minmax", "modality"] = "minmax"  # `modality`: VLM-PTQ's M (ranges.py)
+    neighbours: bool = False  # ranges are searched with the zero-points next to their own, too, up to 3 bits
     scaling: Literal["", "awq", "mbq"] = ""  # round to nearest after scaling input channels (scaling.py)
     refine: Refinement = field(default=Refinement())
     candidates: tuple[str, ...] = ()  # other rows, of which each linear takes the best for samples put aside
@@ -50,6 +52,7 @@ class Method:
         return bool(self.candidates) or self.alpha == "held-out"
 
 
+_OURS = Refinement(sweeps=3, shrink=tuple(0.9**i for i in range(10)))
 METHODS = {
     "rtn": Method(calibrated=False),
     "gptq": Method(),
@@ -63,8 +66,8 @@ METHODS = {
     "mbq": Method(scaling="mbq"),
     "gptaq-exact": Method(drift="exact", alpha=1.0),
     "vlmq-exact": Method(drift="exact", importance="l1", alpha=1.0),
-    "exact": Method(drift="exact", alpha=1.0, refine=Refinement(sweeps=3)),
-    "exact-held": Method(drift="exact", alpha="held-out", refine=Refinement(sweeps=3)),
+    "exact": Method(drift="exact", alpha=1.0, neighbours=True, refine=_OURS),
+    "exact-held": Method(drift="exact", alpha="held-out", neighbours=True, refine=_OURS),
     "auto": Method(drift="exact", candidates=("gptq", "exact-held")),
 }
 

@@ -11,6 +11,7 @@ the least ‖W·X̃ − Ŵ·X‖², which needs A and D alone: tr(Ŵ·A·Ŵᵀ) 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 
@@ -19,6 +20,7 @@ from vlmq_export.quantizer.statistics import Statistics
 
 MIXES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of μ
 SHRINK = tuple(1 - i / 100 for i in range(80))  # GPTQ's own search: 80 ranges, down to a fifth of min-max
+NEIGHBOURS = (0, -1, 1)  # zero-points beside a range's own: a step is much of the range where there are few
 
 
 def search(
@@ -26,18 +28,25 @@ def search(
     weights: torch.Tensor,  # float32 [group, rows]
     importance: torch.Tensor,  # [group] or [group, rows]
     shrink: Sequence[float] = SHRINK,
+    moves: Sequence[int] = (0,),  # of the zero-point
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero-point [rows] of the range with the least weighted error; the wider one of two that are equal."""
     importance = importance if importance.dim() == 2 else importance[:, None]
     least = torch.full(weights.shape[1:], torch.inf, device=weights.device)
     scale, zero = grid.fit(weights, dim=0)
-    for share in shrink:
-        tried = grid.fit(weights * share, dim=0)
+    for share, move in product(shrink, moves):
+        tried = narrowed(grid, weights, share, move)
         error = (grid.decode(grid.encode(weights, *tried), *tried) - weights).square_().mul_(importance).sum(0)
         better = error < least
         least = torch.where(better, error, least)
         scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
     return scale, zero
+
+
+def narrowed(grid: Affine, weights: torch.Tensor, share, move) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero-point of a share of min-max, the zero-point moved; one of each for all rows, or one a row."""
+    scale, zero = grid.fit(weights * share, dim=0)
+    return scale, (zero + move).clamp(1, grid.top)
 
 
 def mixed(sums: Statistics, mix: float) -> torch.Tensor:

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 
 from vlmq_export.quantizer.grids import Affine
+from vlmq_export.quantizer.ranges import narrowed
 from vlmq_export.quantizer.solver import BlockSolution, Fit, Hessian, Solution
 
 _LEAF = 64  # columns between two matrix products
-_ROWS = 4096  # of the weights that are tried on all ranges at once
+_AT_ONCE = 2**26  # weights that are solved at once, over all ranges: half of what a 7B model's widest stack has
 
 
 def descend(
@@ -50,20 +52,22 @@ def best_range(
     hessian: Hessian,
     grid: Affine,
     shares: Sequence[float],
+    moves: Sequence[int] = (0,),  # of the zero-points
 ) -> Solution:
     """`solve(target, fit)` with each row's ranges a share of min-max: that share whose solution errs least under A.
 
     Judged after the loop, which makes up for what a range clips: the error before it misleads (methods.md §5.4). All
-    shares are solved at once, as rows.
+    shares, each with all moves of the zero-points, are solved at once, as rows.
     """
+    tries = list(product(shares, moves))
     kept = []
-    for part in target.split(_ROWS):
+    for part in target.split(max(1, _AT_ONCE // (len(tries) * target.shape[1]))):
         rows = len(part)
-        share = torch.tensor(shares, device=target.device).repeat_interleave(rows)
-        many = part.repeat(len(shares), 1)
-        tried = solve(many, lambda weights, _columns, share=share: grid.fit(weights * share, dim=0))
+        each = [torch.tensor(x, device=target.device).repeat_interleave(rows) for x in zip(*tries)]
+        many = part.repeat(len(tries), 1)
+        tried = solve(many, lambda weights, _columns, each=each: narrowed(grid, weights, *each))
         error = tried.decode() - many.masked_fill(hessian.dead, 0)
-        best = ((error @ hessian.matrix) * error).sum(1).view(len(shares), rows).argmin(0)
+        best = ((error @ hessian.matrix) * error).sum(1).view(len(tries), rows).argmin(0)
         chosen = best * rows + torch.arange(rows, device=target.device)
         kept.append((tried.codes[chosen], tried.scales[chosen], tried.zero_points[chosen]))
     return Solution(*(torch.cat(parts) for parts in zip(*kept)), tried.g_idx)

@@ -105,7 +105,7 @@ class Stack:
             aim = torch.cat([w + a * s for w, a, s in zip(self._split(aim), shares, self._split(self.shift))])
             chosen = [{"alpha": round(share, 4)} for share in shares]
         if method.ranges == "modality" and not self.kind and not self.hessian.fallback:
-            fit, mixes = self._modality_fit()
+            fit, mixes = self._modality_fit(self._moves(method))
             chosen = [{"mix": mix} for mix in mixes]
         solution = self._loop(aim, columns, own, fit, method)
         return list(zip(self._parts(solution), chosen))
@@ -125,9 +125,10 @@ class Stack:
                 columns=columns, own=own, fit=fit,
             )  # fmt: skip
 
-        solution = (
-            refine.best_range(solve, aim, self.hessian, self.grid, better.shrink) if better.shrink else solve(aim, fit)
-        )
+        if better.shrink:
+            solution = refine.best_range(solve, aim, self.hessian, self.grid, better.shrink, self._moves(method))
+        else:
+            solution = solve(aim, fit)
         return refine.descend(solution, aim, self.hessian, self.grid, sweeps=better.sweeps, refit=better.refit)
 
     def _shares(self) -> list[float]:
@@ -141,12 +142,17 @@ class Stack:
         sums = [[float(x.sum(dtype=torch.float64)) for x in pair] for pair in zip(pull, bend)]
         return [min(max(p / b, 0.0), 1.0) if b > 0 else 0.0 for p, b in sums]
 
-    def _modality_fit(self) -> tuple[solver.Fit, list[float]]:
+    def _moves(self, method: Method) -> Sequence[int]:
+        """Of the zero-point, in a search of ranges."""
+        few = self.config.bits <= 3 and not self.config.symmetric
+        return ranges.NEIGHBOURS if method.neighbours and few else (0,)
+
+    def _modality_fit(self, moves: Sequence[int]) -> tuple[solver.Fit, list[float]]:
         """VLM-PTQ's range search, each linear of the stack under its own μ."""
         mixes = [ranges.best_mix(part, self.sums, self.grid, self.group) for part in self._split(self.weights)]
         weigh = [ranges.mixed(self.sums, m)[:, None].expand(-1, n) for m, n in zip(mixes, self.sizes)]
         importance = torch.cat(weigh, 1)  # [in, out]
-        return (lambda part, columns: ranges.search(self.grid, part, importance[columns])), mixes
+        return (lambda part, columns: ranges.search(self.grid, part, importance[columns], moves=moves)), mixes
 
     def _chosen(self, tried: dict[str, list[tuple[Rounded, dict]]]) -> list[tuple[Rounded, dict]]:
         """Of each linear the candidate with the least error on the samples put aside, solved once more from all samples.

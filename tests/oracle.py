@@ -98,8 +98,26 @@ def attention_gradients(
     layer, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: dict
 ) -> dict[str, torch.Tensor]:
     """Brute force: the whole graph of ‖Attn(X) − Attn(X̃)‖² with gradients retained at every projection's output."""
-    outputs = {}
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+    def block(x):
+        return x + layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0]
+
+    return _loss_gradients(layer, names, block, hidden, hidden_full)
+
+
+def layer_gradients(layer, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: dict) -> dict[str, torch.Tensor]:
+    """Likewise of ‖Layer(X) − Layer(X̃)‖² at the outputs of the MLP's projections, through the layer's own forward."""
+
+    def block(x):
+        out = layer(x, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    return _loss_gradients(layer, ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), block, hidden, hidden_full)
+
+
+def _loss_gradients(layer, names, block, hidden: torch.Tensor, hidden_full: torch.Tensor) -> dict[str, torch.Tensor]:
+    outputs = {}
 
     def keep(name):
         def hook(_module, _inputs, output):
@@ -107,9 +125,6 @@ def attention_gradients(
             outputs[name] = output
 
         return hook
-
-    def block(x):
-        return x + layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0]
 
     with torch.enable_grad():
         target = block(hidden_full).detach()

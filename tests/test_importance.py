@@ -4,10 +4,19 @@ import pytest
 import torch
 import transformers
 
-from tests.oracle import attention_gradients
+from tests.oracle import attention_gradients, layer_gradients
 from vlmq_export.quantizer import solver
 from vlmq_export.quantizer.grids import Affine
-from vlmq_export.quantizer.importance import PROJECTIONS, attention_block, normalized, output_gradients, token_factors
+from vlmq_export.quantizer.importance import (
+    MLP,
+    PROJECTIONS,
+    attention_block,
+    clipped,
+    mlp_gradients,
+    normalized,
+    output_gradients,
+    token_factors,
+)
 from vlmq_export.quantizer.statistics import Statistics
 
 
@@ -47,6 +56,18 @@ def test_equals_autograd_over_the_whole_block(decoder):
         assert ours[name].shape == brute[name].shape
         assert float(ours[name].abs().max()) > 0
         torch.testing.assert_close(ours[name], brute[name], rtol=1e-4, atol=1e-6)
+
+
+def test_of_the_mlp_equals_autograd_over_the_whole_layer(decoder):
+    layer, hidden, full, kwargs = decoder
+    with torch.no_grad():
+        ours = mlp_gradients(layer, *(attention_block(layer, x, kwargs) for x in (hidden, full)))
+    brute = layer_gradients(layer, hidden, full, kwargs)
+    assert list(ours) == list(MLP)
+    for name in MLP:
+        assert ours[name].shape == brute[name].shape and float(ours[name].abs().max()) > 0
+        torch.testing.assert_close(ours[name], brute[name], rtol=1e-4, atol=1e-6)
+    assert not any(m._forward_hooks for m in layer.modules())
 
 
 def test_block_is_the_layer_without_its_mlp(decoder):
@@ -110,6 +131,16 @@ def test_normalized_to_mean_square_one(scale):
     out = torch.cat(normalized(parts))
     assert float(out.double().square().mean()) == pytest.approx(1.0, rel=1e-6)
     torch.testing.assert_close(out / out.max(), torch.cat(parts) / torch.cat(parts).max())
+
+
+def test_clipped_where_the_square_is_far_above_its_mean():
+    g = torch.cat(normalized([torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 20]))
+    cut = torch.cat(clipped(g.split([300, 700]), 4.0))
+    low = g.square() <= 4
+    assert 10 < int((~low).sum()) < 500
+    assert float(cut.double().square().mean()) == pytest.approx(1.0, rel=1e-6)
+    torch.testing.assert_close(cut[low] / cut[low][0], g[low] / g[low][0])
+    torch.testing.assert_close(cut[~low] / cut[low][0], torch.full_like(cut[~low], 2.0) / g[low][0])
 
 
 def test_normalized_without_tokens_and_without_gradient():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from tools.bench import peers, quality, tables
+from tools.bench import ablations, peers, quality, tables
 from vlmq_export.bundled import CALIBRATION, HELDOUT
 from vlmq_export.quantizer.calibration import Preprocessor, read_rows
+from vlmq_export.quantizer.methods import METHODS, method_named
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +54,49 @@ def test_tables_are_of_the_cells_scored_on_most_rows():
     )
     text = tables_of["kl llava_onevision"]
     assert "| c |" in text and "| d | 100 |" in text and "| a |" not in text and "| b |" not in text
+
+
+def test_ablations_are_held_against_their_base_on_the_same_grid_and_set():
+    def made(method, kl, calibration="c.json", grid="W2", rotate="off"):
+        return cell(
+            method, grid, kl, kl_text=1.0, calibration=calibration, rotate=rotate, rows=128, samples=128,
+            reference="llava_onevision",
+        )  # fmt: skip
+
+    cells = [
+        made("exact min-max", 0.1),
+        made("exact min-max", 0.2, "d.json"),
+        made("exact min-max, α 0", 0.3),
+        made("exact min-max, α 0", 0.3, "d.json"),
+    ]
+    cells += [
+        made("exact min-max, α 0", 9.0, "e.json"),
+        made("exact min-max", 0.05, rotate="folded"),
+        made("gptaq", 1.0),
+    ]
+    text = quality.all_tables(cells)["ablations kl llava_onevision"]
+    assert "| 2 α: exact min-max, α 0 | 2.25 ± .75 |" in text  # 3 and 1.5; nothing to hold set e against
+    assert "| 8 rotation: exact min-max, rotated | .50 |" in text and "gptaq" not in text
+    assert "α" not in quality.all_tables(cells)["kl llava_onevision"]
+
+
+def test_names_of_rows_may_have_commas_and_a_rotation():
+    assert quality._rows("gptq,exact min-max, α 0,exact, rotated", ["off"]) == [
+        ("gptq", "off"), ("exact min-max, α 0", "off"), ("exact", "folded"),
+    ]  # fmt: skip
+    every = quality._rows("ablations", ["off"])
+    assert len(every) == len(set(every)) and {m for m, _ in every} == {*ablations.ABLATIONS} | {
+        "exact", "gptq", "gptaq-exact", "gptaq", "vlmq", "vlmq-exact", "vlmq-gptq", "vlmq-l2", "vlmq-qkv",
+    }  # fmt: skip
+
+
+def test_an_ablation_is_a_method_while_it_is_measured():
+    with ablations.listed("exact min-max, damping 5 %") as changes:
+        assert method_named("exact min-max, damping 5 %") == ablations.BASE and changes == {"damp": 0.05}
+    assert "exact min-max, damping 5 %" not in METHODS
+    with ablations.listed("gptq") as changes:
+        assert changes == {}
+    assert "gptq" in METHODS
 
 
 def test_a_page_is_filled_where_it_asks_and_nowhere_else(tmp_path):

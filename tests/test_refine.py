@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.test_solver import SAME, damped, problem
-from vlmq_export.quantizer import refine, solver
+from vlmq_export.quantizer import ranges, refine, solver
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids import Affine
 from vlmq_export.quantizer.importance import floored, normalized
@@ -146,6 +146,46 @@ def test_every_row_takes_the_range_of_least_error_after_the_loop():
     assert len(set(chosen)) > 1
     for r, c in enumerate(chosen):
         assert torch.equal(ours.codes[r], each[c].codes[r]) and torch.equal(ours.scales[r], each[c].scales[r])
+
+
+def test_zero_points_next_to_a_range_are_tried_with_every_share():
+    """Each row as good as the best of all pairs tried one by one, and better than without the neighbours somewhere."""
+    w, a, _, diagonal = problem(out_features=9)
+    hessian = solver.prepare(a, diagonal, group=32, act_order="gar", damp=0.01)
+
+    def solve(target, fit):
+        return solver.solve(target, hessian, Affine(2), group=32, act_order="gar", block=128, fit=fit)
+
+    def moved(part, _columns, share, move):
+        scale, zero = Affine(2).fit(part * share, dim=0)
+        return scale, (zero + move).clamp(1, 3)
+
+    def losses(solution):
+        return np.array([solver.weighted_loss(solution.decode()[r], w[r], a) for r in range(9)])
+
+    shares, moves = (1.0, 0.8), ranges.NEIGHBOURS
+    ours = losses(refine.best_range(solve, w, hessian, Affine(2), shares, moves))
+    pairs = itertools.product(shares, moves)
+    each = [losses(solve(w, lambda p, c, pair=pair: moved(p, c, *pair))) for pair in pairs]
+    np.testing.assert_allclose(ours, np.min(each, 0), rtol=1e-5)
+    alone = losses(refine.best_range(solve, w, hessian, Affine(2), shares))
+    assert (ours <= alone * (1 + 1e-5)).all() and (ours < 0.999 * alone).any()
+
+
+@given(st.integers(0, 500), st.sampled_from([2, 3]))
+@settings(max_examples=20, deadline=None)
+def test_a_search_with_neighbours_errs_no_more_before_the_loop(seed, bits):
+    g = torch.Generator().manual_seed(seed)
+    weights, weigh, grid = torch.randn(24, 5, generator=g), torch.rand(24, generator=g), Affine(bits)
+
+    def error(moves):
+        scale, zero = ranges.search(grid, weights, weigh, moves=moves)
+        assert bool(((zero >= 1) & (zero <= grid.top)).all())
+        return (
+            (grid.decode(grid.encode(weights, scale, zero), scale, zero) - weights).square().mul(weigh[:, None]).sum(0)
+        )
+
+    assert bool((error(ranges.NEIGHBOURS) <= error((0,)) * (1 + 1e-5)).all())
 
 
 # --- choices on samples put aside --------------------------------------------------------------------------------

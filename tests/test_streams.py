@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.oracle import layer_gradients
 from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export import bundled
 from vlmq_export.quantizer import streams
@@ -12,7 +13,9 @@ from vlmq_export.quantizer.calibration import Preprocessor, read_rows
 from vlmq_export.quantizer.checkpoint import Checkpoint
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.families import DECODER_GROUPS, family_of
+from vlmq_export.quantizer.importance import MLP, PROJECTIONS, normalized
 from vlmq_export.quantizer.layer import importance_factors, quantize_layer
+from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model import load_model
 from vlmq_export.quantizer.streams import decoder_inputs
 from vlmq_export.quantizer.walk import DOWN, GATE_UP, OUT, QKV, LayerWalk
@@ -193,14 +196,37 @@ def test_the_quantized_stream_runs_on_what_will_be_on_disk(walk, samples):
         assert not torch.equal(batch.quantized, batch.full)
 
 
+def test_every_linear_has_factors_where_the_method_weighs_all(walk, samples):
+    """Those of the MLP from the whole layer's loss, against autograd; clipped as the method says."""
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
+    for batch in batches:
+        batch.quantized = batch.quantized * (1 + 0.05 * torch.randn(batch.quantized.shape))
+    every = dataclasses.replace(METHODS["vlmq"], weighs="all")
+    factors = importance_factors(LayerWalk(layers[0], batches, two_streams=True), every)
+    four = importance_factors(LayerWalk(layers[0], batches, two_streams=True), METHODS["vlmq"])
+    assert list(factors) == [*PROJECTIONS, *MLP]
+    brute = [layer_gradients(layers[0], b.quantized, b.full, b.kwargs) for b in batches]
+    for name in MLP:
+        raw = [b.tokens(g[name].abs().mean(-1)) for b, g in zip(batches, brute)]
+        torch.testing.assert_close(torch.cat(factors[name]), torch.cat(normalized(raw)), rtol=1e-3, atol=1e-5)
+    for name in PROJECTIONS:
+        assert torch.equal(torch.cat(factors[name]), torch.cat(four[name]))
+    walk_again = LayerWalk(layers[0], batches, two_streams=True)
+    cut = importance_factors(walk_again, dataclasses.replace(every, clip=1.5))
+    for name, parts in cut.items():
+        g, before = torch.cat(parts).square(), torch.cat(factors[name]).square()
+        assert float(g.max() / g.mean()) < float(before.max() / before.mean())
+
+
 def test_equal_streams_weigh_every_token_the_same(walk, samples):
     """Layer 0, and only there: the smallest drift gives importance."""
     model, layers = walk
     batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
-    for factors in importance_factors(LayerWalk(layers[0], batches, two_streams=True), "l1").values():
+    for factors in importance_factors(LayerWalk(layers[0], batches, two_streams=True), METHODS["vlmq"]).values():
         assert all(bool((g == 1).all()) for g in factors)
     batches[0].quantized = batches[0].quantized * 1.001
-    for factors in importance_factors(LayerWalk(layers[0], batches, two_streams=True), "l1").values():
+    for factors in importance_factors(LayerWalk(layers[0], batches, two_streams=True), METHODS["vlmq"]).values():
         assert float(torch.cat(factors).std()) > 0 and all(float(g.max()) == 0 for g in factors[1:])
 
 

@@ -38,7 +38,7 @@ from vlmq_export.quantizer.config import QuantConfig  # noqa: E402
 from vlmq_export.quantizer.families import DECODER_GROUPS, family_of  # noqa: E402
 from vlmq_export.quantizer.grids import grid_for  # noqa: E402
 from vlmq_export.quantizer.layer import collect, importance_factors, quantize_layer  # noqa: E402
-from vlmq_export.quantizer.methods import method_named  # noqa: E402
+from vlmq_export.quantizer.methods import METHODS, method_named  # noqa: E402
 from vlmq_export.quantizer.model import exact_arithmetic, load_model  # noqa: E402
 from vlmq_export.quantizer.quantize import quantize  # noqa: E402
 from vlmq_export.quantizer.streams import Batch, decoder_inputs  # noqa: E402
@@ -118,7 +118,7 @@ def statistics_of(layer, batches) -> dict:
     """Weighted statistics of every linear of a layer that has its source weights; the batches stay where they are."""
     copies = [move(batch, CPU) for batch in batches]
     walk = LayerWalk(layer, copies, two_streams=True)
-    factors = importance_factors(walk, "l1")
+    factors = importance_factors(walk, METHODS["vlmq"])
     sums = {}
     for stage, group in enumerate(DECODER_GROUPS):
         parts = [part for part, _ in collect(walk, stage, [[n] for n in group], factors, method_named("vlmq"))]

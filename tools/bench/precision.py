@@ -25,6 +25,7 @@ from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.families import DECODER_GROUPS, family_of
 from vlmq_export.quantizer.grids import Affine
 from vlmq_export.quantizer.layer import importance_factors, quantize_layer
+from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model import load_model
 from vlmq_export.quantizer.statistics import Statistics, tf32
 from vlmq_export.quantizer.streams import decoder_inputs
@@ -87,7 +88,7 @@ def reference(samples: int) -> dict:
         if index:  # the streams of layer 0 are equal
             hidden = [(b.quantized, b.full) for b in batches]
             weights = {n: layer.get_submodule(n).weight.detach().clone() for g in DECODER_GROUPS for n in g}
-            factors = importance_factors(LayerWalk(layer, batches, two_streams=True), "l1")
+            factors = importance_factors(LayerWalk(layer, batches, two_streams=True), METHODS["vlmq"])
             runs = [inputs_of(layer, batches, hidden), inputs_of(layer, batches, hidden, rounded=weights)]
             for stage, group in enumerate(DECODER_GROUPS):
                 for name in group[: 1 if stage != 0 else 3]:

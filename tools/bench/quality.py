@@ -2,6 +2,7 @@
 
     python -m tools.bench.quality --calibration SET0 --calibration SET1 --out docs/quality
     python -m tools.bench.quality --quick                       # 64 samples, 64 rows, two grids
+    python -m tools.bench.quality --methods ablations --grids W3,"W2 g128",W2     # ablations.py
     python -m tools.bench.quality --grids W4A4KV8 --rotate off,folded,online --methods rtn,gptq,gptaq,vlmq --samples 128
 
 Held-out rows are scored by one piece of code (scoring.py), whatever wrote the weights: KL to full precision at answer tokens
@@ -18,9 +19,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +30,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tools.bench import peers
+from tools.bench import ablations, peers
 from tools.bench.activations import attach
 from tools.bench.scoring import Scorer, load_model, source_weights
 from tools.bench.tables import fill, table
@@ -49,6 +51,7 @@ ACTIVATIONS = "W4A4KV8"  # 4-bit weights per channel, and activations.py
 OURS = tuple(METHODS)
 PEERS = ("GPTQModel GPTQ", "GPTQModel GPTAQ")
 FULL = "full precision"
+ROTATED = ", rotated"
 FIELDS = ("kl", "kl_text", "agreement", "exact", "bits", "user")
 err = Console(stderr=True)
 
@@ -87,7 +90,7 @@ class Bench:
     """One reference, its held-out rows and full-precision figures; made only when a cell has to be run."""
 
     def __init__(self, reference: str, rows: int):
-        self.folder = REFERENCES[reference]
+        self.folder, self.samples = REFERENCES[reference], {}
         self.preprocessor = Preprocessor(self.folder)
         self.scorer = Scorer(
             self.folder, load_model(self.folder, source_weights(self.folder)), read_rows(HELDOUT)[:rows]
@@ -95,7 +98,9 @@ class Bench:
 
     def run(self, cell: Cell, calibration: Path, folder: Path) -> dict:
         """Quantize as the cell says and score what is on disk then."""
-        samples = [self.preprocessor.sample(r) for r in read_rows(calibration)[: cell.samples]]
+        if calibration not in self.samples:
+            self.samples = {calibration: [self.preprocessor.sample(r) for r in read_rows(calibration)]}
+        samples = self.samples[calibration][: cell.samples]
         start, cpu = time.perf_counter(), os.times()
         if cell.method in peers.PEERS:
             weights, bits = peers.quantize(
@@ -116,7 +121,9 @@ class Bench:
 def ours(cell: Cell, model: Path, samples: list, folder: Path):
     """(weights by hub name, bits per weight of the quantized linears)."""
     config = QuantConfig(cell.method, cell.bits, cell.group, seed=cell.seed, rotate=cell.rotate)
-    quantize(Checkpoint(model), samples, config, folder, name="reference-vlm", calibration={}, device="cpu")
+    with ablations.listed(cell.method) as changes:
+        config = replace(config, **changes)
+        quantize(Checkpoint(model), samples, config, folder, name="reference-vlm", calibration={}, device="cpu")
     records = Artifact(folder).manifest.modules
     weights = sum(r.out_features * r.in_features for r in records)
     return Weights(folder).items(), sum(r.packed_bits() for r in records) / weights
@@ -135,7 +142,8 @@ def write_cells(file: Path, cells: dict[Cell, dict]) -> None:
 
 
 def all_tables(cells: list[dict]) -> dict[str, str]:
-    """NAME of a table → markdown: `FIELD REFERENCE`, `tasks GRID REFERENCE`, `W4A4KV8 FIELD REFERENCE`.
+    """NAME of a table → markdown: `FIELD REFERENCE`, `tasks GRID REFERENCE`, `W4A4KV8 FIELD REFERENCE`, and
+    `ablations FIELD REFERENCE`, which has the ablations that the others leave out.
 
     Of each reference the cells that were scored on most rows, and of those on each grid the ones with most samples.
     """
@@ -149,6 +157,10 @@ def all_tables(cells: list[dict]) -> dict[str, str]:
                 rounding, "method", "rotate", field, (*order, *ROTATIONS)
             )
         own = [c | {"method": _row(c)} for c in every if c["grid"] not in (ACTIVATIONS, "")]
+        for field in ("kl", "kl_text"):
+            found = ablations.ratios([c for c in own if c["method"] != FULL], field)
+            tables[f"ablations {field} {reference}"] = table(found, "row", "grid", "ratio", order)
+        own = [c for c in own if c["rotate"] == "off" and c["method"] not in ablations.ABLATIONS]
         grids = dict.fromkeys(c["grid"] for c in own)
         own += [c | {"grid": grid} for c in every if c["method"] == FULL for grid in grids]
         for field in FIELDS:
@@ -168,7 +180,17 @@ def _most(cells: list[dict], key: str) -> list[dict]:
 
 
 def _row(cell: dict) -> str:
-    return cell["method"] if cell["rotate"] == "off" else f"{cell['method']}, rotated"
+    return cell["method"] if cell["rotate"] == "off" else cell["method"] + ROTATED
+
+
+def _rows(methods: str, turns: list[str]) -> list[tuple[str, str]]:
+    """(method, rotation) of each row that is asked for; `ablations`: all of those."""
+    rows = []
+    for name in re.split(",(?! )", methods):  # a name may have a comma, with a space after it
+        for each in ablations.names() if name == "ablations" else [name]:
+            plain = each.removesuffix(ROTATED)
+            rows += [(plain, turn) for turn in (turns if plain == each else ["folded"])]
+    return rows
 
 
 def main(
@@ -180,9 +202,9 @@ def main(
     ),
     calibration: Annotated[list[Path] | None, typer.Option(help="Calibration sets; default: the bundled one.")] = None,
     reference: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(REFERENCES)}.")] = ",".join(REFERENCES),
-    methods: Annotated[str, typer.Option(help=f"Comma-separated; ours, or {', '.join(peers.PEERS)}.")] = ",".join(
-        (*OURS, *PEERS)
-    ),
+    methods: Annotated[
+        str, typer.Option(help=f"Comma-separated; ours, `ablations`, or {', '.join(peers.PEERS)}.")
+    ] = ",".join((*OURS, *PEERS)),
     grids: Annotated[str, typer.Option(help=f"Comma-separated; {ACTIVATIONS} rounds activations too.")] = ",".join(
         GRIDS
     ),
@@ -203,8 +225,10 @@ def main(
     for name in reference.split(","):
         bench = None
         for path in calibration or [CALIBRATION]:
-            for grid, method, turn in product(grids.split(","), methods.split(","), rotate.split(",")):
+            for grid, (method, turn) in product(grids.split(","), _rows(methods, rotate.split(","))):
                 cell = Cell(method, grid, path.name, samples, reference=name, rows=rows, rotate=turn)
+                if cell.group == -1 and method in ablations.ABLATIONS and ablations.ABLATIONS[method].grouped:
+                    continue
                 done = cache / f"{cell.key()}.json"
                 if cell not in known and not done.is_file():
                     bench = bench or _bench(name, rows, cache)

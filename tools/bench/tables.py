@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # How a field is written: its factor and digits. KL is told in thousandths of a nat.
-FORMATS = {"kl": (1e3, ".2g"), "kl_text": (1e3, ".2g"), "bits": (1, ".2f"), "user": (1, ".0f"), "wall": (1, ".0f")}
+FORMATS = {
+    "kl": (1e3, ".2g"),
+    "kl_text": (1e3, ".2g"),
+    "bits": (1, ".2f"),
+    "user": (1, ".0f"),
+    "wall": (1, ".0f"),
+    "ratio": (1, ".2f"),
+}
 
 
 def table(cells: Sequence[dict], rows: str, columns: str, field: str, order: Sequence[str] = ()) -> str:

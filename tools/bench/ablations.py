@@ -1,0 +1,133 @@
+"""The eight ablations of the quality bench: a named method with one thing changed, measured against that method.
+
+Each is a row like those of METHODS, and what it wants of the recipe; docs/quality.md tells what they gave. A title of EIGHT
+has the rows that answer it, under the method that they are held against; rows of METHODS answer some. A row that ends in
+`, rotated` is the method before it with `--rotate folded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from vlmq_export.quantizer.methods import METHODS, Method, Refinement
+
+VLMQ, GPTQ = METHODS["vlmq"], METHODS["gptq"]
+BASE = Method(drift="exact", alpha=1.0, refine=Refinement(sweeps=3))  # `exact` but for its search of ranges
+SEARCHED = Refinement(shrink=METHODS["exact"].refine.shrink)
+EFFECTIVE = 16.0  # tokens for each input that a floor leaves
+CLIP = 10.0  # times the mean of g²
+
+
+@dataclass(frozen=True)
+class Ablation:
+    method: Method
+    config: dict = field(default_factory=dict)  # changes to the QuantConfig
+    grouped: bool = False  # whether it changes nothing per channel
+
+
+ABLATIONS = {
+    "exact min-max": Ablation(BASE),
+    "exact, own zero-points": Ablation(replace(METHODS["exact"], neighbours=False)),
+    "exact, ranges by modality": Ablation(replace(BASE, ranges="modality")),
+    "exact, ranges by modality, zero-points": Ablation(replace(BASE, ranges="modality", neighbours=True)),
+    "vlmq, ranges by modality": Ablation(replace(VLMQ, ranges="modality")),
+    "vlmq, ranges by outcome": Ablation(replace(VLMQ, neighbours=True, refine=SEARCHED)),
+    "gptq, ranges by outcome": Ablation(replace(GPTQ, neighbours=True, refine=SEARCHED)),
+    "exact min-max, α 0": Ablation(replace(BASE, alpha=0.0)),
+    "exact min-max, α .25": Ablation(replace(BASE, alpha=0.25)),
+    "exact min-max, α held-out": Ablation(replace(BASE, alpha="held-out")),
+    "vlmq, α 1": Ablation(replace(VLMQ, alpha=1.0)),
+    "exact min-max, ℓ1": Ablation(replace(BASE, importance="l1")),
+    "exact min-max, ℓ2": Ablation(replace(BASE, importance="l2")),
+    "exact min-max, ℓ1 clipped": Ablation(replace(BASE, importance="l1", clip=CLIP)),
+    "exact min-max, ℓ1 floored": Ablation(replace(BASE, importance="l1", effective=EFFECTIVE)),
+    "vlmq, clipped": Ablation(replace(VLMQ, clip=CLIP)),
+    "vlmq, floored": Ablation(replace(VLMQ, effective=EFFECTIVE)),
+    "exact min-max, ℓ1 on all 7": Ablation(replace(BASE, importance="l1", weighs="all")),
+    "vlmq, all 7": Ablation(replace(VLMQ, weighs="all")),
+    "exact min-max, LoaQ residual": Ablation(replace(BASE, residual=True)),
+    "exact, LoaQ residual": Ablation(replace(METHODS["exact"], residual=True)),
+    "exact min-max, dynamic order": Ablation(BASE, {"act_order": "dynamic"}, grouped=True),
+    "exact min-max, static order": Ablation(BASE, {"act_order": "static"}, grouped=True),
+    "exact min-max, natural order": Ablation(BASE, {"act_order": "off"}),
+    "vlmq, dynamic order": Ablation(VLMQ, {"act_order": "dynamic"}, grouped=True),
+    "exact min-max, scales refitted": Ablation(replace(BASE, refine=Refinement(sweeps=4, refit=True))),
+    "exact min-max, damping .1 %": Ablation(BASE, {"damp": 0.001}),
+    "exact min-max, damping 5 %": Ablation(BASE, {"damp": 0.05}),
+}
+
+# Title → what its rows are held against → rows.
+EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
+    "1 ranges": {
+        "exact min-max": (
+            "exact", "exact, own zero-points", "exact, ranges by modality", "exact, ranges by modality, zero-points",
+        ),
+        "vlmq": ("vlmq, ranges by modality", "vlmq, ranges by outcome"),
+        "gptq": ("gptq, ranges by outcome",),
+    },
+    "2 α": {
+        "exact min-max": ("exact min-max, α 0", "exact min-max, α .25", "exact min-max, α held-out"),
+        "vlmq": ("vlmq-gptq", "vlmq, α 1", "vlmq-exact"),
+    },
+    "3 G": {
+        "exact min-max": (
+            "exact min-max, ℓ1", "exact min-max, ℓ2", "exact min-max, ℓ1 clipped", "exact min-max, ℓ1 floored",
+        ),
+        "vlmq": ("gptaq", "vlmq-l2", "vlmq, clipped", "vlmq, floored"),
+    },
+    "4 weighed": {
+        "exact min-max": ("exact min-max, ℓ1 on all 7",),
+        "vlmq": ("vlmq-qkv", "vlmq, all 7"),
+    },
+    "5 residual": {"exact min-max": ("exact min-max, LoaQ residual",), "exact": ("exact, LoaQ residual",)},
+    "6 order": {
+        "exact min-max": (
+            "exact min-max, dynamic order", "exact min-max, static order", "exact min-max, natural order",
+        ),
+        "vlmq": ("vlmq, dynamic order",),
+    },
+    "7 after the loop": {"exact min-max": ("gptaq-exact", "exact min-max, scales refitted")},
+    "8 rotation": {"exact min-max": ("exact min-max, rotated",), "vlmq": ("vlmq, rotated",)},
+    "damping": {"exact min-max": ("exact min-max, damping .1 %", "exact min-max, damping 5 %")},
+}  # fmt: skip
+
+
+def names() -> list[str]:
+    """Every row of EIGHT, once, with the methods that they are held against."""
+    held = [(base, *rows) for bases in EIGHT.values() for base, rows in bases.items()]
+    return list(dict.fromkeys(name for rows in held for name in rows))
+
+
+@contextmanager
+def listed(name: str) -> Iterator[dict]:
+    """While it lasts the ablation is one of METHODS, where `quantize` looks for it. Gives its changes to the recipe."""
+    if name not in ABLATIONS:
+        yield {}
+        return
+    METHODS[name] = ABLATIONS[name].method
+    try:
+        yield ABLATIONS[name].config
+    finally:
+        del METHODS[name]
+
+
+def ratios(cells: list[dict], field: str) -> list[dict]:
+    """Of each row of EIGHT `row`, "title: name", and `ratio`, its `field` over its base's on the same grid and samples."""
+
+    def key(cell: dict) -> tuple:
+        return cell["reference"], cell["grid"], cell["calibration"], cell["samples"], cell["rows"]
+
+    by_name: dict[str, dict[tuple, dict]] = {}
+    for cell in cells:
+        by_name.setdefault(cell["method"], {})[key(cell)] = cell
+    found = []
+    for title, bases in EIGHT.items():
+        for base, rows in bases.items():
+            for row in rows:
+                for at, cell in by_name.get(row, {}).items():
+                    if at in by_name.get(base, {}):
+                        ratio = cell[field] / by_name[base][at][field]
+                        found.append({"row": f"{title}: {row}", "grid": cell["grid"], "ratio": ratio})
+    return found
