@@ -7,6 +7,7 @@ Peak memory follows one decoder layer and the calibration set, never the model:
     first pass   vision tower and projector in float32, dropped before the first layer
     layer        its weights in float32, and the group of linears that is being solved
     solver       statistics and factorization at the widest linear, n² times a few matrices
+    ranges       rows that are solved under every candidate range at once, where the method chooses by the outcome
     batch        what the layer makes of BATCH_TOKENS tokens, attention of the importance's backward pass included
     activations  both streams, and inside a layer what attention made of them; these can rest in host memory or on disk
 
@@ -23,7 +24,9 @@ from pathlib import Path
 
 import torch
 
-from vlmq_export.quantizer.methods import Method
+from vlmq_export.quantizer.methods import METHODS, Method
+from vlmq_export.quantizer.ranges import NEIGHBOURS
+from vlmq_export.quantizer.refine import AT_ONCE
 from vlmq_export.quantizer.shelf import Place
 from vlmq_export.quantizer.streams import BATCH_TOKENS
 
@@ -31,6 +34,7 @@ FIXED = 600 * 10**6
 _FLOAT = 4
 _SHARE = 0.9  # of what is free that a plan may count on
 _GROUP_COPIES = 4  # of the weights being solved: target, loop order, decoded, codes and scales
+_RANGE_COPIES = 6  # of the rows under all ranges: target, loop order, decoded, their error, and products with it
 _BATCH_HIDDEN, _BATCH_MLP, _BATCH_SCORES = 10, 4, 5  # tensors of these widths alive at once in a layer
 
 
@@ -92,6 +96,7 @@ def memory_plan(
         "first pass": shapes.prefix * _FLOAT if method.calibrated else 0,
         "layer": (sum(m * n for m, n in shapes.linears) + _GROUP_COPIES * group) * _FLOAT,
         "solver": matrices * widest**2,
+        "ranges": _RANGE_COPIES * min(AT_ONCE, _tries(method) * group) * _FLOAT,
         "batch": batch * (_BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * widest) * _FLOAT * bool(streams)
         + (batch * seq_len * shapes.heads * _BATCH_SCORES * _FLOAT if method.importance != "none" else 0),
     }
@@ -114,6 +119,12 @@ def memory_plan(
         place, {"fixed": FIXED} | parts, activations, host, device, activations if place == "disk" else 0, host_free,
         device_free,
     )  # fmt: skip
+
+
+def _tries(method: Method) -> int:
+    """Candidate ranges of a row, zero-points included, where a method or one that it chooses from searches by the outcome."""
+    searching = [m for m in (method, *(METHODS[name] for name in method.candidates)) if m.refine.shrink]
+    return max((len(m.refine.shrink) * (len(NEIGHBOURS) if m.neighbours else 1) for m in searching), default=0)
 
 
 def free_memory(device: torch.device, limit: float | None = None) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from vlmq_export.quantizer.ranges import narrowed
 from vlmq_export.quantizer.solver import BlockSolution, Fit, Hessian, Solution
 
 _LEAF = 64  # columns between two matrix products
-_AT_ONCE = 2**26  # weights that are solved at once, over all ranges: half of what a 7B model's widest stack has
+AT_ONCE = 2**24  # weights that are solved at once, over all ranges: more are no faster, and take memory in proportion
 
 
 def descend(
@@ -61,7 +61,7 @@ def best_range(
     """
     tries = list(product(shares, moves))
     kept = []
-    for part in target.split(max(1, _AT_ONCE // (len(tries) * target.shape[1]))):
+    for part in target.split(max(1, AT_ONCE // (len(tries) * target.shape[1]))):
         rows = len(part)
         each = [torch.tensor(x, device=target.device).repeat_interleave(rows) for x in zip(*tries)]
         many = part.repeat(len(tries), 1)

@@ -62,6 +62,12 @@ def test_what_a_method_does_not_need_is_not_counted():
     assert parts["gptaq"]["batch"] < parts["vlmq"]["batch"]
 
 
+def test_rows_under_all_ranges_count_where_ranges_are_chosen_by_the_outcome():
+    parts = {m: plan(method=m).parts["ranges"] for m in ("gptq", "vlmq", "exact", "auto")}
+    assert parts["gptq"] == parts["vlmq"] == 0 < parts["exact"] == parts["auto"]
+    assert plan(dataclasses.replace(QWEN_3B, linears=((8, 16),), groups=(1,)), "exact").parts["ranges"] < parts["exact"] / 1000
+
+
 def test_images_count_as_far_as_the_first_pass():
     """512 samples of 512 tokens of Qwen2.5-VL hold 4.9 GB of pixels; more than the layers' work, they are the peak."""
     assert plan().parts["images"] == 512 * 512 * 4 * 14 * 14 * 3 * 2 * 4

@@ -1,14 +1,14 @@
-"""One process of the ONNX speed comparison: one decoder graph opened afresh, every step timed.
+"""One process of the ONNX speed comparison: decoder graphs opened afresh, every step timed, turn by turn in random order.
 
-A process of its own, because where a session's weights and cache come to lie in memory moves a step by several per cent:
-physical pages are drawn anew, and what one session frees while it is opened decides where the next one's weights go.
-tools/bench/onnx.py starts several for each graph, turn by turn. Reads a request in JSON from stdin and writes medians to
-stdout; imports nothing heavy.
+A process of its own, because where a session's weights and cache come to lie in memory moves a step by up to 7 %: the
+same graph opened twice differs by that much. tools/bench/onnx.py starts several and takes the median over them. Reads a
+request in JSON from stdin and writes the medians to stdout; imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import sys
 import time
@@ -16,6 +16,8 @@ from enum import StrEnum
 
 import numpy as np
 import onnxruntime as ort
+
+WARM_UP = 2  # steps after another graph's turn, which fill the processor's caches again
 
 
 class Cache(StrEnum):
@@ -71,22 +73,34 @@ class Decoder:
 
 
 def measure(request: dict) -> dict:
-    """Median (CPU, wall) seconds of a prompt and of a token, and the last logits."""
+    """name → median (CPU, wall) seconds of a prompt and of a token, and the last logits' difference from the builder's."""
     prompt, tokens, width = request["prompt"], request["tokens"], request["width"]
-    decoder = Decoder(request["graph"], Cache(request["cache"]), request["threads"], prompt + tokens)
+    order = random.Random(request["seed"])
+    names = list(request["graphs"])
+    order.shuffle(names)
+    cache = Cache(request["cache"])
+    decoders = {n: Decoder(request["graphs"][n], cache, request["threads"], prompt + tokens) for n in names}
     embeds = (np.random.default_rng(0).standard_normal((1, prompt + tokens, width)) * 0.1).astype(np.float32)
-    prefill, decode = [], []
+    prefill, decode, logits = {n: [] for n in names}, {n: [] for n in names}, {}
     for _ in range(request["rounds"]):
-        decoder.reset(request["heads"], request["size"])
-        decoder.step(embeds[:, :prompt], 0)
-        prefill.append(decoder.seconds)
-        for at in range(prompt, prompt + tokens):
-            logits = decoder.step(embeds[:, at : at + 1], at)
-            decode.append(decoder.seconds)
+        order.shuffle(names)
+        for name in names:
+            decoder = decoders[name]
+            decoder.reset(request["heads"], request["size"])
+            decoder.step(embeds[:, :prompt], 0)
+            prefill[name].append(decoder.seconds)
+            for at in range(prompt, prompt + tokens):
+                logits[name] = decoder.step(embeds[:, at : at + 1], at).astype(np.float64)
+                if at >= prompt + WARM_UP:
+                    decode[name].append(decoder.seconds)
+    base = logits["builder"]
     return {
-        "prefill": [statistics.median(x) for x in zip(*prefill[1:])],
-        "decode": [statistics.median(x) for x in zip(*decode)],
-        "logits": logits.ravel().tolist(),
+        name: {
+            "prefill": [statistics.median(x) for x in zip(*prefill[name][1:])],
+            "decode": [statistics.median(x) for x in zip(*decode[name])],
+            "logits": float(np.linalg.norm(logits[name] - base) / np.linalg.norm(base)),
+        }
+        for name in decoders
     }
 
 
