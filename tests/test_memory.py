@@ -65,7 +65,10 @@ def test_what_a_method_does_not_need_is_not_counted():
 def test_rows_under_all_ranges_count_where_ranges_are_chosen_by_the_outcome():
     parts = {m: plan(method=m).parts["ranges"] for m in ("gptq", "vlmq", "exact", "auto")}
     assert parts["gptq"] == parts["vlmq"] == 0 < parts["exact"] == parts["auto"]
-    assert plan(dataclasses.replace(QWEN_3B, linears=((8, 16),), groups=(1,)), "exact").parts["ranges"] < parts["exact"] / 1000
+    assert (
+        plan(dataclasses.replace(QWEN_3B, linears=((8, 16),), groups=(1,)), "exact").parts["ranges"]
+        < parts["exact"] / 1000
+    )
 
 
 def test_images_count_as_far_as_the_first_pass():
