@@ -169,16 +169,9 @@ class Calibrated:
             plan = with_types(plan, budget.choose(self.costs, bits))
         config = replace(plan.config, method=contender.removesuffix(BY_COST))
         told = {"file": self.path.name, "rows": len(self.rows), "tokens": sum(len(s.input_ids) for s in self.samples)}
-        quantize(
-            self.checkpoint,
-            self.samples,
-            config,
-            folder / "artifact",
-            name=OPTIONS.name,
-            calibration=told,
-            device="cpu",
-        )
-        return Artifact(folder / "artifact")
+        made = folder / "artifact"
+        quantize(self.checkpoint, self.samples, config, made, name=OPTIONS.name, calibration=told, device="cpu")
+        return Artifact(made)
 
     def autoround(self, contender: str, mix: str, folder: Path) -> Path:
         """AutoRound's file. Its converter knows no LLaVA-OneVision: there the decoder alone, which takes no images."""
