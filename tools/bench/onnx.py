@@ -7,12 +7,14 @@ Both graphs hold the same 4-bit codes, scales and zero-points (the builder reads
 accuracy_level, a float32 output matrix and a float32 cache, and take embeddings. Several processes one after the other
 open all graphs and time every step, turn by turn (tools/bench/decoding.py). With one thread the clock is that thread's
 CPU time, which neighbours on the machine disturb least, and wall time stands beside it; with more it is the wall's. A
-ratio is the median over processes of the builder's median step over ours: above 1 ours is faster.
+ratio is the geometric mean over processes of the builder's median step over ours, with its standard error: above 1 ours
+is faster.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -70,10 +72,10 @@ class Result:
     builder_decode_tokens_per_s: float
     prefill_ms: float
     builder_prefill_ms: float
-    decode_ratio: float  # median over processes of builder's time / ours
-    decode_ratio_range: tuple[float, float]
+    decode_ratio: float  # geometric mean over processes of builder's time / ours
+    decode_error: float  # its standard error
     prefill_ratio: float
-    prefill_ratio_range: tuple[float, float]
+    prefill_error: float
     wall_ratio: float  # of decoding
     logits: float  # relative difference of the last logits
 
@@ -143,9 +145,11 @@ def measure(request: dict, processes: int) -> list[dict]:
     return found
 
 
-def ratios(found: list[dict], graph: str, phase: str, clock: int) -> tuple[float, tuple[float, float]]:
-    each = [f["builder"][phase][clock] / f[graph][phase][clock] for f in found]
-    return round(statistics.median(each), 3), (round(min(each), 3), round(max(each), 3))
+def ratio(found: list[dict], graph: str, phase: str, clock: int) -> tuple[float, float]:
+    """(geometric mean over the processes, its standard error)."""
+    each = [math.log(f["builder"][phase][clock] / f[graph][phase][clock]) for f in found]
+    mean = math.exp(statistics.mean(each))
+    return round(mean, 3), round(mean * statistics.stdev(each) / math.sqrt(len(each)), 3)
 
 
 def compare(source: Source, level: int, threads: int, prompt: int, tokens: int, rounds: int, processes: int):
@@ -175,8 +179,8 @@ def compare(source: Source, level: int, threads: int, prompt: int, tokens: int, 
                     source.value, graph, level, threads, cache.value, prompt, tokens, CLOCKS[clock],
                     round(1 / median(graph, "decode"), 1), round(1 / median("builder", "decode"), 1),
                     round(1e3 * median(graph, "prefill"), 2), round(1e3 * median("builder", "prefill"), 2),
-                    *ratios(found, graph, "decode", clock), *ratios(found, graph, "prefill", clock),
-                    ratios(found, graph, "decode", WALL)[0], difference,
+                    *ratio(found, graph, "decode", clock), *ratio(found, graph, "prefill", clock),
+                    ratio(found, graph, "decode", WALL)[0], difference,
                 )  # fmt: skip
 
 
@@ -190,17 +194,15 @@ def show(results: list[Result], console: Console) -> None:
         "tok/s",
         "builder",
         "ratio",
-        "range",
         "wall",
         "prefill ms",
         "builder",
         "ratio",
     )
     for r in results:
-        span = "{:.2f}–{:.2f}".format(*r.decode_ratio_range)
         table.add_row(r.model, r.graph, str(r.level), str(r.threads), r.cache, f"{r.decode_tokens_per_s:.0f}",
-                      f"{r.builder_decode_tokens_per_s:.0f}", f"{r.decode_ratio:.2f}", span, f"{r.wall_ratio:.2f}", f"{r.prefill_ms:.1f}",
-                      f"{r.builder_prefill_ms:.1f}", f"{r.prefill_ratio:.2f}")  # fmt: skip
+                      f"{r.builder_decode_tokens_per_s:.0f}", f"{r.decode_ratio:.3f} ± {r.decode_error:.3f}", f"{r.wall_ratio:.2f}",
+                      f"{r.prefill_ms:.1f}", f"{r.builder_prefill_ms:.1f}", f"{r.prefill_ratio:.3f} ± {r.prefill_error:.3f}")  # fmt: skip
     console.print(table)
 
 
@@ -211,7 +213,7 @@ def main(
     prompt: int = 128,
     tokens: int = 16,
     rounds: Annotated[int, typer.Option(help="Prompts a process; the first is thrown away.")] = 6,
-    processes: int = 9,
+    processes: Annotated[int, typer.Option(min=2)] = 16,
     out: Annotated[Path | None, typer.Option(help="Where to write the results as JSON.")] = None,
 ) -> None:
     cpu = next(
