@@ -100,14 +100,8 @@ class Bench:
         """Quantize as the cell says and score what is on disk then."""
         if calibration not in self.samples:
             self.samples = {calibration: [self.preprocessor.sample(r) for r in read_rows(calibration)]}
-        samples = self.samples[calibration][: cell.samples]
         start, cpu = time.perf_counter(), os.times()
-        if cell.method in peers.PEERS:
-            weights, bits = peers.quantize(
-                cell.method, self.folder, calibration, samples, cell.bits, cell.group, folder
-            )
-        else:
-            weights, bits = ours(cell, self.folder, samples, folder)
+        weights, bits = quantized(cell, self.folder, calibration, self.samples[calibration][: cell.samples], folder)
         now = os.times()
         spent = sum(now[i] - cpu[i] for i in (0, 2))  # user seconds, this process and its children
         result = asdict(cell) | {"bits": bits, "wall": time.perf_counter() - start, "user": spent}
@@ -118,8 +112,14 @@ class Bench:
         return result | asdict(self.scorer.score(model))
 
 
+def quantized(cell: Cell, model: Path, calibration: Path, samples: list, folder: Path):
+    """(weights by hub name, bits per weight of the quantized linears), by us or by a peer."""
+    if cell.method in peers.PEERS:
+        return peers.quantize(cell.method, model, calibration, samples, cell.bits, cell.group, folder)
+    return ours(cell, model, samples, folder)
+
+
 def ours(cell: Cell, model: Path, samples: list, folder: Path):
-    """(weights by hub name, bits per weight of the quantized linears)."""
     config = QuantConfig(cell.method, cell.bits, cell.group, seed=cell.seed, rotate=cell.rotate)
     with ablations.listed(cell.method) as changes:
         config = replace(config, **changes)
