@@ -62,7 +62,7 @@ from vlmq_export.quantizer.quantize import quantize
 from vlmq_export.recipe import Recipe
 from vlmq_export.reference import Reference
 
-OURS = ("exact", "exact, types by cost", "vlmq")
+OURS = ("exact", "exact, types by cost", "vlmq", "vlmq, types by cost")
 PLAIN, TEXT, IMAGE, EMITTED = (
     "llama.cpp", "llama.cpp + text imatrix", "llama.cpp + image imatrix", "llama.cpp + our imatrix",
 )  # fmt: skip
