@@ -52,6 +52,7 @@ ABLATIONS = {
     "exact min-max, dynamic order": Ablation(BASE, {"act_order": "dynamic"}, grouped=True),
     "exact min-max, static order": Ablation(BASE, {"act_order": "static"}, grouped=True),
     "exact min-max, natural order": Ablation(BASE, {"act_order": "off"}),
+    "exact, static order": Ablation(METHODS["exact"], {"act_order": "static"}, grouped=True),
     "vlmq, dynamic order": Ablation(VLMQ, {"act_order": "dynamic"}, grouped=True),
     "exact min-max, scales refitted": Ablation(replace(BASE, refine=Refinement(sweeps=4, refit=True))),
     "exact min-max, damping .1 %": Ablation(BASE, {"damp": 0.001}),
@@ -86,6 +87,7 @@ EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
         "exact min-max": (
             "exact min-max, dynamic order", "exact min-max, static order", "exact min-max, natural order",
         ),
+        "exact": ("exact, static order",),
         "vlmq": ("vlmq, dynamic order",),
     },
     "7 after the loop": {"exact min-max": ("gptaq-exact", "exact min-max, scales refitted")},
