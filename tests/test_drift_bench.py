@@ -22,7 +22,7 @@ def test_drift_begins_at_the_layer_that_changed_and_is_that_of_transformers_hidd
     other = load_model(REFERENCE_VLM, source_weights(REFERENCE_VLM))
     with torch.no_grad():
         other.model.language_model.layers[2].mlp.up_proj.weight.mul_(1.5)
-    found = drift.drift(full, other, samples)
+    found = drift.drift(*(drift.layer_outputs(model, samples) for model in (full, other)))
     assert set(found) == {"image", "text"} and len(found["text"]) == len(full.model.language_model.layers)
     assert found["image"][:2] == found["text"][:2] == [0, 0]
     for kind in drift.TOKENS:

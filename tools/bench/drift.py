@@ -22,8 +22,10 @@ from rich.console import Console
 
 from tools.bench import quality
 from tools.bench.scoring import batches, load_model, source_weights
+from tools.reference_vlm.distillation import Recorder
 from vlmq_export.bundled import CALIBRATION, HELDOUT
 from vlmq_export.quantizer.calibration import Preprocessor, Sample, read_rows
+from vlmq_export.quantizer.solving import ratio
 
 METHODS = ("rtn", "gptq", "gptaq", "vlmq", "exact", "auto")
 SAMPLES = {"qwen2_5_vl": 512, "llava_onevision": 128}  # of calibration, as in docs/quality.md
@@ -42,33 +44,22 @@ class Drift:
 
 
 @torch.no_grad()
-def layer_outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The residual stream behind each decoder layer, [batch, tokens, hidden]."""
-    found: list[torch.Tensor] = []
-
-    def keep(_module, _inputs, output):
-        found.append(output if isinstance(output, torch.Tensor) else output[0])
-
-    hooks = [layer.register_forward_hook(keep) for layer in model.model.language_model.layers]
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def drift(full: torch.nn.Module, rounded: torch.nn.Module, samples: list[Sample]) -> dict[str, list[float]]:
-    """`image` and `text` → relative error of each layer's output over all such tokens."""
-    count = len(full.model.language_model.layers)
-    off, whole = ({kind: torch.zeros(count, dtype=torch.float64) for kind in TOKENS} for _ in range(2))
+def layer_outputs(model: torch.nn.Module, samples: list[Sample]) -> dict[str, list[torch.Tensor]]:
+    """`image` and `text` → what leaves each decoder layer at all such tokens, [tokens, hidden]."""
+    layers = model.model.language_model.layers
+    recorder, found = Recorder(layers), {kind: [[] for _ in layers] for kind in TOKENS}
     for part, inputs in batches(samples):
+        model(**inputs, use_cache=False)
         image = torch.stack([samples[i].vision for i in part])
-        for layer, (x, y) in enumerate(zip(layer_outputs(full, inputs), layer_outputs(rounded, inputs), strict=True)):
-            for kind, tokens in (("image", image), ("text", ~image)):
-                off[kind][layer] += (y - x)[tokens].double().square().sum()
-                whole[kind][layer] += x[tokens].double().square().sum()
-    return {kind: (off[kind] / whole[kind]).sqrt().tolist() for kind in TOKENS}
+        for kind, tokens in zip(TOKENS, (image, ~image)):
+            for parts, output in zip(found[kind], recorder.outputs, strict=True):
+                parts.append(output[tokens])
+    return {kind: [torch.cat(parts) for parts in each] for kind, each in found.items()}
+
+
+def drift(full: dict[str, list[torch.Tensor]], rounded: dict[str, list[torch.Tensor]]) -> dict[str, list[float]]:
+    """`image` and `text` → relative error of each layer's output over all such tokens; of what `layer_outputs` gave."""
+    return {kind: [ratio(y - x, x) for x, y in zip(full[kind], rounded[kind], strict=True)] for kind in TOKENS}
 
 
 def draw(found: list[Drift], file: Path) -> None:
@@ -115,14 +106,16 @@ def main(
     found = []
     for name in reference.split(","):
         folder = quality.REFERENCES[name]
-        preprocessor, full = Preprocessor(folder), load_model(folder, source_weights(folder))
+        preprocessor = Preprocessor(folder)
         heldout = [preprocessor.sample(r) for r in read_rows(HELDOUT)[:rows]]
+        full = layer_outputs(load_model(folder, source_weights(folder)), heldout)
         samples = [preprocessor.sample(r) for r in read_rows(CALIBRATION)[: SAMPLES[name]]]
         for method in methods.split(","):
             cell = quality.Cell(method, grid, CALIBRATION.name, len(samples), reference=name, rows=rows)
             with tempfile.TemporaryDirectory() as temporary:
                 weights, _ = quality.quantized(cell, folder, CALIBRATION, samples, Path(temporary) / "artifact")
-                found.append(Drift(name, method, grid, rows, **drift(full, load_model(folder, weights), heldout)))
+                rounded = layer_outputs(load_model(folder, weights), heldout)
+            found.append(Drift(name, method, grid, rows, **drift(full, rounded)))
             err.print(f"{name} {method}: {found[-1].text[-1]:.2e} at the last layer's text tokens", highlight=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(d)) for d in found)

@@ -120,6 +120,7 @@ def quantized(cell: Cell, model: Path, calibration: Path, samples: list, folder:
 
 
 def ours(cell: Cell, model: Path, samples: list, folder: Path):
+    """`quantized`, by us; what the artifact in `folder` decodes to."""
     config = QuantConfig(cell.method, cell.bits, cell.group, seed=cell.seed, rotate=cell.rotate)
     with ablations.listed(cell.method) as changes:
         config = replace(config, **changes)
