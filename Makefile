@@ -4,9 +4,10 @@ BIN := .venv/bin
 # Runtimes that this environment declares present: a check or test that does not find one fails instead of being skipped.
 export VLMQ_REQUIRE ?= gptq,onnx,gguf
 export TOKENIZERS_PARALLELISM := false
+export NO_MKDOCS_2_WARNING := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo setup test test-faults test-slow lint format clean
+.PHONY: demo setup test test-faults test-slow lint format docs clean
 
 demo: setup  ## set up, then quantize the bundled reference VLM, write all three formats and prove them
 	$(BIN)/vlmq-export --format gptq --format onnx --format gguf --bits 4 --out out/reference --overwrite
@@ -27,18 +28,23 @@ test: setup  ## everything that must pass, under 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-faults: setup  ## killed before every operation, no space at every writer, peak memory by layers
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow tests/test_faults.py tests/test_memory.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow tests/faults tests/quantizer/run/test_memory_plan.py
 
 test-slow: setup  ## the rest: kill points, long training, big shapes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 
-lint: setup
+lint: setup  ## style, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+docs: setup  ## the documentation site in site/; a broken link is an error
+	$(BIN)/mkdocs build --quiet
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf out build *.egg-info
+	rm -rf out build site *.egg-info

@@ -1,11 +1,7 @@
-"""Artifact → a runtime's files, and back. One package a format; `base` holds what they share."""
+"""Writes an artifact as the files of a runtime, and reads such files back.
 
-from importlib import import_module
-from types import ModuleType
+Each format is a package. `contract.py` says what such a package offers, `model_plan.py` what it is
+told of the model before any weight is read, and `proof/` what the proofs of all formats share.
+"""
 
 NAMES = ("gptq", "onnx", "gguf")
-
-
-def get(name: str) -> ModuleType:
-    """The format package; its heavy imports (onnx, gguf, the runtimes) happen inside its functions."""
-    return import_module(f"vlmq_export.formats.{name}")

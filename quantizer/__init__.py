@@ -1,1 +1,4 @@
-"""Model + calibration data → artifact. Imports torch, transformers, safetensors, numpy and Pillow only."""
+"""The quantizer: a model and calibration data in, an artifact out.
+
+It imports torch, transformers, safetensors, numpy and Pillow only.
+"""

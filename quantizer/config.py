@@ -5,37 +5,46 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 
 BITS = (2, 3, 4, 8)
-ACT_ORDERS = ("off", "static", "gar", "dynamic")
+ACT_ORDERS = {
+    "off": "columns in their natural order",
+    "static": "the largest diag(A) first, groups fixed before the columns are reordered",
+    "gar": "group-aware: whole groups are reordered, and columns inside each group",
+    "dynamic": "the papers' own: the largest diag(A) first, with a permuted g_idx",
+}
+ROTATIONS = {
+    "off": "no rotation",
+    "folded": "Hadamard rotations folded into the weights",
+    "online": "further rotations between linears, which no format can hold; for evaluation",
+}
 
 
 @dataclass(frozen=True)
 class QuantConfig:
     """One quantization recipe for every linear of the language backbone.
 
-    `group_size` is −1 for one scale per output channel. Weights decode as `scale * (code - zero_point)`.
-    `act_order` names the order of the column loop (methods.md §2.3): `off` natural; `static` groups fixed before
-    reordering; `gar` group-aware; `dynamic` the papers' own, with a permuted `g_idx`.
-
-    `head_bits` is the width of the output head's codes, in the same groups; 0 leaves it as it is.
+    A weight decodes as `scale · (code − zero_point)`.
     """
 
-    method: str = "vlmq"
+    method: str = "vlmq"  # a key of methods.METHODS
     bits: int = 4
-    group_size: int = 128
+    group_size: int = 128  # columns per scale; −1: one scale per output channel
     symmetric: bool = False
-    act_order: str = "gar"
-    damp: float = 0.01  # share of mean(diag A) added to the diagonal
+    act_order: str = "gar"  # order of the column loop, a key of ACT_ORDERS (docs/methods.md §2.3)
+    damp: float = 0.01  # share of mean(diag A) that is added to the diagonal
     alpha: float = 0.25  # GPTAQ's factor on the asymmetric term
-    block_size: int = 128  # lazy-update block of the column loop
+    block_size: int = 128  # columns of a lazy block of the column loop
     seed: int = 0
-    rotate: str = "off"  # off | folded | online (rotation.py)
-    head_bits: int = 0
+    rotate: str = "off"  # a key of ROTATIONS
+    head_bits: int = 0  # of the output head's codes, in the same groups; 0: the head stays float
     gguf_type: str = ""  # the mix that `types` came from: Q4_K_M
-    types: dict[str, str] = field(default_factory=dict)  # hub module → GGUF block type, in place of the affine grid
+    types: dict[str, str] = field(default_factory=dict)  # hub module → GGUF block type
 
     @property
     def head(self) -> QuantConfig:
-        """The output head's own: 8 bits are symmetric, as no runtime format holds them otherwise."""
+        """The recipe of the output head.
+
+        8 bits are symmetric there, because no runtime format holds them otherwise.
+        """
         symmetric = self.head_bits == 8 or (self.symmetric and self.bits != 8)
         return replace(self, bits=self.head_bits, symmetric=symmetric)
 
@@ -44,11 +53,13 @@ class QuantConfig:
         return self.head if self.head_bits and name.rpartition(".")[2] == "lm_head" else self
 
     def groups(self, in_features: int) -> int:
+        """The number of groups in a row of `in_features` columns."""
         return 1 if self.group_size == -1 else in_features // self.group_size
 
     def group_columns(self, in_features: int) -> int:
-        """Columns that share one scale."""
+        """The number of columns that share one scale."""
         return in_features if self.group_size == -1 else self.group_size
 
     def to_dict(self) -> dict:
+        """The recipe as manifest.json stores it."""
         return asdict(self)

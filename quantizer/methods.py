@@ -1,8 +1,14 @@
-"""The methods as rows of one table: which statistics, which target, which weights on the tokens, what follows the loop.
+"""The methods, as rows of one table.
 
-All share the solver (solver.py). `plain` rounds toward W under A; `columns` adds GPTAQ's column term for the drift
-between the two streams (the papers' numbers come from it); `exact` rounds toward W' = W + α·W·D·(A+λI)⁻¹, the true
-solution of the same asymmetric objective (methods.md §5.1).
+A row says which statistics are needed, which target is rounded, how tokens are weighed, and what
+follows the column loop. All rows share one solver, `quantizer/solver/`. Three kinds of target take
+the drift between the two streams into account, or do not:
+
+    plain      rounds toward W under A
+    columns    adds GPTAQ's column term; the papers' numbers come from it
+    exact      rounds toward W' = W + α·W·D·(A+λI)⁻¹, the true solution of the same objective
+
+docs/methods.md has the equations, and §5.1 says why `exact` differs from `columns`.
 """
 
 from __future__ import annotations
@@ -15,31 +21,34 @@ from vlmq_export.errors import UsageError
 
 @dataclass(frozen=True)
 class Refinement:
-    """What the papers' methods do not do: ranges judged by the outcome, and integers improved after the loop."""
+    """What the papers' methods do not do: ranges judged by the outcome, and descent on integers."""
 
-    sweeps: int = 0  # of coordinate descent on the integers (refine.py)
-    refit: bool = False  # of the scales, between the sweeps
-    shrink: tuple[float, ...] = ()  # shares of min-max tried for each row, the best by the error after the loop
+    sweeps: int = 0  # of coordinate descent (solver/descent.py)
+    refit: bool = False  # the scales, between the sweeps
+    shrink: tuple[float, ...] = ()  # shares of min-max that are tried for each row
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row. `importance` weighs the tokens of the attention projections; in the papers the MLP's never (Algorithm 1)."""
+    """One row of the table."""
 
-    calibrated: bool = True
+    about: str = ""  # one line for the command's help
+    calibrated: bool = True  # whether it looks at samples
     drift: Literal["plain", "columns", "exact"] = "plain"
-    importance: Literal["none", "l1", "l2"] = "none"
+    importance: Literal["none", "l1", "l2"] = "none"  # norm of the gradient that weighs a token
     weighs: Literal["qkvo", "qkv", "all"] = "qkvo"  # the projections that importance is for
-    effective: float = 0.0  # effective tokens that importance must leave, a multiple of `in`; 0: as it comes (D5)
-    clip: float = 0.0  # g² is cut off at this many times its mean; 0: nowhere
-    alpha: float | Literal["held-out"] | None = None  # None: the recipe's; "held-out": best for samples put aside
+    effective: float = 0.0  # effective tokens that must be left, as a multiple of `in`; 0: any (D5)
+    clip: float = 0.0  # g² is cut off at this multiple of its mean; 0: nowhere
+    # Factor on the exact target's shift. None: the recipe's; "held-out": the best for samples that
+    # were put aside.
+    alpha: float | Literal["held-out"] | None = None
     residual: bool = False  # o and down also make up for the residual stream's own drift (LoaQ)
     own: bool = False  # VLM-PTQ's C: a column also makes up for its own drift
-    ranges: Literal["minmax", "modality"] = "minmax"  # `modality`: VLM-PTQ's M (ranges.py)
-    neighbours: bool = False  # ranges are searched with the zero-points next to their own, too, up to 3 bits
-    scaling: Literal["", "awq", "mbq"] = ""  # round to nearest after scaling input channels (scaling.py)
+    ranges: Literal["minmax", "modality"] = "minmax"  # `modality`: VLM-PTQ's M
+    neighbours: bool = False  # up to 3 bits, zero-points next to a range's own are tried too
+    scaling: Literal["", "awq", "mbq"] = ""  # rounding to nearest after scaling input channels
     refine: Refinement = field(default=Refinement())
-    candidates: tuple[str, ...] = ()  # other rows, of which each linear takes the best for samples put aside
+    candidates: tuple[str, ...] = ()  # other rows, the best of which is taken for each linear
 
     @property
     def two_streams(self) -> bool:
@@ -48,27 +57,54 @@ class Method:
 
     @property
     def holds_out(self) -> bool:
-        """Whether some samples are kept out of the statistics, to choose by."""
+        """Whether some samples are kept out of the statistics, to judge choices by."""
         return bool(self.candidates) or self.alpha == "held-out"
 
 
 _OURS = Refinement(sweeps=3, shrink=tuple(0.9**i for i in range(10)))
 METHODS = {
-    "rtn": Method(calibrated=False),
-    "gptq": Method(),
-    "gptaq": Method(drift="columns"),
-    "vlmq": Method(drift="columns", importance="l1"),
-    "vlmq-l2": Method(drift="columns", importance="l2"),  # the paper's †: inferred, methods.md §1.2
-    "vlmq-gptq": Method(importance="l1"),  # the paper's ‡
-    "vlmq-qkv": Method(drift="columns", importance="l1", weighs="qkv"),  # the paper's ablation without o
-    "vlm-ptq": Method(drift="columns", own=True, ranges="modality"),
-    "awq": Method(scaling="awq"),
-    "mbq": Method(scaling="mbq"),
-    "gptaq-exact": Method(drift="exact", alpha=1.0),
-    "vlmq-exact": Method(drift="exact", importance="l1", alpha=1.0),
-    "exact": Method(drift="exact", alpha=1.0, neighbours=True, refine=_OURS),
-    "exact-held": Method(drift="exact", alpha="held-out", neighbours=True, refine=_OURS),
-    "auto": Method(drift="exact", candidates=("gptq", "exact-held")),
+    "rtn": Method("round to nearest, without samples", calibrated=False),
+    "gptq": Method("GPTQ"),
+    "gptaq": Method("GPTAQ: GPTQ with a term for the drift between the streams", drift="columns"),
+    "vlmq": Method(
+        "the paper's: GPTAQ with tokens weighed by importance", drift="columns", importance="l1"
+    ),
+    "vlmq-l2": Method(  # the paper's †, inferred: docs/methods.md §1.2
+        "vlmq with the l2 norm as importance", drift="columns", importance="l2"
+    ),
+    "vlmq-gptq": Method("vlmq on GPTQ instead of GPTAQ (the paper's ‡)", importance="l1"),
+    "vlmq-qkv": Method(
+        "vlmq without importance at o_proj (the paper's ablation)",
+        drift="columns",
+        importance="l1",
+        weighs="qkv",
+    ),
+    "vlm-ptq": Method(
+        "VLM-PTQ: ranges chosen by modality", drift="columns", own=True, ranges="modality"
+    ),
+    "awq": Method("AWQ: input channels scaled by activation size", scaling="awq"),
+    "mbq": Method("MBQ: AWQ with image and answer tokens balanced", scaling="mbq"),
+    "gptaq-exact": Method("gptaq with the exact target", drift="exact", alpha=1.0),
+    "vlmq-exact": Method("vlmq with the exact target", drift="exact", importance="l1", alpha=1.0),
+    "exact": Method(
+        "ours: exact target, ranges by outcome, coordinate descent",
+        drift="exact",
+        alpha=1.0,
+        neighbours=True,
+        refine=_OURS,
+    ),
+    "exact-held": Method(
+        "exact with the target's shift chosen on held-out samples",
+        drift="exact",
+        alpha="held-out",
+        neighbours=True,
+        refine=_OURS,
+    ),
+    "auto": Method(
+        "ours: per linear the better of gptq and exact-held, by held-out samples",
+        drift="exact",
+        candidates=("gptq", "exact-held"),
+    ),
 }
 
 

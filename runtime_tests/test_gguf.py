@@ -1,4 +1,4 @@
-"""llama.cpp against the fake-quantized reference, and faults in the files' bytes that must be caught by name."""
+"""llama.cpp against the fake-quantized reference, and changed files that must be caught by name."""
 
 from __future__ import annotations
 
@@ -12,45 +12,62 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.artifacts import GRIDS, rtn_artifact
+from tests.artifacts import GRIDS, edit, rtn_artifact
 from tools.reference_vlm.model import make_random_checkpoint
-from vlmq_export import pipeline
 from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
 from vlmq_export.errors import MissingRuntime
-from vlmq_export.formats import gguf as gguf_format
-from vlmq_export.formats.base import CheckSettings, FormatOptions
-from vlmq_export.formats.gguf import llama, runner
-from vlmq_export.formats.gguf.names import text_to_hub
+from vlmq_export.formats.contract import FORMATS, FormatOptions
+from vlmq_export.formats.gguf.files.container import Entry, write_container
+from vlmq_export.formats.gguf.proof import check
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
-from vlmq_export.formats.gguf.types import TYPES
-from vlmq_export.formats.gguf.writer import Entry, write_container
-from vlmq_export.quantizer.artifact import Artifact
-from vlmq_export.quantizer.calibration import read_rows
-from vlmq_export.quantizer.checkpoint import Checkpoint
-from vlmq_export.quantizer.quantize import quantize
-from vlmq_export.recipe import Recipe
-from vlmq_export.reference import Reference
+from vlmq_export.formats.gguf.runtime import llama, runner
+from vlmq_export.formats.gguf.runtime.prompts import Prompts
+from vlmq_export.formats.gguf.tables.layout import Layout
+from vlmq_export.formats.gguf.types.table import TYPES
+from vlmq_export.formats.proof.checks import CheckSettings
+from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.run.quantize import quantize
+from vlmq_export.quantizer.samples.rows import read_rows
+from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.sources.locate import open_source
 
 SETTINGS = CheckSettings(images=3, questions=5, threads=1)
+# tag of GRIDS → the block types that may hold it
 HOMES = {
-    "w4g128": "Q4_1", "w4": "Q4_K", "w4g128-sym": "Q4_0", "w8g128": "Q8_0", "w2": None, "w3-sym": "Q3_K",
-    "w3g128": "Q4_0", "w2g128": "Q4_0",
-}  # fmt: skip
+    "w4g128": {"Q4_1"},
+    "w4": {"Q4_K"},
+    "w4g128-sym": {"Q4_0"},
+    "w8g128": {"Q8_0"},
+    "w2": {"Q2_K", "TQ2_0"},
+    "w3-sym": {"Q3_K"},
+    "w3g128": {"Q4_0"},
+    "w2g128": {"Q4_0"},
+}
 
 
 def export(folder, config, source=REFERENCE_VLM, options=None, config_edit=None):
+    """(reference, GGUF folder) of a model that is rounded to nearest.
+
+    `config_edit` changes the config.json in the artifact.
+    """
     artifact = rtn_artifact(folder / "artifact", config, source)
     if config_edit:
-        file = artifact.source / "config.json"
-        file.write_text(json.dumps(config_edit(json.loads(file.read_text()))))
-        artifact = type(artifact)(artifact.path)
+        edit(artifact.source / "config.json", config_edit)
+        artifact = Artifact(artifact.path)
     (folder / "gguf").mkdir()
-    gguf_format.write(artifact, folder / "gguf", options or FormatOptions())
+    FORMATS["gguf"].write(artifact, folder / "gguf", options or FormatOptions())
     return Reference(artifact.path, read_rows(HELDOUT)[:6]), folder / "gguf"
 
 
+def hub_names(reference) -> dict[str, str]:
+    """GGUF name → hub name, of the text model."""
+    return {n: x.hub for n, x in Layout.of(reference.architecture).text.items()}
+
+
 def run_check(reference, folder, settings=SETTINGS):
-    return gguf_format.check(folder, reference, FormatOptions(), settings)
+    return FORMATS["gguf"].check(folder, reference, FormatOptions(), settings)
 
 
 def assert_all_pass(rows):
@@ -60,6 +77,7 @@ def assert_all_pass(rows):
 
 
 def row(rows, name):
+    """The first row whose name begins with `name`."""
     return next(c for c in rows if c.name.startswith(name))
 
 
@@ -73,41 +91,46 @@ def q4_k(tmp_path_factory):
     return export(tmp_path_factory.mktemp("q4_k"), GRIDS["w4"])
 
 
-# --- everything right -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def q2_k(tmp_path_factory):
+    return native(tmp_path_factory.mktemp("q2_k"), "Q2_K")
+
+
+# --- everything right -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tag", HOMES)
 def test_every_home_passes_every_gate(tag, tmp_path):
     reference, folder = export(tmp_path, GRIDS[tag])
-    types = {t.type for t in GGUFFile(find_files(folder)[0]).tensors.values()} - {"F32", "F16", "BF16"}
-    assert types == {HOMES[tag]} if HOMES[tag] else types <= {"Q2_K", "TQ2_0"}
+    types = {t.type for t in GGUFFile(find_files(folder)[0]).tensors.values()}
+    quantized = types - {"F32", "F16", "BF16"}
+    assert quantized and quantized <= HOMES[tag]
     rows = run_check(reference, folder)
     assert_all_pass(rows)
     readers = [c for c in rows if c.name.startswith("weights by")]
     assert len(readers) == 3
     assert {c.compared for c in readers} == {reference.weights.count}
-    assert (
-        row(rows, "linears seen").compared == len(reference.weights.linears) + 30
-    )  # 4 blocks of 7, and 2 of the projector
+    tower = 4 * 7 + 2  # four blocks, and the projector
+    assert row(rows, "linears seen").compared == len(reference.weights.linears) + tower
 
 
 def native(folder, mix):
-    """The bundled model rounded to nearest on the block types of a mix, with its reference."""
+    """(reference, GGUF folder) of the bundled model, rounded to nearest on the types of a mix."""
     recipe = Recipe(method="rtn", gguf_type=mix, format=["gguf"])
     checkpoint = Checkpoint(REFERENCE_VLM)
-    config = pipeline.plan_of(recipe, checkpoint, None).model.config
+    config = open_source(None).plan(recipe).model.config
     quantize(checkpoint, [], config, folder / "artifact", name="tiny-vlm", calibration={})
     (folder / "gguf").mkdir()
-    gguf_format.write(Artifact(folder / "artifact"), folder / "gguf", FormatOptions())
+    FORMATS["gguf"].write(Artifact(folder / "artifact"), folder / "gguf", FormatOptions())
     return Reference(folder / "artifact", read_rows(HELDOUT)[:6]), folder / "gguf"
 
 
-SLOW_MIXES = ("TQ2_0", "Q2_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+K_MIXES = ("Q2_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q6_K")
+PLAIN_MIXES = ("TQ2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+SLOW_MIXES = [pytest.param(m, marks=pytest.mark.slow) for m in (*K_MIXES, *PLAIN_MIXES)]
 
 
-@pytest.mark.parametrize(
-    "mix", ["Q2_K", "Q3_K_L", "Q5_K_M", "Q8_0", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW_MIXES)]
-)
+@pytest.mark.parametrize("mix", ["Q2_K", "Q3_K_L", "Q5_K_M", "Q8_0", *SLOW_MIXES])
 def test_every_mix_passes_every_gate(mix, tmp_path):
     reference, folder = native(tmp_path, mix)
     text, _ = find_files(folder)
@@ -117,20 +140,29 @@ def test_every_mix_passes_every_gate(mix, tmp_path):
     rows = run_check(reference, folder)
     assert_all_pass(rows)
     assert row(rows, "weights by llama.cpp").compared == reference.weights.count
-    if mix == "Q2_K":  # one sub-block's scale and minimum, one dmin: caught by decoding, the tensor named
-        for name, byte in (("blk.3.attn_q.weight", 5), ("blk.1.ffn_up.weight", 83)):
-            broken = shutil.copytree(folder, tmp_path / f"broken-{byte}")
-            file, _ = find_files(broken)
-            t = GGUFFile(file).tensors[name]
-            assert t.type == "Q2_K"
-            data = bytearray(file.read_bytes())
-            data[t.offset + 7 * 84 + byte] ^= 0x10
-            file.write_bytes(data)
-            caught = [r for r in run_check(reference, broken) if r.level == "L1" and r.status == "failed"]
-            assert len(caught) == 3 and all(text_to_hub(reference.config)[name] in r.worst for r in caught)
 
 
-@pytest.mark.parametrize(("arch", "tied"), [("qwen2_vl", True), ("qwen2_vl", False), ("qwen2_5_vl", False)])
+@pytest.mark.parametrize(
+    ("name", "byte"),
+    [("blk.3.attn_q.weight", 5), ("blk.1.ffn_up.weight", 83)],
+    ids=["scale and minimum of a sub-block", "dmin"],
+)
+def test_one_changed_byte_of_a_q2_k_block_is_caught_and_named(name, byte, q2_k, tmp_path):
+    reference, folder = q2_k
+    file, _ = find_files(shutil.copytree(folder, tmp_path / "gguf"))
+    t = GGUFFile(file).tensors[name]
+    assert t.type == "Q2_K"
+    data = bytearray(file.read_bytes())
+    data[t.offset + 7 * TYPES["Q2_K"].nbytes + byte] ^= 0x10
+    file.write_bytes(data)
+    rows = run_check(reference, tmp_path / "gguf")
+    caught = [r for r in rows if r.level == "L1" and r.status == "failed"]
+    assert len(caught) == 3 and all(hub_names(reference)[name] in r.worst for r in caught)
+
+
+@pytest.mark.parametrize(
+    ("arch", "tied"), [("qwen2_vl", True), ("qwen2_vl", False), ("qwen2_5_vl", False)]
+)
 def test_random_models_pass_every_gate(arch, tied, tmp_path):
     make_random_checkpoint(tmp_path / "model", arch=arch, tied=tied)
     options = FormatOptions(mmproj_dtype="f16" if tied else "f32")
@@ -142,11 +174,12 @@ def test_two_images_of_other_shapes_and_a_prompt_without_one(tmp_path):
     reference, folder = export(tmp_path, GRIDS["w4"])
     for name, size in (("wide", (224, 84)), ("tall", (56, 168))):
         Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{name}.png")
-    turns = [("human", "<image>\n<image>\nRead the text."), ("gpt", "x")], [("human", "Read the text."), ("gpt", "x")]
-    turns = [[{"from": who, "value": said} for who, said in t] for t in turns]
+    answer = {"from": "gpt", "value": "x"}
+    two = [{"from": "human", "value": "<image>\n<image>\nRead the text."}, answer]
+    none = [{"from": "human", "value": "Read the text."}, answer]
     rows = [
-        {"id": "a/two", "image": ["wide.png", "tall.png"], "conversations": turns[0]},
-        {"id": "none", "conversations": turns[1]},
+        {"id": "a/two", "image": ["wide.png", "tall.png"], "conversations": two},
+        {"id": "none", "conversations": none},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     both = read_rows(tmp_path / "rows.json")
@@ -166,7 +199,7 @@ def test_the_epsilon_comes_from_the_load_log_and_its_effect_is_a_row_of_its_own(
     assert "(0)" in row(rows, "float32 twin, text prompts").detail
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------
+# --- changed files --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -189,24 +222,29 @@ class Bytes:
 
     @staticmethod
     def patch(path, at, change, size=2):
+        """Replace the integer of `size` bytes at an offset by `change` of it."""
         data = bytearray(path.read_bytes())
-        data[at : at + size] = change(int.from_bytes(data[at : at + size], "little")).to_bytes(size, "little")
+        new = change(int.from_bytes(data[at : at + size], "little"))
+        data[at : at + size] = new.to_bytes(size, "little")
         path.write_bytes(data)
 
     def scale_up(self, name):
+        """d of one block, with which blocks of Q4_1 and Q4_K begin, by one unit."""
         path, at = self.block(name)
-        self.patch(path, at, lambda half: half + 1)  # every home here but Q3_K, Q2_K and TQ2_0 begins with d
+        self.patch(path, at, lambda half: half + 1)
 
     def zero_up(self, name):
+        """One zero-point by one: m = −s·z of Q4_1, or the minimum of a sub-block of Q4_K."""
         path, at = self.block(name)
-        if self.tensor(name)[1].type == "Q4_1":  # m = −s·z: one step of s
+        if self.tensor(name)[1].type == "Q4_1":
             raw = path.read_bytes()
             d, m = np.frombuffer(raw, "<f2", 2, at).astype(np.float32)
             self.patch(path, at + 2, lambda _: int(np.float16(m - d).view(np.uint16)))
-        else:  # Q4_K: min of the first sub-block, six bits
+        else:  # six bits of this byte are the minimum of the first sub-block
             self.patch(path, at + 8, lambda b: (b & 0xC0) | ((b & 63) + 1), size=1)
 
     def code_up(self, name):
+        """One code by one."""
         path, at = self.block(name)
         start = {"Q4_1": 4, "Q4_K": 16}[self.tensor(name)[1].type]
         size = TYPES[self.tensor(name)[1].type].nbytes - start
@@ -222,28 +260,32 @@ def copy_of(exported, tmp_path, seed):
 def names_at_random(draw, layers):
     """One linear each of the first, a middle and the last layer."""
     kinds = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
-    return [f"blk.{layer}.{draw.choice(kinds)}.weight" for layer in (0, draw.randrange(1, layers - 1), layers - 1)]
+    chosen = (0, draw.randrange(1, layers - 1), layers - 1)
+    return [f"blk.{layer}.{draw.choice(kinds)}.weight" for layer in chosen]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("home", ["q4_1", "q4_k"])
-def test_a_scale_a_zero_a_code_and_an_mmproj_weight_are_caught_by_decoding(home, seed, request, tmp_path):
+def test_a_scale_a_zero_a_code_and_an_mmproj_weight_are_caught_by_decoding(
+    home, seed, request, tmp_path
+):
     fault = copy_of(request.getfixturevalue(home), tmp_path, seed)
     hit = names_at_random(fault.draw, 6)
-    for change, name in zip((fault.scale_up, fault.zero_up, fault.code_up), fault.draw.sample(hit, 3)):
+    changes = (fault.scale_up, fault.zero_up, fault.code_up)
+    for change, name in zip(changes, fault.draw.sample(hit, 3)):
         change(name)
     vision = f"v.blk.{fault.draw.randrange(4)}.ffn_up.weight"
     path, t = fault.tensor(vision)
     fault.patch(path, t.offset + 2 * fault.draw.randrange(t.nbytes // 2), lambda half: half ^ 1)
     rows = run_check(fault.reference, fault.folder)
-    hub = text_to_hub(fault.reference.config)
+    hub = hub_names(fault.reference)
     for c in [c for c in rows if c.name.startswith("weights by")]:
         assert c.status == "failed"
         for name in [hub[n] for n in hit] + [vision]:
             assert name in c.worst, c
     products = row(rows, "every product of the language model")
     assert products.status == "failed"
-    for name in hit:  # one ulp of one scale included
+    for name in hit:
         assert hub[name] in products.worst, products
 
 
@@ -255,12 +297,13 @@ def test_one_ulp_of_one_scale_is_above_the_gate_of_every_linear(home, request, t
     for name in linears[:: len(linears) // 8]:
         fault.scale_up(name)
     rows = run_check(fault.reference, fault.folder)
-    assert row(rows, "weights by llama.cpp").worst.count("(") == 8  # the eight that fit the row
+    assert row(rows, "weights by llama.cpp").worst.count("(") == 8  # as many as a row names
     products = row(rows, "every product of the language model")
     assert products.status == "failed"
     assert products.worst.count(" row ") == 8
     assert products.value > 2e-6
-    assert row(rows, "shipped file through mtmd").status == "passed"  # no bound on logits can see it
+    # no gate on logits can see such changes
+    assert row(rows, "shipped file through mtmd").status == "passed"
 
 
 def rewrite(path, *, drop_tensor="", drop_key=""):
@@ -299,16 +342,19 @@ def test_a_dropped_bias_is_caught_by_completeness_weights_and_twin(q4_1, tmp_pat
     rows = run_check(fault.reference, fault.folder)
     assert f"tensor {name} is missing" in row(rows, "metadata and names").worst
     missing = f"model.layers.{layer}.self_attn.q_proj.bias (missing)"
-    assert all(c.status == "failed" and missing in c.worst for c in rows if c.name.startswith("weights by"))
+    readers = [c for c in rows if c.name.startswith("weights by")]
+    assert all(c.status == "failed" and missing in c.worst for c in readers)
     assert row(rows, "float32 twin, text prompts").status == "failed"
     assert row(rows, "float32 twin, image prompts").status == "failed"
-    assert row(rows, "every product of the language model").status == "passed"  # a product has no bias
+    # products are compared without their biases
+    assert row(rows, "every product of the language model").status == "passed"
 
 
 def test_a_dropped_rope_base_is_caught_by_completeness_and_twin(tmp_path):
-    def theta(config):  # llama.cpp assumes 10000, which is also the reference VLM's own
+    """Without the key llama.cpp assumes 10000, so the model here is given another rope base."""
+
+    def theta(config):
         config["text_config"]["rope_parameters"]["rope_theta"] = 1e6
-        return config
 
     reference, folder = export(tmp_path, GRIDS["w4g128"], config_edit=theta)
     assert_all_pass(run_check(reference, folder))
@@ -320,7 +366,7 @@ def test_a_dropped_rope_base_is_caught_by_completeness_and_twin(tmp_path):
     assert row(rows, "weights by llama.cpp").status == "passed"
 
 
-# --- a runtime that refuses, crashes or is not there ------------------------------------------------------------------
+# --- a runtime that refuses, crashes or is not there ----------------------------------------------
 
 
 def test_a_file_that_llama_cpp_refuses_is_failed_rows_of_one_line(q4_1, tmp_path):
@@ -336,13 +382,13 @@ def test_a_file_that_llama_cpp_refuses_is_failed_rows_of_one_line(q4_1, tmp_path
 
 
 def test_an_assertion_inside_llama_cpp_is_a_failed_row_too(q4_1, tmp_path):
-    """M-RoPE sections of zero load, and abort the process at the first token."""
+    """llama.cpp loads M-RoPE sections of zero, and aborts its process at the first token."""
     fault = copy_of(q4_1, tmp_path, 0)
     path = find_files(fault.folder)[0]
-    raw = path.read_bytes()
-    key = raw.index(b"qwen2vl.rope.dimension_sections") + len("qwen2vl.rope.dimension_sections")
-    assert np.frombuffer(raw, "<i4", 4, key + 16).tolist() == [8, 12, 12, 0]
-    path.write_bytes(raw[: key + 16] + bytes(16) + raw[key + 32 :])
+    raw, key = path.read_bytes(), b"qwen2vl.rope.dimension_sections"
+    at = raw.index(key) + len(key) + 16  # after the types and the length of the array
+    assert np.frombuffer(raw, "<i4", 4, at).tolist() == [8, 12, 12, 0]
+    path.write_bytes(raw[:at] + bytes(16) + raw[at + 16 :])
     rows = run_check(fault.reference, fault.folder)
     c = row(rows, "every product")
     assert c.status == "failed"
@@ -369,7 +415,7 @@ def test_a_missing_runtime_is_not_run_never_passed(q4_1, monkeypatch):
     rows = run_check(*q4_1)
     assert {c.level for c in rows if c.status == "not run"} == {"L2", "L3"}
     assert {c.level for c in rows if c.status == "passed"} == {"L1"}
-    monkeypatch.setattr(gguf_format, "missing", lambda: "xllamacpp")
+    monkeypatch.setattr(check, "missing", lambda: "xllamacpp")
     rows = run_check(*q4_1)
     assert {c.status for c in rows} == {"not run"}
     assert {c.level for c in rows} == {"L1", "L2", "L3"}
@@ -385,20 +431,22 @@ def test_another_build_of_llama_cpp_is_refused(monkeypatch):
         llama.load(lambda level, line: None)
 
 
-# --- the driver itself ------------------------------------------------------------------------------------------------
+# --- our driver of llama.cpp ----------------------------------------------------------------------
 
 
 def test_a_cleared_context_is_a_fresh_one_and_nothing_reaches_our_output(q4_1, tmp_path, capfd):
-    """Logits of a prompt are bit-equal first in a context, after others, and watched."""
+    """A prompt has the same logits, bit for bit, whatever ran before it in the context.
+
+    Capturing its products does not change them either.
+    """
     reference, folder = q4_1
     text, mmproj = find_files(folder)
     a, b = reference.prompts[:2]
-    prompts = [runner.exact_prompt(reference, s, tmp_path, f"p{i}", logits=True) for i, s in enumerate((a, b, a, a))]
+    requests = Prompts(reference, Layout.of(reference.architecture), tmp_path)
+    prompts = [requests.exact(s, f"p{i}", logits=True) for i, s in enumerate((a, b, a, a))]
     prompts[3]["capture"] = True
-    prompts += [
-        runner.mtmd_prompt(reference, s, tmp_path, f"m{i}", logits=True, answer=4) for i, s in enumerate((a, b, a))
-    ]
-    capfd.readouterr()  # what transformers says when it loads the reference
+    prompts += [requests.mtmd(s, f"m{i}", logits=True, answer=4) for i, s in enumerate((a, b, a))]
+    capfd.readouterr()  # discards what transformers printed when it loaded the reference
     run = runner.run(tmp_path, text, mmproj, prompts, reference, 1, 4)
     np.testing.assert_array_equal(run.logits(0), run.logits(2))
     np.testing.assert_array_equal(run.logits(0), run.logits(3))

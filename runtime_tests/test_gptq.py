@@ -1,4 +1,7 @@
-"""GPTQ folders in the runtimes that read them: transformers + gptqmodel, GPTQModel.load, AutoGPTQ's decoder."""
+"""GPTQ folders in the runtimes that read them.
+
+They are transformers with gptqmodel, GPTQModel by itself, and the decoder of AutoGPTQ.
+"""
 
 import json
 import os
@@ -16,26 +19,36 @@ from safetensors.torch import load_file, save_file
 from tests.artifacts import GRIDS, rtn_artifact
 from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export import bundled
-from vlmq_export.formats.base import CheckSettings, FormatOptions, compare_weights
-from vlmq_export.formats.gptq import check, missing, write
-from vlmq_export.formats.gptq.check import KERNEL_GATE, autogptq_decoder, exact_rows, own_decoder
-from vlmq_export.formats.gptq.imported import GptqCheckpoint, write_artifact
+from vlmq_export.formats.contract import FormatOptions
+from vlmq_export.formats.gptq.imports.checkpoint import GptqCheckpoint, write_artifact
 from vlmq_export.formats.gptq.layout import GPTQMODEL_LOADS
-from vlmq_export.formats.gptq.read import GptqFolder
-from vlmq_export.formats.gptq.runtime import Request, RuntimeFailed, run, save_prompts
-from vlmq_export.parity import required_runtimes
-from vlmq_export.quantizer.artifact import (
-    Artifact,
+from vlmq_export.formats.gptq.proof.check import (
+    KERNEL_GATE,
+    autogptq_decoder,
+    check,
+    exact_rows,
+    own_decoder,
 )
-from vlmq_export.quantizer.calibration import Preprocessor, read_rows
-from vlmq_export.quantizer.families import FAMILIES
-from vlmq_export.reference import Reference, Weights
+from vlmq_export.formats.gptq.proof.runtime import Request, RuntimeFailed, run, save_prompts
+from vlmq_export.formats.gptq.read import GptqFolder
+from vlmq_export.formats.gptq.requirements import missing
+from vlmq_export.formats.gptq.write import write
+from vlmq_export.formats.proof.checks import CheckSettings, compare_weights
+from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.formats.proof.weights import Weights
+from vlmq_export.proving.parity import required_runtimes
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.model.families import FAMILIES
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import read_rows
 
 IMAGES = 4
 SETTINGS = CheckSettings(images=IMAGES, threads=2)
+ALL_PASS = ["L1 passed"] * 3 + ["L2 passed", "L3 passed", "L3 passed"]  # see by_level
 
 pytestmark = pytest.mark.skipif(
-    bool(missing()) and "gptq" not in required_runtimes(), reason=f"{missing()} not installed and not declared present"
+    bool(missing()) and "gptq" not in required_runtimes(),
+    reason=f"{missing()} not installed and not declared present",
 )
 
 
@@ -47,7 +60,7 @@ def exported(folder: Path, artifact: Artifact, **options) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Artifact:
-    """4 bits, groups of 128 with a permuted g_idx: what exercises every tensor of the format."""
+    """4 bits, groups of 128 with a permuted g_idx, so that every tensor of the format matters."""
     return rtn_artifact(tmp_path_factory.mktemp("artifact"), GRIDS["w4g128-dynamic"])
 
 
@@ -61,7 +74,24 @@ def folder(artifact, tmp_path_factory) -> Path:
     return exported(tmp_path_factory.mktemp("gptq") / "gptq", artifact)
 
 
+def request_for(folder: Path, out: Path, reference: Reference, prompts) -> Request:
+    """A run that also leaves decoded weights and single linears in files."""
+    return Request(
+        str(folder),
+        str(out),
+        GptqFolder(folder).bits,
+        save_prompts(prompts, out.parent),
+        reference.vocabulary,
+        16,
+        sorted(reference.stop_ids),
+        SETTINGS.threads,
+        backend="gptq_torch",
+        exact=True,
+    )
+
+
 def by_level(rows) -> list[str]:
+    """Level and status of every row."""
     return [f"{r.level} {r.status}" for r in rows]
 
 
@@ -71,15 +101,7 @@ def test_runtime_is_here():
 
 def test_every_level_on_the_reference_model(folder, reference):
     rows = check(folder, reference, FormatOptions(), SETTINGS)
-    assert by_level(rows) == [
-        "L1 passed",
-        "L1 passed",
-        "L1 passed",
-        "L2 passed",
-        "L3 passed",
-        "L3 passed",
-        "L3 info",
-    ], rows
+    assert by_level(rows) == [*ALL_PASS, "L3 info"], rows
     assert rows[0].compared == rows[2].compared == reference.weights.count
     assert rows[3].compared == len(reference.weights.linears)
     assert rows[4].value <= 1e-5 and "TorchLinear" in rows[4].detail
@@ -87,18 +109,21 @@ def test_every_level_on_the_reference_model(folder, reference):
 
 
 def test_qwen2_vl_with_a_kernel_that_refuses(tmp_path):
-    """The other architecture, its config.json flat as published; v2, sharded, module names, 4 bits per channel.
+    """A flat config.json, GPTQ v2, shards, names of modules, and 4 bits per channel.
 
-    There GPTQModel's own choice on CPU stops with a RuntimeError, which is reported; the file is proven all the same.
+    The kernel that GPTQModel picks on some processors stops with a RuntimeError, which is reported.
+    The file is proven all the same.
     """
     source = make_random_checkpoint(tmp_path / "model", arch="qwen2_vl")
     artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4"], source)
-    out = exported(tmp_path / "gptq", artifact, gptq_version="v2", gptq_names="module", gptq_shard_bytes=1_000_000)
+    options = {"gptq_version": "v2", "gptq_names": "module", "gptq_shard_bytes": 1_000_000}
+    out = exported(tmp_path / "gptq", artifact, **options)
     assert len(list(out.glob("*.safetensors"))) > 2
-    rows = check(out, Reference(artifact.path, read_rows(bundled.HELDOUT)[:2]), FormatOptions(), SETTINGS)
-    expected = ["L1 passed", "L1 info", "L1 passed", "L2 passed", "L3 passed", "L3 passed", "L3 info"]
+    reference = Reference(artifact.path, read_rows(bundled.HELDOUT)[:2])
+    rows = check(out, reference, FormatOptions(), SETTINGS)
+    expected = ["L1 passed", "L1 info", *ALL_PASS[2:], "L3 info"]
     assert by_level(rows) == expected, rows
-    if rows[6].value is None:  # which kernel is picked depends on the processor
+    if rows[6].value is None:
         assert "RuntimeError" in rows[6].detail and "gptq_torch" in rows[6].detail
 
 
@@ -107,10 +132,12 @@ def test_qwen2_vl_with_a_kernel_that_refuses(tmp_path):
 def test_every_level_on_other_grids(tmp_path, tag):
     artifact = rtn_artifact(tmp_path / "artifact", GRIDS[tag])
     out = exported(tmp_path / "gptq", artifact)
-    rows = check(out, Reference(artifact.path, read_rows(bundled.HELDOUT)[:2]), FormatOptions(), SETTINGS)
-    assert by_level(rows)[:6] == ["L1 passed"] * 3 + ["L2 passed", "L3 passed", "L3 passed"], rows
+    reference = Reference(artifact.path, read_rows(bundled.HELDOUT)[:2])
+    rows = check(out, reference, FormatOptions(), SETTINGS)
+    assert by_level(rows)[:6] == ALL_PASS, rows
 
 
+# The combined processor needs torchvision. The test is about weights, so it is not loaded.
 LOAD_BY_GPTQMODEL = """
 import json, sys
 import numpy as np, torch
@@ -119,7 +146,7 @@ from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.models.auto import MODEL_MAP
 folder, prompt, out = sys.argv[1:]
 kind = json.load(open(folder + "/config.json"))["model_type"]
-MODEL_MAP[kind].require_load_processor = False  # the combined processor needs torchvision; weights are what is tested
+MODEL_MAP[kind].require_load_processor = False
 model = GPTQModel.load(folder, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
 inputs = load_file(prompt)
 inputs["pixel_values"] = inputs["pixel_values"].half()
@@ -128,9 +155,10 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize(
-    "arch", ["reference", *(pytest.param(a, marks=pytest.mark.slow) for a in ("qwen2_vl", "qwen3_vl", "internvl"))]
-)
+OTHERS = [pytest.param(a, marks=pytest.mark.slow) for a in ("qwen2_vl", "qwen3_vl", "internvl")]
+
+
+@pytest.mark.parametrize("arch", ["reference", *OTHERS])
 def test_gptqmodel_loads_module_names(arch, tmp_path, artifact, tiny):
     if arch != "reference":
         artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny(arch))
@@ -138,15 +166,17 @@ def test_gptqmodel_loads_module_names(arch, tmp_path, artifact, tiny):
     reference = Reference(artifact.path, read_rows(bundled.HELDOUT)[:1])
     prompt = reference.prompts[0]
     (file,) = save_prompts([prompt], tmp_path)
-    command = [sys.executable, "-c", LOAD_BY_GPTQMODEL, str(out), file, str(tmp_path / "logits.npy")]
+    logits = tmp_path / "logits.npy"
+    command = [sys.executable, "-c", LOAD_BY_GPTQMODEL, str(out), file, str(logits)]
     done = in_its_own_process(command, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    got, want = np.load(tmp_path / "logits.npy")[:, : reference.vocabulary], reference.logits(prompt)
+    got, want = np.load(logits)[:, : reference.vocabulary], reference.logits(prompt)
     assert np.linalg.norm(got - want) / np.linalg.norm(want) <= KERNEL_GATE
 
 
 def in_its_own_process(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "TORCHDYNAMO_DISABLE": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "TORCHDYNAMO_DISABLE": "1"}
+    environment = os.environ | offline
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
@@ -156,25 +186,27 @@ def test_gptqmodel_has_the_families_that_we_say(tmp_path):
     assert set(GPTQMODEL_LOADS) == set(FAMILIES) & set(done.stdout.split())
 
 
-# --- faults: nothing but the decoded weights tells ---------------------------------------------------------------------
+# --- changed weights, which only decoding can see -------------------------------------------------
 
 
 def faulty_copy(folder: Path, copy: Path, layer: int, part: str, seed: int) -> tuple[Path, str]:
-    """The folder with one random element of one random linear of `layer` changed by the least step; and its name."""
+    """A copy in which one random element of one random linear of `layer` is changed.
+
+    The change is the least that can matter. Returns the copy, and the name of the linear's weight.
+    """
     shutil.copytree(folder, copy)
     rng = np.random.default_rng(seed)
     tensors = load_file(copy / "model.safetensors")
-    modules = sorted(
-        n.removesuffix(".qweight") for n in tensors if n.startswith(f"model.layers.{layer}.") and n.endswith(".qweight")
-    )
+    of_layer = sorted(n for n in tensors if n.startswith(f"model.layers.{layer}."))
+    modules = [n.removesuffix(".qweight") for n in of_layer if n.endswith(".qweight")]
     module = modules[rng.integers(len(modules))]
-    values = tensors[f"{module}.{part}"].numpy()  # shares memory
+    values = tensors[f"{module}.{part}"].numpy()  # shares the memory of the tensor
     at = tuple(int(rng.integers(s)) for s in values.shape)
     if part == "scales":
         values[at] = np.nextafter(values[at], np.float16(np.inf))
     elif part == "g_idx":
         values[at] = 1 - values[at] if values.max() == 1 else (values[at] + 1) % (values.max() + 1)
-    elif part == "qzeros":  # one zero-point of the word by one
+    elif part == "qzeros":  # one of the zero-points in the word, by one
         shift = 4 * int(rng.integers(8))
         field = int(values[at]) >> shift & 15
         words = values.view(np.uint32)
@@ -199,12 +231,10 @@ def test_fault_is_caught_by_the_runtimes_own_decoders(folder, reference, tmp_pat
     opened = GptqFolder(copy)
     row = autogptq_decoder(opened, reference)
     assert row.status == "failed" and row.worst.startswith(name)
-    request = Request(
-        str(copy), str(tmp_path / "out"), opened.bits, save_prompts(reference.prompts[:1], tmp_path), reference.vocabulary,
-        16, sorted(reference.stop_ids), SETTINGS.threads, backend="gptq_torch", exact=True,
-    )  # fmt: skip
+    request = request_for(copy, tmp_path / "out", reference, reference.prompts[:1])
     row = next(exact_rows(run(request), opened, reference))
-    assert row.status == "failed" and row.worst.startswith(name) and row.compared == reference.weights.count
+    assert row.status == "failed" and row.worst.startswith(name)
+    assert row.compared == reference.weights.count
 
 
 def test_a_float_weight_off_by_one_bit_is_caught(folder, reference, tmp_path):
@@ -222,10 +252,10 @@ def test_a_runtime_that_dies_is_one_line(folder, reference, tmp_path):
     copy = tmp_path / "broken"
     shutil.copytree(folder, copy)
     config = json.loads((copy / "config.json").read_text("utf-8"))
-    config["text_config"]["num_hidden_layers"] = 7  # a layer that no file holds
+    config["text_config"]["num_hidden_layers"] = 7  # the files have six layers
     config["text_config"]["layer_types"].append("full_attention")
     (copy / "config.json").write_text(json.dumps(config), "utf-8")
-    request = Request(str(copy), str(tmp_path / "out"), 4, [], reference.vocabulary, 16, [0], 1, backend="gptq_torch")
+    request = replace(request_for(copy, tmp_path / "out", reference, []), exact=False)
     with pytest.raises(RuntimeFailed) as error:
         run(request)
     assert "\n" not in str(error.value)
@@ -234,7 +264,7 @@ def test_a_runtime_that_dies_is_one_line(folder, reference, tmp_path):
         run(replace(request, out=str(tmp_path / "late")), timeout=0.05)
 
 
-# --- other families, and checkpoints of others ---------------------------------------------------------------------------
+# --- other families, and checkpoints of others ----------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["llava_onevision", "internvl", "qwen3_vl"])
@@ -243,51 +273,53 @@ def test_every_weight_and_logit_of_the_other_families(arch, tiny, tmp_path):
     out = exported(tmp_path / "gptq", artifact)
     reference = Reference(artifact.path, read_rows(bundled.HELDOUT)[:2])
     opened = GptqFolder(out)
-    request = Request(
-        str(out), str(tmp_path / "out"), opened.bits, save_prompts(reference.prompts, tmp_path), reference.vocabulary, 16,
-        sorted(reference.stop_ids), SETTINGS.threads, backend="gptq_torch", exact=True,
-    )  # fmt: skip
-    rows = [
-        own_decoder(opened, reference),
-        autogptq_decoder(opened, reference),
-        *exact_rows(run(request), opened, reference),
-    ]
-    assert by_level(rows) == ["L1 passed", "L1 passed", "L1 passed", "L2 passed", "L3 passed", "L3 passed"], rows
+    outcome = run(request_for(out, tmp_path / "out", reference, reference.prompts))
+    rows = [own_decoder(opened, reference), autogptq_decoder(opened, reference)]
+    rows += exact_rows(outcome, opened, reference)
+    assert by_level(rows) == ALL_PASS, rows
     assert rows[0].compared == rows[2].compared == reference.weights.count
 
 
-QUANTIZER = Path(__file__).resolve().parents[1] / "tools" / "bench" / "gptqmodel_quantize.py"
+QUANTIZER = Path(__file__).resolve().parents[1] / "tools" / "bench" / "peers" / "run_gptqmodel.py"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "made",
-    [{"group_size": 128, "sym": True, "desc_act": False}, {"group_size": 64, "sym": False, "desc_act": True}],
+    [
+        {"group_size": 128, "sym": True, "desc_act": False},
+        {"group_size": 64, "sym": False, "desc_act": True},
+    ],
     ids=["sym", "asym-desc_act"],
 )
 def test_a_checkpoint_made_by_gptqmodel_is_taken_over_as_it_decodes_it(made, tmp_path):
-    """GPTQModel quantizes the bundled model; our artifact of its file decodes to what its own kernel decodes."""
+    """GPTQModel quantizes the bundled model. Our artifact has the weights that its kernel uses."""
+    theirs, file = tmp_path / "theirs", tmp_path / "request.json"
     request = made | {
-        "model": str(bundled.REFERENCE_VLM), "out": str(tmp_path / "theirs"), "rows": str(bundled.CALIBRATION), "samples": 4,
-        "bits": 4, "act_group_aware": not made["desc_act"], "gptaq": False,
-    }  # fmt: skip
-    (tmp_path / "request.json").write_text(json.dumps(request))
-    done = in_its_own_process([sys.executable, str(QUANTIZER), str(tmp_path / "request.json")], tmp_path)
+        "model": str(bundled.REFERENCE_VLM),
+        "out": str(theirs),
+        "rows": str(bundled.CALIBRATION),
+        "samples": 4,
+        "bits": 4,
+        "act_group_aware": not made["desc_act"],
+        "gptaq": False,
+    }
+    file.write_text(json.dumps(request))
+    done = in_its_own_process([sys.executable, str(QUANTIZER), str(file)], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    checkpoint = GptqCheckpoint(tmp_path / "theirs")
+    checkpoint = GptqCheckpoint(theirs)
     assert checkpoint.quant_config.act_order == ("dynamic" if made["desc_act"] else "gar")
     write_artifact(checkpoint, tmp_path / "artifact", "theirs")
-    weights = Weights(tmp_path / "artifact", tmp_path / "theirs")
-    preprocessor = Preprocessor(bundled.REFERENCE_VLM)  # it saves no preprocessor_config.json
+    weights = Weights(tmp_path / "artifact", theirs)
+    preprocessor = Preprocessor(bundled.REFERENCE_VLM)  # GPTQModel saves no settings of images
     prompt = preprocessor.sample(read_rows(bundled.HELDOUT)[0], prompt_only=True)
-    outcome = run(
-        Request(
-            str(tmp_path / "theirs"), str(tmp_path / "out"), 4, save_prompts([prompt], tmp_path), 384, 1, [376],
-            SETTINGS.threads, backend="gptq_torch", exact=True,
-        )
-    )  # fmt: skip
-    family = checkpoint.family
-    row = compare_weights(
-        "gptq", "taken over", weights.items(), lambda hub: outcome.weight(family.module_name(hub)), count=weights.count
-    )
+    prompts, threads = save_prompts([prompt], tmp_path), SETTINGS.threads
+    asked = Request(str(theirs), str(tmp_path / "out"), 4, prompts, 384, 1, [376], threads)
+    outcome = run(replace(asked, backend="gptq_torch", exact=True))
+
+    def decoded(hub: str) -> np.ndarray | None:
+        return outcome.weight(checkpoint.family.module_name(hub))
+
+    count = weights.count
+    row = compare_weights("gptq", "taken over", weights.items(), decoded, count=count)
     assert row.status == "passed" and row.compared == weights.count, row

@@ -1,4 +1,4 @@
-"""A quantized output head in ONNX Runtime and llama.cpp: every level looks at it, and a change in it is caught by name."""
+"""A quantized output head in ONNX Runtime and llama.cpp: a change in it is caught and named."""
 
 import random
 import shutil
@@ -8,30 +8,30 @@ import numpy as np
 import onnx
 import pytest
 
+from runtime_tests.test_gguf import hub_names
 from runtime_tests.test_onnx import SETTINGS, assert_all_pass, damage, overwrite, weight_rows
 from tools.reference_vlm.model import make_random_checkpoint
-from vlmq_export import formats
 from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
-from vlmq_export.formats.base import FormatOptions
-from vlmq_export.formats.gguf.names import text_to_hub
+from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
-from vlmq_export.quantizer.artifact import Artifact
-from vlmq_export.quantizer.calibration import read_rows
-from vlmq_export.quantizer.checkpoint import Checkpoint
+from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.quantize import quantize
-from vlmq_export.reference import Reference
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.run.quantize import quantize
+from vlmq_export.quantizer.samples.rows import read_rows
 
 HEAD8 = QuantConfig("rtn", 4, 128, head_bits=8)
 LINEARS = 6 * 7 + 1  # of the reference VLM
 
 
 def export(folder, config=HEAD8, source=REFERENCE_VLM, format="onnx", options=None):
-    quantize(Checkpoint(source), [], config, folder / "artifact", name="m", calibration={}, device="cpu")
-    reference = Reference(folder / "artifact", read_rows(HELDOUT)[:4])
+    """(reference, folder of the format) of a model with a quantized head."""
+    path = folder / "artifact"
+    quantize(Checkpoint(source), [], config, path, name="m", calibration={}, device="cpu")
     (folder / format).mkdir()
-    formats.get(format).write(Artifact(folder / "artifact"), folder / format, options or FormatOptions())
-    return reference, folder / format
+    FORMATS[format].write(Artifact(path), folder / format, options or FormatOptions())
+    return Reference(path, read_rows(HELDOUT)[:4]), folder / format
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,8 @@ def exported(tmp_path_factory):
 
 
 def check(folder, reference, format="onnx", **options):
-    return formats.get(format).check(
-        folder, reference, FormatOptions(**options), replace(SETTINGS, images=2, questions=2)
-    )
+    settings = replace(SETTINGS, images=2, questions=2)
+    return FORMATS[format].check(folder, reference, FormatOptions(**options), settings)
 
 
 @pytest.mark.parametrize(("tied", "bits"), [(True, 4), (False, 2)])
@@ -66,9 +65,11 @@ def test_the_embedding_is_the_source_s_and_the_head_one_node_that_makes_the_logi
     assert by_name["each MatMulNBits at level 0"].compared == LINEARS
     graph = onnx.load(folder / "text.onnx", load_external_data=False).graph
     (node,) = (n for n in graph.node if "logits" in n.output)
-    assert node.op_type == "MatMulNBits" and next(a.i for a in node.attribute if a.name == "bits") == 8
+    assert node.op_type == "MatMulNBits"
+    assert next(a.i for a in node.attribute if a.name == "bits") == 8
     embedding = onnx.load(folder / "embedding.onnx", load_external_data=False).graph
-    assert [t.data_type for t in embedding.initializer if "embed_tokens" in t.name] == [onnx.TensorProto.FLOAT]
+    kinds = [t.data_type for t in embedding.initializer if "embed_tokens" in t.name]
+    assert kinds == [onnx.TensorProto.FLOAT]
     source = Checkpoint(REFERENCE_VLM).tensor("model.embed_tokens.weight").float().numpy()
     assert np.array_equal(reference.weights.array("model.embed_tokens.weight"), source)
 
@@ -79,7 +80,9 @@ def test_level_4_and_float16(tmp_path):
     assert_all_pass(check(folder, reference, **options))
 
 
-@pytest.mark.parametrize(("part", "kind"), [("scales", "ulp"), ("zero_points", "bit"), ("qweight", "bit")])
+@pytest.mark.parametrize(
+    ("part", "kind"), [("scales", "ulp"), ("zero_points", "bit"), ("qweight", "bit")]
+)
 def test_one_changed_value_of_the_head_is_caught_and_named(exported, tmp_path, part, kind):
     reference, folder = exported
     shutil.copytree(folder, tmp_path / "onnx")
@@ -101,7 +104,10 @@ def test_every_level_sees_a_wrong_scale_of_the_head(exported, tmp_path):
 
 
 def test_llama_cpp_computes_with_the_head_of_its_own(tmp_path):
-    """Tied on the hub: the GGUF gets an output.weight, and the embedding stays in the source's type."""
+    """The head is tied to the embedding in the source. The GGUF has an output.weight all the same.
+
+    The embedding keeps its type.
+    """
     reference, folder = export(tmp_path, replace(HEAD8, bits=3, group_size=-1), format="gguf")
     rows = check(folder, reference, "gguf")
     assert_all_pass(rows)
@@ -110,7 +116,7 @@ def test_llama_cpp_computes_with_the_head_of_its_own(tmp_path):
     text, _ = find_files(folder)
     types = {name: t.type for name, t in GGUFFile(text).tensors.items()}
     assert types["output.weight"] == "Q8_0" and types["token_embd.weight"] in ("F16", "BF16", "F32")
-    assert text_to_hub(reference.config)["output.weight"] == "lm_head.weight"
+    assert hub_names(reference)["output.weight"] == "lm_head.weight"
 
 
 def test_llama_cpp_reads_a_changed_head_and_says_so(tmp_path):
@@ -121,4 +127,5 @@ def test_llama_cpp_reads_a_changed_head_and_says_so(tmp_path):
     data[tensor.offset + 40] ^= 1  # a code of the second block
     text.write_bytes(data)
     weights = [r for r in check(folder, reference, "gguf") if r.name.startswith("weights by")]
-    assert len(weights) == 3 and all(r.status == "failed" and "lm_head.weight" in r.worst for r in weights)
+    assert len(weights) == 3
+    assert all(r.status == "failed" and "lm_head.weight" in r.worst for r in weights)

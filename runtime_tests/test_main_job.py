@@ -1,4 +1,7 @@
-"""The command from end to end: three formats, three runtimes, and faults that its `verify` must catch."""
+"""The command from end to end, in three formats and their runtimes.
+
+`verify` must catch one changed value in each format.
+"""
 
 import json
 import os
@@ -14,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from runtime_tests.test_gguf import rewrite
 from runtime_tests.test_onnx import damage
 from tools.reference_vlm.model import make_random_checkpoint
-from vlmq_export import checksums
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
+from vlmq_export.output import checksums
 
 FORMATS = ("--format", "gptq", "--format", "onnx", "--format", "gguf")
-GATED = {"gptq": {"L1", "L2", "L3"}, "onnx": {"L1", "L2", "L3"}, "gguf": {"L1", "L2", "L3"}}
+NAMES = ("gptq", "onnx", "gguf")
 
 
 def command(*args: object) -> subprocess.CompletedProcess:
@@ -34,13 +37,18 @@ def command(*args: object) -> subprocess.CompletedProcess:
 
 
 def assert_proven(out):
+    """Every format passed on every level, and two readers compared all weights.
+
+    These readers are ours and the runtime's own. Returns the parity report.
+    """
     parity = json.loads((out / "parity.json").read_text())
-    assert parity["verified"], [c for c in parity["checks"] if c["status"] not in ("passed", "info")]
-    for name, levels in GATED.items():
+    wrong = [c for c in parity["checks"] if c["status"] not in ("passed", "info")]
+    assert parity["verified"], wrong
+    for name in NAMES:
         rows = [c for c in parity["checks"] if c["format"] == name and c["status"] == "passed"]
-        assert {c["level"] for c in rows} == levels
-        whole = [c for c in rows if c["level"] == "L1" and c["compared"] == parity["reference"]["weights"]]
-        assert len(whole) >= 2, f"{name}: every weight by our reader and by the runtime's own"
+        assert {c["level"] for c in rows} == {"L1", "L2", "L3"}
+        compared = [c["compared"] for c in rows if c["level"] == "L1"]
+        assert compared.count(parity["reference"]["weights"]) >= 2, name
     assert parity["reference"]["images"] == 32
     return parity
 
@@ -51,7 +59,8 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job") / "out"
     done = command(*FORMATS, "--samples", 32, "--out", folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and all(len(line) <= 80 for line in done.stdout.splitlines()[:-1])
+    assert "Traceback" not in done.stderr
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()[:-1])
     return folder
 
 
@@ -80,15 +89,19 @@ def test_qwen2_vl_is_proven_too(tmp_path):
 
 
 def test_an_artifact_exports_to_the_same_bytes_without_data_or_model(out, tmp_path):
-    done = command(out / "artifact", *FORMATS, "--no-verify", "--out", tmp_path / "again")
+    again = tmp_path / "again"
+    done = command(out / "artifact", *FORMATS, "--no-verify", "--out", again)
     assert done.returncode == 0, done.stderr
-    for name in ("artifact", "gptq", "onnx", "gguf"):
+    for name in ("artifact", *NAMES):
         for file in (p for p in (out / name).rglob("*") if p.is_file()):
-            assert file.read_bytes() == (tmp_path / "again" / file.relative_to(out)).read_bytes(), file
-    assert "not verified" in done.stdout and "Not verified" in (tmp_path / "again" / "README.md").read_text()
+            assert file.read_bytes() == (again / file.relative_to(out)).read_bytes(), file
+    assert "not verified" in done.stdout
+    assert "Not verified" in (again / "README.md").read_text()
 
 
-@pytest.mark.parametrize("part", ["artifact", "gptq", "onnx", "gguf", "gguf/mmproj", "onnx/text.onnx"])
+@pytest.mark.parametrize(
+    "part", ["artifact", "gptq", "onnx", "gguf", "gguf/mmproj", "onnx/text.onnx"]
+)
 def test_inspect_shows_what_is_there(out, part):
     path = next((out / "gguf").glob("mmproj-*")) if part == "gguf/mmproj" else out / part
     done = command("inspect", path, "--json")
@@ -98,7 +111,7 @@ def test_inspect_shows_what_is_there(out, part):
         assert 4 < found["bits_per_weight"] < 5.1
 
 
-# -- faults: one in each format, checksums made new, so that only decoding can tell --------------------------------
+# -- changed files: checksums are written anew, so that only decoding can tell ---------------------
 
 
 def fault_gptq(folder, module, part, rng):
@@ -118,11 +131,14 @@ def fault_gptq(folder, module, part, rng):
 
 
 def fault_gguf(folder, module, part, rng):
-    """One unit of a block's scale, of its offset, or one bit of its codes (Q4_1: float16 d, float16 m, 16 bytes)."""
-    names = {"self_attn.q_proj": "attn_q", "mlp.down_proj": "ffn_down", "self_attn.o_proj": "attn_output"}
-    _, _, layer, kind = module.split(".", 3)
+    """One unit of a block's scale or of its offset, or one bit of its codes.
+
+    A block of Q4_1 is d in float16, m in float16, and 16 bytes of codes.
+    """
+    kinds = {"q_proj": "attn_q", "down_proj": "ffn_down", "o_proj": "attn_output"}
+    _, _, layer, _, kind = module.split(".")
     text, _ = find_files(folder)
-    tensor = GGUFFile(text).tensors[f"blk.{layer}.{names[kind]}.weight"]
+    tensor = GGUFFile(text).tensors[f"blk.{layer}.{kinds[kind]}.weight"]
     block = tensor.offset + 20 * rng.randrange(tensor.nbytes // 20)
     data = bytearray(text.read_bytes())
     if part == "qweight":
@@ -137,38 +153,52 @@ def fault_onnx(folder, module, part, rng):
     damage(folder, "text", f"{module}.{part}", "ulp" if part == "scales" else "bit", rng)
 
 
-PLACES = ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj", "model.layers.5.self_attn.o_proj")
+PLACES = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.3.mlp.down_proj",
+    "model.layers.5.self_attn.o_proj",
+)
 GPTQ_PART = {"zero_points": "qzeros"}
 
 
-def faulty_verify(out, tmp_path, faults: dict[str, tuple[str, str]], seed: int) -> subprocess.CompletedProcess:
+def faulty_verify(
+    out, tmp_path, faults: dict[str, tuple[str, str]], seed: int
+) -> subprocess.CompletedProcess:
+    """`verify` on a copy with faults: format → (module, its part that is changed)."""
     shutil.copytree(out, tmp_path / "out")
     rng = random.Random(seed)
     for name, (module, part) in faults.items():
-        inject = {"gptq": fault_gptq, "onnx": fault_onnx, "gguf": fault_gguf}[name]
-        inject(tmp_path / "out" / name, module, GPTQ_PART.get(part, part) if name == "gptq" else part, rng)
+        folder = tmp_path / "out" / name
+        if name == "gptq":
+            fault_gptq(folder, module, GPTQ_PART.get(part, part), rng)
+        else:
+            {"onnx": fault_onnx, "gguf": fault_gguf}[name](folder, module, part, rng)
     checksums.write_sums(tmp_path / "out")
     return command("verify", tmp_path / "out", "--json")
 
 
-@pytest.mark.parametrize(
-    "turn", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)  # over three turns every part is hit in every format, each time in another layer
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("turn", [0, slow(1), slow(2)])
 def test_verify_catches_one_fault_in_each_format_and_names_it(out, tmp_path, turn):
+    """Over three turns every part is changed in every format, each time in another layer."""
     parts = ("scales", "zero_points", "qweight")
-    faults = {n: (PLACES[(i + turn) % 3], parts[(2 * i + turn) % 3]) for i, n in enumerate(GATED)}
+    faults = {n: (PLACES[(i + turn) % 3], parts[(2 * i + turn) % 3]) for i, n in enumerate(NAMES)}
     done = faulty_verify(out, tmp_path, faults, turn)
     assert done.returncode == 3, done.stderr
-    checks = json.loads(done.stdout)["parity"]["checks"]
     for name, (module, _) in faults.items():
-        rows = [c for c in checks if c["format"] == name and c["level"] == "L1" and c["status"] == "failed"]
+        rows = failed_rows(done, name)
         assert len(rows) >= 2 and all(f"{module}.weight" in c["worst"] for c in rows), (name, rows)
     assert "Unverified" in (tmp_path / "out" / "README.md").read_text()
 
 
 def failed_rows(done, name, level="L1"):
+    """The failed checks of one format and level, from the output of `verify --json`."""
     checks = json.loads(done.stdout)["parity"]["checks"]
-    return [c for c in checks if c["format"] == name and c["level"] == level and c["status"] == "failed"]
+    of_level = [c for c in checks if c["format"] == name and c["level"] == level]
+    return [c for c in of_level if c["status"] == "failed"]
 
 
 @pytest.mark.slow
@@ -209,14 +239,14 @@ def test_verify_catches_a_dropped_bias_and_a_dropped_rope_base(out, tmp_path):
 
 
 def test_verify_without_new_checksums_names_the_file(out, tmp_path):
-    """L0 sees a change that no decoder does: a byte of a file that holds no weight."""
+    """Checksums see what no decoder does: a changed file that holds no weight."""
     shutil.copytree(out, tmp_path / "out")
     with (tmp_path / "out" / "gptq" / "generation_config.json").open("a") as f:
         f.write(" ")
     assert checksums.changed_files(tmp_path / "out") == ["gptq/generation_config.json (changed)"]
 
 
-# -- the report in a real browser -----------------------------------------------------------------------------------
+# -- the report in a browser -----------------------------------------------------------------------
 
 
 def test_the_report_opens_in_a_browser(out, tmp_path):
@@ -226,14 +256,19 @@ def test_the_report_opens_in_a_browser(out, tmp_path):
             pytest.fail("VLMQ_REQUIRE declares a browser, chromium is not installed")
         pytest.skip("no chromium here")
     flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}",
-    ]  # fmt: skip
-    page = (out / "report.html").resolve().as_uri()
-    dom = subprocess.run(
-        [browser, *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path}",
+    ]
+    command = [browser, *flags, "--dump-dom", (out / "report.html").resolve().as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    dom = done.stdout
     parity = json.loads((out / "parity.json").read_text())
     assert "verified: every check passed" in dom
     assert dom.count('class="passed"') == sum(c["status"] == "passed" for c in parity["checks"])
-    assert dom.count('class="bar"') == 42  # one a linear
+    assert dom.count('class="bar"') == 42  # one for each linear

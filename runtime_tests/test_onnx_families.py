@@ -1,4 +1,7 @@
-"""Qwen3-VL, LLaVA-OneVision (random, and the trained second reference) and InternVL3 in plain ONNX Runtime."""
+"""Qwen3-VL, LLaVA-OneVision and InternVL3 in ONNX Runtime.
+
+The models are small and random. The second reference VLM is a trained LLaVA-OneVision.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,22 +12,20 @@ import pytest
 import torch
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
-from tests.artifacts import GRIDS, rtn_artifact
+from runtime_tests.test_onnx import assert_all_pass, export, run_check, two_images
+from tests.artifacts import GRIDS
 from tools.reference_vlm import onevision
-from tools.reference_vlm.families import make_tiny
-from vlmq_export.bundled import HELDOUT
-from vlmq_export.formats import onnx as onnx_format
-from vlmq_export.formats.base import CheckSettings, FormatOptions, relative_error
-from vlmq_export.formats.onnx import writer
-from vlmq_export.formats.onnx.checks import FORMAT_GATE
-from vlmq_export.formats.onnx.genai import write_genai
-from vlmq_export.formats.onnx.graphs import float_graphs
-from vlmq_export.formats.onnx.runner import OnnxRunner
-from vlmq_export.plan import artifact_plan
-from vlmq_export.quantizer.artifact import Artifact
-from vlmq_export.quantizer.calibration import read_rows
+from tools.reference_vlm.tiny_checkpoints import make_tiny
+from vlmq_export.formats.contract import FORMATS, FormatOptions
+from vlmq_export.formats.model_plan import artifact_plan
+from vlmq_export.formats.onnx import write as writer
+from vlmq_export.formats.onnx.genai_config import write_genai
+from vlmq_export.formats.onnx.graphs.build import float_graphs
+from vlmq_export.formats.onnx.proof.runner import OnnxRunner
+from vlmq_export.formats.onnx.proof.whole_model import FORMAT_GATE
+from vlmq_export.formats.proof.checks import CheckSettings, relative_error
+from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.reference import Reference
 
 SETTINGS = CheckSettings(images=2, questions=2, threads=1)
 
@@ -34,12 +35,15 @@ def slow(*values):
 
 
 FAMILIES = ("qwen3_vl", "llava_onevision", "internvl")
-SECOND = "second"  # the trained reference of LLaVA-OneVision's architecture
+SECOND = "second"  # in the place of a family: the second reference VLM
 
 
 @pytest.fixture(scope="module", autouse=True)
 def traced_once():
-    """Tracing takes most of the time and knows nothing of bits: one graph a model, copied for each writing."""
+    """Trace each model once, and copy its graphs for every export.
+
+    Tracing takes most of the time of an export, and does not depend on the grid.
+    """
     made = {}
 
     def cached(source, known, dtype):
@@ -61,88 +65,77 @@ def exported(tmp_path_factory):
     def get(arch, tag="w4g128", graph="fused", **options):
         key = (arch, tag, graph, *options.items())
         if key not in made:
-            folder = tmp_path_factory.mktemp(f"{arch}-{tag}")
-            source = onevision.FOLDER if arch == SECOND else make_tiny(folder / "model", arch, **options)
-            artifact = rtn_artifact(folder / "artifact", GRIDS[tag], source)
-            (folder / "onnx").mkdir()
-            onnx_format.write(artifact, folder / "onnx", FormatOptions(onnx_graph=graph))
-            made[key] = Reference(artifact.path, read_rows(HELDOUT)[:4]), folder / "onnx"
+            folder, source = tmp_path_factory.mktemp(f"{arch}-{tag}"), onevision.FOLDER
+            if arch != SECOND:
+                source = make_tiny(folder / "model", arch, **options)
+            made[key] = export(folder, GRIDS[tag], source, FormatOptions(onnx_graph=graph), rows=4)
         return made[key]
 
     return get
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-@pytest.mark.parametrize("tag", ["w3g128", "w4g128-dynamic", *(slow(t) for t in ("w2g128", "w4g128", "w8g128", "w4"))])
+@pytest.mark.parametrize(
+    "tag", ["w3g128", "w4g128-dynamic", *(slow(t) for t in ("w2g128", "w4g128", "w8g128", "w4"))]
+)
 def test_every_grid_passes_every_gate(exported, arch, tag):
-    reference, folder = exported(arch, tag)
-    rows = onnx_format.check(folder, reference, FormatOptions(), SETTINGS)
-    wrong = [c for c in rows if c.status not in ("passed", "info")]
-    assert not wrong, wrong
-    assert {c.level for c in rows if c.status == "passed"} == {"L1", "L2", "L3"}
+    assert_all_pass(run_check(*exported(arch, tag), settings=SETTINGS))
+
+
+GRIDS_OF_SECOND = [(bits, group) for bits in (2, 3, 4, 8) for group in (32, 128, -1)]
 
 
 @pytest.mark.parametrize(
-    ("bits", "group"), [(3, 128), *(slow(b, g) for b in (2, 3, 4, 8) for g in (32, 128, -1) if (b, g) != (3, 128))]
+    ("bits", "group"),
+    [(3, 128), *(slow(*grid) for grid in GRIDS_OF_SECOND if grid != (3, 128))],
 )
 def test_every_width_and_group_of_the_second_reference_passes_every_gate(bits, group, tmp_path):
-    artifact = rtn_artifact(
-        tmp_path / "artifact", QuantConfig("rtn", bits, group, symmetric=bits == 8), onevision.FOLDER
-    )
-    (tmp_path / "onnx").mkdir()
-    onnx_format.write(artifact, tmp_path / "onnx", FormatOptions())
-    rows = onnx_format.check(
-        tmp_path / "onnx", Reference(artifact.path, read_rows(HELDOUT)[:4]), FormatOptions(), SETTINGS
-    )
-    assert not [c for c in rows if c.status not in ("passed", "info")], rows
-    assert {c.level for c in rows if c.status == "passed"} == {"L1", "L2", "L3"}
+    config = QuantConfig("rtn", bits, group, symmetric=bits == 8)
+    reference, folder = export(tmp_path, config, onevision.FOLDER, rows=4)
+    assert_all_pass(run_check(reference, folder, settings=SETTINGS))
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_the_standard_operators_pass_every_gate(exported, arch):
     reference, folder = exported(arch, graph="plain")
-    rows = onnx_format.check(folder, reference, FormatOptions(onnx_graph="plain"), replace(SETTINGS, images=1))
-    assert not [c for c in rows if c.status not in ("passed", "info")], rows
+    options = FormatOptions(onnx_graph="plain")
+    assert_all_pass(run_check(reference, folder, options, SETTINGS, images=1))
     nodes = onnx.load(folder / "text.onnx", load_external_data=False).graph.node
     assert {n.op_type for n in nodes if n.domain} == {"MatMulNBits"}
 
 
 @pytest.mark.parametrize("arch", [*FAMILIES, SECOND])
 def test_one_prompt_at_a_time_passes_every_gate(exported, arch):
-    """GroupQueryAttention rotates: by one axis of positions, or by Qwen3-VL's three, woven into one table of angles."""
+    """GroupQueryAttention rotates queries and keys itself, for Qwen3-VL by three axes of positions.
+
+    Query, key and value are one product, except in Qwen3-VL: it norms queries and keys before.
+    """
     reference, folder = exported(arch, graph="single")
-    rows = onnx_format.check(folder, reference, FormatOptions(onnx_graph="single"), replace(SETTINGS, images=1))
-    assert not [c for c in rows if c.status not in ("passed", "info")], rows
+    options = FormatOptions(onnx_graph="single")
+    assert_all_pass(run_check(reference, folder, options, SETTINGS, images=1))
     nodes = onnx.load(folder / "text.onnx", load_external_data=False).graph.node
-    (packed,) = {tuple(n.input[1:3]) == ("", "") for n in nodes if n.op_type == "GroupQueryAttention"}
-    assert packed == (arch != "qwen3_vl")  # whose query and key are normed before
+    attentions = [n for n in nodes if n.op_type == "GroupQueryAttention"]
+    assert {tuple(n.input[1:3]) == ("", "") for n in attentions} == {arch != "qwen3_vl"}
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_level_4_has_a_gate_of_its_own(exported, tmp_path, arch):
     reference, _ = exported(arch)
     options = FormatOptions(onnx_accuracy_level=4)
-    onnx_format.write(Artifact(reference.artifact), tmp_path, options)
-    rows = onnx_format.check(tmp_path, reference, options, replace(SETTINGS, images=1))
-    assert not [c for c in rows if c.status not in ("passed", "info")], rows
+    FORMATS["onnx"].write(Artifact(reference.artifact), tmp_path, options)
+    rows = run_check(reference, tmp_path, options, SETTINGS, images=1)
+    assert_all_pass(rows)
     kernel = next(c for c in rows if c.name == "logits at accuracy_level 4")
-    assert 1e-4 < kernel.value <= kernel.gate  # the level was really used
+    # inputs rounded to 8 bits cost at least this much: the level was really used
+    assert 1e-4 < kernel.value <= kernel.gate
 
 
-@pytest.mark.parametrize(("arch", "generation"), [slow("qwen3_vl", "hub"), slow("llava_onevision", "modules")])
+@pytest.mark.parametrize(
+    ("arch", "generation"), [slow("qwen3_vl", "hub"), slow("llava_onevision", "modules")]
+)
 def test_a_tied_head_and_names_of_transformers_5(exported, arch, generation):
     reference, folder = exported(arch, tied=True, generation=generation)
-    rows = onnx_format.check(folder, reference, FormatOptions(), replace(SETTINGS, images=1))
-    assert not [c for c in rows if c.status not in ("passed", "info")], rows
-
-
-def two_images(reference):
-    """A prompt with the images of two rows, words between them."""
-    one, two = reference.rows[0], reference.rows[2]
-    both = replace(one, id="two", images=one.images + two.images, messages=({
-        "role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read the text. "}, *two.messages[0]["content"]],
-    },))  # fmt: skip
-    return reference.preprocessor.sample(both, prompt_only=True)
+    assert_all_pass(run_check(reference, folder, settings=SETTINGS, images=1))
 
 
 @pytest.mark.parametrize("arch", [*FAMILIES, SECOND])
@@ -156,12 +149,8 @@ def test_two_images_in_one_prompt(exported, arch):
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_a_prompt_without_an_image(exported, arch):
     reference, folder = exported(arch)
-    row = replace(
-        reference.rows[0],
-        id="words",
-        images=(),
-        messages=({"role": "user", "content": [{"type": "text", "text": "Read."}]},),
-    )
+    turn = {"role": "user", "content": [{"type": "text", "text": "Read."}]}
+    row = replace(reference.rows[0], id="words", images=(), messages=(turn,))
     prompt = reference.preprocessor.sample(row, prompt_only=True)
     got = OnnxRunner(folder).logits(prompt, reference.position_ids(prompt))
     assert relative_error(got[:, : reference.vocabulary], reference.logits(prompt)) <= FORMAT_GATE
@@ -169,7 +158,7 @@ def test_a_prompt_without_an_image(exported, arch):
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_an_image_token_without_an_image_is_a_word_and_too_few_features_an_error(exported, arch):
-    """A model may generate its image token: transformers then feeds the word, and a decoding loop must not stop."""
+    """A model may generate its image token, and transformers then embeds it as a word."""
     reference, folder = exported(arch)
     runner, token = OnnxRunner(folder), reference.preprocessor.image_token_id
     words = reference.model.get_input_embeddings()
@@ -184,12 +173,12 @@ def test_an_image_token_without_an_image_is_a_word_and_too_few_features_an_error
 @pytest.mark.parametrize("graph", ["plain", "fused"])
 @pytest.mark.parametrize("arch", [*FAMILIES, SECOND])
 def test_a_left_padded_batch_and_its_next_token(exported, arch, graph):
-    """Two prompts of unequal length through one embedding and one text run, then one more token a row by the cache."""
+    """Two prompts of unequal length in one batch, and then one more token of each by the cache."""
     reference, folder = exported(arch, graph=graph)
     row = reference.rows[0]
-    longer = replace(row, id="longer", messages=({
-        "role": "user", "content": [*row.messages[0]["content"], {"type": "text", "text": " Read the text, all of it."}],
-    },))  # fmt: skip
+    more_words = {"type": "text", "text": " Read the text, all of it."}
+    turn = {"role": "user", "content": [*row.messages[0]["content"], more_words]}
+    longer = replace(row, id="longer", messages=(turn,))
     prompts = [reference.preprocessor.sample(r, prompt_only=True) for r in (row, longer)]
     runner, length = OnnxRunner(folder), max(len(p.input_ids) for p in prompts)
     pads = [length - len(p.input_ids) for p in prompts]
@@ -198,31 +187,33 @@ def test_a_left_padded_batch_and_its_next_token(exported, arch, graph):
     embeds = runner.embed(ids, np.concatenate([runner.prompt_features(p) for p in prompts]))
     mask = np.stack([np.arange(length) >= pad for pad in pads]).astype(np.int64)
     each = [reference.position_ids(p) for p in prompts]
-    positions = np.concatenate([np.pad(p, [(0, 0)] * (p.ndim - 1) + [(pad, 0)]) for p, pad in zip(each, pads)], axis=-2)
+    padded = [np.pad(p, [(0, 0)] * (p.ndim - 1) + [(pad, 0)]) for p, pad in zip(each, pads)]
+    positions = np.concatenate(padded, axis=-2)
     logits, cache = runner.step(embeds, mask, positions, None)
-    token = 100
     for got, p, pad in zip(logits, prompts, pads):
         assert relative_error(got[pad:, : reference.vocabulary], reference.logits(p)) <= FORMAT_GATE
-    after = np.stack([p.reshape(-1, p.shape[-1]).max(axis=(0, 1)) + 1 for p in each])
+    token = 100
+    mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+    after = np.stack([p.max() + 1 for p in each])
     at = np.broadcast_to(after[:, None], (*positions.shape[:-1], 1)).astype(np.int64)
-    more, _ = runner.step(
-        runner.embed(np.full((2, 1), token)), np.concatenate([mask, np.ones((2, 1), np.int64)], axis=1), at, cache
-    )
+    more, _ = runner.step(runner.embed(np.full((2, 1), token)), mask, at, cache)
     for got, p in zip(more, prompts):
         ids = torch.cat([p.input_ids, torch.tensor([token])])
-        extended = replace(p, id=f"{p.id}+1", input_ids=ids, vision=torch.cat([p.vision, torch.tensor([False])]))
+        vision = torch.cat([p.vision, torch.tensor([False])])
+        extended = replace(p, id=f"{p.id}+1", input_ids=ids, vision=vision)
         want = reference.logits(extended)[-1]
         assert relative_error(got[0, : reference.vocabulary], want) <= FORMAT_GATE
 
 
 def test_qwen3_vl_images_of_unequal_size_in_one_run(exported):
-    """Every image's rows, frames and learned positions are counted in the graph."""
+    """The graph computes the rows, frames and learned positions of each image."""
     reference, folder = exported("qwen3_vl")
     grid = torch.tensor([[1, 6, 10], [1, 2, 2], [3, 4, 8]])
     pixels = torch.randn(int(grid.prod(1).sum()), 1536, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = reference.model.model.get_image_features(pixels, grid)
-    want = torch.cat([torch.cat(list(f)) for f in (out.pooler_output, *out.deepstack_features)], dim=-1)
+    parts = (out.pooler_output, *out.deepstack_features)
+    want = torch.cat([torch.cat(list(part)) for part in parts], dim=-1)
     got = OnnxRunner(folder).features(pixels.numpy(), grid.numpy())
     assert relative_error(got, want.numpy()) <= FORMAT_GATE
 
@@ -235,20 +226,13 @@ def test_internvl_tiles_of_an_image(exported):
     assert relative_error(OnnxRunner(folder).features(pixels.numpy()), want) <= FORMAT_GATE
 
 
-# Tiles of 104 with 7 × 7 patches: within nine tiles' worth, beyond them (made smaller), where a quotient rounds up to a
-# whole number (520 × 520: 35 // 1.666…), one column, and odd ones.
+# Images cut into tiles of 104 pixels, with 7 × 7 patches each. Some keep all features of their
+# tiles. Those of more than nine tiles lose some: for 520 × 520 this computes 35 // 1.666…, whose
+# quotient rounds up to a whole number. Others have a single column, or odd sides.
 SIZES = [
-    (104, 104),
-    (208, 208),
-    (300, 400),
-    (416, 416),
-    (520, 520),
-    (624, 624),
-    (37, 1000),
-    (900, 50),
-    (333, 517),
-    (611, 97),
-]
+    (104, 104), (208, 208), (300, 400), (416, 416), (520, 520), (624, 624),
+    (37, 1000), (900, 50), (333, 517), (611, 97),
+]  # fmt: skip
 
 
 def test_llava_onevision_cuts_an_image_into_tiles(exported):
@@ -268,11 +252,14 @@ def test_llava_onevision_cuts_an_image_into_tiles(exported):
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_the_graphs_are_valid_and_their_lengths_free(exported, arch):
     _, folder = exported(arch)
+    site_packages = str(Path(torch.__file__).parent.parent).encode()
     for name in ("vision", "embedding", "text"):
         onnx.checker.check_model(folder / f"{name}.onnx")
-        assert str(Path(torch.__file__).parent.parent).encode() not in (folder / f"{name}.onnx").read_bytes()
+        # stack traces of the export would name paths of this machine
+        assert site_packages not in (folder / f"{name}.onnx").read_bytes()
     text = onnx.load(folder / "text.onnx", load_external_data=False).graph
-    lengths = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in text.input}
+    dims = {i.name: i.type.tensor_type.shape.dim for i in text.input}
+    lengths = {name: [d.dim_param or d.dim_value for d in each] for name, each in dims.items()}
     assert lengths["inputs_embeds"][:2] == ["batch", "sequence"]
     assert lengths["past_key_values.1.value"] == ["batch", 2, "past_sequence", 64]
 
@@ -280,7 +267,7 @@ def test_the_graphs_are_valid_and_their_lengths_free(exported, arch):
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_the_plan_tells_the_size_before(exported, arch):
     reference, folder = exported(arch)
-    plan = onnx_format.plan(artifact_plan(Artifact(reference.artifact)), FormatOptions())
+    plan = FORMATS["onnx"].plan(artifact_plan(Artifact(reference.artifact)), FormatOptions())
     size = sum(f.stat().st_size for f in folder.iterdir())
     assert plan.refusals == [] and plan.size_bytes == pytest.approx(size, rel=0.05)
 
@@ -295,12 +282,12 @@ def test_a_changed_frequency_is_caught(exported, tmp_path):
     values[7] = np.nextafter(values[7], np.float32(1))
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     (tmp_path / "text.onnx").write_bytes(model.SerializeToString())
-    rows = onnx_format.check(tmp_path, reference, FormatOptions(), replace(SETTINGS, images=1))
+    rows = run_check(reference, tmp_path, settings=SETTINGS, images=1)
     assert [c.worst for c in rows if c.status == "failed"] == ["text.rotary.inv_freq"]
 
 
 def test_genai_answers_about_images_as_qwen3_vl(exported, tmp_path, genai):
-    """onnxruntime-genai 0.18 knows nothing of deepstack: the features come to the decoder inside inputs_embeds."""
+    """onnxruntime-genai 0.18 does not know DeepStack: its features are part of inputs_embeds."""
     reference, folder = exported("qwen3_vl")
     model = genai.Model(str(folder))
     processor = model.create_multimodal_processor()

@@ -1,1 +1,1 @@
-"""Tests; a package, so that the `tests` of some installed library cannot stand in its place."""
+"""The tests. They are a package, so that an installed library's `tests` cannot take their place."""

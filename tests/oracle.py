@@ -1,4 +1,7 @@
-"""Slow, independent float64 references for the quantizer's kernels: explicit inverses, one row or column at a time."""
+"""Slow, independent references for the quantizer's kernels.
+
+They form explicit inverses, in float64, and work on one row or one column at a time.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import numpy as np
 import torch
 
 
-def fit_group(values: np.ndarray, bits: int, symmetric: bool, portable: bool = False) -> tuple[float, int]:
-    """(float16 scale, zero-point) of one group of finite weights of ordinary size."""
+def fit_group(
+    values: np.ndarray, bits: int, symmetric: bool, portable: bool = False
+) -> tuple[float, int]:
+    """(scale, zero_point) of one group of weights, [group]. The scale is a float16 value."""
     top = 2**bits - 1
     if symmetric:
         scale, zero = 2 * np.abs(values).max() / top, 2 ** (bits - 1)
@@ -22,18 +27,24 @@ def fit_group(values: np.ndarray, bits: int, symmetric: bool, portable: bool = F
 
 
 def best_range(values: np.ndarray, bits: int, importance: np.ndarray | None) -> tuple[float, int]:
-    """Min-max, or with importance that of 80 shrunk ranges which leaves the least weighted squared error."""
+    """(scale, zero_point) of one group.
+
+    Without `importance` [group] the range is min-max. With it, it is the one of 80 shrunk ranges
+    that leaves the least weighted squared error.
+    """
     if importance is None:
         return fit_group(values, bits, False)
     best = (np.inf, 0.0, 0)
     for step in range(80):
         scale, zero = fit_group(values * (1 - step / 100), bits, False)
         rounded = scale * (np.clip(np.round(values / scale) + zero, 0, 2**bits - 1) - zero)
-        best = min(best, (float(importance @ (rounded - values) ** 2), scale, zero), key=lambda b: b[0])
+        error = float(importance @ (rounded - values) ** 2)
+        best = min(best, (error, scale, zero), key=lambda b: b[0])
     return best[1:]
 
 
 def nearest(value: float, scale: float, zero: int, bits: int) -> int:
+    """The code of one weight, rounded to nearest."""
     return int(np.clip(np.round(value / scale) + zero, 0, 2**bits - 1))
 
 
@@ -44,17 +55,21 @@ def brain_surgeon(
     group: int,
     *,
     order: np.ndarray | None = None,
-    drift: np.ndarray | None = None,  # D: adds GPTAQ's term (its Eq. 4, neuron by neuron)
+    drift: np.ndarray | None = None,  # D [in, in]: adds GPTAQ's term (its Eq. 4)
     alpha: float = 0.0,
-    inside: int | None = None,  # block within which the term uses the value before rounding; beyond it the rounded one
-    static: bool = False,
+    # Block of columns in which GPTAQ's term multiplies the weight before it is rounded. For the
+    # columns after the block it multiplies the rounded weight. None: one block.
+    inside: int | None = None,
+    static: bool = False,  # act_order "static"
     own: bool = False,  # VLM-PTQ's C: a column also makes up for its own drift
-    weigh: np.ndarray | None = None,  # M [in], original order: groups take the range of least weighted error
+    # M [in], original order: each group takes the range of least weighted error. None: min-max.
+    weigh: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Optimal Brain Quantization in a fixed order, the inverse of the remaining Hessian recomputed at every step.
+    """Optimal Brain Quantization in a fixed order.
 
-    Returns codes [out, in], scales [out, groups], zero-points [out, groups]; columns in the original order, groups
-    consecutive in loop order unless `static`.
+    The inverse of the remaining Hessian is computed anew at every step. Returns codes [out, in] in
+    the original order of the columns, scales and zero-points [out, groups]. The groups are
+    consecutive in the order of the loop, or in the original order where `static`.
     """
     rows, n = weights.shape
     order = np.arange(n) if order is None else order
@@ -66,10 +81,9 @@ def brain_surgeon(
     if static:
         for r in range(rows):
             for g in range(n // group):
-                scales[r, g], zeros[r, g] = fit_group(
-                    weights[r, g * group : (g + 1) * group].astype(np.float64), bits, False
-                )
-    pending = np.zeros_like(w)  # the term's contribution beyond the block, due at the block's end
+                values = weights[r, g * group : (g + 1) * group].astype(np.float64)
+                scales[r, g], zeros[r, g] = fit_group(values, bits, False)
+    pending = np.zeros_like(w)  # what GPTAQ's term adds after the block, once the block ends
     for q in range(n):
         if inside and q % inside == 0:
             w, pending = w + pending, np.zeros_like(w)
@@ -97,7 +111,10 @@ def brain_surgeon(
 def attention_gradients(
     layer, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: dict
 ) -> dict[str, torch.Tensor]:
-    """Brute force: the whole graph of ‖Attn(X) − Attn(X̃)‖² with gradients retained at every projection's output."""
+    """Gradients of ‖Attn(X) − Attn(X̃)‖² at the outputs of the attention's projections.
+
+    Autograd runs over the whole attention block. `hidden` is X, `hidden_full` is X̃.
+    """
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
     def block(x):
@@ -106,17 +123,27 @@ def attention_gradients(
     return _loss_gradients(layer, names, block, hidden, hidden_full)
 
 
-def layer_gradients(layer, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: dict) -> dict[str, torch.Tensor]:
-    """Likewise of ‖Layer(X) − Layer(X̃)‖² at the outputs of the MLP's projections, through the layer's own forward."""
+def layer_gradients(
+    layer, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: dict
+) -> dict[str, torch.Tensor]:
+    """Gradients of ‖Layer(X) − Layer(X̃)‖² at the outputs of the MLP's projections.
+
+    Autograd runs over the layer's own forward pass.
+    """
 
     def block(x):
         out = layer(x, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    return _loss_gradients(layer, ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), block, hidden, hidden_full)
+    return _loss_gradients(
+        layer, ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), block, hidden, hidden_full
+    )
 
 
-def _loss_gradients(layer, names, block, hidden: torch.Tensor, hidden_full: torch.Tensor) -> dict[str, torch.Tensor]:
+def _loss_gradients(
+    layer, names, block, hidden: torch.Tensor, hidden_full: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Gradients of ‖block(X) − block(X̃)‖² at the outputs of the named modules of the layer."""
     outputs = {}
 
     def keep(name):
@@ -139,18 +166,19 @@ def _loss_gradients(layer, names, block, hidden: torch.Tensor, hidden_full: torc
 
 
 def gptq_by_inverse(
-    weights: torch.Tensor,  # [out, in]
-    hessian: torch.Tensor,  # damped, in loop order
+    weights: torch.Tensor,  # [out, in], in loop order
+    hessian: torch.Tensor,  # damped, [in, in], in loop order
     grid,
     group: int,
     *,
-    drift: torch.Tensor | None = None,  # D in loop order
+    drift: torch.Tensor | None = None,  # D [in, in], in loop order
     alpha: float = 0.25,
     block: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The papers' own loop in float32: Cholesky factor U of A⁻¹, a rank-one update a column, lazy blocks of one group or less.
+    """The loop as the papers of GPTQ and GPTAQ have it, in float32.
 
-    Returns codes [in, out] and decoded weights [out, in], both in loop order.
+    It uses the Cholesky factor U of A⁻¹, a rank-one update for each column, and lazy blocks of one
+    group or less. Returns codes [in, out] and decoded weights [out, in], both in loop order.
     """
     lower = torch.linalg.cholesky(hessian.double().flip(0, 1))
     eye = torch.eye(len(hessian), dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""Commands of the checkout; never installed."""
+"""The commands of a checkout. They are not part of the installed package."""

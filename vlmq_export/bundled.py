@@ -1,4 +1,4 @@
-"""The reference VLM and its data, shipped as package data: what the command runs on when no MODEL is given."""
+"""The reference VLM and its data, which are part of the package. A run without MODEL uses them."""
 
 from pathlib import Path
 

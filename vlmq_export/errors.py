@@ -1,10 +1,18 @@
-"""The few kinds of error a user can meet. Every message is one line: what is wrong, where, what to do."""
+"""The kinds of error that a user can meet.
+
+Every message is one line that says what is wrong, where, and what to do.
+"""
+
+from __future__ import annotations
 
 _LONGEST = 2000  # characters: messages quote files, and a file may hold anything
 
 
 def one_line(text: object) -> str:
-    """`text` as one line that cannot drive a terminal: names and library messages come from files of others."""
+    """`text` as one line of limited length that cannot drive a terminal.
+
+    Messages quote names and libraries, and so what stands in files of others.
+    """
     line = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else "?" for c in line)
     return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
@@ -30,7 +38,7 @@ class CheckpointError(VlmqError):
 
 
 class CalibrationError(VlmqError):
-    """A calibration or held-out file, or an image it names, cannot be used."""
+    """A calibration or held-out file, or an image that it names, cannot be used."""
 
 
 class ArtifactError(VlmqError):
@@ -46,10 +54,13 @@ class MissingRuntime(VlmqError):
 
 
 class Interrupted(VlmqError):
-    """Stopped by a signal after publishing what was whole; `--resume` continues; exit code 75, of Ctrl-C 130."""
+    """Stopped by a signal, after what was whole was written; `--resume` continues.
+
+    The exit code is 75, or 130 after Ctrl-C.
+    """
 
     exit_code = 75
 
 
-CTRL_C = 130  # exit code of a shell's command that was stopped from the keyboard
-PARITY_FAILED = 3  # exit code when files were written but a parity gate failed
+CTRL_C = 130  # exit code of a command that was stopped from the keyboard, as shells have it
+PARITY_FAILED = 3  # exit code where files were written but a parity gate failed

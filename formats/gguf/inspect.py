@@ -5,18 +5,24 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
-from vlmq_export.formats.base import Inspection, TensorRow
+from vlmq_export.formats.contract import Inspection, TensorRow
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
-from vlmq_export.formats.gguf.types import TYPES
+from vlmq_export.formats.gguf.types.table import TYPES
 
-_LONG = 80  # characters of a value that are shown
+_LONG = 80  # the most characters of a value that are shown
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Raises FormatError for a damaged file. Bits per weight are over the tensors of a block type."""
+    """Metadata and tensors of a file, or of both files of a folder.
+
+    The bits per weight are those of the tensors that have a block type. Raises FormatError for a
+    damaged file.
+    """
     path = Path(path)
     files = [GGUFFile(f) for f in (find_files(path) if path.is_dir() else [path])]
-    metadata, rows, bits, weights = {}, [], 0, 0
+    metadata: dict[str, str] = {}
+    rows: list[TensorRow] = []
+    bits = weights = 0
     for file in files:
         prefix = "" if len(files) == 1 else f"{file.path.name}: "
         metadata |= {prefix + _shown(key): _shown(value) for key, value in file.metadata.items()}
@@ -29,10 +35,12 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def _shown(value: object) -> str:
-    """One line that a terminal can print whatever the file holds."""
+    """A value as one line that every terminal can print, whatever the file holds."""
     if isinstance(value, list):
         head = ", ".join(_shown(v) for v in value[:4])
         return f"[{head}{', …' if len(value) > 4 else ''}] ({len(value)})"
     text = str(value)
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_LONG])
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_LONG]
+    )
     return shown if len(text) <= _LONG else f"{shown}… ({len(text)} characters)"

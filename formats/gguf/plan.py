@@ -1,87 +1,140 @@
-"""What a GGUF export would be, from config and headers alone: types, sizes, refusals, and what costs more than it seems."""
+"""What a GGUF export would be, from config.json and the headers of the checkpoint's files alone.
+
+The plan has the block types of the linears, the size of the files, the reasons to refuse the
+export, and the costs that a user might not expect.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
 
 from vlmq_export.errors import FormatError
-from vlmq_export.formats.base import FormatOptions, FormatPlan, ModelPlan
-from vlmq_export.formats.gguf.homes import grid_home, planned_home, why_homeless
-from vlmq_export.formats.gguf.mix import MIXES
-from vlmq_export.formats.gguf.mmproj import stored_type
-from vlmq_export.formats.gguf.names import head, unused, vision_places, vision_to_hub
-from vlmq_export.formats.gguf.params import text_params, vision_params
-from vlmq_export.formats.gguf.types import TYPES
+from vlmq_export.formats.contract import FormatOptions, FormatPlan
+from vlmq_export.formats.gguf.files.mmproj import stored_type
+from vlmq_export.formats.gguf.tables.layout import Layout
+from vlmq_export.formats.gguf.tables.params import text_params, vision_params
+from vlmq_export.formats.gguf.types.exact import grid_home, planned_home, why_homeless
+from vlmq_export.formats.gguf.types.mix import MIXES
+from vlmq_export.formats.gguf.types.table import TYPES
+from vlmq_export.formats.model_plan import ModelPlan
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.methods import method_named
+from vlmq_export.quantizer.model.architecture import Architecture
 
-_DTYPE_BYTES = {"F32": 4, "F64": 4, "F16": 2, "BF16": 2}  # in the file; wider floats are stored as F32
-
-_TOKEN_BYTES = 36  # of a token's text, type and merge in the metadata, on Qwen2's vocabulary
+# Bytes of a value in the file, by the dtype of the source. Wider floats are stored as F32.
+_DTYPE_BYTES = {"F32": 4, "F64": 4, "F16": 2, "BF16": 2}
+# Bytes of metadata per token: its text, its type and its merge, on average over Qwen2's vocabulary.
+_TOKEN_BYTES = 36
 
 
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
-    """Refusals come first; with one, the figures are those of the layers that could be written."""
-    config = model.config
-    homes = {x.name: config.types.get(x.name) or planned_home(config.of(x.name), x.in_features) for x in model.linears}
-    refusals = [why_homeless(x.name, config.of(x.name), x.in_features) for x in model.linears if homes[x.name] is None]
-    refusals += [
-        f"{name}: no block type of {config.gguf_type or 'llama.cpp'} divides its rows; leave --gguf-type and --target-bpw out"
-        for name, kind in config.types.items() if kind == "F16"
-    ]  # fmt: skip
-    refusals += _unknown(config)
-    if config.act_order == "dynamic" and config.group_size != -1:
-        refusals.append(
-            "--act-order dynamic permutes the groups, and GGUF has no g_idx; use gar, static or off, or --group-size -1"
-        )
-    method = method_named(config.method)
-    if options.gguf_imatrix and (not method.calibrated or method.scaling):
-        refusals.append(
-            f"--emit-imatrix: --method {config.method} leaves no energies of the model's own inputs; use another"
-        )
-    for read in (text_params, vision_params):
-        try:
-            read(model.source_config)
-        except FormatError as e:
-            refusals.append(str(e))
+    """The plan of both files.
+
+    If the export is refused, the bits per weight and the size count only the linears that have a
+    block type.
+    """
+    homes = _homes(model)
+    refusals = _refusals(model, options, homes)
+    inexpressible = _inexpressible(model.architecture)
+    layout = None if inexpressible else Layout.of(model.architecture, options.mmproj_class_row)
     bits = weights = 0
     for linear in model.linears:
-        if (home := homes[linear.name]) and home in TYPES:
+        if home := homes[linear.name]:
             weights += linear.out_features * linear.in_features
             bits += 8 * linear.out_features * TYPES[home].row_bytes(linear.in_features)
-    biases = sum(4 * x.out_features for x in model.linears if x.bias)
-    size = bits // 8 + biases + _float_bytes(model, options) + _TOKEN_BYTES * _vocabulary(model)
+    biases = sum(4 * linear.out_features for linear in model.linears if linear.bias)
+    floats = _float_bytes(model, layout, options)
     return FormatPlan(
-        bits / weights if weights else 0.0, size, list(dict.fromkeys(refusals)), plan_notes(model, homes | config.types)
+        bits / weights if weights else 0.0,
+        bits // 8 + biases + floats + _TOKEN_BYTES * _vocabulary(model),
+        list(dict.fromkeys([*refusals, *inexpressible])),
+        plan_notes(model, homes | model.config.types),
     )
 
 
+def _homes(model: ModelPlan) -> dict[str, str | None]:
+    """Linear → the block type that it would have, or None where no type is exact."""
+    config = model.config
+    return {
+        x.name: config.types.get(x.name) or planned_home(config.of(x.name), x.in_features)
+        for x in model.linears
+    }
+
+
+def _refusals(
+    model: ModelPlan, options: FormatOptions, homes: Mapping[str, str | None]
+) -> list[str]:
+    """What the recipe asks for and GGUF cannot hold, one line each."""
+    config = model.config
+    refusals = [
+        why_homeless(x.name, config.of(x.name), x.in_features)
+        for x in model.linears
+        if homes[x.name] is None
+    ]
+    refusals += [
+        f"{name}: no block type of {config.gguf_type or 'llama.cpp'} divides its rows;"
+        " leave --gguf-type and --target-bpw out"
+        for name, kind in config.types.items()
+        if kind == "F16"
+    ]
+    refusals += _unknown(config)
+    if config.act_order == "dynamic" and config.group_size != -1:
+        refusals.append(
+            "--act-order dynamic permutes the groups, and GGUF has no g_idx;"
+            " use gar, static or off, or --group-size -1"
+        )
+    method = model.job.method
+    if options.gguf_imatrix and (not method.calibrated or method.scaling):
+        refusals.append(
+            f"--emit-imatrix: --method {config.method} leaves no energies of the model's own"
+            " inputs; use another"
+        )
+    return refusals
+
+
 def _unknown(config: QuantConfig) -> list[str]:
-    """Types that the installed gguf-py has no name for: it can neither write nor read a file that contains one."""
+    """The types of the recipe that the installed gguf-py does not know, one line each.
+
+    It can neither write nor read a file that contains such a type.
+    """
     if not config.types or find_spec("gguf") is None:
         return []
     import gguf
 
     return [
-        f"{kind}: gguf-py {version('gguf')} does not know this type, and cannot read a file that contains it; use TQ2_0 or Q2_K"
-        for kind in sorted(set(config.types.values())) if not hasattr(gguf.GGMLQuantizationType, kind)
-    ]  # fmt: skip
+        f"{kind}: gguf-py {version('gguf')} does not know this type, and cannot read a file that"
+        " contains it; use TQ2_0 or Q2_K"
+        for kind in sorted(set(config.types.values()))
+        if not hasattr(gguf.GGMLQuantizationType, kind)
+    ]
 
 
-def _float_bytes(model: ModelPlan, options: FormatOptions) -> int:
-    config = model.source_config
-    try:
-        tower, hub = vision_places(vision_params(config)), vision_to_hub(config)
-        aside = set(hub.values()) | unused(config) | ({head(config)} if _tied(config) else set())
-    except FormatError:  # refused anyway
-        tower, aside = {}, set()
-    total = 0
-    for place in tower.values():
-        kind = TYPES[stored_type(place, options.mmproj_dtype)]
-        total += prod(place.shape[:-1]) * kind.row_bytes(place.shape[-1])
+def _inexpressible(architecture: Architecture) -> list[str]:
+    """What config.json asks for and llama.cpp cannot compute, at most one line for each file."""
+    found = []
+    for params in (text_params, vision_params):
+        try:
+            params(architecture)
+        except FormatError as e:
+            found.append(str(e))
+    return found
+
+
+def _float_bytes(model: ModelPlan, layout: Layout | None, options: FormatOptions) -> int:
+    """Bytes of all tensors that are not among the plan's linears.
+
+    Without a layout, the tensors of the vision tower count with their size in the source.
+    """
+    total, aside = 0, frozenset()
+    if layout is not None:
+        aside = layout.unused | {place.hub for place in layout.vision.values()}
+        aside |= {layout.head} if layout.text_params.tied else set()
+        for place in layout.vision.values():
+            kind = TYPES[stored_type(place, options.mmproj_dtype)]
+            total += prod(place.shape[:-1]) * kind.row_bytes(place.shape[-1])
     for t in model.floats:
         if kind := model.config.types.get(t.name.removesuffix(".weight")):
             total += t.shape[0] * TYPES[kind].row_bytes(t.shape[1])
@@ -91,70 +144,104 @@ def _float_bytes(model: ModelPlan, options: FormatOptions) -> int:
 
 
 def _vocabulary(model: ModelPlan) -> int:
+    """The rows of the embedding."""
     return next((t.shape[0] for t in model.floats if t.name.endswith("embed_tokens.weight")), 0)
 
 
-def _tied(config: dict) -> bool:
-    try:
-        return text_params(config).tied
-    except FormatError:
-        return False
+def plan_notes(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:
+    """What the log and the model card should say.
 
-
-def plan_notes(model: ModelPlan, homes: dict[str, str | None]) -> list[str]:
-    """What log and card should say. `homes`: linear → block type, planned or chosen from the integers."""
-    config, notes = model.config, []
-    counts = Counter(h for h in homes.values() if h)
-    if counts:
-        spread = ", ".join(
-            f"{n} linears {h} ({TYPES[h].bits_per_weight:g} bits per weight)" for h, n in counts.most_common()
-        )
-        notes.append(f"GGUF block types: {spread}")
-    narrow = [x for x in model.linears if homes[x.name] and TYPES[homes[x.name]].bits_per_weight > config.bits + 1]
-    if config.bits < 4 and narrow and not config.types:
-        notes.append(_dear(config, {x.in_features for x in narrow}))
-    if config.bits == 2 and not config.symmetric and "Q2_K" in counts and "TQ2_0" not in counts:
-        notes.append(
-            "2-bit linears whose zero-points are all 1 or 2 need only TQ2_0's 2.0625 bits per weight and are stored so"
-        )
-    if "Q5_0" in counts and config.bits == 4:
-        notes.append(
-            f"{counts['Q5_0']} linears have scales whose product with the zero-point is not exact in float16 and take Q5_0's 5.5 bits"
-        )
+    homes: linear → block type, as planned or as chosen from the integers.
+    """
+    config = model.config
+    counts = Counter(home for home in homes.values() if home)
+    notes = [*_spread(counts), *_costs(model, homes, counts)]
     if config.types:
         return [*notes, *_fallbacks(config)]
-    matrix = "embed_tokens.weight" if _tied(model.source_config) else "lm_head.weight"
+    return [*notes, *_output_matrix(model)]
+
+
+def _spread(counts: Counter[str]) -> list[str]:
+    """How many linears have which block type."""
+    if not counts:
+        return []
+    spread = ", ".join(
+        f"{n} linears {home} ({TYPES[home].bits_per_weight:g} bits per weight)"
+        for home, n in counts.most_common()
+    )
+    return [f"GGUF block types: {spread}"]
+
+
+def _costs(
+    model: ModelPlan, homes: Mapping[str, str | None], counts: Counter[str]
+) -> Iterator[str]:
+    """Where a grid takes more bits than its codes suggest, or fewer than planned."""
+    config = model.config
+    dear = {
+        x.in_features
+        for x in model.linears
+        if (home := homes[x.name]) and TYPES[home].bits_per_weight > config.bits + 1
+    }
+    if config.bits < 4 and dear and not config.types:
+        yield _dear(config, dear)
+    if config.bits == 2 and not config.symmetric and "Q2_K" in counts and "TQ2_0" not in counts:
+        yield (
+            "2-bit linears whose zero-points are all 1 or 2 need only TQ2_0's 2.0625 bits per"
+            " weight and are stored so"
+        )
+    if "Q5_0" in counts and config.bits == 4:
+        yield (
+            f"{counts['Q5_0']} linears have scales whose product with the zero-point is not exact"
+            " in float16 and take Q5_0's 5.5 bits"
+        )
+
+
+def _output_matrix(model: ModelPlan) -> Iterator[str]:
+    """What llama.cpp's rounding of activations costs at an output matrix that stays float."""
+    matrix = "embed_tokens.weight" if model.architecture.tied else "lm_head.weight"
     for t in model.floats:
         if t.name.endswith(matrix) and t.dtype in ("BF16", "F16"):
             rounding = {"BF16": "bfloat16, 1.6e-3", "F16": "float16, 2e-4"}[t.dtype]
-            notes.append(
-                f"the output matrix stays {t.dtype}: llama.cpp rounds its input to {rounding} relative per product"
+            yield (
+                f"the output matrix stays {t.dtype}: llama.cpp rounds its input to {rounding}"
+                " relative per product"
             )
-    return notes
 
 
 def _fallbacks(config: QuantConfig) -> list[str]:
-    """The linears that a K-quant does not fit, as llama-quantize would warn."""
+    """The matrices that a K-quant does not fit, as llama-quantize would warn."""
     if not config.gguf_type:
         return []
     legacy = [
-        n for n, kind in config.types.items() if TYPES[kind].block == 32 and TYPES[MIXES[config.gguf_type]].block == 256
+        name
+        for name, kind in config.types.items()
+        if TYPES[kind].block == 32 and TYPES[MIXES[config.gguf_type]].block == 256
     ]
     if not legacy:
         return []
     return [
-        f"{len(legacy)} matrices have rows that no block of 256 divides and take a type of 32-blocks, first {legacy[0]}"
+        f"{len(legacy)} matrices have rows that no block of 256 divides and take a type of"
+        f" 32-blocks, first {legacy[0]}"
     ]
 
 
 def _dear(config: QuantConfig, columns: set[int]) -> str:
-    """The cheaper choice for 2 and 3 bits in a container of four."""
-    said = f"{config.bits}-bit grids of --group-size {config.group_size} have no narrower exact GGUF type than 4.5 bits per weight"
-    if any(k % 256 for k in columns):
-        return f"{said} in rows of {', '.join(str(k) for k in sorted(columns) if k % 256)} columns, whatever the group size"
+    """The cheaper choice for grids of 2 and 3 bits that are stored in a container of four.
+
+    columns: in_features of these linears.
+    """
+    said = (
+        f"{config.bits}-bit grids of --group-size {config.group_size} have no narrower exact GGUF"
+        " type than 4.5 bits per weight"
+    )
+    if odd := sorted(k for k in columns if k % 256):
+        named = ", ".join(str(k) for k in odd)
+        return f"{said} in rows of {named} columns, whatever the group size"
     if config.bits == 2 and config.symmetric and config.group_size % 64 == 0:
         said += " (Q2_0 would take 2.25, but gguf-py 0.19 cannot read a file that contains it)"
     symmetric = config.symmetric or config.bits == 3
     cheaper = grid_home(config.bits, symmetric, 256, portable=True, ternary=config.symmetric)
+    assert cheaper is not None, "2 and 3 bits have a type in groups of 256"
     flags = "--sym --group-size -1" if symmetric else "--group-size -1"
-    return f"{said}; {flags} (or groups of 256) costs {TYPES[cheaper].bits_per_weight:g} in {cheaper}"
+    cost = TYPES[cheaper].bits_per_weight
+    return f"{said}; {flags} (or groups of 256) costs {cost:g} in {cheaper}"

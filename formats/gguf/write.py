@@ -1,4 +1,4 @@
-"""Artifact → the two files of a GGUF export."""
+"""Writes the two GGUF files of an artifact, and the importance matrix where it is asked for."""
 
 from __future__ import annotations
 
@@ -6,54 +6,63 @@ from glob import escape
 from pathlib import Path
 
 from vlmq_export.errors import FormatError
-from vlmq_export.formats.base import FormatOptions
-from vlmq_export.formats.gguf import imatrix
-from vlmq_export.formats.gguf.metadata import file_stem
-from vlmq_export.formats.gguf.mmproj import write_mmproj
-from vlmq_export.formats.gguf.params import image_params, vision_params
+from vlmq_export.formats.contract import FormatOptions
+from vlmq_export.formats.gguf.files import imatrix
+from vlmq_export.formats.gguf.files.metadata import file_stem
+from vlmq_export.formats.gguf.files.mmproj import write_mmproj
+from vlmq_export.formats.gguf.files.text import choose_homes, dominant, parameters, write_text
 from vlmq_export.formats.gguf.plan import plan, plan_notes
-from vlmq_export.formats.gguf.text import choose_homes, dominant, parameters, write_text
-from vlmq_export.plan import artifact_plan
-from vlmq_export.quantizer.artifact import Artifact
+from vlmq_export.formats.gguf.tables.layout import Layout
+from vlmq_export.formats.gguf.tables.params import image_params
+from vlmq_export.formats.model_plan import artifact_plan
+from vlmq_export.quantizer.artifact.read import Artifact
 
-LLAMA_CPP_TOKENS = 4096  # of one image, where an mmproj does not say
+LLAMA_CPP_TOKENS = 4096  # the most tokens of an image where an mmproj sets no limit
 
 
 def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
-    """Write both files into `folder`. Refuses before it writes; raises FormatError with one line."""
+    """Write the files into `folder`. Returns notes for the log and the card.
+
+    Raises FormatError with one line for an export that is refused, before anything is written. If
+    writing fails, none of the files is left.
+    """
     model = artifact_plan(artifact)
     if refusals := plan(model, options).refusals:
         raise FormatError(refusals[0])
+    layout = Layout.of(artifact.architecture, options.mmproj_class_row)
     homes = choose_homes(artifact)
-    size = parameters(artifact)
-    text = folder / f"{file_stem(options.name, size, artifact.config.gguf_type or dominant(artifact, homes))}.gguf"
-    energies = imatrix.energies(artifact) if options.gguf_imatrix else {}
+    size = parameters(layout)
+    mix = artifact.config.gguf_type or dominant(artifact, homes)
+    text = folder / f"{file_stem(options.name, size, mix)}.gguf"
     vision = folder / f"mmproj-{file_stem(options.name, size, options.mmproj_dtype)}.gguf"
+    matrix = folder / imatrix.IMATRIX
+    energies = imatrix.energies(artifact, layout) if options.gguf_imatrix else {}
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        write_mmproj(artifact, vision, options.mmproj_dtype, options.name, options.mmproj_class_row)
-        write_text(artifact, text, options, homes=homes)
+        write_mmproj(artifact, layout, vision, options.mmproj_dtype, options.name)
+        write_text(artifact, layout, text, options, homes=homes)
         if energies:
-            imatrix.write_imatrix(folder / imatrix.IMATRIX, energies, artifact.manifest.calibration)
+            imatrix.write_imatrix(matrix, energies, artifact.manifest.calibration)
     except BaseException:
-        for file in (
-            text,
-            vision,
-            folder / imatrix.IMATRIX,
-            *folder.glob(f"{escape(text.stem)}-*-of-*.gguf"),
-        ):  # all or none
+        shards = folder.glob(f"{escape(text.stem)}-*-of-*.gguf")
+        for file in (text, vision, matrix, *shards):
             file.unlink(missing_ok=True)
         raise
-    return [*plan_notes(model, homes), *_image_note(artifact)]
+    return [*plan_notes(model, homes), *_image_note(artifact, layout)]
 
 
-def _image_note(artifact: Artifact) -> list[str]:
-    """The processor's own pixel limits go into the mmproj; a large one means long prompts."""
+def _image_note(artifact: Artifact, layout: Layout) -> list[str]:
+    """Says so if images may take more tokens than llama.cpp would let them.
+
+    The mmproj has the pixel limits of the source's image processor, and a high limit makes long
+    prompts.
+    """
     most = image_params(artifact.source).max_pixels or 0
-    p = vision_params(artifact.source_config)
+    p = layout.vision_params
     tokens = most // (p.graph.merge * p.patch) ** 2
     if tokens <= LLAMA_CPP_TOKENS:
         return []
     return [
-        f"images keep the processor's limit of {tokens} tokens (llama.cpp's own is {LLAMA_CPP_TOKENS}); --image-max-tokens lowers it"
+        f"images keep the processor's limit of {tokens} tokens (llama.cpp's own is"
+        f" {LLAMA_CPP_TOKENS}); --image-max-tokens lowers it"
     ]

@@ -1,16 +1,21 @@
-"""Codes and zero-points → the int32 words of a GPTQ file."""
+"""Packs codes and zero-points into the int32 words of a GPTQ file.
+
+The values are one stream of bits, least significant bit first: value i takes the bits
+[i·bits, (i+1)·bits). 32 values of `bits` bits fill exactly `bits` words.
+"""
 
 from __future__ import annotations
 
 import torch
 
-WORD = 32  # bits; 32 values of b bits fill exactly b words
+WORD = 32  # bits
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack along the first axis: uint8 [L, M] → int32 [L·bits/32, M], least significant bit first.
+    """Pack along the first axis: uint8 [L, M] → int32 [L·bits/32, M].
 
-    L is a multiple of 32. Values are in [0, 2^bits − 1]; a larger one would spill into its neighbour, so ValueError.
+    L is a multiple of 32, and the values are in [0, 2^bits − 1]. Raises ValueError otherwise,
+    because a larger value would spill into its neighbour.
     """
     length, width = values.shape
     if length % WORD or int(values.max()) >> bits:
@@ -29,11 +34,14 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [N, K] → qweight int32 [K·bits/32, N]."""
+    """qweight, int32 [in·bits/32, out], of codes uint8 [out, in]."""
     return pack(codes.T.contiguous(), bits).contiguous()
 
 
 def pack_zeros(zero_points: torch.Tensor, bits: int, version: str) -> torch.Tensor:
-    """uint8 [N, G] → qzeros int32 [G, N·bits/32]. v1 stores the zero-point minus one, which must not be −1."""
+    """qzeros, int32 [groups, out·bits/32], of zero-points uint8 [out, groups].
+
+    v1 stores a zero-point minus one. A zero-point of 0 has no place there and must not be given.
+    """
     stored = zero_points - 1 if version == "v1" else zero_points
     return pack(stored.contiguous(), bits).T.contiguous()

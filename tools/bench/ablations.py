@@ -1,8 +1,9 @@
-"""The eight ablations of the quality bench: a named method with one thing changed, measured against that method.
+"""The eight ablations of the quality bench: a method with one thing changed, against that method.
 
-Each is a row like those of METHODS, and what it wants of the recipe; docs/quality.md tells what they gave. A title of EIGHT
-has the rows that answer it, under the method that they are held against; rows of METHODS answer some. A row that ends in
-`, rotated` is the method before it with `--rotate folded`.
+ABLATIONS has the changed methods, each like a row of METHODS, with its changes to the recipe. EIGHT
+has the questions: under each title the bases, and under each base the rows that are compared with
+it. Some of these rows are methods of METHODS. A row that ends in `, rotated` is the method before
+it with `--rotate folded`. docs/quality.md has the results.
 """
 
 from __future__ import annotations
@@ -14,24 +15,29 @@ from dataclasses import dataclass, field, replace
 from vlmq_export.quantizer.methods import METHODS, Method, Refinement
 
 VLMQ, GPTQ = METHODS["vlmq"], METHODS["gptq"]
-BASE = Method(drift="exact", alpha=1.0, refine=Refinement(sweeps=3))  # `exact` but for its search of ranges
+# `exact` without its search of ranges.
+BASE = Method(drift="exact", alpha=1.0, refine=Refinement(sweeps=3))
 SEARCHED = Refinement(shrink=METHODS["exact"].refine.shrink)
-EFFECTIVE = 16.0  # tokens for each input that a floor leaves
-CLIP = 10.0  # times the mean of g²
+EFFECTIVE = 16.0  # effective tokens per input that the floored importance leaves
+CLIP = 10.0  # limit of the clipped importance, in means of g²
 
 
 @dataclass(frozen=True)
 class Ablation:
+    """A changed method, and what it changes in the recipe."""
+
     method: Method
     config: dict = field(default_factory=dict)  # changes to the QuantConfig
-    grouped: bool = False  # whether it changes nothing per channel
+    grouped: bool = False  # whether it changes nothing where each channel is one group
 
 
 ABLATIONS = {
     "exact min-max": Ablation(BASE),
     "exact, own zero-points": Ablation(replace(METHODS["exact"], neighbours=False)),
     "exact, ranges by modality": Ablation(replace(BASE, ranges="modality")),
-    "exact, ranges by modality, zero-points": Ablation(replace(BASE, ranges="modality", neighbours=True)),
+    "exact, ranges by modality, zero-points": Ablation(
+        replace(BASE, ranges="modality", neighbours=True)
+    ),
     "vlmq, ranges by modality": Ablation(replace(VLMQ, ranges="modality")),
     "vlmq, ranges by outcome": Ablation(replace(VLMQ, neighbours=True, refine=SEARCHED)),
     "gptq, ranges by outcome": Ablation(replace(GPTQ, neighbours=True, refine=SEARCHED)),
@@ -54,27 +60,33 @@ ABLATIONS = {
     "exact min-max, natural order": Ablation(BASE, {"act_order": "off"}),
     "exact, static order": Ablation(METHODS["exact"], {"act_order": "static"}, grouped=True),
     "vlmq, dynamic order": Ablation(VLMQ, {"act_order": "dynamic"}, grouped=True),
-    "exact min-max, scales refitted": Ablation(replace(BASE, refine=Refinement(sweeps=4, refit=True))),
+    "exact min-max, scales refitted": Ablation(
+        replace(BASE, refine=Refinement(sweeps=4, refit=True))
+    ),
     "exact min-max, damping .1 %": Ablation(BASE, {"damp": 0.001}),
     "exact min-max, damping 5 %": Ablation(BASE, {"damp": 0.05}),
 }
 
-# Title → what its rows are held against → rows.
+# Title → base → the rows that are compared with it.
 EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
     "1 ranges": {
         "exact min-max": (
-            "exact", "exact, own zero-points", "exact, ranges by modality", "exact, ranges by modality, zero-points",
+            "exact", "exact, own zero-points", "exact, ranges by modality",
+            "exact, ranges by modality, zero-points",
         ),
         "vlmq": ("vlmq, ranges by modality", "vlmq, ranges by outcome"),
         "gptq": ("gptq, ranges by outcome",),
     },
     "2 α": {
-        "exact min-max": ("exact min-max, α 0", "exact min-max, α .25", "exact min-max, α held-out"),
+        "exact min-max": (
+            "exact min-max, α 0", "exact min-max, α .25", "exact min-max, α held-out",
+        ),
         "vlmq": ("vlmq-gptq", "vlmq, α 1", "vlmq-exact"),
     },
     "3 G": {
         "exact min-max": (
-            "exact min-max, ℓ1", "exact min-max, ℓ2", "exact min-max, ℓ1 clipped", "exact min-max, ℓ1 floored",
+            "exact min-max, ℓ1", "exact min-max, ℓ2", "exact min-max, ℓ1 clipped",
+            "exact min-max, ℓ1 floored",
         ),
         "vlmq": ("gptaq", "vlmq-l2", "vlmq, clipped", "vlmq, floored"),
     },
@@ -82,10 +94,14 @@ EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
         "exact min-max": ("exact min-max, ℓ1 on all 7",),
         "vlmq": ("vlmq-qkv", "vlmq, all 7"),
     },
-    "5 residual": {"exact min-max": ("exact min-max, LoaQ residual",), "exact": ("exact, LoaQ residual",)},
+    "5 residual": {
+        "exact min-max": ("exact min-max, LoaQ residual",),
+        "exact": ("exact, LoaQ residual",),
+    },
     "6 order": {
         "exact min-max": (
-            "exact min-max, dynamic order", "exact min-max, static order", "exact min-max, natural order",
+            "exact min-max, dynamic order", "exact min-max, static order",
+            "exact min-max, natural order",
         ),
         "exact": ("exact, static order",),
         "vlmq": ("vlmq, dynamic order",),
@@ -97,14 +113,17 @@ EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def names() -> list[str]:
-    """Every row of EIGHT, once, with the methods that they are held against."""
+    """Every row of EIGHT and every base, once."""
     held = [(base, *rows) for bases in EIGHT.values() for base, rows in bases.items()]
     return list(dict.fromkeys(name for rows in held for name in rows))
 
 
 @contextmanager
 def listed(name: str) -> Iterator[dict]:
-    """While it lasts the ablation is one of METHODS, where `quantize` looks for it. Gives its changes to the recipe."""
+    """A context in which an ablation is one of METHODS, where `quantize` looks for it.
+
+    Gives its changes to the recipe. A name that is no ablation changes nothing.
+    """
     if name not in ABLATIONS:
         yield {}
         return
@@ -116,7 +135,10 @@ def listed(name: str) -> Iterator[dict]:
 
 
 def ratios(cells: list[dict], field: str) -> list[dict]:
-    """Of each row of EIGHT `row`, "title: name", and `ratio`, its `field` over its base's on the same grid and samples."""
+    """Each row's `field` over that of its base, on the same reference, grid and samples.
+
+    Each ratio is a cell: `row`, which is "title: name", `grid` and `ratio`.
+    """
 
     def key(cell: dict) -> tuple:
         return cell["reference"], cell["grid"], cell["calibration"], cell["samples"], cell["rows"]
@@ -131,5 +153,6 @@ def ratios(cells: list[dict], field: str) -> list[dict]:
                 for at, cell in by_name.get(row, {}).items():
                     if at in by_name.get(base, {}):
                         ratio = cell[field] / by_name[base][at][field]
-                        found.append({"row": f"{title}: {row}", "grid": cell["grid"], "ratio": ratio})
+                        name = f"{title}: {row}"
+                        found.append({"row": name, "grid": cell["grid"], "ratio": ratio})
     return found

@@ -1,8 +1,11 @@
-"""One process of the ONNX speed comparison: decoder graphs opened afresh, every step timed, turn by turn in random order.
+"""One process of the ONNX speed comparison: opens decoder graphs and times every step of each.
 
-A process of its own, because where a session's weights and cache come to lie in memory moves a step by up to 7 %: the
-same graph opened twice differs by that much. tools/bench/onnx.py starts several and takes the median over them. Reads a
-request in JSON from stdin and writes the medians to stdout; imports nothing heavy.
+tools/bench/onnx.py starts several such processes and takes the median over them. One process is not
+enough: where a session's weights and cache lie in memory changes the time of a step by up to 7 %,
+and the same graph opened twice differs by as much. In a process the graphs take turns in random
+order.
+
+The request is JSON on stdin, and the medians are JSON on stdout. Nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -21,34 +26,44 @@ WARM_UP = 2  # steps after another graph's turn, which fill the processor's cach
 
 
 class Cache(StrEnum):
-    shared = "shared"  # past and present one buffer, as the builder's genai_config asks for
-    grown = "grown"  # a new array a step
+    """How a graph's cache of keys and values is held."""
+
+    shared = "shared"  # past and present are one buffer, as the builder's genai_config asks for
+    grown = "grown"  # every step makes new arrays
 
 
 class Decoder:
-    """One decoder graph with its cache, batch of one."""
+    """One decoder graph with its cache, for a batch of one."""
 
     def __init__(self, path: str, cache: Cache, threads: int, capacity: int):
         options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.cache, self.capacity = cache, capacity
-        self.past = [i.name for i in self.session.get_inputs() if i.name.startswith("past_key_values")]
+        inputs = [i.name for i in self.session.get_inputs()]
+        self.past = [name for name in inputs if name.startswith("past_key_values")]
         self.outputs = [o.name for o in self.session.get_outputs()]
-        self.seconds = (0.0, 0.0)  # CPU of this thread and wall, of the last step
+        self.seconds = (0.0, 0.0)  # of the last step: CPU time of this thread, and wall time
 
     def reset(self, heads: int, size: int) -> None:
+        """Empty the cache, whose arrays are [1, heads, length, size]."""
         length = self.capacity if self.cache is Cache.shared else 0
         self.values = {n: np.zeros((1, heads, length, size), np.float32) for n in self.past}
         if self.cache is Cache.shared:
             self.values = {n: ort.OrtValue.ortvalue_from_numpy(v) for n, v in self.values.items()}
 
     def step(self, embeds: np.ndarray, start: int) -> np.ndarray:
-        """Logits [1, S, vocabulary] of embeddings [1, S, hidden] at positions from `start` on."""
-        total = start + embeds.shape[1]
-        positions = np.broadcast_to(np.arange(start, total), (3, 1, embeds.shape[1])).astype(np.int64)
-        feeds = {"inputs_embeds": embeds, "attention_mask": np.ones((1, total), np.int64), "position_ids": positions}
+        """Logits [1, S, vocabulary] of embeddings [1, S, hidden], at positions from `start` on."""
+        length = embeds.shape[1]
+        total = start + length
+        positions = np.broadcast_to(np.arange(start, total), (3, 1, length))
+        feeds = {
+            "inputs_embeds": embeds,
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": positions.astype(np.int64),
+        }
         if self.cache is Cache.grown:
             given = feeds | self.values
             out = self._timed(lambda: self.session.run(self.outputs, given))
@@ -65,7 +80,8 @@ class Decoder:
         self._timed(lambda: self.session.run_with_iobinding(binding))
         return binding.copy_outputs_to_cpu()[0]
 
-    def _timed(self, call):
+    def _timed(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns; its seconds are kept."""
         cpu, wall = time.thread_time(), time.perf_counter()
         found = call()
         self.seconds = time.thread_time() - cpu, time.perf_counter() - wall
@@ -73,14 +89,20 @@ class Decoder:
 
 
 def measure(request: dict) -> dict:
-    """name → median (CPU, wall) seconds of a prompt and of a token, and the last logits' difference from the builder's."""
+    """The figures of each graph, by its name.
+
+    prefill, decode: median seconds of a prompt and of a token, of the CPU and of the wall clock.
+    logits: the last logits' difference from the builder's graph, relative to the latter.
+    """
     prompt, tokens, width = request["prompt"], request["tokens"], request["width"]
     order = random.Random(request["seed"])
     names = list(request["graphs"])
     order.shuffle(names)
     cache = Cache(request["cache"])
-    decoders = {n: Decoder(request["graphs"][n], cache, request["threads"], prompt + tokens) for n in names}
-    embeds = (np.random.default_rng(0).standard_normal((1, prompt + tokens, width)) * 0.1).astype(np.float32)
+    capacity, threads = prompt + tokens, request["threads"]
+    decoders = {n: Decoder(request["graphs"][n], cache, threads, capacity) for n in names}
+    embeds = np.random.default_rng(0).standard_normal((1, capacity, width)) * 0.1
+    embeds = embeds.astype(np.float32)
     prefill, decode, logits = {n: [] for n in names}, {n: [] for n in names}, {}
     for _ in range(request["rounds"]):
         order.shuffle(names)

@@ -1,20 +1,30 @@
-"""Ours against llama.cpp's own quantizer and AutoRound at the same bytes, everything measured in llama.cpp.
+"""Ours against llama.cpp's own quantizer and AutoRound at the same bytes, measured in llama.cpp.
 
-    python -m tools.bench.gguf --out docs/gguf-quality --page docs/gguf.md --calibration SET0 --calibration SET1 …
-    AUTOROUND_PYTHON=… python -m tools.bench.gguf --contenders "AutoRound;exact;vlmq" --mixes Q2_K_S,Q3_K_M,Q4_K_M
+    python -m tools.bench.gguf --out docs/gguf-quality --page docs/gguf.md --calibration SET0 …
+    AUTOROUND_PYTHON=… python -m tools.bench.gguf --contenders "AutoRound;exact;vlmq" \\
+        --mixes Q2_K_S,Q3_K_M,Q4_K_M
 
-On both reference VLMs, one type for each tensor for all, as the mix has it:
+On both reference VLMs every contender gives each tensor the type that the mix gives it. The
+contenders are:
 
-- ours: a method's name, or with `, types by cost` as many bits spread by `--target-bpw`;
-- `llama.cpp`: `ggml_quantize_chunk`, which llama-quantize calls for each tensor, without an imatrix, with one from the
-  calibration text, from text and images (the full-precision model's inputs, all tokens alike), or with the very file that
-  `--emit-imatrix` writes;
-- any of these `, decoded to float32`: its weights without llama.cpp's rounding of activations to 8 bits;
-- `AutoRound`: its own GGUF export, with its default iterations or with none, which it recommends for GGUF (peers.py).
+    a method's name             ours on the mix; with `, types by cost` as many bits, spread by
+                                `--target-bpw`
+    llama.cpp                   `ggml_quantize_chunk`, which llama-quantize calls for each tensor,
+                                without an imatrix
+    llama.cpp + text imatrix    with one from the calibration text
+    llama.cpp + image imatrix   with one from text and images: the full-precision model's inputs,
+                                all tokens alike
+    llama.cpp + our imatrix     with the very file that `--emit-imatrix` writes
+    AutoRound                   its own GGUF export with its default iterations, or with none, which
+                                it recommends for GGUF (peers.py)
+    …, decoded to float32       the weights of any of these, without llama.cpp's rounding of
+                                activations to 8 bits
 
-KL to full precision at answer tokens and exact match are of llama.cpp itself, images through mtmd, all with one mmproj;
-the float32 file says what of that is not quantization. Every cell has a file in --cache, which is not run again, and
-OUT.json keeps every cell there ever was. Cells are known by the name of the calibration file.
+KL to full precision at answer tokens and exact match are llama.cpp's own. Images go through mtmd,
+all with one mmproj. The float32 file says how much of the KL is not quantization.
+
+A cell is one contender with its figures. Every cell has a file in --cache, which is not run again,
+and OUT.json keeps every cell there ever was. A cell is known by the name of its calibration file.
 """
 
 from __future__ import annotations
@@ -26,72 +36,77 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from rich.console import Console
 
-from tools.bench import peers
+from tools.bench.peers import peers
 from tools.bench.scoring import Scorer, batches, load_model, source_weights
 from tools.bench.tables import fill, table
 from tools.reference_vlm import onevision
-from vlmq_export import pipeline
-from vlmq_export.budget import measured_costs
 from vlmq_export.bundled import CALIBRATION, HELDOUT, REFERENCE_VLM
-from vlmq_export.formats.base import FormatOptions
-from vlmq_export.formats.gguf import imatrix, runner
-from vlmq_export.formats.gguf.llama import library_path
-from vlmq_export.formats.gguf.mmproj import write_mmproj
-from vlmq_export.formats.gguf.names import text_to_hub
+from vlmq_export.formats.contract import FormatOptions
+from vlmq_export.formats.gguf.files import imatrix
+from vlmq_export.formats.gguf.files.mmproj import write_mmproj
+from vlmq_export.formats.gguf.files.text import write_text
+from vlmq_export.formats.gguf.proof.twin_file import copy_container, copy_types, write_twin
 from vlmq_export.formats.gguf.read import GGUFFile
-from vlmq_export.formats.gguf.text import write_text
-from vlmq_export.formats.gguf.twin import copy_container, copy_types, write_twin
-from vlmq_export.formats.gguf.types import TYPES
-from vlmq_export.plan import with_types
-from vlmq_export.quantizer import budget
-from vlmq_export.quantizer.artifact import Artifact
-from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample, read_rows
-from vlmq_export.quantizer.checkpoint import Checkpoint
-from vlmq_export.quantizer.families import family_of
-from vlmq_export.quantizer.quantize import quantize
-from vlmq_export.recipe import Recipe
-from vlmq_export.reference import Reference
+from vlmq_export.formats.gguf.runtime import runner
+from vlmq_export.formats.gguf.runtime.llama import library_path
+from vlmq_export.formats.gguf.runtime.prompts import Prompts
+from vlmq_export.formats.gguf.tables.layout import Layout
+from vlmq_export.formats.gguf.types.table import TYPES
+from vlmq_export.formats.model_plan import with_types
+from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.planning.target_bpw import measured_costs
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.run.quantize import quantize
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import Row, read_rows
+from vlmq_export.quantizer.samples.sample import Sample
+from vlmq_export.quantizer.type_budget.knapsack import choose
+from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.sources.locate import open_source
 
 OURS = ("exact", "exact, types by cost", "vlmq", "vlmq, types by cost")
-PLAIN, TEXT, IMAGE, EMITTED = (
-    "llama.cpp", "llama.cpp + text imatrix", "llama.cpp + image imatrix", "llama.cpp + our imatrix",
-)  # fmt: skip
+PLAIN = "llama.cpp"
+TEXT, IMAGE = "llama.cpp + text imatrix", "llama.cpp + image imatrix"
+EMITTED = "llama.cpp + our imatrix"
 AUTOROUND = {"AutoRound": None, "AutoRound, 0 iterations": 0}  # iterations; None: its default, 200
-FLOOR = "full precision, float32 file"  # what is left of KL where nothing is quantized: llama.cpp's own deviations
-UNCALIBRATED = (FLOOR, PLAIN)  # the same for every calibration set: run on the first
+# Nothing is quantized here; its KL is that of llama.cpp's own deviations.
+FLOOR = "full precision, float32 file"
+UNCALIBRATED = (FLOOR, PLAIN)  # the same for every calibration set, and run on the first only
 MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 MODELS = {"Qwen2.5-VL": REFERENCE_VLM, "LLaVA-OneVision": onevision.FOLDER}
 BY_COST = ", types by cost"
 DECODED = ", decoded to float32"
 OPTIONS = FormatOptions(name="reference-vlm")
-ANSWER = 12  # tokens of a greedy answer
+ANSWER = 12  # most tokens of a greedy answer
 err = Console(stderr=True)
 
 
-def energies(model: torch.nn.Module, samples: list[Sample]) -> dict[str, np.ndarray]:
-    """Mean x² of every decoder linear's input columns over all tokens: hub name of the module → float32 [in]."""
-    family = family_of(model.config.to_dict())
+def energies(model: Any, samples: list[Sample]) -> dict[str, np.ndarray]:
+    """The mean x² of every decoder linear's inputs over all tokens: hub name → float32 [in]."""
+    family = Architecture.of(model.config.to_dict()).family
     sums: dict[str, torch.Tensor] = {}
 
-    def watch(name: str):
-        def hook(_module, args):
-            square = args[0].flatten(0, -2).double().square().sum(0)
-            sums[name] = sums.get(name, 0) + square
+    def add(name: str, _module, args) -> None:
+        square = args[0].flatten(0, -2).double().square().sum(0)
+        sums[name] = sums.get(name, 0) + square
 
-        return hook
-
-    named = {n: m for n, m in model.model.language_model.named_modules() if isinstance(m, torch.nn.Linear)}
-    hooks = [m.register_forward_pre_hook(watch(family.hub_name(f"model.language_model.{n}"))) for n, m in named.items()]
+    hooks = []
+    for name, module in model.model.language_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            hub = family.hub_name(f"model.language_model.{name}")
+            hooks.append(module.register_forward_pre_hook(partial(add, hub)))
     with torch.no_grad():
         for _, inputs in batches(samples):
             model(**inputs, use_cache=False)
@@ -102,12 +117,20 @@ def energies(model: torch.nn.Module, samples: list[Sample]) -> dict[str, np.ndar
 
 
 def without_images(row: Row) -> Row:
-    messages = tuple({**m, "content": [p for p in m["content"] if p["type"] != "image"]} for m in row.messages)
+    """The text of a row."""
+    messages = tuple(
+        {**m, "content": [p for p in m["content"] if p["type"] != "image"]} for m in row.messages
+    )
     return replace(row, messages=messages, images=())
 
 
-def quantized_by_ggml(weight: np.ndarray, kind: str, imatrix: np.ndarray | None) -> np.ndarray:
-    """The bytes that llama-quantize writes: uint8 [out, row bytes]."""
+def quantized_by_ggml(
+    weight: np.ndarray, kind: str, imatrix: np.ndarray | None = None
+) -> np.ndarray:
+    """The bytes that llama-quantize writes for weights [out, in]: uint8 [out, row bytes].
+
+    imatrix: the importance of each column, float32 [in]; None: all alike.
+    """
     library = ctypes.CDLL(str(library_path()))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     source = np.ascontiguousarray(weight, np.float32)
@@ -115,12 +138,13 @@ def quantized_by_ggml(weight: np.ndarray, kind: str, imatrix: np.ndarray | None)
     pointers = [ctypes.c_void_p(x.ctypes.data) for x in (source, raw)]
     given = None if imatrix is None else ctypes.c_void_p(imatrix.ctypes.data)
     counts = [ctypes.c_int64(n) for n in (0, *source.shape)]
-    assert library.ggml_quantize_chunk(ctypes.c_int(TYPES[kind].id), *pointers, *counts, given) == raw.nbytes
+    number = ctypes.c_int(TYPES[kind].id)
+    assert library.ggml_quantize_chunk(number, *pointers, *counts, given) == raw.nbytes
     return raw
 
 
 class Calibrated:
-    """A reference on one calibration set, and what its contenders share."""
+    """One reference VLM on one calibration set, and how each contender is made from them."""
 
     def __init__(self, name: str, path: Path, count: int):
         self.name, self.model, self.path = name, MODELS[name], path
@@ -130,51 +154,67 @@ class Calibrated:
 
     @cached_property
     def text_samples(self) -> list[Sample]:
+        """The calibration samples without their images."""
         return [self.preprocessor.sample(without_images(r)) for r in self.rows]
 
     @cached_property
     def costs(self) -> dict[str, dict[str, tuple[int, float]]]:
-        """matrix → type → (bits, KL), as --target-bpw measures it; the same for every budget."""
+        """Matrix → type → bits and KL, as --target-bpw measures them for any budget."""
         recipe = Recipe(model=str(self.model), gguf_type=MIXES[0], format=["gguf"])
-        plan = pipeline.plan_of(recipe, self.checkpoint, None).model
+        plan = open_source(recipe.model).plan(recipe).model
         return measured_costs(plan, recipe, self.checkpoint, self.samples, 10**10, lambda *_: None)
 
     def energies(self, contender: str) -> dict[str, np.ndarray]:
-        """The imatrix of a contender by hub module, of full-precision inputs."""
+        """The imatrix of a contender, from full-precision inputs: hub name → float32 [in]."""
         if contender == PLAIN:
             return {}
         given = self.text_samples if contender == TEXT else self.samples
         return energies(load_model(self.model, source_weights(self.model)), given)
 
     def emitted(self, mix: str, folder: Path) -> dict[str, np.ndarray]:
-        """The imatrix that our default method emits with this mix, as llama-quantize reads it from the file."""
+        """The imatrix that our default method emits with this mix, read as llama-quantize does."""
         import gguf
 
         artifact, file = self.ours("vlmq", mix, folder), folder / imatrix.IMATRIX
-        imatrix.write_imatrix(file, imatrix.energies(artifact), artifact.manifest.calibration)
+        sums = imatrix.energies(artifact, Layout.of(artifact.architecture))
+        imatrix.write_imatrix(file, sums, artifact.manifest.calibration)
         tensors = {str(t.name): t.data for t in gguf.GGUFReader(str(file)).tensors}
-        return {
-            hub.removesuffix(".weight"): np.ascontiguousarray(tensors[f"{n}.in_sum2"][0] / tensors[f"{n}.counts"][0])
-            for n, hub in text_to_hub(self.checkpoint.config).items()
-            if f"{n}.in_sum2" in tensors
-        }
+        found = {}
+        for name, place in Layout.of(self.checkpoint.architecture).text.items():
+            if f"{name}.in_sum2" in tensors:
+                mean = tensors[f"{name}.in_sum2"][0] / tensors[f"{name}.counts"][0]
+                found[place.hub.removesuffix(".weight")] = np.ascontiguousarray(mean)
+        return found
 
     def ours(self, contender: str, mix: str, folder: Path) -> Artifact:
-        """A method on the types of a mix, or on as many bits spread by measured cost."""
+        """The artifact of a method on the types of a mix, or on as many bits spread by cost."""
         recipe = Recipe(model=str(self.model), gguf_type=mix, format=["gguf"])
-        plan = pipeline.plan_of(recipe, self.checkpoint, None).model
+        plan = open_source(recipe.model).plan(recipe).model
         if contender.endswith(BY_COST):
             sizes = {n: self.checkpoint.info(f"{n}.weight").shape for n in plan.config.types}
-            bits = sum(8 * sizes[n][0] * TYPES[kind].row_bytes(sizes[n][1]) for n, kind in plan.config.types.items())
-            plan = with_types(plan, budget.choose(self.costs, bits))
-        config = replace(plan.config, method=contender.removesuffix(BY_COST))
-        told = {"file": self.path.name, "rows": len(self.rows), "tokens": sum(len(s.input_ids) for s in self.samples)}
-        made = folder / "artifact"
-        quantize(self.checkpoint, self.samples, config, made, name=OPTIONS.name, calibration=told, device="cpu")
-        return Artifact(made)
+            bits = sum(
+                8 * sizes[n][0] * TYPES[kind].row_bytes(sizes[n][1])
+                for n, kind in plan.config.types.items()
+            )
+            plan = with_types(plan, choose(self.costs, bits))
+        tokens = sum(len(s.input_ids) for s in self.samples)
+        quantize(
+            self.checkpoint,
+            self.samples,
+            replace(plan.config, method=contender.removesuffix(BY_COST)),
+            folder / "artifact",
+            name=OPTIONS.name,
+            calibration={"file": self.path.name, "rows": len(self.rows), "tokens": tokens},
+            device="cpu",
+        )
+        return Artifact(folder / "artifact")
 
     def autoround(self, contender: str, mix: str, folder: Path) -> Path:
-        """AutoRound's file. Its converter knows no LLaVA-OneVision: there the decoder alone, which takes no images."""
+        """AutoRound's text model.
+
+        Its converter does not know LLaVA-OneVision. There it gets the decoder alone, and samples
+        without images.
+        """
         model, samples = self.model, self.samples
         if model == onevision.FOLDER:
             model, samples = folder / "decoder", self.text_samples
@@ -182,11 +222,15 @@ class Calibrated:
         return peers.autoround_gguf(model, samples, mix, AUTOROUND[contender], folder / "autoround")
 
     def written(self, contender: str, mix: str, shipped: Path, folder: Path) -> Path:
-        """A contender's text model, written below `folder`; `shipped` lends metadata and types where it needs them."""
+        """A contender's text model, written below `folder`.
+
+        shipped: a text model of the same mix, whose metadata and types others may take.
+        """
         text = folder / "text.gguf"
         if contender.endswith(DECODED):
-            write_twin(self.written(contender.removesuffix(DECODED), mix, shipped, folder), folder / "twin.gguf")
-            return folder / "twin.gguf"
+            twin, plain = folder / "twin.gguf", contender.removesuffix(DECODED)
+            write_twin(self.written(plain, mix, shipped, folder), twin)
+            return twin
         if contender in AUTOROUND:
             return self.autoround(contender, mix, folder)
         if contender == FLOOR:
@@ -195,129 +239,177 @@ class Calibrated:
             found = self.emitted(mix, folder) if contender == EMITTED else self.energies(contender)
             peer(self.model, shipped, text, found)
         else:
-            write_text(self.ours(contender, mix, folder), text, OPTIONS)
+            artifact = self.ours(contender, mix, folder)
+            write_text(artifact, Layout.of(artifact.architecture), text, OPTIONS)
         return text
 
 
 def bits_per_weight(text: Path) -> float:
-    """Of all matrices of a file, the embedding included."""
-    matrices = [(t.shape, TYPES[t.type]) for t in GGUFFile(text).tensors.values() if len(t.shape) == 2]
+    """Bits per weight over all matrices of a file, the embedding included."""
+    tensors = GGUFFile(text).tensors.values()
+    matrices = [(t.shape, TYPES[t.type]) for t in tensors if len(t.shape) == 2]
     bits = sum(8 * rows * kind.row_bytes(columns) for (rows, columns), kind in matrices)
     return bits / sum(rows * columns for (rows, columns), _ in matrices)
 
 
 def peer(model: Path, shipped: Path, path: Path, imatrix: dict[str, np.ndarray]) -> None:
-    """A file of the same types with ggml's own blocks."""
+    """Write a file with the types of `shipped` and ggml's own blocks."""
     checkpoint = Checkpoint(model)
-    hub = text_to_hub(checkpoint.config)
+    places = Layout.of(checkpoint.architecture).text
 
     def blocks(name: str, kind: str) -> np.ndarray | None:
         if kind.startswith(("F", "BF")):
             return None
-        weight = checkpoint.tensor(hub[name]).float().numpy()
-        return quantized_by_ggml(weight, kind, imatrix.get(hub[name].removesuffix(".weight")))
+        hub = places[name].hub
+        weight = checkpoint.tensor(hub).float().numpy()
+        return quantized_by_ggml(weight, kind, imatrix.get(hub.removesuffix(".weight")))
 
     copy_types(shipped, path, blocks)
 
 
 def full_precision(model: Path, shipped: Path, path: Path) -> None:
-    """The source's own weights in float32."""
+    """Write a file with the source's own weights in float32."""
     checkpoint = Checkpoint(model)
-    hub = text_to_hub(checkpoint.config)
-    copy_container(shipped, path, change=lambda name, _: checkpoint.tensor(hub[name]).float().numpy())
+    places = Layout.of(checkpoint.architecture).text
+
+    def own(name: str, _values) -> np.ndarray:
+        return checkpoint.tensor(places[name].hub).float().numpy()
+
+    copy_container(shipped, path, change=own)
 
 
 def measured(text: Path, mmproj: Path, reference: Reference, scorer: Scorer) -> dict[str, float]:
-    """Of llama.cpp's own logits and greedy answers: KL and agreement at answer tokens, and exact match."""
-    kl, agree, right = [], [], 0
+    """KL and agreement at answer tokens, and exact match, of llama.cpp's logits and answers."""
+    kl, agree = [], []
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        prompts = [runner.mtmd_prompt(reference, s, place, f"p{i}", logits=True) for i, s in enumerate(scorer.samples)]
-        prompts += [
-            runner.mtmd_prompt(reference, s, place, f"a{i}", answer=ANSWER) for i, s in enumerate(scorer.prompts)
-        ]
+        requests = Prompts(reference, Layout.of(reference.architecture), place)
+        prompts = [requests.mtmd(s, f"p{i}", logits=True) for i, s in enumerate(scorer.samples)]
+        prompts += [requests.mtmd(s, f"a{i}", answer=ANSWER) for i, s in enumerate(scorer.prompts)]
         run = runner.run(place, text, mmproj, prompts, reference, 1, ANSWER)
         for i, (sample, p) in enumerate(zip(scorer.samples, scorer.full)):
             logits = torch.from_numpy(np.array(run.logits(i)))[:, : reference.vocabulary]
-            q = torch.full((len(sample.input_ids), p.shape[1]), -torch.inf)
-            q[~sample.vision, : reference.vocabulary] = logits.log_softmax(-1)
-            p = p[:, : reference.vocabulary].log_softmax(-1)
-            answer = torch.nonzero(sample.answer[1:]).flatten()
-            here, there = p[answer], q[answer, : reference.vocabulary]
+            here, there = _at_answer(sample, p[:, : reference.vocabulary], logits)
             kl.append((here.exp() * (here - there)).sum(-1))
             agree.append((here.argmax(-1) == there.argmax(-1)).float())
         decode = scorer.preprocessor.tokenizer.decode
         answers = run.prompts[len(scorer.samples) :]
         right = sum(
-            decode(a["answer"], skip_special_tokens=True).strip() == r.answer for a, r in zip(answers, scorer.rows)
+            decode(a["answer"], skip_special_tokens=True).strip() == r.answer
+            for a, r in zip(answers, scorer.rows)
         )
     return {
-        "kl": float(torch.cat(kl).mean()), "agreement": float(torch.cat(agree).mean()), "exact": right / len(scorer.rows)
-    }  # fmt: skip
+        "kl": float(torch.cat(kl).mean()),
+        "agreement": float(torch.cat(agree).mean()),
+        "exact": right / len(scorer.rows),
+    }
+
+
+def _at_answer(
+    sample: Sample,
+    full: torch.Tensor,  # log-probabilities of full precision, [tokens, vocabulary]
+    logits: torch.Tensor,  # llama.cpp's, which has none at image tokens, [text tokens, vocabulary]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sides' log-probabilities of the answer's tokens, [answer tokens, vocabulary] each."""
+    found = torch.full((len(sample.input_ids), logits.shape[1]), -torch.inf)
+    found[~sample.vision] = logits.log_softmax(-1)
+    answer = torch.nonzero(sample.answer[1:]).flatten()  # position t predicts token t+1
+    return full.log_softmax(-1)[answer], found[answer]
 
 
 def run_set(
-    at: Calibrated, mixes: Sequence[str], contenders: Sequence[str], scorer: Scorer, cache: Path, first: bool
+    at: Calibrated,
+    mixes: Sequence[str],
+    contenders: Sequence[str],
+    scorer: Scorer,
+    cache: Path,
+    first: bool,  # whether this is the first calibration set
 ) -> None:
-    """Every contender that has no file in the cache."""
+    """Measure every contender that has no file in the cache; one that cannot be made is skipped."""
     for mix in mixes:
         with tempfile.TemporaryDirectory() as scratch:
-            lent = None  # a file with the types of the mix, its mmproj, and the reference that prompts are made with
+            lent: Lent | None = None
             for contender in contenders:
-                name = f"{at.name} {at.path.name} {len(at.rows)} {len(scorer.rows)} {mix} {contender}"
+                sizes = f"{len(at.rows)} {len(scorer.rows)}"
+                name = f"{at.name} {at.path.name} {sizes} {mix} {contender}"
                 done = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
                 if done.is_file() or (contender in UNCALIBRATED and not first):
                     continue
                 lent = lent or _lend(at, mix, Path(scratch))
-                shipped, mmproj, reference = lent
                 folder = Path(scratch) / done.stem
                 folder.mkdir()
                 try:
-                    text = at.written(contender, mix, shipped, folder)
+                    text = at.written(contender, mix, lent.text, folder)
                 except RuntimeError as e:
                     err.print(f"{name}: {e}", highlight=False, markup=False)
                     continue
-                cell = {"model": at.name, "contender": contender, "mix": mix, "calibration": at.path.name}
-                cell |= {"samples": len(at.rows), "rows": len(scorer.rows), "bytes": text.stat().st_size}
-                cell |= {"bits": bits_per_weight(text)} | measured(text, mmproj, reference, scorer)
+                cell = {
+                    "model": at.name,
+                    "contender": contender,
+                    "mix": mix,
+                    "calibration": at.path.name,
+                    "samples": len(at.rows),
+                    "rows": len(scorer.rows),
+                    "bytes": text.stat().st_size,
+                    "bits": bits_per_weight(text),
+                    **measured(text, lent.mmproj, lent.reference, scorer),
+                }
                 done.write_text(json.dumps(cell), "utf-8")
-                err.print(f"{name}: KL {cell['kl']:.2e}, exact {cell['exact']:.3f}", highlight=False)
+                told = f"KL {cell['kl']:.2e}, exact {cell['exact']:.3f}"
+                err.print(f"{name}: {told}", highlight=False)
                 shutil.rmtree(folder)
 
 
-def _lend(at: Calibrated, mix: str, scratch: Path) -> tuple[Path, Path, Reference]:
+@dataclass(frozen=True)
+class Lent:
+    """What all contenders on a mix share."""
+
+    text: Path  # a text model with the types of the mix
+    mmproj: Path
+    reference: Reference  # that prompts are made with
+
+
+def _lend(at: Calibrated, mix: str, scratch: Path) -> Lent:
+    """Made from weights that are rounded to nearest."""
     artifact = at.ours("rtn", mix, scratch)
     shipped, mmproj = scratch / "lent.gguf", scratch / "mmproj-lent.gguf"
-    write_text(artifact, shipped, OPTIONS)
-    write_mmproj(artifact, mmproj, "f32")
-    return shipped, mmproj, Reference(artifact.path, [])
+    layout = Layout.of(artifact.architecture)
+    write_text(artifact, layout, shipped, OPTIONS)
+    write_mmproj(artifact, layout, mmproj, "f32")
+    return Lent(shipped, mmproj, Reference(artifact.path, []))
 
 
 def known_by(cell: dict) -> tuple:
-    """What tells a cell from all others."""
+    """What distinguishes a cell from all others."""
     return tuple(cell[key] for key in ("model", "calibration", "mix", "contender", "samples"))
 
 
 def all_tables(cells: list[dict]) -> dict[str, str]:
-    """NAME of a table → markdown: `FIELD MODEL`, a row a contender and a column a mix; AutoRound's beside ours apart.
+    """Name of a table → markdown, with a row for each contender and a column for each mix.
 
-    `ratio`: KL as a share of llama.cpp's with the image imatrix of the same set.
+        FIELD MODEL             ours and llama.cpp's
+        AutoRound FIELD MODEL   AutoRound, and who was measured on the same mix and samples
+        decoded kl MODEL        contenders whose weights were decoded to float32
+
+    The field `ratio` is the KL over that of llama.cpp with the image imatrix of the same set.
     """
-    base = {(c["model"], c["mix"], c["calibration"]): c["kl"] for c in cells if c["contender"] == IMAGE}
-    cells = [
-        c | {"ratio": c["kl"] / k if (k := base.get((c["model"], c["mix"], c["calibration"]))) else None} for c in cells
-    ]
+
+    def place(cell: dict) -> tuple:
+        return cell["model"], cell["mix"], cell["calibration"]
+
+    base = {place(c): c["kl"] for c in cells if c["contender"] == IMAGE}
+    cells = [c | {"ratio": c["kl"] / k if (k := base.get(place(c))) else None} for c in cells]
     order = ("Q2_K_S", *MIXES, FLOOR, *OURS, *AUTOROUND, PLAIN, TEXT, EMITTED, IMAGE)
     tables = {}
     for model in MODELS:
         own = [c for c in cells if c["model"] == model and c["contender"] != FLOOR]
-        tables[f"decoded kl {model}"] = table(
-            [c for c in own if c["contender"].endswith(DECODED)], "contender", "mix", "kl", order
-        )
+        decoded = [c for c in own if c["contender"].endswith(DECODED)]
+        tables[f"decoded kl {model}"] = table(decoded, "contender", "mix", "kl", order)
         own = [c for c in own if not c["contender"].endswith(DECODED)]
         mixed = [c for c in own if c["mix"] in MIXES and c["contender"] not in AUTOROUND]
+        theirs = [c for c in own if c["contender"] in AUTOROUND]
         beside = [c for c in own if c["contender"] in (*OURS, *AUTOROUND, IMAGE)]
-        beside = [c for c in beside if any(_alike(c, other) for other in beside if other["contender"] in AUTOROUND)]
+        beside = [c for c in beside if any(_alike(c, other) for other in theirs)]
         for field in ("kl", "exact", "ratio", "bits"):
             tables[f"{field} {model}"] = table(mixed, "contender", "mix", field, order)
             tables[f"AutoRound {field} {model}"] = table(beside, "contender", "mix", field, order)
@@ -325,17 +417,21 @@ def all_tables(cells: list[dict]) -> dict[str, str]:
 
 
 def _alike(cell: dict, other: dict) -> bool:
-    """Of the same calibration samples, on the same types."""
+    """Whether two cells have the same calibration samples and types."""
     return all(cell[key] == other[key] for key in ("mix", "calibration", "samples"))
 
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Adds the cells to OUT.json")] = None,
-    page: Annotated[Path | None, typer.Option(help="Renews the tables that this page asks for")] = None,
-    cache: Annotated[Path, typer.Option(help="One JSON a cell; a cell found there is not run again")] = Path(
-        "out/gguf-quality"
-    ),
-    calibration: Annotated[list[Path] | None, typer.Option(help="Calibration sets; default: the bundled one")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Renews the tables that this page asks for")
+    ] = None,
+    cache: Annotated[
+        Path, typer.Option(help="One JSON a cell; a cell found there is not run again")
+    ] = Path("out/gguf-quality"),
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Calibration sets; default: the bundled one")
+    ] = None,
     models: Annotated[str, typer.Option(help="Comma-separated")] = ",".join(MODELS),
     mixes: Annotated[str, typer.Option(help="Comma-separated")] = ",".join(MIXES),
     contenders: Annotated[str, typer.Option(help="Separated by semicolons")] = ";".join(
@@ -348,14 +444,14 @@ def main(
     logging.disable(logging.WARNING)
     cache.mkdir(parents=True, exist_ok=True)
     for name in models.split(",") if mixes and contenders else []:
-        scorer = Scorer(MODELS[name], load_model(MODELS[name], source_weights(MODELS[name])), read_rows(HELDOUT)[:rows])
+        full = load_model(MODELS[name], source_weights(MODELS[name]))
+        scorer = Scorer(MODELS[name], full, read_rows(HELDOUT)[:rows])
         for i, path in enumerate(calibration or [CALIBRATION]):
             at = Calibrated(name, path, samples)
             run_set(at, mixes.split(","), contenders.split(";"), scorer, cache, first=i == 0)
-    cells = json.loads(out.with_suffix(".json").read_text("utf-8")) if out else []
-    cells = {
-        known_by(c): c for c in [*cells, *(json.loads(f.read_text("utf-8")) for f in sorted(cache.glob("*.json")))]
-    }
+    found = json.loads(out.with_suffix(".json").read_text("utf-8")) if out else []
+    found += [json.loads(f.read_text("utf-8")) for f in sorted(cache.glob("*.json"))]
+    cells = {known_by(c): c for c in found}
     if out:
         ordered = sorted(cells.values(), key=lambda c: [str(part) for part in known_by(c)])
         out.with_suffix(".json").write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")

@@ -1,4 +1,8 @@
-"""KL to full precision, top-1 agreement and exact match of a fake-quantized model on held-out rows."""
+"""Scores of a fake-quantized model on held-out rows.
+
+They are the KL divergence to full precision, the agreement of the most probable tokens, and the
+exact match of greedy answers.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,36 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from vlmq_export.quantizer.calibration import Preprocessor, Row, Sample
-from vlmq_export.quantizer.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import Row
+from vlmq_export.quantizer.samples.sample import Sample
 
 
 @dataclass(frozen=True)
 class Score:
-    """Means over all answer tokens (kl, agreement), over all text tokens (kl_text), over rows (exact, by task too)."""
+    """How far a model is from full precision on the held-out rows."""
 
-    kl: float
-    kl_text: float
-    agreement: float
-    exact: float
-    tasks: dict[str, float] = field(default_factory=dict)
+    kl: float  # to full precision, mean over the answer tokens, in nats
+    kl_text: float  # the same over all text tokens
+    agreement: float  # share of the answer tokens whose most probable token is the same
+    exact: float  # share of the rows that are answered exactly
+    tasks: dict[str, float] = field(default_factory=dict)  # `exact` of each task
 
 
 def source_weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a checkpoint in float32, by hub name."""
+    """Every tensor of a checkpoint in float32, with its hub name."""
     checkpoint = Checkpoint(folder)
     return ((name, checkpoint.tensor(name).float().numpy()) for name in checkpoint.tensors)
 
 
 def load_model(folder: Path, weights: Iterable[tuple[str, np.ndarray]]) -> torch.nn.Module:
-    """A float32 model of the architecture in `folder` with these weights, by hub name."""
+    """A float32 model of the architecture in `folder`, with these weights by hub name."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -41,8 +48,13 @@ def load_model(folder: Path, weights: Iterable[tuple[str, np.ndarray]]) -> torch
     return cls.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
 
 
-def batches(samples: list[Sample], size: int = 64) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Samples of equal length and image size together, so that nothing is padded."""
+def batches(
+    samples: list[Sample], size: int = 64
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Batches of samples of equal length and image size, so that nothing is padded.
+
+    Each is the places of its samples in the list, and the model's inputs.
+    """
     alike = defaultdict(list)
     for i, s in enumerate(samples):
         size_of_images = "" if s.image_grid_thw is None else str(s.image_grid_thw.tolist())
@@ -55,7 +67,10 @@ def batches(samples: list[Sample], size: int = 64) -> Iterator[tuple[list[int], 
 
 
 class Scorer:
-    """The full-precision model's own figures, computed once; every quantized model is held against them."""
+    """Held-out rows, and what the full-precision model gives on them.
+
+    The latter is computed once, and every quantized model is compared with it.
+    """
 
     def __init__(self, folder: Path, model: torch.nn.Module, rows: list[Row]):
         self.preprocessor = Preprocessor(folder)
@@ -69,6 +84,7 @@ class Scorer:
 
     @torch.no_grad()
     def _log_probabilities(self, model: torch.nn.Module) -> list[torch.Tensor]:
+        """The log-probabilities of the next token, [tokens, vocabulary] for each sample."""
         out: list[torch.Tensor] = [torch.empty(0)] * len(self.samples)
         for part, inputs in batches(self.samples):
             log_p = model(**inputs, use_cache=False).logits.float().log_softmax(-1)
@@ -77,6 +93,7 @@ class Scorer:
         return out
 
     def score(self, model: torch.nn.Module) -> Score:
+        """Score a model on all rows."""
         kl, kl_text, agree = [], [], []
         for sample, p, q in zip(self.samples, self.full, self._log_probabilities(model)):
             each = (p.exp() * (p - q)).sum(-1)[:-1]  # at position t: the prediction of token t+1
@@ -84,23 +101,34 @@ class Scorer:
             kl.append(each[answer])
             kl_text.append(each[text])
             agree.append((p.argmax(-1) == q.argmax(-1))[:-1][answer].float())
-        return Score(*(float(torch.cat(x).mean()) for x in (kl, kl_text, agree)), **self.exact(model))
+        means = [float(torch.cat(x).mean()) for x in (kl, kl_text, agree)]
+        exact, tasks = self.exact(model)
+        return Score(means[0], means[1], means[2], exact, tasks)
 
     @torch.no_grad()
-    def exact(self, model: torch.nn.Module) -> dict:
-        """Share of rows whose greedy answer is the expected one, character for character: over all, and by task."""
+    def exact(self, model: Any) -> tuple[float, dict[str, float]]:
+        """The share of rows whose greedy answer is the expected one, over all rows and by task.
+
+        Answers are compared character by character.
+        """
         right = [False] * len(self.rows)
         for part, inputs in batches(self.prompts):
             ids = model.generate(
-                **inputs, max_new_tokens=12, do_sample=False, eos_token_id=self.eos, pad_token_id=self.eos
+                **inputs,
+                max_new_tokens=12,
+                do_sample=False,
+                eos_token_id=self.eos,
+                pad_token_id=self.eos,
             )
-            texts = self.preprocessor.tokenizer.batch_decode(
-                ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            answers = ids[:, inputs["input_ids"].shape[1] :]
+            texts = self.preprocessor.tokenizer.batch_decode(answers, skip_special_tokens=True)
             for i, text in zip(part, texts):
                 right[i] = text.strip() == self.rows[i].answer
-        tasks = {task: [r for r, row in zip(right, self.rows) if row.task == task] for task in self.tasks}
-        return {"exact": _share(right), "tasks": {task: _share(each) for task, each in tasks.items()}}
+        tasks = {
+            task: _share([r for r, row in zip(right, self.rows) if row.task == task])
+            for task in self.tasks
+        }
+        return _share(right), tasks
 
 
 def _share(right: list[bool]) -> float:

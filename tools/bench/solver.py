@@ -1,10 +1,13 @@
-"""One layer's linears through our solver and GPTQModel's own: same weights, same Hessian, grid and order, alternated.
+"""One layer's linears through our solver and through GPTQModel's, in turns.
 
-    OMP_NUM_THREADS=1 python tools/bench/solver.py [--columns 256 1024 3584] [--repeat 3] [--json FILE]
+    OMP_NUM_THREADS=1 python tools/bench/solver.py [--columns 256 1024] [--repeat 3] [--json FILE]
 
-Both get a float32 Hessian that is already accumulated and give back codes' weights, scales and zero-points; both factorize
-once for linears that share an input (GPTQModel through its own shared cache). The figure is the median over pairs of
-our process CPU seconds / theirs, and the sum of weighted losses tr((Ŵ − W)·A·(Ŵ − W)ᵀ), ours / theirs.
+Both get the same weights, grid and column order, and the same float32 Hessian, already summed. Both
+factorize it once for the linears that share an input, GPTQModel through its own shared cache, and
+both give back decoded weights.
+
+The figures are the median over pairs of runs of our CPU seconds / theirs, and the ratio of the
+weighted losses tr((Ŵ − W)·A·(Ŵ − W)ᵀ), summed over the linears. On a GPU seconds are wall time.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +27,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import nn
 
-from vlmq_export.quantizer import solver
-from vlmq_export.quantizer.grids import Affine
+from vlmq_export.quantizer.grids.affine import Affine
+from vlmq_export.quantizer.solver.column_loop import solve
+from vlmq_export.quantizer.solver.hessian import prepare, weighted_loss
 
+# Column order → our `act_order`, and GPTQModel's options.
 ORDERS = {
     "natural": ("off", {}),
     "act_order": ("dynamic", {"desc_act": True}),
@@ -39,14 +45,15 @@ class Group:
     """Linears of one layer that share an input."""
 
     names: tuple[str, ...]
-    rows: tuple[int, ...]
-    columns: int
+    rows: tuple[int, ...]  # out_features of each
+    columns: int  # in_features of all
 
 
 def layer_groups(columns: int) -> list[Group]:
-    """A decoder layer of a Qwen2-like shape with `columns` inputs: K and V are an eighth, the MLP is as wide as its input.
+    """The linears of a decoder layer of Qwen2's kind, with `columns` inputs each.
 
-    The MLP of a real layer is wider; here every Hessian has the size that the run is about.
+    K and V have an eighth of the outputs. The MLP is only as wide as its input, unlike that of a
+    real layer, so that every Hessian has the size that the run is about.
     """
     kv = max(columns // 8, 32)
     return [
@@ -57,14 +64,19 @@ def layer_groups(columns: int) -> list[Group]:
     ]
 
 
-def hessian(columns: int, generator: torch.Generator, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A = XᵀX and Σx² of heavy-tailed, correlated inputs: a few columns far larger than the rest, as in real layers."""
+def hessian(
+    columns: int, generator: torch.Generator, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A = XᵀX and Σx² of random inputs that are heavy-tailed and correlated.
+
+    As in real layers a few columns are far larger than the rest.
+    """
     tokens = 2 * columns
     scale = torch.randn(columns, generator=generator).exp()
     x = torch.randn(tokens, columns, generator=generator) * scale
-    x += x.roll(1, dims=1) * 0.5 + (
-        torch.randn(tokens, 8, generator=generator) @ torch.randn(8, columns, generator=generator)
-    )
+    left = torch.randn(tokens, 8, generator=generator)
+    shared = left @ torch.randn(8, columns, generator=generator)
+    x += x.roll(1, dims=1) * 0.5 + shared
     x = x.to(device)
     return x.T @ x, x.square().sum(0)
 
@@ -72,19 +84,25 @@ def hessian(columns: int, generator: torch.Generator, device: str) -> tuple[torc
 def ours(
     weights: list[torch.Tensor], a: torch.Tensor, diagonal: torch.Tensor, bits: int, order: str
 ) -> list[torch.Tensor]:
+    """The decoded weights of linears that share an input, from our solver."""
     act_order, group = ORDERS[order][0], 128
-    ready = solver.prepare(a, diagonal, group=group, act_order=act_order, damp=DAMP)
+    ready = prepare(a, diagonal, group=group, act_order=act_order, damp=DAMP)
     stacked = torch.cat(weights)
-    solution = solver.solve(stacked, ready, Affine(bits), group=group, act_order=act_order, block=128)
+    solution = solve(stacked, ready, Affine(bits), group=group, act_order=act_order, block=128)
     return list(solution.decode().split([len(w) for w in weights]))
 
 
-def theirs(weights: list[torch.Tensor], a: torch.Tensor, bits: int, order: str, tokens: int) -> list[torch.Tensor]:
+def theirs(
+    weights: list[torch.Tensor], a: torch.Tensor, bits: int, order: str, tokens: int
+) -> list[torch.Tensor]:
+    """The same from GPTQModel's, which also wants the number of tokens in `a`."""
     from gptqmodel import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
 
     options = {"desc_act": False, "act_group_aware": False} | ORDERS[order][1]
-    config = QuantizeConfig(bits=bits, group_size=128, sym=False, damp_percent=DAMP, offload_to_disk=False, **options)
+    config = QuantizeConfig(
+        bits=bits, group_size=128, sym=False, damp_percent=DAMP, offload_to_disk=False, **options
+    )
     cache = SharedHessianFactorCache(0, "layer")
     decoded = []
     for w in weights:
@@ -98,8 +116,11 @@ def theirs(weights: list[torch.Tensor], a: torch.Tensor, bits: int, order: str, 
     return decoded
 
 
-def cpu_seconds(call) -> tuple[float, float, list[torch.Tensor]]:
-    """(process CPU seconds, wall seconds, result); on a GPU the first is wall time too."""
+def cpu_seconds(call: Callable[[], list[torch.Tensor]]) -> tuple[float, float, list[torch.Tensor]]:
+    """CPU seconds of the process, wall seconds, and what `call` returns.
+
+    On a GPU the first is wall time too.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -111,12 +132,14 @@ def cpu_seconds(call) -> tuple[float, float, list[torch.Tensor]]:
 
 
 def measure(columns: int, order: str, bits: int, repeat: int, device: str) -> dict:
+    """One row of the table: `repeat` pairs of runs over all linears of a layer."""
     generator = torch.Generator().manual_seed(columns)
     totals = [[0.0, 0.0] for _ in range(repeat)]
     losses = [0.0, 0.0]
     for group in layer_groups(columns):
         a, diagonal = hessian(columns, generator, device)
-        weights = [(torch.randn(r, columns, generator=generator) * 0.02).to(device) for r in group.rows]
+        shapes = [(rows, columns) for rows in group.rows]
+        weights = [(torch.randn(s, generator=generator) * 0.02).to(device) for s in shapes]
         calls = (
             lambda w=weights, a=a, d=diagonal: ours(w, a, d, bits, order),
             lambda w=weights, a=a: theirs(w, a, bits, order, 2 * columns),
@@ -126,15 +149,21 @@ def measure(columns: int, order: str, bits: int, repeat: int, device: str) -> di
                 seconds, _, decoded = cpu_seconds(calls[which])
                 totals[i][which] += seconds
                 if i == 0:
-                    losses[which] += sum(solver.weighted_loss(q, w, a) for q, w in zip(decoded, weights))
+                    losses[which] += sum(weighted_loss(q, w, a) for q, w in zip(decoded, weights))
     return {
-        "columns": columns, "order": order, "bits": bits, "ours": statistics.median(t[0] for t in totals),
-        "theirs": statistics.median(t[1] for t in totals), "ratio": statistics.median(t[0] / t[1] for t in totals),
-        "ratios": [round(t[0] / t[1], 3) for t in totals], "loss": losses[0] / losses[1],
-    }  # fmt: skip
+        "columns": columns,
+        "order": order,
+        "bits": bits,
+        "ours": statistics.median(t[0] for t in totals),
+        "theirs": statistics.median(t[1] for t in totals),
+        "ratio": statistics.median(t[0] / t[1] for t in totals),
+        "ratios": [round(t[0] / t[1], 3) for t in totals],
+        "loss": losses[0] / losses[1],
+    }
 
 
 def main() -> None:
+    """Print the table, a row for each width and order, and write it as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--columns", type=int, nargs="+", default=[256, 896, 1536, 3584])
     parser.add_argument("--orders", nargs="+", choices=list(ORDERS), default=["gar"])
@@ -144,7 +173,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    measure(256, "natural", args.bits, 1, args.device)  # the first call of each pays for imports
+    # The first call of each side pays for imports.
+    measure(256, "natural", args.bits, 1, args.device)
     rows = []
     print("columns order      ours s  theirs s  ratio   loss ours/theirs   pairs")
     for columns in args.columns:
@@ -152,14 +182,12 @@ def main() -> None:
             with torch.no_grad():
                 r = measure(columns, order, args.bits, args.repeat, args.device)
             rows.append(r)
-            print(
-                f"{columns:7} {order:9} {r['ours']:7.2f} {r['theirs']:9.2f} {r['ratio']:6.3f} {r['loss']:9.5f}   {r['ratios']}",
-                flush=True,
-            )
+            seconds = f"{r['ours']:7.2f} {r['theirs']:9.2f} {r['ratio']:6.3f}"
+            line = f"{columns:7} {order:9} {seconds} {r['loss']:9.5f}   {r['ratios']}"
+            print(line, flush=True)
     if args.json:
-        args.json.write_text(
-            json.dumps({"device": args.device, "threads": torch.get_num_threads(), "rows": rows}, indent=1)
-        )
+        found = {"device": args.device, "threads": torch.get_num_threads(), "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Train the second reference VLM from the first: one step of each of its two stages.
 
-    look    the tower and the projector learn: each of the 8 · 8 tokens becomes the first reference's merged token that
-            stands under it in the original image; a linear head on it names what stands there, as in the first's
-            training; and where an image is 112 × 112 (patches are the same then) the first four blocks' first 128
-            channels follow the first reference's residual stream
-    read    the decoder learns to answer from tokens between the tower's own and the first reference's, at the end
-            mostly the tower's
+    look   The tower and the projector learn. Each of the 8 · 8 tokens becomes the first reference's
+           merged token that stands under it in the original image. A linear head on the token names
+           what stands there, as in the first reference's training. Where an image is 112 × 112, the
+           patches of both towers are the same, and the first 128 channels of the first four blocks
+           follow the first reference's residual stream.
+    read   The decoder learns to answer from tokens between the tower's own and the first
+           reference's. At the end they are mostly the tower's.
 
-Matrices move by Muon, everything else by AdamW.
+Muon moves the matrices, and AdamW everything else.
 """
 
 from __future__ import annotations
@@ -19,21 +20,29 @@ import numpy as np
 import torch
 from numpy.random import RandomState
 from PIL import Image, ImageDraw
-from torch.nn import functional
 
 from tools.reference_vlm import drawing, onevision
 from tools.reference_vlm.drawing import Drawing, Label
 from tools.reference_vlm.model import BUNDLED, load_model, patches
-from tools.reference_vlm.training import TRAINING_SEED, BaseTrainer, Settings, cells
+from tools.reference_vlm.training import (
+    TRAINING_SEED,
+    BaseTrainer,
+    Settings,
+    cells,
+    decay_groups,
+    localisation_loss,
+)
 
 LOOK_UNTIL = 0.6  # of the whole schedule
 WARM_UP_STEPS = 40
-MUON_RATE = 10  # times AdamW's: Muon's steps are orthogonal matrices times its rate
-GRID = onevision.SIDE // onevision.PATCH
+MUON_RATE = 10  # times AdamW's rate, because a step of Muon is an orthogonal matrix times its rate
+GRID = onevision.SIDE // onevision.PATCH  # patches along a side
 PAGES = 0.4  # share of the images of stage `look` that are pages
 
 
 class Stage(StrEnum):
+    """The two stages of the training; the module's text says what each teaches."""
+
     look = "look"
     read = "read"
 
@@ -45,12 +54,15 @@ class Phase:
     stage: Stage
     learning_rate: float
     easy: float  # chance of a one-character drawing
-    taught: float  # the decoder reads tokens up to this far from the tower's own to the teacher's
-    size: tuple[int, int]  # of this step's images
+    taught: float  # largest share of the way from the tower's tokens to the teacher's
+    size: tuple[int, int]  # width and height of this step's images
 
 
 def schedule(settings: Settings, step: int, progress: float) -> Phase:
-    """The phase at `progress` (0..1) of the whole training; in each stage the rate falls to a twentieth."""
+    """The phase at `progress`, from 0 to 1, of the whole training.
+
+    In each stage the learning rate falls to a twentieth.
+    """
     looking = progress < LOOK_UNTIL
     within = progress / LOOK_UNTIL if looking else (progress - LOOK_UNTIL) / (1 - LOOK_UNTIL)
     rate = settings.learning_rate * (1 if looking else 0.6)
@@ -64,43 +76,47 @@ def schedule(settings: Settings, step: int, progress: float) -> Phase:
 
 
 class OneVisionTrainer(BaseTrainer):
-    """The second reference, the localisation head, the first reference that teaches it, `step_count` steps in."""
+    """The training of the second reference VLM, with the first as its teacher."""
 
     def __init__(self, settings: Settings, tokenizer):
         torch.manual_seed(settings.seed)
-        super().__init__(settings, tokenizer, onevision.make_model(onevision.make_config(tokenizer)).train())
+        model = onevision.make_model(onevision.make_config(tokenizer)).train()
+        super().__init__(settings, tokenizer, model)
         teacher = load_model(BUNDLED)
         onevision.start_from(self.model, teacher)
         self.teacher = Teacher(teacher.model.visual)
         self.head = torch.nn.Linear(self.model.config.text_config.hidden_size, len(drawing.NAMES))
         core = self.model.model
-        self._blocks = Recorder(core.vision_tower.encoder.layers[: self.teacher.depth])
+        tower = core.vision_tower
+        self._blocks = Recorder(tower.encoder.layers[: self.teacher.depth])
         self.moving = {
-            Stage.look: [core.vision_tower.embeddings, core.vision_tower.encoder, core.multi_modal_projector],
+            Stage.look: [tower.embeddings, tower.encoder, core.multi_modal_projector],
             Stage.read: [core.language_model],
         }
-        core.vision_tower.post_layernorm.requires_grad_(False)  # LLaVA-OneVision takes the last block's output before
+        # LLaVA-OneVision takes the last block's output from before this norm.
+        tower.post_layernorm.requires_grad_(False)
+        self.optimizers = self._optimizers()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW, and Muon for the matrices of the blocks."""
         moving = {name: p for name, p in self.parameters().items() if p.requires_grad}
-        hidden = [p for name, p in moving.items() if p.ndim == 2 and "embed" not in name and "localisation" not in name]
-        taken = {id(p) for p in hidden}
-        rest = [p for p in moving.values() if id(p) not in taken]
-        self.optimizers = [
-            torch.optim.AdamW(
-                [
-                    {"params": [p for p in rest if p.ndim >= 2], "weight_decay": 0.02},
-                    {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-                ],
-                betas=(0.9, 0.98),
-            ),
-            torch.optim.Muon(hidden, weight_decay=0.02, momentum=0.95),
+        outside = ("embed", "localisation")  # matrices that Muon does not take
+        by_muon = {
+            name: p
+            for name, p in moving.items()
+            if p.ndim == 2 and not any(part in name for part in outside)
+        }
+        rest = [p for name, p in moving.items() if name not in by_muon]
+        return [
+            torch.optim.AdamW(decay_groups(rest, 0.02), betas=(0.9, 0.98)),
+            torch.optim.Muon(list(by_muon.values()), weight_decay=0.02, momentum=0.95),
         ]
 
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        head = {f"localisation.{name}": parameter for name, parameter in self.head.named_parameters()}
-        return super().parameters() | head
-
     def step(self, progress: float) -> tuple[float, float]:
-        """Draw a batch, take one step; returns (answer loss, vision loss), 0 for the one that the stage has not."""
+        """Draw a batch, take one step; returns (answer loss, vision loss).
+
+        A stage has one of the two losses; the other is 0.
+        """
         phase = schedule(self.settings, self.step_count, progress)
         rng = RandomState([TRAINING_SEED, self.settings.seed, self.step_count])
         rows = [self.draw(rng, phase) for _ in range(self.settings.batch_size)]
@@ -108,12 +124,13 @@ class OneVisionTrainer(BaseTrainer):
 
     @staticmethod
     def draw(rng: RandomState, phase: Phase) -> Drawing:
+        """One training drawing of the phase's size and ease; in stage `look` it may be a page."""
         if phase.stage is Stage.look and drawing.chance(rng, PAGES):
             return page(rng, *phase.size)
         return drawing.TASKS[drawing.pick_task(rng)](rng, *phase.size, easy=phase.easy)
 
     def step_on(self, rows: list[Drawing], phase: Phase, rng: RandomState) -> tuple[float, float]:
-        """One optimizer step on given drawings; `rng` mixes the tokens that the decoder reads."""
+        """One optimizer step on given drawings; `rng` says how the decoder's tokens are mixed."""
         for stage, modules in self.moving.items():
             for module in modules:
                 module.requires_grad_(stage is phase.stage)
@@ -121,42 +138,47 @@ class OneVisionTrainer(BaseTrainer):
             for group in optimizer.param_groups:
                 group["lr"] = factor * phase.learning_rate
         looking = phase.stage is Stage.look
-        loss = (
-            self.look(rows) if looking else self.read(rows, torch.from_numpy(rng.uniform(0, phase.taught, len(rows))))
-        )
+        if looking:
+            loss = self.look(rows)
+        else:
+            loss = self.read(rows, torch.from_numpy(rng.uniform(0, phase.taught, len(rows))))
         loss.backward()
         self.take_step()
         return (0.0, loss.item()) if looking else (loss.item(), 0.0)
 
     def look(self, rows: list[Drawing]) -> torch.Tensor:
-        """Distances to the teacher's tokens and blocks, and the localisation loss."""
+        """The loss of stage `look`: distances to the teacher's tokens and blocks, localisation."""
         merged, blocks = self.teacher([row.image for row in rows])
         projected = self.tokens(rows)
-        named = functional.binary_cross_entropy_with_logits(
-            self.head(projected.float()), under_patches(rows), reduction="none"
-        )
-        loss = 3 * relative_distance(projected, merged) + named.sum(-1).mean()
+        localisation = localisation_loss(self.head(projected.float()), under_patches(rows))
+        loss = 3 * relative_distance(projected, merged) + localisation
         for mine, theirs in zip(self._blocks.outputs, blocks):
             loss = loss + 0.3 * relative_distance(mine[..., : theirs.shape[-1]], theirs)
         return loss
 
     def read(self, rows: list[Drawing], share: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of the answers when the image's tokens are moved `share` [rows] of the way to the teacher's."""
-        batch = onevision.make_batch(self.tokenizer, [(row.image, row.question, row.answer) for row in rows])
+        """The loss of stage `read`: the cross-entropy of the answers.
+
+        The image's tokens are moved `share` [rows] of the way from the tower's to the teacher's.
+        """
+        batch = onevision.make_batch(
+            self.tokenizer, [(row.image, row.question, row.answer) for row in rows]
+        )
         with torch.no_grad():
-            own, taught = self.tokens(rows).float(), self.teacher([row.image for row in rows])[0].float()
+            own = self.tokens(rows).float()
+            taught = self.teacher([row.image for row in rows])[0].float()
             seen = own + share.float().view(-1, 1, 1) * (taught - own)  # [rows, 64, width]
         newline = self.model.model.image_newline.expand(len(rows), 1, -1)
-        embedded = self.model.get_input_embeddings()(batch["input_ids"])
-        place = (batch["input_ids"] == self.model.config.image_token_index)[..., None].expand_as(embedded)
+        ids = batch["input_ids"]
+        embedded = self.model.get_input_embeddings()(ids)
+        place = (ids == self.model.config.image_token_index)[..., None].expand_as(embedded)
         embedded = embedded.masked_scatter(place, torch.cat([seen, newline], 1))
-        with torch.autocast(
-            "cpu", torch.bfloat16
-        ):  # no mask: the padding is on the right, where no token of a row sees it
+        # There is no mask: the padding is on the right, where no token of a row sees it.
+        with torch.autocast("cpu", torch.bfloat16):
             return self.model(inputs_embeds=embedded, labels=batch["labels"]).loss
 
     def tokens(self, rows: list[Drawing]) -> torch.Tensor:
-        """What the projector makes of the images, without the newline: [rows, 64, width]."""
+        """The projector's tokens of the images, without the newline: [rows, 64, width]."""
         pixels = torch.from_numpy(np.stack([onevision.tile(row.image) for row in rows]))
         tower = self.model.model.vision_tower
         with torch.autocast("cpu", torch.bfloat16):
@@ -165,18 +187,23 @@ class OneVisionTrainer(BaseTrainer):
 
 
 def relative_distance(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance over the variance within `theirs` [images, tokens, width]: 1 is as good as its mean."""
+    """Mean squared distance over the variance within `theirs`, [images, tokens, width] each.
+
+    At 1, `mine` is as good as the mean of `theirs`.
+    """
     mine, theirs = mine.float(), theirs.float()
     return (mine - theirs).square().mean() / theirs.var((0, 1)).mean()
 
 
 class Recorder:
-    """The latest output of each of some modules."""
+    """Keeps the latest output of each of some modules."""
 
     def __init__(self, modules):
         self.outputs: list[torch.Tensor] = [torch.empty(0)] * len(modules)
         for place, module in enumerate(modules):
-            module.register_forward_hook(lambda _, inputs, output, place=place: self._keep(place, output))
+            module.register_forward_hook(
+                lambda _, inputs, output, place=place: self._keep(place, output)
+            )
 
     def _keep(self, place: int, output) -> None:
         self.outputs[place] = output[0] if isinstance(output, tuple) else output
@@ -192,24 +219,32 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Of images of one size: the merged token under each patch [n, 64, 256], and the blocks' outputs [n, 64, 128]
-        where that size is 112 × 112, else none."""
+        """The merged token under each patch [n, 64, 256], and the blocks' outputs [n, 64, 128].
+
+        All images are of one size. There are no blocks' outputs unless it is 112 × 112.
+        """
         count, (width, height) = len(images), images[0].size
         values, grids = zip(*(patches(image) for image in images))
+        pixels = torch.from_numpy(np.concatenate(values))
         with torch.autocast("cpu", torch.bfloat16):
-            merged = self.visual(torch.from_numpy(np.concatenate(values)), grid_thw=torch.tensor(grids)).pooler_output
+            merged = self.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
         merged = at_patches(merged.view(count, height // 28, width // 28, -1), width, height)
-        native = (width, height) == (onevision.SIDE, onevision.SIDE)
-        return merged, [_row_by_row(block, count) for block in self._blocks.outputs] if native else []
+        if (width, height) != (onevision.SIDE, onevision.SIDE):
+            return merged, []
+        return merged, [_row_by_row(block, count) for block in self._blocks.outputs]
 
 
 def _row_by_row(block: torch.Tensor, count: int) -> torch.Tensor:
-    """Qwen's order of patches (4, 4, 2, 2) to rows of eight: [n · 64, width] to [n, 64, width]."""
-    return block.view(count, 4, 4, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(count, GRID * GRID, -1)
+    """Patches in Qwen's order (4, 4, 2, 2) as rows of eight: [n · 64, width] to [n, 64, width]."""
+    merged_order = block.view(count, 4, 4, 2, 2, -1)
+    return merged_order.permute(0, 1, 3, 2, 4, 5).reshape(count, GRID * GRID, -1)
 
 
 def at_patches(grid: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Of a grid of merged tokens [n, height / 28, width / 28, …] the one under each patch: [n, 64, …]."""
+    """The merged token under each patch, [n, 64, …].
+
+    grid: merged tokens of the original image, [n, height / 28, width / 28, …].
+    """
     centres = torch.arange(GRID) * onevision.PATCH + onevision.PATCH // 2  # in the squeezed image
     down, right = (centres * side // onevision.SIDE // 28 for side in (height, width))
     return grid[:, down][:, :, right].flatten(1, 2)
@@ -218,32 +253,40 @@ def at_patches(grid: torch.Tensor, width: int, height: int) -> torch.Tensor:
 def under_patches(rows: list[Drawing]) -> torch.Tensor:
     """What stands under each patch: 0/1 [rows, 64, names]."""
     width, height = rows[0].image.size
-    return at_patches(torch.stack([cells(row).view(height // 28, width // 28, -1) for row in rows]), width, height)
+    grids = [cells(row).view(height // 28, width // 28, -1) for row in rows]
+    return at_patches(torch.stack(grids), width, height)
 
 
 def page(rng: RandomState, width: int, height: int) -> Drawing:
-    """Lines of print, handwriting and form rows from top to bottom: more to see than in any task's drawing."""
+    """A drawing without a question: print, handwriting and form rows from top to bottom.
+
+    It shows more than the drawing of any task.
+    """
     image = drawing.background(rng, width, height)
     y = drawing.integer(rng, 1, 14)
     labels: list[Label] = []
     while y < height - 18:
         new, y = drawing.pick(rng, (_printed, _printed, _handwritten, _form_row))(rng, image, y)
         labels += new
-    return Drawing(image, "", "", [label for label in labels if label.x < width - 4 and label.y < height - 4])
+    inside = [label for label in labels if label.x < width - 4 and label.y < height - 4]
+    return Drawing(image, "", "", inside)
 
 
 def _printed(rng: RandomState, image: Image.Image, y: int) -> tuple[list[Label], int]:
-    """Draw a line of print below `y`; returns what it shows and where the next line may begin."""
+    """Draw a line of print below `y`. Returns what it shows, and where the next line may begin."""
     font = drawing.load_font(drawing.pick(rng, drawing.FONTS), drawing.integer(rng, 18, 28))
-    text = "".join(drawing.pick(rng, drawing.CHARACTERS) for _ in range(drawing.integer(rng, 1, image.width // 18)))
+    length = drawing.integer(rng, 1, image.width // 18)
+    text = "".join(drawing.pick(rng, drawing.CHARACTERS) for _ in range(length))
     left, top, right, bottom = font.getbbox(text)
     x = drawing.integer(rng, 2, max(3, image.width - int(right - left) - 4)) - left
     ink = tuple(drawing.integer(rng, 0, 90) for _ in range(3))
     ImageDraw.Draw(image).text((x, y - top), text, fill=ink, font=font)
-    return drawing.letters(text, x, y - top, font), y + int(bottom - top) + drawing.integer(rng, 2, 10)
+    below = y + int(bottom - top) + drawing.integer(rng, 2, 10)
+    return drawing.letters(text, x, y - top, font), below
 
 
 def _handwritten(rng: RandomState, image: Image.Image, y: int) -> tuple[list[Label], int]:
+    """The same for a line of handwritten digits."""
     side = drawing.integer(rng, 22, 27)
     count = drawing.integer(rng, 1, image.width // side)
     x = drawing.integer(rng, 2, max(3, image.width - count * side - 2))
@@ -258,6 +301,7 @@ def _handwritten(rng: RandomState, image: Image.Image, y: int) -> tuple[list[Lab
 
 
 def _form_row(rng: RandomState, image: Image.Image, y: int) -> tuple[list[Label], int]:
+    """The same for a key and its number."""
     font = drawing.load_font(drawing.pick(rng, drawing.FONTS[:2]), drawing.integer(rng, 15, 17))
     x = drawing.integer(rng, 1, 3 if image.width < 100 else 20)
     key, value = drawing.pick(rng, drawing.KEYS), str(drawing.integer(rng, 1, 99))

@@ -1,29 +1,36 @@
-"""The five tasks the reference VLM knows: each draws an image and asks one question with one short answer.
+"""The five tasks that the reference VLM knows. Each draws an image and asks a question about it.
 
-    read     1-4 printed characters             digits   1-3 handwritten digits
-    form     find a row by its key, read it     bars     tallest, shortest, how many
-    shapes   how many, what colour
+    read     1 to 4 printed characters
+    digits   1 to 3 handwritten digits
+    form     find a row by its key and read its value
+    bars     which bar is tallest or shortest, or how many there are
+    shapes   how many there are, or what colour one has
 
-A task is a pure function of its random generator: task(rng, width, height, *, easy, pool) -> Drawing. `easy` is the
-chance of a one-character (one-row) drawing, with which training begins; the released data has none. `pool` holds the
-indices into scikit-learn's UCI digits that may be pasted.
+A task is a pure function of its random generator, `task(rng, width, height, *, easy, pool)`:
 
-`rng` is numpy's legacy RandomState: numpy promises its streams never change (NEP 19), so the bundled data can be
-drawn again anywhere.
+    easy   the chance of a one-character (one-row) drawing, with which training begins; the released
+           data has none
+    pool   the indices into scikit-learn's UCI digits that may be pasted
+
+The generator is numpy's legacy RandomState. numpy promises that its streams never change (NEP 19),
+so that the bundled data can be drawn again on any machine.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFont
 
-SIZES = ((84, 84), (112, 112), (168, 112))  # width, height: multiples of 28, so that no runtime resizes them
+T = TypeVar("T")
+Pool = Sequence[int]  # indices into scikit-learn's UCI digits
+# Width and height in pixels: multiples of 28, so that no runtime resizes the images.
+SIZES = ((84, 84), (112, 112), (168, 112))
 CHARACTERS = "0123456789ABCEHKTX"
 KEYS = ("Total", "Tax", "Date", "Item", "Paid", "Room", "Age", "Code")
 COLOURS = {
@@ -35,7 +42,8 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle")
-NAMES = (*CHARACTERS, *KEYS, *COLOURS, *SHAPES)  # what a label may name: the localisation loss has one class for each
+# What a label may name. The localisation loss has one class for each.
+NAMES = (*CHARACTERS, *KEYS, *COLOURS, *SHAPES)
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf")
 
 # Every fifth handwritten digit is held out of training and of calibration.
@@ -45,21 +53,26 @@ HELDOUT_DIGITS = tuple(index for index in range(DIGIT_COUNT) if index % 5 == 0)
 
 
 class Label(NamedTuple):
-    """One of NAMES, and the pixel it stands at."""
+    """Something that a drawing shows."""
 
-    name: str
-    x: float
+    name: str  # one of NAMES
+    x: float  # pixel where it stands
     y: float
 
 
 class Drawing(NamedTuple):
+    """An image, a question about it, the answer, and everything that the image shows."""
+
     image: Image.Image
     question: str
     answer: str
     labels: list[Label]
 
 
-def read(rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool=TRAINING_DIGITS) -> Drawing:
+def read(
+    rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool: Pool = TRAINING_DIGITS
+) -> Drawing:
+    """One line of print. The question asks for the text."""
     image = background(rng, width, height)
     length = 1 if chance(rng, easy) else integer(rng, 1, 3 if width < 100 else 4)
     text = "".join(pick(rng, CHARACTERS) for _ in range(length))
@@ -69,10 +82,14 @@ def read(rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool=T
     y = integer(rng, 2, max(3, height - int(bottom - top) - 4)) - top
     ink = tuple(integer(rng, 0, 90) for _ in range(3))
     ImageDraw.Draw(image).text((x, y), text, fill=ink, font=font)
-    return Drawing(image, pick(rng, ("What text is shown?", "Read the text.")), text, letters(text, x, y, font))
+    question = pick(rng, ("What text is shown?", "Read the text."))
+    return Drawing(image, question, text, letters(text, x, y, font))
 
 
-def digits(rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool=TRAINING_DIGITS) -> Drawing:
+def digits(
+    rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool: Pool = TRAINING_DIGITS
+) -> Drawing:
+    """A row of handwritten digits. The question asks for the number."""
     image = background(rng, width, height)
     count = 1 if chance(rng, easy) else integer(rng, 1, 3)
     side = integer(rng, 22, 27)
@@ -89,7 +106,10 @@ def digits(rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool
     return Drawing(image, question, "".join(label.name for label in labels), labels)
 
 
-def form(rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool=TRAINING_DIGITS) -> Drawing:
+def form(
+    rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool: Pool = TRAINING_DIGITS
+) -> Drawing:
+    """Rows of a key and a number. The question names a key and asks for its number."""
     image = background(rng, width, height)
     draw = ImageDraw.Draw(image)
     rows = 1 if chance(rng, easy / 2) else integer(rng, 2, 2 if height < 100 else 3)
@@ -107,7 +127,10 @@ def form(rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool=T
     return Drawing(image, f"What is the {keys[asked].lower()}?", values[asked], labels)
 
 
-def bars(rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool=TRAINING_DIGITS) -> Drawing:
+def bars(
+    rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool: Pool = TRAINING_DIGITS
+) -> Drawing:
+    """A bar chart. The question asks for the colour of a bar, or for their number."""
     image = background(rng, width, height)
     draw = ImageDraw.Draw(image)
     count = integer(rng, 2, 5)
@@ -129,7 +152,10 @@ def bars(rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool=T
     return Drawing(image, question, answers[question], labels)
 
 
-def shapes(rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool=TRAINING_DIGITS) -> Drawing:
+def shapes(
+    rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool: Pool = TRAINING_DIGITS
+) -> Drawing:
+    """Coloured shapes on a grid of 40 pixels. The question asks for a number or a colour."""
     image = background(rng, width, height)
     draw = ImageDraw.Draw(image)
     cells = [(column, row) for column in range(width // 40) for row in range(height // 40)]
@@ -149,7 +175,7 @@ def shapes(rng: RandomState, width: int, height: int, *, easy: float = 0.0, pool
         labels += [Label(colour, x, y), Label(shape, x, y)]
 
     if chance(rng, 0.5):
-        # Mostly a colour that is there; else the answer would often be 0.
+        # Mostly a colour that is there. Otherwise the answer would often be 0.
         colour = pick(rng, tuple(COLOURS)) if chance(rng, 0.4) else drawn[0][0]
         count = sum(other == colour for other, _ in drawn)
         return Drawing(image, f"How many {colour} shapes?", str(count), labels)
@@ -167,17 +193,18 @@ TASKS: dict[str, Callable[..., Drawing]] = {
     "bars": bars,
     "shapes": shapes,
 }
-# How often training and calibration ask each: the hard ones more.
+# How often training and calibration ask each task, relative to the others: the hard ones more.
 TASK_WEIGHTS = {"read": 3.0, "digits": 2.0, "form": 4.0, "bars": 1.5, "shapes": 1.5}
 
 
 def pick_task(rng: RandomState) -> str:
+    """The name of a task, drawn by TASK_WEIGHTS."""
+    sums = np.cumsum(list(TASK_WEIGHTS.values()))
     total = sum(TASK_WEIGHTS.values())
-    place = np.searchsorted(np.cumsum(list(TASK_WEIGHTS.values())), rng.random_sample() * total, side="right")
-    return list(TASKS)[place]
+    return list(TASKS)[np.searchsorted(sums, rng.random_sample() * total, side="right")]
 
 
-# --- parts -----------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def background(rng: RandomState, width: int, height: int) -> Image.Image:
@@ -186,19 +213,26 @@ def background(rng: RandomState, width: int, height: int) -> Image.Image:
     slant = np.linspace(-1, 1, width)[None, :, None] * rng.uniform(-10, 10)
     slant = slant + np.linspace(-1, 1, height)[:, None, None] * rng.uniform(-10, 10)
     grain = rng.standard_normal((height, width, 1)) * rng.uniform(0, 4)
-    return Image.fromarray((paper + slant + grain).clip(0, 255).astype(np.uint8))  # [height, width, 3]
+    pixels = paper + slant + grain  # [height, width, 3]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def letters(text: str, x: float, y: float, font: ImageFont.FreeTypeFont) -> list[Label]:
-    """Where each character of `text` stands when it is drawn at (x, y)."""
+    """The centre of each character of `text` when it is drawn at (x, y)."""
     _, top, _, bottom = font.getbbox(text)
+    middle = y + (top + bottom) / 2
     edges = [font.getlength(text[:end]) for end in range(len(text) + 1)]
-    return [Label(c, x + (edges[i] + edges[i + 1]) / 2, y + (top + bottom) / 2) for i, c in enumerate(text)]
+    return [
+        Label(c, x + (left + right) / 2, middle) for c, left, right in zip(text, edges, edges[1:])
+    ]
 
 
 @functools.cache
 def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """One of the DejaVu fonts that ship with matplotlib; the basic layout engine needs no system library."""
+    """One of the DejaVu fonts that matplotlib ships.
+
+    The basic layout engine needs no system library.
+    """
     import matplotlib
 
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
@@ -207,7 +241,10 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 @functools.cache
 def handwriting() -> tuple[np.ndarray, np.ndarray]:
-    """The UCI digits of scikit-learn: uint8 bitmaps [1797, 8, 8], bright ink, and the digit each shows [1797]."""
+    """The UCI digits of scikit-learn, and the digit that each shows, [1797].
+
+    The bitmaps are uint8 [1797, 8, 8] with bright ink.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -219,13 +256,16 @@ def integer(rng: RandomState, low: int, high: int) -> int:
     return int(rng.randint(low, high + 1))
 
 
-def pick(rng: RandomState, choices):
+def pick(rng: RandomState, choices: Sequence[T]) -> T:
+    """One of the choices."""
     return choices[rng.randint(len(choices))]
 
 
-def sample(rng: RandomState, choices, count: int) -> list:
+def sample(rng: RandomState, choices: Sequence[T], count: int) -> list[T]:
+    """`count` different choices in random order."""
     return [choices[index] for index in rng.permutation(len(choices))[:count]]
 
 
 def chance(rng: RandomState, probability: float) -> bool:
+    """True with this probability."""
     return bool(rng.random_sample() < probability)

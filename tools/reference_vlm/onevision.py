@@ -1,17 +1,17 @@
-"""The second reference VLM, of LLaVA-OneVision's architecture: its config, files, inputs, and where its training starts.
+"""The second reference VLM, LLaVA-OneVision: its config, files, inputs, and how training starts.
 
-A SigLIP tower (5 blocks, 192 wide, learned positions), an MLP projector and a Qwen2 decoder (8 layers, 256 wide, one
-position axis). Every image is one tile of 112 × 112 pixels, whatever its shape, as vlmq_export gives this family's
-images: 64 vision tokens and the newline.
+A SigLIP tower (5 blocks, 192 wide, learned positions), an MLP projector and a Qwen2 decoder
+(8 layers, 256 wide, one position axis). Every image is one tile of 112 × 112 pixels, whatever its
+shape, as vlmq_export gives this family its images: 64 vision tokens and the newline.
 
-The decoder starts as the first reference's with two layers inserted that do nothing yet; the tower's first 128 channels
-start as the first reference's residual stream, and the other 64 hold the positions that it had as rotations.
+The decoder starts as the first reference's, with two layers inserted that do nothing yet. The
+tower's first 128 channels start as the first reference's residual stream. The other 64 hold the
+positions, which the first reference's tower has as rotations.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +22,19 @@ from safetensors.torch import load_file, save_file
 from tools.reference_vlm import model as first
 
 FOLDER = Path(__file__).parent / "llava_onevision"  # the trained checkpoint
-SIDE, PATCH, IMAGE_TOKENS = 112, 14, 65  # pixels; 8 · 8 patches and the newline
+SIDE, PATCH = 112, 14  # pixels
+IMAGE_TOKENS = 65  # 8 · 8 patches and the newline
 RENAMED_TOKENS = {"<|image_pad|>": "<image>", "<|video_pad|>": "<video>"}
-FIRST_WIDTH = 128  # of the first reference's vision tower
-# The first reference's decoder layer that each layer starts as; negative: a copy of it that adds nothing yet.
+FIRST_WIDTH = 128  # width of the first reference's vision tower
+# The first reference's decoder layer that each layer starts as. Negative: a copy that adds nothing
+# to the residual stream yet.
 DECODER_FROM = (0, 1, 2, -2, 3, 4, -4, 5)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
-    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + c['text'] }}{% endfor %}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + c['text'] }}"
+    "{% endfor %}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PREPROCESSOR = {
@@ -58,7 +61,7 @@ PROCESSOR = {
 }
 
 
-# --- config and files ------------------------------------------------------------------------------------------
+# --- config and files -----------------------------------------------------------------------------
 
 
 def make_config(tokenizer):
@@ -110,7 +113,10 @@ def make_model(config):
 
 
 def write_tokenizer(out_dir: Path) -> None:
-    """The first reference's tokenizer with its image and video tokens renamed, and LLaVA-OneVision's chat template."""
+    """Write the first reference's tokenizer for LLaVA-OneVision.
+
+    The image and video tokens have other names, and the chat template is the published one.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (first.BUNDLED / name).read_text("utf-8")
@@ -122,92 +128,97 @@ def write_tokenizer(out_dir: Path) -> None:
 
 
 def save_model(model, out_dir: Path) -> None:
-    """Write `model` in bfloat16 as a folder in the hub's layout; every file appears whole or not at all."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    temporary = out_dir / ".incoming"
-    shutil.rmtree(temporary, ignore_errors=True)
-    half = type(model)(model.config)  # leaves the float32 weights of a running training alone
-    half.load_state_dict(model.state_dict())
-    half = half.to(torch.bfloat16)
+    """Write `model` in bfloat16 as a folder in the hub's layout.
+
+    Every file appears whole or not at all.
+    """
+    temporary = first.incoming(out_dir)
+    half = first.bfloat16_copy(model)
     text = model.config.text_config
     half.generation_config.update(
-        do_sample=False, bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.bos_token_id
+        do_sample=False,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.bos_token_id,
     )
     half.save_pretrained(temporary)
     weights = load_file(temporary / "model.safetensors")
-    published = {
-        name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in weights.items()
-    }
+    module, hub = "vision_tower.", "vision_tower.vision_model."
+    published = {name.replace(module, hub): weight for name, weight in weights.items()}
     save_file(published, temporary / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(temporary)
     _write_json(temporary / "preprocessor_config.json", PREPROCESSOR)
     _write_json(temporary / "processor_config.json", PROCESSOR)
-    for path in sorted(temporary.iterdir()):
-        path.chmod(0o644)  # safetensors writes 600
-        path.replace(out_dir / path.name)
-    temporary.rmdir()
+    first.publish(temporary, out_dir)
 
 
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-# --- inputs ----------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 def tile(image: Image.Image) -> np.ndarray:
-    """The whole image squeezed into one tile: float32 [3, 112, 112] in -1..1, as LlavaOnevisionImageProcessor's base."""
+    """The whole image squeezed into one tile: float32 [3, 112, 112], from -1 to 1.
+
+    This is the base tile of transformers' LlavaOnevisionImageProcessor.
+    """
     squeezed = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return (np.asarray(squeezed, np.float32) / 127.5 - 1).transpose(2, 0, 1)
 
 
 def prompt(question: str, image_tokens: int = 1, *, finished: bool = False) -> str:
-    """The chat prompt as published for LLaVA-OneVision on Qwen2: a space after the role, no newline between turns.
+    """The chat prompt as published for LLaVA-OneVision on Qwen2.
 
-    The template opens an answer to come with a newline, a `finished` one with a space and a newline.
+    It has a space after the role and no newline between turns. The template opens an answer that is
+    to come with a newline, and a `finished` one with a space and a newline.
     """
-    opening = " \n" if finished else "\n"
-    return f"<|im_start|>user {'<image>' * image_tokens}\n{question}<|im_end|><|im_start|>assistant{opening}"
+    asked = f"<|im_start|>user {'<image>' * image_tokens}\n{question}<|im_end|>"
+    return f"{asked}<|im_start|>assistant{' ' if finished else ''}\n"
 
 
-def make_batch(tokenizer, rows: list[tuple[Image.Image, str, str | None]]) -> dict[str, torch.Tensor]:
-    """Model inputs of (image, question, answer) rows, right-padded: B rows of at most L tokens.
+def make_batch(
+    tokenizer, rows: list[tuple[Image.Image, str, str | None]]
+) -> dict[str, torch.Tensor]:
+    """The model's inputs for rows of (image, question, answer); an answer of None ends the prompt.
 
-    Returns input_ids, attention_mask and labels [B, L] (-100 except on the answer), pixel_values [B, 3, 112, 112],
-    image_sizes [B, 2] and batch_num_images [1]: one sample of several images, which is how transformers takes an image
-    as one tile. An answer of None leaves the prompt alone; every fourth answer stands as in a finished turn, so that
+    Returns the tensors of `first.padded`, pixel_values [B, 3, 112, 112], image_sizes [B, 2] and
+    batch_num_images [1]. The batch is given as one sample of several images, because transformers
+    then takes an image as one tile. Every fourth answer stands as in a finished turn, so that
     training sees both ways of writing it.
     """
-    sequences, labels = [], []
+    prompts, answers = [], []
     for place, (_, question, answer) in enumerate(rows):
         finished = answer is not None and place % 4 == 3
-        asked = tokenizer(prompt(question, IMAGE_TOKENS, finished=finished), add_special_tokens=False)["input_ids"]
-        told = [] if answer is None else tokenizer(f"{answer}<|im_end|>", add_special_tokens=False)["input_ids"]
-        sequences.append(asked + told)
-        labels.append([-100] * len(asked) + told)
-    length = max(map(len, sequences))
-    return {
-        "input_ids": torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in sequences]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in sequences]),
-        "labels": torch.tensor([row + [-100] * (length - len(row)) for row in labels]),
+        prompts.append(prompt(question, IMAGE_TOKENS, finished=finished))
+        answers.append("" if answer is None else f"{answer}<|im_end|>")
+    return first.padded(tokenizer, prompts, answers) | {
         "pixel_values": torch.from_numpy(np.stack([tile(image) for image, _, _ in rows])),
         "image_sizes": torch.tensor([[image.height, image.width] for image, _, _ in rows]),
         "batch_num_images": torch.tensor([max(2, len(rows))]),
     }
 
 
-# --- where training starts -------------------------------------------------------------------------------------
+# --- where training starts ------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def start_from(model, teacher) -> None:
-    """Start `model` from the first reference VLM: its decoder whole, its tower as far as SigLIP's blocks can hold it."""
+    """Start `model` from the first reference VLM.
+
+    The decoder is taken whole, and the tower as far as SigLIP's blocks can hold it.
+    """
     _start_decoder(model.model.language_model, teacher.model.language_model)
     _start_tower(model.model.vision_tower, teacher.model.visual)
 
 
 def _start_decoder(decoder, source) -> None:
-    """The inserted layers' output projections are zero: at the start the decoder computes what the first's does."""
+    """Copy the decoder, with layers inserted as DECODER_FROM says.
+
+    The inserted layers' output projections are zero, so that the decoder computes what the first
+    reference's does.
+    """
     decoder.embed_tokens.load_state_dict(source.embed_tokens.state_dict())
     decoder.norm.load_state_dict(source.norm.state_dict())
     for layer, place in zip(decoder.layers, DECODER_FROM):
@@ -218,10 +229,30 @@ def _start_decoder(decoder, source) -> None:
 
 
 def _start_tower(tower, source) -> None:
-    """Patch embedding exact, attention copied without its rotations, MLPs (not gated here) fresh and small."""
-    mean, std = (torch.from_numpy(values).float().view(3, 1, 1) for values in (first.IMAGE_MEAN, first.IMAGE_STD))
-    kernel = source.patch_embed.proj.weight.sum(2)  # [128, 3, 14, 14]: both frames are the same image
-    embeddings = tower.embeddings
+    """Copy the patch embedding exactly, and of the blocks what SigLIP's can hold.
+
+    Attention is copied without its rotations. The MLPs, which are not gated here, start small.
+    """
+    _start_embeddings(tower.embeddings, source)
+    # LayerNorm divides by the spread over all channels, RMSNorm by that over the first alone.
+    share = (FIRST_WIDTH / tower.embeddings.embed_dim) ** 0.5
+    for block, origin in zip(tower.encoder.layers, source.blocks):
+        block.layer_norm1.weight[:FIRST_WIDTH] = origin.norm1.weight * share
+        block.layer_norm2.weight[:FIRST_WIDTH] = origin.norm2.weight * share
+        _start_attention(block.self_attn, origin.attn)
+        block.mlp.fc2.weight.mul_(0.3)
+
+
+def _start_embeddings(embeddings, source) -> None:
+    """The first reference's patches in the first channels, and random positions in the others.
+
+    SigLIP's pixels are p' = 2·p − 1 and the first reference's are (p − mean) / std, so that its
+    kernel K gives K / (2·std) here, and the bias Σ K·(0.5 − mean) / std.
+    """
+    normalised = (first.IMAGE_MEAN, first.IMAGE_STD)
+    mean, std = (torch.from_numpy(values).float().view(3, 1, 1) for values in normalised)
+    # Both frames are the same image, so that their kernels add up to one, [128, 3, 14, 14].
+    kernel = source.patch_embed.proj.weight.sum(2)
     embeddings.patch_embedding.weight.zero_()
     embeddings.patch_embedding.bias.zero_()
     embeddings.patch_embedding.weight[:FIRST_WIDTH] = kernel / (2 * std)
@@ -234,34 +265,33 @@ def _start_tower(tower, source) -> None:
     embeddings.position_embedding.weight.zero_()
     embeddings.position_embedding.weight[:, FIRST_WIDTH:] = 0.5 * (down + right).flatten(0, 1)
 
-    share = (FIRST_WIDTH / embeddings.embed_dim) ** 0.5
-    for block, origin in zip(tower.encoder.layers, source.blocks):
-        block.layer_norm1.weight[:FIRST_WIDTH] = origin.norm1.weight * share
-        block.layer_norm2.weight[:FIRST_WIDTH] = origin.norm2.weight * share
-        attention = block.self_attn
-        parts = zip(origin.attn.qkv.weight.chunk(3), origin.attn.qkv.bias.chunk(3))
-        for linear, (weight, bias) in zip((attention.q_proj, attention.k_proj, attention.v_proj), parts):
-            linear.weight[:FIRST_WIDTH, FIRST_WIDTH:] *= 0.3
-            linear.weight[FIRST_WIDTH:] *= 0.5
-            linear.weight[:FIRST_WIDTH, :FIRST_WIDTH] = weight
-            linear.bias[:FIRST_WIDTH] = bias
-        attention.out_proj.weight[:, FIRST_WIDTH:] *= 0.3
-        attention.out_proj.weight[FIRST_WIDTH:] *= 0.3
-        attention.out_proj.weight[:FIRST_WIDTH, :FIRST_WIDTH] = origin.attn.proj.weight
-        attention.out_proj.bias[:FIRST_WIDTH] = origin.attn.proj.bias
-        block.mlp.fc2.weight.mul_(0.3)
+
+def _start_attention(attention, source) -> None:
+    """The first reference's matrices in the first channels; those of the others start small."""
+    parts = zip(source.qkv.weight.chunk(3), source.qkv.bias.chunk(3))
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    for linear, (weight, bias) in zip(linears, parts):
+        linear.weight[:FIRST_WIDTH, FIRST_WIDTH:] *= 0.3
+        linear.weight[FIRST_WIDTH:] *= 0.5
+        linear.weight[:FIRST_WIDTH, :FIRST_WIDTH] = weight
+        linear.bias[:FIRST_WIDTH] = bias
+    attention.out_proj.weight[:, FIRST_WIDTH:] *= 0.3
+    attention.out_proj.weight[FIRST_WIDTH:] *= 0.3
+    attention.out_proj.weight[:FIRST_WIDTH, :FIRST_WIDTH] = source.proj.weight
+    attention.out_proj.bias[:FIRST_WIDTH] = source.proj.bias
 
 
-# --- uneven channels -------------------------------------------------------------------------------------------
+# --- uneven channels ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def spread_channels(model, spread: float, seed: int = 0) -> None:
     """Make the decoder's channels uneven without changing what it computes.
 
-    Input channel i of q/k/v and of gate/up is divided by 2^n, n ~ round(N(0, spread)), and the norm gain before it
-    multiplied; so are rows of up_proj against columns of down_proj, and rows of v_proj against columns of o_proj.
-    Powers of two: no bfloat16 value is rounded, so the function is the same to the bit before activations round.
+    Three pairs are scaled against each other by 2^n, with n ~ round(N(0, spread)) per channel: the
+    gain of a norm and the input columns of q/k/v or gate/up behind it, the rows of up_proj and the
+    columns of down_proj, and the rows of v_proj and the columns of o_proj. A power of two rounds no
+    bfloat16 value, so that only the activations' own rounding can tell the two models apart.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -284,7 +314,7 @@ def spread_channels(model, spread: float, seed: int = 0) -> None:
         factor = draw(attention.v_proj.out_features)
         attention.v_proj.weight.mul_(factor[:, None])
         attention.v_proj.bias.mul_(factor)
-        # Each key-value head serves `groups` query heads in a row.
+        # Each key-value head serves `groups` consecutive query heads.
         groups = attention.o_proj.in_features // attention.v_proj.out_features
         shared = factor.view(-1, 1, attention.head_dim).expand(-1, groups, -1).flatten()
         attention.o_proj.weight.div_(shared)

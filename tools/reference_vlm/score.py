@@ -2,7 +2,7 @@
 
     python -m tools.reference_vlm.score MODEL_DIR --rows N
 
-Greedy decoding, the weights run in float32.
+Decoding is greedy, and the weights run in float32.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from tools.reference_vlm import onevision
 from tools.reference_vlm.model import BUNDLED, load_model, load_tokenizer
 
 Question = tuple[Image.Image, str]  # image, question
+Asked = tuple[str, Question, str]  # task, question, answer
+HELDOUT = BUNDLED / "data" / "heldout.json"
 
 
-def load_rows(path: Path, limit: int | None = None) -> list[tuple[str, Question, str]]:
-    """(task, (image, question), answer) of the first `limit` rows of a JSON file written by make_data."""
+def load_rows(path: Path, limit: int | None = None) -> list[Asked]:
+    """The first `limit` rows of a JSON file that make_data wrote; None: all."""
     rows = []
     for record in json.loads(path.read_text())[:limit]:
         human, gpt = (turn["value"] for turn in record["conversations"])
@@ -37,10 +39,11 @@ def load_rows(path: Path, limit: int | None = None) -> list[tuple[str, Question,
 def answer(model, tokenizer, questions: list[Question], *, batch_size: int = 32) -> list[str]:
     """The model's greedy answer to each question.
 
-    Only prompts of one length and one image size share a batch: nothing is padded, so a row's tokens do not depend
-    on its company.
+    Only prompts of one length and one image size share a batch. Nothing is padded then, and an
+    answer does not depend on the other rows of its batch.
     """
-    make_batch = onevision.make_batch if model.config.model_type == "llava_onevision" else qwen.make_batch
+    is_onevision = model.config.model_type == "llava_onevision"
+    make_batch = onevision.make_batch if is_onevision else qwen.make_batch
     groups = defaultdict(list)
     for place, (image, question) in enumerate(questions):
         groups[image.size, len(tokenizer(question)["input_ids"])].append(place)
@@ -63,21 +66,21 @@ def answer(model, tokenizer, questions: list[Question], *, batch_size: int = 32)
     return answers
 
 
-def exact_match(model, tokenizer, rows: list[tuple[str, Question, str]]) -> dict[str, float]:
-    """Share of questions answered exactly, per task and over `all` rows."""
+def exact_match(model, tokenizer, rows: list[Asked]) -> dict[str, float]:
+    """The share of questions answered exactly: per task, and as `all` over all rows."""
     hits = defaultdict(list)
     said = answer(model, tokenizer, [question for _, question, _ in rows])
     for (task, _, expected), got in zip(rows, said):
         hits[task].append(got == expected)
         hits["all"].append(got == expected)
-    overall = hits.pop("all")
-    return {task: sum(good) / len(good) for task, good in hits.items()} | {"all": sum(overall) / len(overall)}
+    hits["all"] = hits.pop("all")  # the last of the shares
+    return {task: sum(good) / len(good) for task, good in hits.items()}
 
 
 def main(
     model_dir: Annotated[Path, typer.Argument(help="Checkpoint folder in the hub's layout")],
     rows: Annotated[int, typer.Option(min=1, help="How many of the rows to ask")] = 512,
-    data: Annotated[Path, typer.Option(help="Questions, as make_data writes them")] = BUNDLED / "data" / "heldout.json",
+    data: Annotated[Path, typer.Option(help="Questions, as make_data writes them")] = HELDOUT,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
 ) -> None:
     """Print a checkpoint's exact match per task."""

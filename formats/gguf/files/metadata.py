@@ -1,0 +1,279 @@
+"""The metadata of a GGUF file beyond the keys of its architecture: general.* and tokenizer.*."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmq_export._version import __version__
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.gguf.types.mix import FILE_TYPES
+from vlmq_export.formats.gguf.types.table import TYPES
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.model.architecture import Architecture
+
+if TYPE_CHECKING:
+    import gguf
+
+# The patterns by which the byte-level BPE tokenizers of these families split text, and llama.cpp's
+# names of these pre-tokenizers. A pre-tokenizer is code in llama.cpp, so a pattern that llama.cpp
+# does not have cannot be written into a file.
+QWEN2_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN35_REGEX = QWEN2_REGEX.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
+)
+PRE_TOKENIZERS = {QWEN2_REGEX: "qwen2", QWEN35_REGEX: "qwen35"}
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # values of tokenizer.ggml.token_type
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A byte-level BPE tokenizer as llama.cpp takes it."""
+
+    pre: str  # llama.cpp's name of the pre-tokenizer
+    tokens: list[str]  # one for each row of the embedding
+    types: list[int]  # one for each token: NORMAL, CONTROL, USER_DEFINED or UNUSED
+    merges: list[str]  # two tokens with a space between them, in order of priority
+    eos: int  # token ids
+    bos: int | None
+    pad: int | None
+    add_bos: bool  # whether llama.cpp puts `bos` before a prompt
+    chat_template: str | None
+
+
+def add_general(
+    writer: gguf.GGUFWriter,
+    artifact: Artifact,
+    *,
+    kind: str,  # model or mmproj
+    name: str,
+    parameters: int,  # number of weights of this file
+    dominant: str,  # a mix, or the type that most weights have
+) -> None:
+    """Add the keys general.* and, as vlmq.*, where the integers came from."""
+    import gguf
+
+    writer.add_type(kind)
+    writer.add_name(name)
+    _add_name_parts(writer, name, parameters)
+    file_type = FILE_TYPES[dominant] if dominant in FILE_TYPES else TYPES[dominant].file_type
+    assert file_type is not None, f"{dominant} is no type that a file is mostly of"
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_quantized_by(f"vlmq-export {__version__}")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, artifact.manifest.name)
+    licenses = (artifact.source / file for file in ("LICENSE", "LICENSE.txt"))
+    if text := next((file for file in licenses if file.is_file()), None):
+        _add_license(writer, text.read_text("utf-8", errors="replace"))
+    _add_recipe(writer, artifact.config)
+
+
+def _add_name_parts(writer: gguf.GGUFWriter, name: str, parameters: int) -> None:
+    """Add the parts of a model's name as gguf-py tells them apart, and its size."""
+    import gguf
+
+    parts = gguf.Metadata.get_model_id_components(name, parameters)
+    _, _, basename, finetune, version, label = parts
+    if basename:
+        writer.add_basename(basename)
+    if finetune:
+        writer.add_finetune(finetune)
+    if version:
+        writer.add_version(version)
+    writer.add_size_label(label or gguf.size_label(parameters, 0, 0, 0))
+
+
+def _add_license(writer: gguf.GGUFWriter, text: str) -> None:
+    """Add the SPDX id of the two licenses that are recognized by their titles, else the title."""
+    title = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    spdx = {"Apache License": "apache-2.0", "MIT License": "mit"}.get(title)
+    if spdx:
+        writer.add_license(spdx)
+    elif title:
+        writer.add_license("other")
+        writer.add_license_name(title[:120])
+
+
+def _add_recipe(writer: gguf.GGUFWriter, config: QuantConfig) -> None:
+    """Add the recipe. With block types, the method alone says something of all linears."""
+    if config.types:
+        writer.add_string("vlmq.method", config.method)
+        return
+    for key in ("method", "bits", "group_size", "symmetric", "act_order"):
+        writer.add_string(f"vlmq.{key}", str(getattr(config, key)))
+
+
+def add_keys(writer: gguf.GGUFWriter, keys: Mapping[str, object]) -> None:
+    """Add keys with the GGUF types that llama.cpp reads them as.
+
+    Whole numbers are uint32, and int32 in arrays. Floats are float32.
+    """
+    import gguf
+
+    kinds = gguf.GGUFValueType
+    single = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING}
+    for key, value in keys.items():
+        if isinstance(value, list):
+            kind = type(value[0])
+            inner = kinds.INT32 if kind is int else single[kind]
+            writer.add_key_value(key, value, kinds.ARRAY, sub_type=inner)
+        else:
+            writer.add_key_value(key, value, single[type(value)])
+
+
+def file_stem(name: str, parameters: int, encoding: str) -> str:
+    """`<Name>-<SizeLabel>-<Encoding>` by the GGUF naming convention.
+
+    A size that is in the name already stays there. Characters that cannot stand in a file name
+    become dashes. A leading `mmproj-` is removed, because it marks the other file.
+    """
+    import gguf
+
+    clean = re.sub(r"[^\w.+-]+", "-", name, flags=re.ASCII)[:100].strip("-.")
+    clean = clean.removeprefix("mmproj-") or "model"
+    parts = gguf.Metadata.get_model_id_components(clean, parameters)
+    _, _, basename, finetune, version, label = parts
+    if not basename or not label:
+        basename, finetune, version, label = clean, None, None, gguf.size_label(parameters, 0, 0, 0)
+    return gguf.naming_convention(None, basename, finetune, version, label, encoding)
+
+
+def read_tokenizer(folder: Path, architecture: Architecture, rows: int) -> Tokenizer:
+    """The tokenizer beside a Hugging Face model, as llama.cpp's byte-level BPE takes it.
+
+    rows: the rows of the embedding. The tokens are padded to this number.
+
+    Raises FormatError for a tokenizer whose pre-tokenizer llama.cpp does not have by name, and for
+    one that does not fit the embedding.
+    """
+    raw, settings = _tokenizer_files(folder)
+    pre = _pre_tokenizer(raw, settings)
+    added = {t["id"]: t for t in raw.get("added_tokens", [])}
+    tokens = {i: token for token, i in raw["model"]["vocab"].items()}
+    tokens |= {i: t["content"] for i, t in added.items()}
+    if max(tokens) >= rows:
+        raise FormatError(
+            f"tokenizer.json: token id {max(tokens)} is beyond the {rows} rows of the embedding"
+        )
+    ids = {token: i for i, token in tokens.items()}
+    special = partial(_special, ids=ids, settings=settings, architecture=architecture, rows=rows)
+    eos = special("eos")
+    if eos is None:
+        raise FormatError(
+            "tokenizer_config.json: no eos_token and no eos_token_id in config.json;"
+            " llama.cpp would not stop"
+        )
+
+    return Tokenizer(
+        pre,
+        [tokens.get(i, f"[PAD{i}]") for i in range(rows)],
+        [_token_type(tokens, added, i) for i in range(rows)],
+        [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]],
+        eos,
+        special("bos"),
+        special("pad"),
+        bool(settings.get("add_bos_token", False)),
+        _chat_template(folder, settings),
+    )
+
+
+def _tokenizer_files(folder: Path) -> tuple[dict, dict]:
+    """tokenizer.json, and tokenizer_config.json if there is one."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise FormatError(
+            "tokenizer.json is missing from the source model; save the tokenizer with transformers"
+            " beside the weights"
+        )
+    raw = json.loads(file.read_text("utf-8"))
+    extra = folder / "tokenizer_config.json"
+    return raw, json.loads(extra.read_text("utf-8")) if extra.is_file() else {}
+
+
+def _token_type(tokens: Mapping[int, str], added: Mapping[int, dict], i: int) -> int:
+    """tokenizer.ggml.token_type of token i. Rows of the embedding without a token are unused."""
+    if i in added:
+        return CONTROL if added[i]["special"] else USER_DEFINED
+    return NORMAL if i in tokens else UNUSED
+
+
+def _special(
+    key: str,  # eos, bos or pad
+    *,
+    ids: Mapping[str, int],  # token → id
+    settings: dict,
+    architecture: Architecture,
+    rows: int,
+) -> int | None:
+    """The id of a special token, or None where there is none within the embedding.
+
+    tokenizer_config.json names the token. Where it does not, config.json may have the id.
+    """
+    token = settings.get(f"{key}_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token:
+        found = ids.get(token)
+    else:
+        name = f"{key}_token_id"
+        found = architecture.text.get(name, architecture.config.get(name))
+    found = found[0] if isinstance(found, list) else found
+    return found if found is not None and 0 <= found < rows else None
+
+
+def _pre_tokenizer(raw: dict, settings: dict) -> str:
+    """llama.cpp's name of the pre-tokenizer. Raises FormatError where it has none."""
+    kind, pre = raw["model"].get("type"), raw.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    found = " + ".join(str(s.get("type")) for s in steps)
+    if kind == "BPE" and found == "Split + ByteLevel":
+        split, level = steps
+        pattern = (split.get("pattern") or {}).get("Regex")
+        usual = split.get("behavior") == "Isolated" and not split.get("invert")
+        usual = usual and not level.get("add_prefix_space") and not level.get("use_regex")
+        if usual and pattern in PRE_TOKENIZERS:
+            return PRE_TOKENIZERS[pattern]
+        found += f" by {pattern}" if usual else " with other settings"
+    name, known = settings.get("tokenizer_class", "tokenizer"), ", ".join(PRE_TOKENIZERS.values())
+    raise FormatError(
+        f"tokenizer.json: {name} has model {kind} and pre-tokenizer {found};"
+        f" llama.cpp would split text differently with those known here: {known}"
+    )
+
+
+def _chat_template(folder: Path, settings: dict) -> str | None:
+    """The chat template, from whichever of the three files has it."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    if (folder / "chat_template.json").is_file():
+        return json.loads((folder / "chat_template.json").read_text("utf-8")).get("chat_template")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several templates, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    return template
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, t: Tokenizer) -> None:
+    """Add the keys tokenizer.*."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(t.pre)
+    writer.add_token_list(t.tokens)
+    writer.add_token_types(t.types)
+    writer.add_token_merges(t.merges)
+    writer.add_eos_token_id(t.eos)
+    if t.bos is not None:
+        writer.add_bos_token_id(t.bos)
+    if t.pad is not None:
+        writer.add_pad_token_id(t.pad)
+    writer.add_add_bos_token(t.add_bos)
+    if t.chat_template:
+        writer.add_chat_template(t.chat_template)

@@ -1,0 +1,186 @@
+"""Where the installed llama.cpp computes something else than transformers.
+
+It is probed in each run, so that a build which no longer deviates shows here first. None of these
+rows gates, because the gates are about the files. The pictures of the gated rows are resized before
+either side sees them, so that both see the same pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.hooks import RemovableHandle
+
+from vlmq_export.formats.gguf.files.mmproj import CLASS_ROW
+from vlmq_export.formats.gguf.proof.rows import Exported
+from vlmq_export.formats.gguf.proof.twin_file import copy_container
+from vlmq_export.formats.gguf.read import GGUFFile
+from vlmq_export.formats.gguf.runtime import runner
+from vlmq_export.formats.gguf.runtime.prompts import Prompts, image_rows
+from vlmq_export.formats.gguf.tables.layout import Layout
+from vlmq_export.formats.proof.checks import Check, relative_error
+from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.quantizer.samples.sample import Sample
+
+_STRETCHED = 0.05  # most error of embeddings where mtmd resizes as transformers does
+
+
+def _info(name: str, value: float | None, detail: str, worst: str = "") -> Check:
+    return Check("gguf", "L3", name, "info", value, None, "rel", 1, detail, worst)
+
+
+def rms_epsilon(layout: Layout, printed: float) -> str:
+    """What llama.cpp's load log says of the norms of the language model."""
+    own = layout.text_params.rms_eps
+    if np.float32(printed) == np.float32(own):
+        return f"llama.cpp reads config.json's RMS epsilon ({own:g})"
+    return f"llama.cpp computes with the RMS epsilon {printed:g} where config.json says {own:g}"
+
+
+def oblong(export: Exported, sample: Sample) -> Sample:
+    """The sample with pictures of a shape that no tower takes as it is."""
+    p, reference = export.layout.vision_params, export.reference
+    unit = p.graph.merge * p.patch
+    size = (6 * unit, 4 * unit + unit // 3) if p.graph.any_size else (p.image, p.image * 2 // 3)
+    images = tuple(image.resize(size, Image.Resampling.BICUBIC) for image in sample.images)
+    inputs = reference.preprocessor.images.encode(images).inputs
+    layout = {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")}
+    return replace(
+        sample,
+        id=f"{sample.id}-oblong",
+        images=images,
+        pixel_values=inputs["pixel_values"],
+        image_grid_thw=inputs.get("image_grid_thw"),
+        layout=layout,
+    )
+
+
+def resizing(
+    reference: Reference,
+    sample: Sample,  # an `oblong` one
+    got: np.ndarray,  # mtmd's embeddings of its images, [image tokens, width]
+) -> Check:
+    """Whether mtmd resizes a picture as transformers does."""
+    want = image_rows(reference, sample)
+    size = "{} × {}".format(*sample.images[0].size)
+    name = "mtmd's own resizing"
+    if got.shape != want.shape:
+        tokens = f"{len(got)} image tokens for a picture of {size}, {len(want)} in transformers"
+        return _info(name, None, tokens)
+    value = relative_error(got, want)
+    how = "stretches it as transformers does"
+    if value > _STRETCHED:
+        how = "keeps its shape on a plain ground, transformers stretches it"
+    seen = "pictures are resized here before either sees them"
+    return _info(name, value, f"a picture of {size}: mtmd {how}; {seen}")
+
+
+def half_precision(
+    export: Exported,
+    samples: Sequence[Sample],
+    got: Mapping[str, np.ndarray],  # sample → mtmd's embeddings, [image tokens, width]
+    plain: float,  # worst error against the reference as it is
+) -> Check:
+    """The gated error of mtmd's embeddings again, with a reference that rounds as llama.cpp."""
+    with _rounding_like_llama_cpp(export):
+        wanted = {s.id: image_rows(export.reference, s) for s in samples}
+    errors = {name: relative_error(got[name], want) for name, want in wanted.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    return _info(
+        "image embeddings of mtmd, the reference rounding as it does",
+        errors[worst],
+        "pixels and patch weights in float16, GELU as the tanh form from a float16 table;"
+        f" {plain:.1e} without",
+        worst,
+    )
+
+
+@contextmanager
+def _rounding_like_llama_cpp(export: Exported) -> Iterator[None]:
+    """The reference's vision tower with ggml's im2col in float16 and with its GELU tables.
+
+    Source: ggml/src/ggml-cpu at llama.cpp b11549.
+    """
+    places, model = export.layout.vision, export.reference.model
+    patches = model.get_submodule(places["v.patch_embd.weight"].module.removesuffix(".weight"))
+    weight = patches.weight.data
+    patches.weight.data = weight.half().float()
+    hooks = [patches.register_forward_pre_hook(lambda _, args: (_half(args[0]), *args[1:]))]
+    # The first two parts of a name tell the tower, the projector, or a tensor without a module.
+    towers = {".".join(place.module.split(".")[:2]) for place in places.values()}
+    for tower in towers - {"model.image_newline"}:
+        hooks += [
+            _looked_up(module, _TABLES[kind])
+            for module in model.get_submodule(tower).modules()
+            if (kind := type(module).__name__) in _TABLES
+        ]
+    try:
+        yield
+    finally:
+        patches.weight.data = weight
+        for hook in hooks:
+            hook.remove()
+
+
+def _half(x: torch.Tensor) -> torch.Tensor:
+    return x.half().float()
+
+
+def _looked_up(module: torch.nn.Module, function: Callable) -> RemovableHandle:
+    """Make a module compute `function` as a table of float16 has it."""
+    return module.register_forward_hook(lambda _, args, __: _half(function(_half(args[0]))))
+
+
+def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_TABLES = {  # class of an activation in transformers → what llama.cpp's table holds
+    "GELU": _tanh_gelu,
+    "GELUActivation": _tanh_gelu,
+    "GELUTanh": _tanh_gelu,
+    "PytorchGELUTanh": _tanh_gelu,
+    "QuickGELUActivation": _quick_gelu,
+}
+
+
+def class_row(
+    export: Exported,
+    sample: Sample,
+    shipped: float,  # error of the sample's embeddings as the file ships
+    scratch: Path,
+) -> Iterator[Check]:
+    """For a tower with a class token: the same picture with that token's row at the other end."""
+    said = GGUFFile(export.mmproj).metadata.get(CLASS_ROW)
+    if said is None:
+        return
+    other = {"last": "first", "first": "last"}[str(said)]
+    flipped, step = scratch / "mmproj-other.gguf", 1 if said == "last" else -1
+
+    def change(name: str, array: np.ndarray) -> np.ndarray:
+        return np.roll(array, step, axis=0) if name == "v.position_embd.weight" else array
+
+    copy_container(export.mmproj, flipped, change=change)
+    reference = export.reference
+    request = Prompts(reference, export.layout, scratch).mtmd(sample, "other")
+    run = runner.run(scratch, export.text, flipped, [request], reference, export.threads, 1)
+    got = run.array(run.prompts[0]["image"])
+    value = relative_error(got, image_rows(reference, sample))
+    right = said if shipped < value else other
+    yield _info(
+        f"image embeddings with the class token's position row {other}",
+        value,
+        f"{shipped:.1e} with it {said}, as in this file;"
+        f" this build wants it {right} (--class-row {right})",
+        sample.id,
+    )

@@ -1,0 +1,112 @@
+"""The export that is being proven, and rows of its parity table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlmq_export.formats.gguf.files.mmproj import CLASS_ROW
+from vlmq_export.formats.gguf.read import GGUFFile, find_files
+from vlmq_export.formats.gguf.tables.layout import Layout
+from vlmq_export.formats.proof.checks import Check, CheckSettings, relative_error
+from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.quantizer.samples.sample import Sample
+
+ANSWER = 16  # most tokens of a greedy answer
+# Bytes of a model from which on several threads pay. llama.cpp's threads spin at every barrier.
+SMALL = 2**28
+
+gated = partial(Check.at_most, "gguf")
+
+
+def failed(level: str, name: str, why: str) -> Check:
+    """A check that broke down, or whose file was refused."""
+    return Check("gguf", level, name, "failed", detail=why)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The two files of an export, and the reference that they are held against."""
+
+    text: Path
+    mmproj: Path
+    layout: Layout
+    types: dict[str, str]  # GGUF name → type, of both files
+    mmproj_dtype: str  # of the mmproj's linears: f32, f16 or q8_0
+    reference: Reference
+    settings: CheckSettings
+
+    @classmethod
+    def open(cls, folder: Path, reference: Reference, settings: CheckSettings) -> Exported:
+        """Raises FormatError for a folder whose files cannot be read."""
+        text, mmproj = find_files(folder)
+        tower = GGUFFile(mmproj)
+        vision = {name: t.type for name, t in tower.tensors.items()}
+        types = {name: t.type for name, t in GGUFFile(text).tensors.items()} | vision
+        dtype = next((t.lower() for t in ("Q8_0", "F16") if t in vision.values()), "f32")
+        class_row = str(tower.metadata.get(CLASS_ROW, "last"))
+        layout = Layout.of(reference.architecture, class_row)
+        return cls(text, mmproj, layout, types, dtype, reference, settings)
+
+    @property
+    def threads(self) -> int:
+        """How many threads llama.cpp is given."""
+        size = sum(file.stat().st_size for file in self.text.parent.glob("*.gguf"))
+        return self.settings.threads if size >= SMALL else 1
+
+    @property
+    def pictured(self) -> list[Sample]:
+        """The held-out prompts that have images."""
+        return [sample for sample in self.reference.prompts if sample.images]
+
+    def tower(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(GGUF name, float32 array) of every tensor that a reader must find in the mmproj."""
+        rounding = _ROUNDED.get(self.mmproj_dtype, _as_is)
+        for name, place in self.layout.vision.items():
+            source = torch.from_numpy(self.reference.weights.array(place.hub))
+            array = np.ascontiguousarray(place.of(source).numpy())
+            yield name, rounding(array) if place.linear else array
+
+
+def _as_is(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _half(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float16).astype(np.float32)
+
+
+def _eight_bits(array: np.ndarray) -> np.ndarray:
+    """The values of Q8_0, whose blocks of 32 have a step of max / 127, stored in float16.
+
+    Rows that do not fill blocks are float16.
+    """
+    if array.shape[1] % 32:
+        return _half(array)
+    blocks = array.reshape(-1, 32)
+    step = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
+    # Half away from zero, as C's roundf.
+    codes = np.trunc(blocks * inverse + np.copysign(np.float32(0.5), blocks))
+    return (codes * step.astype(np.float16).astype(np.float32)).reshape(array.shape)
+
+
+_ROUNDED = {"f16": _half, "q8_0": _eight_bits}
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    """Relative error, which is infinite where not even the shapes agree."""
+    return relative_error(got, want) if got.shape == want.shape else float("inf")
+
+
+def worst_of(errors: Mapping[str, float]) -> tuple[str, float]:
+    """The worst of some errors, with its name. NaN is worst of all, and nothing compared is NaN."""
+    if not errors:
+        return "nothing was compared", float("nan")
+    name = max(errors, key=lambda n: (np.isnan(errors[n]), errors[n]))
+    return name, errors[name]

@@ -1,0 +1,1 @@
+"""What llama.cpp calls each family, its sizes and its tensors."""

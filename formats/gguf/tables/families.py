@@ -1,0 +1,345 @@
+"""What llama.cpp calls each family: its text graph, its vision graph, and the tensors of both.
+
+Nothing else in this package knows a family by name. A new family is an entry in `GRAPHS`. The
+tables of tensors are made by functions, because the families share most of their rows. In a row,
+the shape is given in names of the sizes of `graphs.TextParams` or `graphs.VisionParams`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.gguf.tables.graphs import Part, Row, TextGraph, VisionGraph
+from vlmq_export.quantizer.model.architecture import Architecture
+
+# Functions that make rows
+
+
+def _one(gguf: str, module: str, shape: str, part: Part | None = None) -> tuple[Row, ...]:
+    """A single tensor."""
+    return (Row(gguf, module, tuple(shape.split()), part),)
+
+
+def _linear(
+    gguf: str, module: str, shape: str, *, bias: bool = True, part: Part | None = None
+) -> tuple[Row, ...]:
+    """A matrix and its bias. `shape` names the outputs and the inputs."""
+    sizes = tuple(shape.split())
+    weight = Row(f"{gguf}.weight", f"{module}.weight", sizes, part, linear=True)
+    return (weight, Row(f"{gguf}.bias", f"{module}.bias", sizes[:1], part)) if bias else (weight,)
+
+
+def _norm(gguf: str, module: str, size: str = "hidden", *, bias: bool = True) -> tuple[Row, ...]:
+    """The weight of a norm and its bias."""
+    parts = ("weight", "bias") if bias else ("weight",)
+    return tuple(Row(f"{gguf}.{p}", f"{module}.{p}", (size,)) for p in parts)
+
+
+# Parts of a source tensor
+
+
+def _third(i: int) -> Part:
+    """One of q, k and v from a fused weight or bias: [3·hidden, …] → [hidden, …]."""
+    return lambda qkv: qkv.chunk(3)[i]
+
+
+def _frame(i: int) -> Part:
+    """A time slice of the patch convolution: [out, 3, 2, patch, patch] → [out, 3, patch, patch]."""
+    return lambda patches: patches[:, :, i]
+
+
+def _single(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without the dimensions of one before it: [1, 1, n] → [n]."""
+    return tensor.flatten(0, -2).squeeze(0)
+
+
+def class_row_first(rows: torch.Tensor) -> torch.Tensor:
+    """InternVL's position rows as on the hub, where row 0 is that of the class token.
+
+    [1, patches + 1, hidden] → [patches + 1, hidden]
+    """
+    return rows[0]
+
+
+def class_row_last(rows: torch.Tensor) -> torch.Tensor:
+    """InternVL's position rows with that of the class token at the end.
+
+    The graph of llama.cpp b11549 appends the class token behind the patches, and adds the rows in
+    the order of the file. [1, patches + 1, hidden] → [patches + 1, hidden]
+    """
+    return rows[0].roll(-1, 0)
+
+
+# Tensors of the language models
+
+_EMBEDDING = _one(
+    "token_embd.weight", "model.language_model.embed_tokens.weight", "vocabulary hidden"
+)
+# A model whose output matrix is the embedding has no `output.weight`: see `Layout.text`.
+_HEAD = (
+    *_norm("output_norm", "model.language_model.norm", bias=False),
+    *_linear("output", "lm_head", "vocabulary hidden", bias=False),
+)
+
+
+def _decoder(*, bias: bool, head_norms: bool) -> tuple[Row, ...]:
+    """The Qwen2 and Qwen3 backbones.
+
+    bias: whether q, k and v have one.
+    head_norms: whether the queries and keys of each head are normalized.
+    """
+    at, layer = "blk.{i}.", "model.language_model.layers.{i}."
+    attention, mlp = layer + "self_attn.", layer + "mlp."
+    rows = _EMBEDDING + _norm(at + "attn_norm", layer + "input_layernorm", bias=False)
+    for letter, size in (("q", "query"), ("k", "key"), ("v", "key")):
+        name, module = f"{at}attn_{letter}", f"{attention}{letter}"
+        rows += _linear(name, module + "_proj", f"{size} hidden", bias=bias)
+        if head_norms and letter != "v":
+            rows += _norm(name + "_norm", module + "_norm", "head", bias=False)
+    rows += _linear(at + "attn_output", attention + "o_proj", "hidden query", bias=False)
+    rows += _norm(at + "ffn_norm", layer + "post_attention_layernorm", bias=False)
+    for name in ("gate", "up"):
+        rows += _linear(f"{at}ffn_{name}", f"{mlp}{name}_proj", "feed_forward hidden", bias=False)
+    rows += _linear(at + "ffn_down", mlp + "down_proj", "hidden feed_forward", bias=False)
+    return rows + _HEAD
+
+
+# Tensors of the vision towers
+
+_BLOCK, _QWEN = "v.blk.{i}.", "model.visual."
+# Shapes.
+_PATCHES = "hidden 3 patch patch"
+_WIDE, _NARROW, _SQUARE = "feed_forward hidden", "hidden feed_forward", "hidden hidden"
+_FRAMES = (
+    *_one("v.patch_embd.weight", _QWEN + "patch_embed.proj.weight", _PATCHES, _frame(0)),
+    *_one("v.patch_embd.weight.1", _QWEN + "patch_embed.proj.weight", _PATCHES, _frame(1)),
+)
+
+
+def _qwen2_tower(*, gated: bool) -> tuple[Row, ...]:
+    """Qwen2-VL, and Qwen2.5-VL, which has a gated MLP and RMS norms without bias."""
+    block, merger = _QWEN + "blocks.{i}.", _QWEN + "merger."
+    rows = _FRAMES
+    for n in "12":
+        rows += _norm(f"{_BLOCK}ln{n}", f"{block}norm{n}", bias=not gated)
+    for i, letter in enumerate("qkv"):
+        rows += _linear(f"{_BLOCK}attn_{letter}", block + "attn.qkv", _SQUARE, part=_third(i))
+    rows += _linear(_BLOCK + "attn_out", block + "attn.proj", _SQUARE)
+    if gated:
+        rows += _linear(_BLOCK + "ffn_gate", block + "mlp.gate_proj", _WIDE)
+        rows += _linear(_BLOCK + "ffn_up", block + "mlp.up_proj", _WIDE)
+        rows += _linear(_BLOCK + "ffn_down", block + "mlp.down_proj", _NARROW)
+    else:
+        rows += _linear(_BLOCK + "ffn_up", block + "mlp.fc1", _WIDE)
+        rows += _linear(_BLOCK + "ffn_down", block + "mlp.fc2", _NARROW)
+    rows += _norm("v.post_ln", merger + "ln_q", bias=not gated)
+    rows += _linear("mm.0", merger + "mlp.0", "merged merged")
+    return rows + _linear("mm.2", merger + "mlp.2", "out merged")
+
+
+def _qwen3_tower() -> tuple[Row, ...]:
+    """Qwen3-VL, which stacks the features of some blocks (DeepStack)."""
+    block, merger, stack = (
+        _QWEN + part for part in ("blocks.{i}.", "merger.", "deepstack_merger_list.{d}.")
+    )
+    rows = _FRAMES + _one("v.patch_embd.bias", _QWEN + "patch_embed.proj.bias", "hidden")
+    rows += _one("v.position_embd.weight", _QWEN + "pos_embed.weight", "positions hidden")
+    for n in "12":
+        rows += _norm(f"{_BLOCK}ln{n}", f"{block}norm{n}")
+    rows += _linear(_BLOCK + "attn_qkv", block + "attn.qkv", "fused hidden")
+    rows += _linear(_BLOCK + "attn_out", block + "attn.proj", _SQUARE)
+    rows += _linear(_BLOCK + "ffn_up", block + "mlp.linear_fc1", _WIDE)
+    rows += _linear(_BLOCK + "ffn_down", block + "mlp.linear_fc2", _NARROW)
+    rows += _norm("v.post_ln", merger + "norm")
+    rows += _linear("mm.0", merger + "linear_fc1", "merged merged")
+    rows += _linear("mm.2", merger + "linear_fc2", "out merged")
+    rows += _norm("v.deepstack.{d}.norm", stack + "norm", "merged")
+    rows += _linear("v.deepstack.{d}.fc1", stack + "linear_fc1", "merged merged")
+    return rows + _linear("v.deepstack.{d}.fc2", stack + "linear_fc2", "out merged")
+
+
+def _internvl_tower() -> tuple[Row, ...]:
+    """InternVL3: a vision transformer with a class token and layer scales."""
+    tower, projector = "model.vision_tower.", "model.multi_modal_projector."
+    block, embed = tower + "encoder.layer.{i}.", tower + "embeddings."
+    patches, positions = embed + "patch_embeddings.projection.", embed + "position_embeddings"
+    rows = _one("v.class_embd", embed + "cls_token", "hidden", _single)
+    rows += _one("v.patch_embd.weight", patches + "weight", _PATCHES)
+    rows += _one("v.patch_embd.bias", patches + "bias", "hidden")
+    rows += _one("v.position_embd.weight", positions, "positions hidden", class_row_last)
+    rows += _norm(_BLOCK + "ln1", block + "layernorm_before")
+    rows += _norm(_BLOCK + "ln2", block + "layernorm_after")
+    for letter in "qkv":
+        rows += _linear(f"{_BLOCK}attn_{letter}", f"{block}attention.{letter}_proj", _SQUARE)
+    rows += _linear(_BLOCK + "attn_out", block + "attention.projection_layer", _SQUARE)
+    rows += _linear(_BLOCK + "ffn_up", block + "mlp.fc1", _WIDE)
+    rows += _linear(_BLOCK + "ffn_down", block + "mlp.fc2", _NARROW)
+    for n in "12":
+        rows += _one(f"{_BLOCK}ls{n}.weight", f"{block}lambda_{n}", "hidden")
+    rows += _norm("mm.model.mlp.0", projector + "layer_norm", "merged")
+    rows += _linear("mm.model.mlp.1", projector + "linear_1", "out merged")
+    return rows + _linear("mm.model.mlp.3", projector + "linear_2", "out out")
+
+
+def _siglip_tower() -> tuple[Row, ...]:
+    """SigLIP with LLaVA-OneVision's projector."""
+    tower, projector = "model.vision_tower.", "model.multi_modal_projector."
+    block, embed = tower + "encoder.layers.{i}.", tower + "embeddings."
+    rows = _one("v.patch_embd.weight", embed + "patch_embedding.weight", _PATCHES)
+    rows += _one("v.patch_embd.bias", embed + "patch_embedding.bias", "hidden")
+    rows += _one("v.position_embd.weight", embed + "position_embedding.weight", "positions hidden")
+    for n in "12":
+        rows += _norm(f"{_BLOCK}ln{n}", f"{block}layer_norm{n}")
+    for letter in "qkv":
+        rows += _linear(f"{_BLOCK}attn_{letter}", f"{block}self_attn.{letter}_proj", _SQUARE)
+    rows += _linear(_BLOCK + "attn_out", block + "self_attn.out_proj", _SQUARE)
+    rows += _linear(_BLOCK + "ffn_up", block + "mlp.fc1", _WIDE)
+    rows += _linear(_BLOCK + "ffn_down", block + "mlp.fc2", _NARROW)
+    rows += _linear("mm.0", projector + "linear_1", "out hidden")
+    rows += _linear("mm.2", projector + "linear_2", "out out")
+    # mtmd's graph has no use for this row. It is written for other readers.
+    return rows + _one("v.image_newline", "model.image_newline", "out")
+
+
+# Families
+
+_TEXT_FIXED = {"use_sliding_window": False, "hidden_act": "silu"}
+_QWEN2_GRAPH = TextGraph(
+    "qwen2",
+    _decoder(bias=True, head_norms=False),
+    rope_types=("default", "dynamic"),
+    fixed={**_TEXT_FIXED, "model_type": "qwen2"},
+)
+_QWEN2VL_GRAPH = TextGraph(
+    "qwen2vl",
+    _decoder(bias=True, head_norms=False),
+    rope_types=("default", "mrope"),
+    sections=True,
+    fixed=_TEXT_FIXED,
+)
+_QWEN3VL_GRAPH = TextGraph(
+    "qwen3vl",
+    _decoder(bias=False, head_norms=True),
+    rope_types=("default",),
+    sections=True,
+    head_keys=True,
+    fixed={**_TEXT_FIXED, "attention_bias": False},
+)
+_QWEN_SIZES = {"layers": "depth", "heads": "num_heads", "patch": "patch_size"}
+_NAMED_SIZES = {**_QWEN_SIZES, "hidden": "hidden_size", "feed_forward": "intermediate_size"}
+_QWEN_FIXED = {"spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3, "in_chans": 3}
+_VIT_SIZES = {
+    "hidden": "hidden_size",
+    "feed_forward": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "patch": "patch_size",
+    "image": "image_size",
+}
+
+_QWEN2_VL = VisionGraph(
+    "qwen2vl_merger",
+    _qwen2_tower(gated=False),
+    sizes={**_QWEN_SIZES, "hidden": "embed_dim"},
+    out="hidden_size",
+    fixed={**_QWEN_FIXED, "hidden_act": "quick_gelu"},
+    activation=None,
+    image_size=560,
+)
+_QWEN2_5_VL = VisionGraph(
+    "qwen2.5vl_merger",
+    _qwen2_tower(gated=True),
+    sizes=_NAMED_SIZES,
+    out="out_hidden_size",
+    fixed={**_QWEN_FIXED, "hidden_act": "silu", "window_size": 112},
+    activation="silu",
+    image_size=560,
+    every_nth="fullatt_block_indexes",
+    keys=lambda p: {"n_wa_pattern": p.window_pattern},
+)
+_QWEN3_VL = VisionGraph(
+    "qwen3vl_merger",
+    _qwen3_tower(),
+    sizes={**_NAMED_SIZES, "positions": "num_position_embeddings"},
+    out="out_hidden_size",
+    fixed={**_QWEN_FIXED, "hidden_act": "gelu_pytorch_tanh"},
+    activation="gelu",
+    square_mlp=True,
+    stacked="deepstack_visual_indexes",
+    keys=lambda p: {
+        "spatial_merge_size": 2,
+        "is_deepstack_layers": [i in p.stacked for i in range(p.layers)],
+    },
+)
+_INTERNVL = VisionGraph(
+    "internvl",
+    _internvl_tower(),
+    sizes=_VIT_SIZES,
+    fixed={
+        "hidden_act": "gelu",
+        "norm_type": "layer_norm",
+        "use_qk_norm": False,
+        "attention_bias": True,
+        "use_absolute_position_embeddings": True,
+        "use_mean_pooling": True,
+        "num_channels": 3,
+    },
+    top_fixed={
+        "downsample_ratio": 0.5,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+    },
+    activation="gelu",
+    eps="layer_norm_eps",
+    any_size=False,
+    class_token=True,
+    square_mlp=True,
+    image="<IMG_CONTEXT>",
+    keys=lambda p: {"projector.scale_factor": 2},
+)
+_LLAVA_ONEVISION = VisionGraph(
+    "mlp",
+    _siglip_tower(),
+    sizes=_VIT_SIZES,
+    fixed={
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_channels": 3,
+        "model_type": "siglip_vision_model",
+    },
+    top_fixed={
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+    },
+    activation="gelu",
+    eps="layer_norm_eps",
+    any_size=False,
+    merge=1,
+    image="<image>",
+    newline="v.image_newline",
+    # Without this key, llama.cpp leaves out the last block.
+    keys=lambda p: {"feature_layer": [p.layers]},
+    unused=tuple(f"model.vision_tower.post_layernorm.{p}" for p in ("weight", "bias")),
+)
+
+# model_type in config.json → the graphs.
+GRAPHS: dict[str, tuple[TextGraph, VisionGraph]] = {
+    "qwen2_vl": (_QWEN2VL_GRAPH, _QWEN2_VL),
+    "qwen2_5_vl": (_QWEN2VL_GRAPH, _QWEN2_5_VL),
+    "qwen3_vl": (_QWEN3VL_GRAPH, _QWEN3_VL),
+    "internvl": (_QWEN2_GRAPH, _INTERNVL),
+    "llava_onevision": (_QWEN2_GRAPH, _LLAVA_ONEVISION),
+}
+
+
+def graphs_of(architecture: Architecture) -> tuple[TextGraph, VisionGraph]:
+    """The graphs of a model's family. Raises FormatError for a family that is not in `GRAPHS`."""
+    kind = architecture.model_type
+    if kind not in GRAPHS:
+        raise FormatError(
+            f"config.json: model_type {kind} is not written to GGUF; known are {', '.join(GRAPHS)}"
+        )
+    return GRAPHS[kind]

@@ -1,0 +1,183 @@
+"""What there is to say of a family in llama.cpp, and of one model of it.
+
+`TextGraph` and `VisionGraph` describe a family: its names, its tensors, and what llama.cpp computes
+whatever config.json says. `families.py` has one of each per family. `TextParams` and `VisionParams`
+are the sizes of one model, which `params.py` reads from config.json, and the metadata that they
+become. `Row` is a line in a family's table of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+Part = Callable[[torch.Tensor], torch.Tensor]  # makes a GGUF tensor of a source tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """A GGUF tensor, or one of each block where the names contain an index."""
+
+    gguf: str  # its name in the file; {i} is a block, {d} a block whose features are stacked
+    module: str  # the name of its source in the module tree of transformers 5
+    shape: tuple[str, ...]  # names of sizes, or digits; in torch's order
+    part: Part | None = None  # None: the source tensor as it is
+    linear: bool = False  # a matrix that multiplies activations; all others are F32 in an mmproj
+
+
+@dataclass(frozen=True)
+class TextGraph:
+    """A language model in llama.cpp."""
+
+    arch: str  # general.architecture
+    rows: tuple[Row, ...]
+    rope_types: tuple[str, ...]  # those of config.json that the graph computes
+    sections: bool = False  # whether rotary pairs are divided among time, height and width
+    head_keys: bool = False  # whether head_dim is written, and need not be hidden / heads
+    # Key of the text's config → the only value that the graph computes.
+    fixed: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VisionGraph:
+    """A vision tower with its projector in mtmd. Keys are those of vision_config."""
+
+    projector: str  # clip.projector_type
+    rows: tuple[Row, ...]
+    # Size → key. If feed_forward is not here, it is mlp_ratio times hidden.
+    sizes: dict[str, str]
+    # Key → the only value that the graph computes, which is also transformers' default.
+    fixed: dict[str, object]
+    activation: str | None  # clip.use_…; None is quick-GELU
+    out: str | None = None  # key of the projector's output; None: the language model's width
+    eps: str | float = 1e-6  # key, or the constant in transformers' code
+    merge: int = 2  # patches along each side that become one token
+    # Written where mtmd asks for a size that means nothing; None: the tower has one of its own.
+    image_size: int | None = None
+    any_size: bool = True  # whether images may have any shape, within limits of their pixels
+    class_token: bool = False
+    # Whether an MLP as wide as the tower is read as it is. In other families llama.cpp takes it for
+    # a file of an old converter, which had swapped ffn_up and ffn_down.
+    square_mlp: bool = False
+    keys: Callable[[VisionParams], dict[str, object]] = lambda p: {}  # more keys of clip.vision.*
+    every_nth: str | None = None  # key of the blocks that attend over the whole image
+    # Key of the blocks whose features join the first layers of the language model.
+    stacked: str | None = None
+    # As `fixed`, for config.json itself.
+    top_fixed: dict[str, object] = field(default_factory=dict)
+    # Regular expression of what stands for an image in a prompt. mtmd takes a marker in its place.
+    image: str = r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>"
+    unused: tuple[str, ...] = ()  # tensors that transformers loads and never uses
+    # GGUF name of a row that transformers appends to an image's tokens and mtmd does not.
+    newline: str | None = None
+
+
+@dataclass(frozen=True)
+class TextParams:
+    """The language model of one model."""
+
+    graph: TextGraph
+    layers: int
+    hidden: int
+    feed_forward: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int  # rows of the embedding, padding included
+    context: int  # the most positions
+    rms_eps: float
+    rope_theta: float
+    # Rotary pairs for time, height and width. Empty for plain rotary positions.
+    sections: tuple[int, ...]
+    stacked: int  # number of first layers that take features of their own from the vision tower
+    tied: bool  # whether the output matrix is the embedding
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The sizes by the names that rows use."""
+        return {
+            "vocabulary": self.vocabulary,
+            "hidden": self.hidden,
+            "feed_forward": self.feed_forward,
+            "head": self.head_dim,
+            "query": self.heads * self.head_dim,
+            "key": self.kv_heads * self.head_dim,
+        }
+
+    def keys(self) -> dict[str, object]:
+        """The metadata of the architecture."""
+        own: dict[str, object] = {
+            "context_length": self.context,
+            "block_count": self.layers,
+            "embedding_length": self.hidden,
+            "feed_forward_length": self.feed_forward,
+            "attention.head_count": self.heads,
+            "attention.head_count_kv": self.kv_heads,
+            "attention.layer_norm_rms_epsilon": self.rms_eps,
+            "rope.freq_base": self.rope_theta,
+        }
+        if self.graph.sections:
+            own["rope.dimension_sections"] = [*self.sections, 0]
+        if self.graph.head_keys:
+            own |= {"attention.key_length": self.head_dim, "attention.value_length": self.head_dim}
+        if self.stacked:
+            own["n_deepstack_layers"] = self.stacked
+        return {f"{self.graph.arch}.{key}": value for key, value in own.items()}
+
+
+@dataclass(frozen=True)
+class VisionParams:
+    """The vision tower of one model."""
+
+    graph: VisionGraph
+    layers: int
+    hidden: int
+    feed_forward: int
+    heads: int
+    patch: int  # side of a patch, in pixels
+    out: int  # width of the language model
+    # Side of the square that the tower was trained on, in pixels. Without meaning where the tower
+    # takes any size.
+    image: int
+    positions: int  # rows of the learned position embedding; 0 where there is none
+    window_pattern: int | None  # n, where every n-th block attends over the whole image
+    stacked: tuple[int, ...]  # blocks whose features join the first layers of the language model
+    eps: float  # of the layer norms
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The sizes by the names that rows use."""
+        return {
+            "hidden": self.hidden,
+            "feed_forward": self.feed_forward,
+            "patch": self.patch,
+            "positions": self.positions,
+            "fused": 3 * self.hidden,
+            "merged": self.graph.merge**2 * self.hidden,
+            "out": self.out,
+        }
+
+    def keys(self) -> dict[str, object]:
+        """The metadata of the tower, without that of the image processor."""
+        own: dict[str, object] = {
+            "projection_dim": self.out,
+            "image_size": self.image,
+            "patch_size": self.patch,
+            "embedding_length": self.hidden,
+            "feed_forward_length": self.feed_forward,
+            "block_count": self.layers,
+            "attention.head_count": self.heads,
+            "attention.layer_norm_epsilon": self.eps,
+            **self.graph.keys(self),
+        }
+        clip: dict[str, object] = {
+            "has_vision_encoder": True,
+            "projector_type": self.graph.projector,
+        }
+        if self.graph.activation:
+            clip[f"use_{self.graph.activation}"] = True
+        vision = {f"clip.vision.{key}": value for key, value in own.items()}
+        return {f"clip.{key}": value for key, value in clip.items()} | vision

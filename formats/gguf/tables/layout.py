@@ -1,0 +1,119 @@
+"""What the two GGUF files of a model hold, and which hub tensor each of their tensors is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+
+import torch
+
+from vlmq_export.formats.gguf.tables.families import class_row_first, class_row_last
+from vlmq_export.formats.gguf.tables.graphs import Row, TextParams, VisionParams
+from vlmq_export.formats.gguf.tables.params import text_params, vision_params
+from vlmq_export.quantizer.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of a GGUF file, and where it comes from."""
+
+    hub: str  # hub name of the source tensor
+    module: str  # its name in the module tree of transformers 5
+    shape: tuple[int, ...]  # of the GGUF tensor, in torch's order
+    part: Callable[[torch.Tensor], torch.Tensor] | None  # of the source tensor; None: all of it
+    linear: bool  # a matrix that multiplies activations
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of a source tensor that belongs here."""
+        return self.part(tensor) if self.part else tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The text model and the mmproj of one model, resolved from its config.json once."""
+
+    architecture: Architecture
+    text_params: TextParams
+    vision_params: VisionParams
+    class_row: str  # where the class token's position row is: see contract.CLASS_ROWS
+
+    @classmethod
+    def of(cls, architecture: Architecture, class_row: str = "last") -> Layout:
+        """Raises FormatError for a model that llama.cpp cannot express."""
+        return cls(architecture, text_params(architecture), vision_params(architecture), class_row)
+
+    @cached_property
+    def text(self) -> dict[str, Place]:
+        """GGUF name → place, of every tensor of the text file, in the file's order."""
+        p = self.text_params
+        places = self._places(p.graph.rows, p.sizes, {"{i}": list(enumerate(range(p.layers)))})
+        if p.tied:
+            del places["output.weight"]
+        return places
+
+    @cached_property
+    def vision(self) -> dict[str, Place]:
+        """GGUF name → place, of every tensor of the mmproj, in the file's order.
+
+        The three parts of a fused qkv have one source tensor, and so have the two time slices of
+        the patch convolution. DeepStack's tensors are named after their block in the file, and
+        numbered from 0 on the hub.
+        """
+        p = self.vision_params
+        each = {
+            "{i}": list(enumerate(range(p.layers))),
+            "{d}": [(i, block) for i, block in enumerate(p.stacked)],
+        }
+        places = self._places(p.graph.rows, p.sizes, each)
+        if self.class_row == "first":
+            for name, place in places.items():
+                if place.part is class_row_last:
+                    places[name] = replace(place, part=class_row_first)
+        return places
+
+    def _places(
+        self,
+        rows: Iterable[Row],
+        sizes: Mapping[str, int],
+        each: Mapping[str, Sequence[tuple[int, int]]],  # index → its numbers (on the hub, in GGUF)
+    ) -> dict[str, Place]:
+        places = {}
+        by_index = groupby(rows, lambda row: next((k for k in each if k in row.gguf), None))
+        for index, group in by_index:
+            repeated = list(group)
+            for module, gguf in each[index] if index else [(0, 0)]:
+                for row in repeated:
+                    shape = tuple(int(s) if s.isdigit() else sizes[s] for s in row.shape)
+                    name = row.gguf.replace(index, str(gguf)) if index else row.gguf
+                    source = row.module.replace(index, str(module)) if index else row.module
+                    hub = self.architecture.family.hub_name(source)
+                    places[name] = Place(hub, source, shape, row.part, row.linear)
+        return places
+
+    @property
+    def head(self) -> str:
+        """Hub name of the output matrix. A checkpoint may store it although it is the embedding."""
+        return f"{self.architecture.family.head}.weight"
+
+    @cached_property
+    def unused(self) -> frozenset[str]:
+        """Hub tensors that no graph runs, that of transformers included."""
+        family = self.architecture.family
+        return frozenset(family.hub_name(name) for name in self.vision_params.graph.unused)
+
+    @cached_property
+    def held(self) -> frozenset[str]:
+        """Hub tensors that one of the two files holds."""
+        return frozenset(place.hub for place in (*self.text.values(), *self.vision.values()))
+
+    def without_place(self, hub_names: Iterable[str]) -> list[str]:
+        """Hub tensors that the files would lose."""
+        idle = {self.head} if self.text_params.tied else set()
+        return [name for name in hub_names if name not in self.held | self.unused | idle]
+
+
+def shapes(places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
+    """GGUF name → shape in torch's order."""
+    return {name: place.shape for name, place in places.items()}

@@ -1,0 +1,240 @@
+"""The hyperparameters that llama.cpp needs, from the config.json of a Hugging Face model.
+
+The settings of the language model may be nested, as transformers 5 saves them, or flat, as Qwen2-VL
+was published. Settings that llama.cpp's graphs of these families cannot express are refused here.
+llama.cpp would load the file, say nothing, and compute something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.gguf.tables.families import graphs_of
+from vlmq_export.formats.gguf.tables.graphs import (
+    TextGraph,
+    TextParams,
+    VisionGraph,
+    VisionParams,
+)
+from vlmq_export.quantizer.model.architecture import Architecture
+
+
+def text_params(architecture: Architecture) -> TextParams:
+    """The sizes of the language model.
+
+    Raises FormatError for a setting that is missing or that llama.cpp cannot express.
+    """
+    text = architecture.text
+    graph, vision = graphs_of(architecture)
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in graph.rope_types:
+        known = " or ".join(graph.rope_types)
+        raise FormatError(
+            f"config.json: rope type {kind} is not written to GGUF; for this family only {known} is"
+        )
+    _require(text, graph.fixed, graph.arch, "")
+    try:
+        params = _text_params(architecture, graph, vision, rope)
+    except KeyError as e:
+        raise FormatError(
+            f"config.json: {e.args[0]} is missing; GGUF cannot be written without it"
+        ) from None
+    _require_expressible(params, text)
+    return params
+
+
+def _text_params(
+    architecture: Architecture, graph: TextGraph, vision: VisionGraph, rope: dict
+) -> TextParams:
+    """The sizes as config.json has them. Raises KeyError for one that is missing."""
+    config, text = architecture.config, architecture.text
+    heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
+    return TextParams(
+        graph,
+        head_dim=int((graph.head_keys and text.get("head_dim")) or hidden // heads),
+        sections=tuple(int(n) for n in rope["mrope_section"]) if graph.sections else (),
+        layers=int(text["num_hidden_layers"]),
+        hidden=hidden,
+        feed_forward=int(text["intermediate_size"]),
+        heads=heads,
+        kv_heads=int(text.get("num_key_value_heads") or heads),
+        vocabulary=int(text["vocab_size"]),
+        context=int(text["max_position_embeddings"]),
+        rms_eps=float(text["rms_norm_eps"]),
+        rope_theta=float(rope.get("rope_theta") or text["rope_theta"]),
+        stacked=len((config.get("vision_config") or {}).get(vision.stacked) or ()),
+        tied=architecture.tied,
+    )
+
+
+def _require_expressible(params: TextParams, text: Mapping) -> None:
+    """Raises FormatError for sizes that do not fit together in llama.cpp's graph."""
+    arch, head_dim, sections = params.graph.arch, params.head_dim, params.sections
+    if text.get("head_dim") not in (None, head_dim):
+        raise FormatError(
+            f"config.json: head_dim {text['head_dim']}; llama.cpp's {arch} takes"
+            " hidden_size / heads"
+        )
+    if sections and (len(sections) != 3 or 2 * sum(sections) != head_dim):
+        raise FormatError(
+            f"config.json: mrope_section {list(sections)} does not add up to half of head_dim"
+            f" {head_dim}"
+        )
+    # By the last layer, llama.cpp's graph has dropped the rows of the image, and aborts there.
+    if params.stacked >= params.layers:
+        raise FormatError(
+            f"config.json: {params.stacked} layers take features of their own from the vision"
+            f" tower; llama.cpp's {arch} fails at the last of {params.layers}"
+        )
+
+
+def vision_params(architecture: Architecture) -> VisionParams:
+    """The sizes of the vision tower.
+
+    Raises FormatError for a setting that is missing or that llama.cpp cannot express.
+    """
+    _, graph = graphs_of(architecture)
+    config = architecture.config
+    vision = config.get("vision_config") or {}
+    try:
+        sizes = _vision_sizes(vision, graph)
+        out = int(vision[graph.out]) if graph.out else int(architecture.text["hidden_size"])
+        window = _every_nth(vision, graph.every_nth, sizes["layers"]) if graph.every_nth else None
+    except KeyError as e:
+        raise FormatError(
+            f"config.json: vision_config.{e.args[0]} is missing; the mmproj cannot be written"
+            " without it"
+        ) from None
+    _require(vision, graph.fixed, graph.projector, "vision_config.")
+    _require(config, graph.top_fixed, graph.projector, "")
+    image = sizes.pop("image", None)
+    positions = sizes.pop("positions", 0)
+    if image:
+        positions = (image // sizes["patch"]) ** 2 + graph.class_token
+    params = VisionParams(
+        graph,
+        **sizes,
+        out=out,
+        image=image or graph.image_size or isqrt(positions) * sizes["patch"],
+        positions=positions,
+        window_pattern=window,
+        stacked=tuple(int(i) for i in vision.get(graph.stacked) or ()),
+        # 1e-6 is transformers' default.
+        eps=graph.eps if isinstance(graph.eps, float) else float(vision.get(graph.eps, 1e-6)),
+    )
+    if params.feed_forward == params.hidden and not graph.square_mlp:
+        raise FormatError(
+            f"config.json: a vision MLP as wide as the tower ({params.hidden}) is misread by"
+            " llama.cpp"
+        )
+    return params
+
+
+def _vision_sizes(vision: Mapping, graph: VisionGraph) -> dict[str, int]:
+    """The sizes of `graph.sizes`, and the width of the MLP. Raises KeyError for one missing."""
+    sizes = {size: _whole(vision[key]) for size, key in graph.sizes.items()}
+    if "feed_forward" not in sizes:
+        sizes["feed_forward"] = int(sizes["hidden"] * vision["mlp_ratio"])
+    return sizes
+
+
+def _require(settings: Mapping, fixed: Mapping[str, object], who: str, where: str) -> None:
+    """Raises FormatError for a setting that has another value than llama.cpp's graph `who` knows.
+
+    where: what stands before the keys in config.json.
+    """
+    for key, only in fixed.items():
+        if (settings[key] if settings.get(key) is not None else only) != only:
+            raise FormatError(
+                f"config.json: {where}{key} is {settings[key]}; llama.cpp's {who} knows only {only}"
+            )
+
+
+def _whole(value: int | list[int]) -> int:
+    """A size, or the side of a square that is given by both of its sides.
+
+    Raises FormatError for sides that differ.
+    """
+    sides = set(value) if isinstance(value, list) else {value}
+    if len(sides) != 1:
+        raise FormatError(
+            f"config.json: vision_config has sides {value}; llama.cpp knows only squares"
+        )
+    return int(sides.pop())
+
+
+def _every_nth(vision: Mapping, key: str, layers: int) -> int:
+    """n, where the blocks listed under `key` are every n-th of `layers`.
+
+    Raises FormatError for any other list.
+    """
+    full = [int(i) for i in vision[key]]
+    pattern = full[0] + 1 if full else 0
+    if full != [i for i in range(layers) if (i + 1) % max(pattern, 1) == 0]:
+        raise FormatError(
+            f"config.json: {key} {full} are not every n-th block, which is all that llama.cpp knows"
+        )
+    return pattern
+
+
+@dataclass(frozen=True)
+class ImageParams:
+    """What the image processor does, as far as an mmproj can say it.
+
+    None leaves the value to llama.cpp.
+    """
+
+    mean: tuple[float, ...]  # of each channel
+    std: tuple[float, ...]
+    min_pixels: int | None = None  # of an image after resizing
+    max_pixels: int | None = None
+    min_tiles: int | None = None
+    max_tiles: int | None = None
+
+    def keys(self) -> dict[str, object]:
+        """The metadata of the mmproj."""
+        own = {
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "image_min_pixels": self.min_pixels,
+            "image_max_pixels": self.max_pixels,
+            "preproc_min_tiles": self.min_tiles,
+            "preproc_max_tiles": self.max_tiles,
+        }
+        return {f"clip.vision.{key}": value for key, value in own.items() if value is not None}
+
+
+def image_params(folder: Path) -> ImageParams:
+    """What preprocessor_config.json in the source model's folder says.
+
+    Raises FormatError if the file is missing or lacks the normalization.
+    """
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        raise FormatError(
+            f"{file.name} is missing from the source model; the mmproj needs its image_mean and"
+            " image_std"
+        )
+    raw = json.loads(file.read_text("utf-8"))
+    size = raw.get("size") or {}
+    low = raw.get("min_pixels") or size.get("shortest_edge")
+    high = raw.get("max_pixels") or size.get("longest_edge")
+    pixels = (low, high) if low and high else (None, None)
+    try:
+        return ImageParams(
+            tuple(float(x) for x in raw["image_mean"]),
+            tuple(float(x) for x in raw["image_std"]),
+            *pixels,
+            raw.get("min_patches"),
+            raw.get("max_patches"),
+        )
+    except KeyError as e:
+        raise FormatError(
+            f"{file.name}: {e.args[0]} is missing; the mmproj cannot be written without it"
+        ) from None

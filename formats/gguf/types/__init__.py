@@ -1,0 +1,1 @@
+"""GGML's block types: their sizes, packing and decoding, and which of them holds which grid."""

@@ -1,0 +1,1 @@
+"""Import of GPTQ checkpoints that other programs made."""

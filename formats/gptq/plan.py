@@ -1,0 +1,148 @@
+"""What a GPTQ folder would be, from shapes alone: its size, what is refused, who can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vlmq_export.formats.contract import FormatOptions, FormatPlan
+from vlmq_export.formats.gptq.layout import (
+    FORMAT_TAG,
+    GPTQMODEL_LOADS,
+    PACKED,
+    VERSIONS,
+    entries,
+    renamer,
+)
+from vlmq_export.formats.model_plan import ModelPlan
+
+# 5 to 7 bits exist only in GPTQModel's own planar layout, which nothing else reads.
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that GPTQModel loads
+MARLIN_GROUPS = (-1, 32, 64, 128)  # those of vLLM's gptq_marlin kernel
+FUSED_CPU_GROUPS = (32, 64, 128, 256)  # those of the 4-bit kernel that GPTQModel picks on CPU
+
+
+def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
+    """Size, bits per weight and refusals. The size is that of the tensors, without other files."""
+    refusals = [*_option_refusals(model, options), *_shape_refusals(model)]
+    if refusals:
+        return FormatPlan(0.0, 0, refusals)
+    rename = renamer(model.architecture, options)
+    table = list(entries(model.linears, model.floats, model.config, rename))
+    packed = sum(e.nbytes for e in table if e.part in PACKED)
+    weights = sum(s.out_features * s.in_features for s in model.linears)
+    return FormatPlan(8 * packed / weights, sum(e.nbytes for e in table), [], notes(model, options))
+
+
+def _option_refusals(model: ModelPlan, options: FormatOptions) -> Iterator[str]:
+    """Options that no reader, or not the reader that they are for, could follow."""
+    config, model_type = model.config, model.architecture.model_type
+    if options.gptq_version not in VERSIONS:
+        yield f"--gptq-version {options.gptq_version}: choose v1 or v2"
+    if options.gptq_names not in ("hub", "module"):
+        yield f"--gptq-names {options.gptq_names}: choose hub or module"
+    if options.gptq_names == "module" and model_type not in GPTQMODEL_LOADS:
+        yield (
+            f"--gptq-names module is for GPTQModel.load, which has no class for {model_type};"
+            " use --gptq-names hub"
+        )
+    if config.types:
+        yield "the integers are on GGUF's block types; leave out --format gptq, or quantize again"
+    if config.bits not in BITS:
+        yield f"--bits {config.bits}: GPTQ readers decode 2, 3, 4 or 8 bits; choose one of these"
+    if config.group_size not in GROUP_SIZES:
+        allowed = ", ".join(map(str, GROUP_SIZES))
+        yield (
+            f"--group-size {config.group_size}: GPTQModel and transformers load only {allowed};"
+            " choose one of these"
+        )
+    if config.head_bits:
+        yield (
+            f"--head-bits {config.head_bits}: transformers loads quantized linears of the decoder"
+            " layers only (optimum 2.3); leave out --format gptq, or the option"
+        )
+
+
+def _shape_refusals(model: ModelPlan) -> Iterator[str]:
+    """Linears whose codes or zero-points do not fill words, or whose columns do not fill groups."""
+    for axis in ("out_features", "in_features"):
+        odd = [s for s in model.linears if getattr(s, axis) % 32]
+        if odd:
+            yield (
+                f"{odd[0].name} has {axis} {getattr(odd[0], axis)}, which is no multiple of 32 and"
+                f" cannot be packed ({len(odd)} such linears); leave --format gptq out"
+            )
+    size = model.config.group_size
+    bad = [s for s in model.linears if size > 0 and s.in_features % size]
+    if bad:
+        yield (
+            f"--group-size {size} does not divide in_features {bad[0].in_features} of"
+            f" {bad[0].name}; choose a divisor or -1"
+        )
+
+
+def notes(model: ModelPlan, options: FormatOptions) -> list[str]:
+    """What the user should know of this file: who reads it how fast, and who cannot read it."""
+    return [*_kernel_notes(model), *_reader_notes(model, options)]
+
+
+def _kernel_notes(model: ModelPlan) -> Iterator[str]:
+    """The fast kernels that this grid cannot use."""
+    config = model.config
+    if slow := _outside_marlin(model):
+        yield (
+            f"{', '.join(slow)}: vLLM runs this through gptq_gemm, not Marlin, which wants"
+            " 4 or 8 bits, --sym and group size -1, 32, 64 or 128"
+        )
+    if config.act_order == "dynamic" and config.group_size != -1:
+        yield (
+            "--act-order dynamic permutes g_idx (desc_act true): kernels gather activations,"
+            " vLLM's cannot split it over GPUs in every kernel, and ORT-GenAI's importer gets it"
+            " wrong when asymmetric; static or gar avoid it"
+        )
+    if config.bits == 4 and config.group_size not in FUSED_CPU_GROUPS:
+        yield (
+            f"group size {config.group_size}: the 4-bit kernel that transformers may pick on CPU"
+            " refuses it; load with"
+            ' quantization_config=GPTQConfig(bits=4, backend="gptq_torch")'
+        )
+
+
+def _outside_marlin(model: ModelPlan) -> list[str]:
+    """What of a grid vLLM's Marlin kernel does not take, in words; empty if it takes everything."""
+    config, found = model.config, []
+    if config.bits not in (4, 8):
+        found.append(f"{config.bits} bits")
+    if not config.symmetric:
+        found.append("asymmetric")
+    if config.group_size not in MARLIN_GROUPS:
+        found.append(f"group size {config.group_size}")
+    shapes = [s for s in model.linears if s.in_features % 128 or s.out_features % 64]
+    if shapes:
+        found.append(f"shape {shapes[0].out_features}×{shapes[0].in_features}")
+    return found
+
+
+def _reader_notes(model: ModelPlan, options: FormatOptions) -> Iterator[str]:
+    """The programs that cannot load this version or these names."""
+    architecture = model.architecture
+    if options.gptq_version == "v2":
+        yield (
+            "checkpoint_format gptq_v2: read by GPTQModel, transformers and vLLM,"
+            " not by AutoGPTQ or ORT-GenAI"
+        )
+    if not model.config.symmetric and options.gptq_version == "v1":
+        yield (
+            f"meta.quantizer lists {FORMAT_TAG} as a format tag:"
+            " GPTQModel takes asymmetric v1 only with it"
+        )
+    if architecture.model_type not in GPTQMODEL_LOADS:
+        yield (
+            f"GPTQModel.load has no class for {architecture.model_type}:"
+            " load with transformers or vLLM"
+        )
+    elif options.gptq_names == "hub" and architecture.family.prefixes:
+        yield (
+            "hub tensor names: transformers and vLLM load them;"
+            " GPTQModel.load needs --gptq-names module"
+        )

@@ -1,0 +1,268 @@
+"""The proof of a GPTQ folder: three decoders, every linear, and the whole model.
+
+    L1  every weight by our reader, by AutoGPTQ's decoder, and by gptqmodel in the loaded model
+    L2  each quantized linear alone in its kernel
+    L3  logits and greedy answers of transformers with gptqmodel
+
+The model is run in float32 with the kernel gptq_torch. The kernel that the loader picks by itself
+computes in float16, and is reported without a gate.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.contract import FormatOptions
+from vlmq_export.formats.gptq.proof import autogptq, runtime
+from vlmq_export.formats.gptq.read import GptqFolder
+from vlmq_export.formats.gptq.requirements import missing
+from vlmq_export.formats.proof.checks import (
+    Check,
+    CheckSettings,
+    answers_row,
+    compare_weights,
+    relative_error,
+)
+from vlmq_export.formats.proof.reference import Reference
+
+# Of logits, where both sides compute in float32 on the same weights. Measured was 5e-7.
+LOGITS_GATE = 1e-5
+# What the loader's own choice may lose in float16 or bfloat16. Measured was 1.5e-3.
+KERNEL_GATE = 5e-3
+# Of one product in float32 against float64, per √K. The rounding errors of the K terms add up as a
+# random walk, to eps·√K at most.
+LINEAR_GATE_PER_SQRT_K = float(np.finfo(np.float32).eps)
+TINY = np.finfo(np.float32).tiny  # a row of zeros has no relative error
+ANSWER_TOKENS = 16
+# This includes compiling GPTQModel's C++ kernel, about 100 s on 2 cores, once on a machine.
+DEFAULT_KERNEL_SECONDS = 420.0
+
+_DECODED = "weights decoded by gptqmodel in the loaded model"
+_LINEARS = "one linear at a time, gptq_torch in float32"
+_LOGITS = "logits, transformers + gptqmodel, gptq_torch in float32"
+_ANSWERS = "greedy answers, transformers + gptqmodel, gptq_torch in float32"
+_RUNTIME_ROWS = (("L1", _DECODED), ("L2", _LINEARS), ("L3", _LOGITS), ("L3", _ANSWERS))
+
+
+def check(
+    folder: Path, reference: Reference, options: FormatOptions, settings: CheckSettings
+) -> list[Check]:
+    """All rows. A check that fails or cannot run is a row too.
+
+    Raises FormatError when the folder cannot be opened.
+    """
+    opened = GptqFolder(folder)
+    rows = [own_decoder(opened, reference), autogptq_decoder(opened, reference)]
+    if lacking := missing():
+        why = f"{lacking} not installed; pip install 'vlmq-export[gptq]'"
+    else:
+        why = reference.too_large
+    if why:
+        return rows + [Check.not_run("gptq", level, name, why) for level, name in _RUNTIME_ROWS]
+    with tempfile.TemporaryDirectory(prefix="vlmq-gptq-") as scratch:
+        request = runtime.Request(
+            folder=str(folder.resolve()),
+            out=f"{scratch}/exact",
+            bits=opened.bits,
+            threads=settings.threads,
+            prompts=runtime.save_prompts(reference.prompts[: settings.images], Path(scratch)),
+            vocabulary=reference.vocabulary,
+            limit=ANSWER_TOKENS,
+            stop_ids=sorted(reference.stop_ids),
+            backend="gptq_torch",
+            exact=True,
+        )
+        try:
+            rows += exact_rows(runtime.run(request), opened, reference)
+        except runtime.RuntimeFailed as e:
+            said = str(e)
+            rows += [
+                Check("gptq", level, name, "failed", detail=said) for level, name in _RUNTIME_ROWS
+            ]
+        picked = replace(request, out=f"{scratch}/default", backend=None, exact=False)
+        rows.append(default_kernel(picked, reference))
+    return rows
+
+
+# --- L1 without a runtime -------------------------------------------------------------------------
+
+
+def own_decoder(folder: GptqFolder, reference: Reference) -> Check:
+    """Every weight of the model by our reader. A tensor that the model does not have fails too."""
+    name, weights = "weights read back by our decoder", reference.weights
+    try:
+        row = compare_weights("gptq", name, weights.items(), folder.array, count=weights.count)
+    except FormatError as e:
+        return Check("gptq", "L1", name, "failed", detail=str(e), unit="mismatches")
+    if extra := sorted(set(folder.weight_names()) - set(weights.names())):
+        row.status = "failed"
+        wrong = [row.worst, *(f"{n} (not in the model)" for n in extra[:8])]
+        row.worst = ", ".join(filter(None, wrong))
+    return row
+
+
+def autogptq_decoder(folder: GptqFolder, reference: Reference) -> Check:
+    """Every quantized linear by AutoGPTQ's QuantLinear, which knows v1 only."""
+    name, weights = "linears decoded by AutoGPTQ 0.7.1", reference.weights
+    if folder.version != "v1":
+        return Check("gptq", "L1", name, "info", detail="AutoGPTQ reads v1 only; this folder is v2")
+    file = autogptq.source_file()
+    if file is None and sys.version_info >= (3, 12):
+        return Check("gptq", "L1", name, "info", detail="not run: its wheels end at Python 3.11")
+    if file is None:
+        why = "not installed; pip install --no-deps auto-gptq==0.7.1"
+        return Check.not_run("gptq", "L1", name, why)
+    module = autogptq.load(file)
+    count = sum(weights.tensor(f"{n}.codes").numel() for n in weights.linears)
+    expected = ((f"{n}.weight", weights.array(f"{n}.weight")) for n in weights.linears)
+
+    def read(weight: str) -> np.ndarray | None:
+        stored = folder.stored_name(weight.removesuffix(".weight"))
+        if f"{stored}.qweight" not in folder.tensors:
+            return None
+        return autogptq.decode(module, folder, stored)
+
+    # The last two are what its tensor code raises on damaged parts.
+    try:
+        return compare_weights("gptq", name, expected, read, count=count)
+    except (FormatError, RuntimeError, IndexError) as e:
+        return Check("gptq", "L1", name, "failed", detail=str(e).splitlines()[0], unit="mismatches")
+
+
+# --- L1 to L3 in transformers with gptqmodel ------------------------------------------------------
+
+
+def exact_rows(
+    outcome: runtime.Outcome, folder: GptqFolder, reference: Reference
+) -> Iterator[Check]:
+    """The rows of _RUNTIME_ROWS, in that order."""
+    module_name = folder.family.module_name
+    yield compare_weights(
+        "gptq",
+        _DECODED,
+        reference.weights.items(),
+        lambda hub: outcome.weight(module_name(hub)),
+        count=reference.weights.count,
+        detail=f"{outcome.kernel}, scales upcast to float32",
+    )
+    yield linear_row(outcome, module_name, reference)
+    yield logits_row(outcome, reference)
+    prompts = reference.prompts[: len(outcome.answers)]
+    verdicts = {
+        p.id: reference.judge(p, got, LOGITS_GATE, ANSWER_TOKENS)
+        for p, got in zip(prompts, outcome.answers, strict=True)
+    }
+    said = f"same tokens as the reference, at most {ANSWER_TOKENS}"
+    yield answers_row("gptq", _ANSWERS, verdicts, unit="different", detail=said)
+
+
+def linear_row(
+    outcome: runtime.Outcome,
+    module_name: Callable[[str], str],  # hub name → name in the module tree
+    reference: Reference,
+) -> Check:
+    """Each linear in its kernel against a float64 product with the decoded weights.
+
+    Its input is random rows, and rows that the first prompt brings. The worst row counts.
+    """
+    worst, worst_error, worst_ratio = "", 0.0, 0.0
+    for name in reference.weights.linears:
+        pair = outcome.linear(module_name(name))
+        if pair is None:
+            why = "not a quantized module in the runtime"
+            return Check("gptq", "L2", _LINEARS, "failed", detail=why, worst=name)
+        x, y = (a.astype(np.float64) for a in pair)
+        error = _worst_row(y, _product(x, name, reference))
+        ratio = error / (LINEAR_GATE_PER_SQRT_K * np.sqrt(x.shape[1]))
+        if not ratio <= worst_ratio:  # NaN is the worst
+            worst, worst_error, worst_ratio = name, error, ratio
+    return Check.at_most(
+        "gptq",
+        "L2",
+        _LINEARS,
+        worst_ratio,
+        1.0,
+        unit="eps·√K",
+        compared=len(reference.weights.linears),
+        detail=f"worst row {worst_error:.1e} relative; float32 sums of K products may lose eps·√K",
+        worst=worst,
+    )
+
+
+def _product(x: np.ndarray, name: str, reference: Reference) -> np.ndarray:
+    """What the linear `name` gives for x [M, K], in float64: [M, N]."""
+    weights = reference.weights
+    product = x @ weights.array(f"{name}.weight").astype(np.float64).T
+    if f"{name}.bias" in weights.floats:
+        product += weights.array(f"{name}.bias")
+    return product
+
+
+def _worst_row(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest relative error of a row."""
+    norms = np.maximum(np.linalg.norm(want, axis=1), TINY)
+    return float((np.linalg.norm(got - want, axis=1) / norms).max())
+
+
+def logits_row(outcome: runtime.Outcome, reference: Reference) -> Check:
+    """The logits of every position of every prompt."""
+    error, worst = worst_logits(outcome, reference)
+    return Check.at_most(
+        "gptq",
+        "L3",
+        _LOGITS,
+        error,
+        LOGITS_GATE,
+        unit="rel",
+        compared=len(outcome.answers),
+        detail=f"{outcome.kernel}, scales upcast; worst image, all positions;"
+        f" {outcome.seconds:.0f} s",
+        worst=worst,
+    )
+
+
+def worst_logits(outcome: runtime.Outcome, reference: Reference) -> tuple[float, str]:
+    """The largest relative error of a prompt's logits, and the id of that prompt."""
+    prompts = reference.prompts[: len(outcome.answers)]
+    errors = [relative_error(outcome.logits(i), reference.logits(p)) for i, p in enumerate(prompts)]
+    at = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
+    return errors[at], prompts[at].id
+
+
+def default_kernel(request: runtime.Request, reference: Reference) -> Check:
+    """The kernel that transformers picks by itself, in float16.
+
+    It has no gate, because its precision is its own.
+    """
+    request = replace(request, dtype="float16")
+    try:
+        outcome = runtime.run(request, timeout=DEFAULT_KERNEL_SECONDS)
+    except runtime.RuntimeFailed as e:
+        name = f"logits, kernel that the loader picks: {e.kernel or 'none loaded'}"
+        why = f'{e}; load with GPTQConfig(bits={request.bits}, backend="gptq_torch")'
+        return Check("gptq", "L3", name, "info", detail=why)
+    error, worst = worst_logits(outcome, reference)
+    side = "under" if error <= KERNEL_GATE else "OVER"
+    prompts = reference.prompts[: len(outcome.answers)]
+    different = sum(
+        got != reference.answer(p, ANSWER_TOKENS) for p, got in zip(prompts, outcome.answers)
+    )
+    return Check(
+        "gptq",
+        "L3",
+        f"logits, kernel that the loader picks: {outcome.kernel}",
+        "info",
+        error,
+        unit="rel",
+        compared=len(outcome.answers),
+        detail=f"float16, {side} the {KERNEL_GATE:g} it should keep; {different} answers differ;"
+        f" loading (and compiling, once) {outcome.load_seconds:.0f} s",
+        worst=worst,
+    )

@@ -1,0 +1,169 @@
+"""Runs a GPTQ folder in transformers with gptqmodel, and leaves what it computed in files.
+
+`runtime.py` starts it as a process of its own, because importing gptqmodel starts threads, patches
+safetensors and transformers, and redirects caches. Its one argument is a request file in JSON
+(`runtime.Request`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+ROWS = 32  # input rows of each kind that a linear is tried on
+
+
+def load(request: dict) -> Any:  # a PreTrainedModel, whose parts torch types as Tensor | Module
+    """The model as a user of transformers gets it.
+
+    Raises RuntimeError if a tensor of the folder found no place, or a parameter no tensor.
+    """
+    from transformers import AutoModelForImageTextToText, GPTQConfig
+
+    chosen = {}
+    if request["backend"]:
+        chosen["quantization_config"] = GPTQConfig(bits=request["bits"], backend=request["backend"])
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        request["folder"],
+        dtype=getattr(torch, request["dtype"]),
+        device_map="cpu",
+        output_loading_info=True,
+        trust_remote_code=False,
+        **chosen,
+    )
+    model, info = loaded
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise RuntimeError(
+            f"transformers could not place {len(wrong)} tensors of the folder, first {wrong[0]}"
+        )
+    return model.eval()
+
+
+def quantized_modules(model: nn.Module) -> dict[str, Any]:
+    """The quantized linears, which are of some class of gptqmodel's, by module name."""
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if hasattr(m, "qweight") and hasattr(m, "g_idx")
+    }
+
+
+def upcast_scales(model: nn.Module) -> None:
+    """Widen the scales to float32.
+
+    Otherwise TorchLinear rounds each decoded weight to float16, which changes logits by 5e-4.
+    """
+    for module in quantized_modules(model).values():
+        module.scales = module.scales.float()
+
+
+def save_weights(model: nn.Module, out: Path) -> None:
+    """Write every parameter and buffer as float32 to <module name>.npy.
+
+    A quantized linear is written as its kernel decodes it, [N, K].
+    """
+    out.mkdir()
+    quantized = quantized_modules(model)
+    packed = set()
+    for name, module in quantized.items():
+        weight = module.dequantize_weight().T.contiguous().float()
+        np.save(out / f"{name}.weight.npy", weight.numpy())
+        packed |= {f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")}
+    for name, value in model.state_dict().items():
+        if name not in packed:
+            np.save(out / f"{name}.npy", value.float().numpy())
+
+
+def save_linears(model: nn.Module, inputs: dict[str, torch.Tensor], out: Path) -> None:
+    """Write input and output of every quantized linear in its kernel.
+
+    The input is random rows, then rows that the linear is given when the model runs on `inputs`.
+    """
+    out.mkdir()
+    met: dict[str, torch.Tensor] = {}
+    modules = quantized_modules(model)
+    names = {module: name for name, module in modules.items()}
+
+    # A value that a hook returns would replace the input.
+    def keep(module: nn.Module, args: tuple) -> None:
+        met[names[module]] = args[0].flatten(0, -2)[-ROWS:].clone()
+
+    hooks = [m.register_forward_pre_hook(keep) for m in names]
+    model(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    random = torch.Generator().manual_seed(0)
+    for name, module in modules.items():
+        x = torch.cat([torch.randn(ROWS, module.in_features, generator=random), met[name].float()])
+        np.savez(out / f"{name}.npz", x=x.numpy(), y=module(x).numpy())
+
+
+def answer(
+    model: Any, inputs: dict[str, torch.Tensor], limit: int, stop_ids: list[int]
+) -> list[int]:
+    """Greedy token ids, at most `limit`, up to and without the stop token."""
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=limit,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=stop_ids,
+        pad_token_id=stop_ids[0],
+    )
+    new = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    return new[: next((i for i, t in enumerate(new) if t in stop_ids), len(new))]
+
+
+@torch.no_grad()
+def work(request: dict) -> None:
+    """Load the model, run it on every prompt, and write the results into the request's `out`."""
+    out = Path(request["out"])
+    start = time.perf_counter()
+    model = load(request)
+    kernels = sorted({type(m).__name__ for m in quantized_modules(model).values()})
+    answers: list[list[int]] = []
+    result: dict[str, Any] = {
+        "kernel": ", ".join(kernels),
+        "load_seconds": time.perf_counter() - start,
+        "answers": answers,
+    }
+    # Written already now, so that a kernel that fails can be named.
+    result_file = out / "result.json"
+    result_file.write_text(json.dumps(result), "utf-8")
+    prompts = [load_file(file) for file in request["prompts"]]
+    if request["exact"]:
+        upcast_scales(model)
+        save_weights(model, out / "weights")
+        save_linears(model, prompts[0], out / "linears")
+    for i, inputs in enumerate(prompts):
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        logits = model(**inputs, use_cache=False).logits[0, :, : request["vocabulary"]]
+        np.save(out / f"logits-{i}.npy", logits.float().numpy())
+        answers.append(answer(model, inputs, request["limit"], request["stop_ids"]))
+    result["seconds"] = time.perf_counter() - start
+    result_file.write_text(json.dumps(result), "utf-8")
+
+
+def main() -> int:
+    """Do what the request file says. A failure becomes one line on stderr, and exit code 1."""
+    request = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    torch.set_num_threads(request["threads"])
+    try:
+        work(request)
+    except Exception as e:  # a runtime may raise anything
+        sys.stderr.write(f"\n{type(e).__name__}: {' '.join(str(e).split())[:400]}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What is known of a run before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from vlmq_export.errors import CheckpointError
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear that is to be quantized."""
+
+    name: str  # hub name of the module
+    out_features: int
+    in_features: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that stays as it is."""
+
+    name: str  # hub name
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' spelling
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model and a recipe for it, from config.json and the headers of its files alone."""
+
+    name: str
+    architecture: Architecture
+    linears: list[LinearSpec]  # to be quantized
+    floats: list[TensorSpec]  # everything else, but for the biases of these linears
+    config: QuantConfig
+
+    @cached_property
+    def job(self) -> Job:
+        """The same with its method looked up. Raises UsageError for one that is not known."""
+        return Job.of(self.architecture, self.config)
+
+
+def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelPlan:
+    """The plan of a run that quantizes `checkpoint`.
+
+    Raises CheckpointError for a model that is not supported or lacks a tensor.
+    """
+    architecture = checkpoint.architecture
+    linears = [_linear(checkpoint, linear) for linear in architecture.linears]
+    if config.head_bits:
+        head = architecture.family.head
+        own = f"{head}.weight"
+        tied = next((n for n in checkpoint.tensors if n.endswith("embed_tokens.weight")), own)
+        shape = checkpoint.info(own if own in checkpoint.tensors else tied).shape
+        linears.append(LinearSpec(head, shape[0], shape[1], False))
+        architecture = architecture.untied()
+    taken = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
+    infos = [t for t in checkpoint.tensors.values() if t.name not in taken]
+    floats = [TensorSpec(t.name, t.shape, t.dtype) for t in infos]
+    return ModelPlan(name, architecture, linears, floats, config)
+
+
+def _linear(checkpoint: Checkpoint, name: str) -> LinearSpec:
+    shape = checkpoint.info(f"{name}.weight").shape
+    if len(shape) != 2 or 0 in shape:
+        raise CheckpointError(
+            f"{name}.weight has shape {list(shape)}, which is no linear's; copy the file again"
+        )
+    return LinearSpec(name, shape[0], shape[1], f"{name}.bias" in checkpoint.tensors)
+
+
+def with_types(model: ModelPlan, types: dict[str, str], mix: str = "") -> ModelPlan:
+    """The same run on block types.
+
+    types: hub name of a module → GGUF type.
+    mix: what the types came from; empty if from nothing that has a name.
+    """
+    return replace(model, config=replace(model.config, gguf_type=mix, types=types))
+
+
+def artifact_plan(artifact: Artifact) -> ModelPlan:
+    """The plan of an export of a model that is quantized already."""
+    m = artifact.manifest
+    linears = [LinearSpec(r.name, r.out_features, r.in_features, r.bias) for r in m.modules]
+    floats = [TensorSpec(*info) for info in artifact.float_info()]
+    return ModelPlan(m.name, artifact.architecture, linears, floats, artifact.config)

@@ -1,0 +1,134 @@
+"""What an ONNX folder would be, from shapes alone: its size, what is refused, and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vlmq_export.formats.contract import FormatOptions, FormatPlan
+from vlmq_export.formats.model_plan import LinearSpec, ModelPlan
+from vlmq_export.formats.onnx.graphs.families import TRACED, graph_refusals
+from vlmq_export.formats.onnx.passes.packing import block_size_for, container_bits
+from vlmq_export.quantizer.config import QuantConfig
+
+# Bytes of protobuf per linear: its node, names, and its share of the other nodes.
+_GRAPH_BYTES = 9_000
+
+
+def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
+    """Size, bits per weight and refusals. The size is that of graphs and data."""
+    refusals = [*_option_refusals(model.config, options)]
+    refusals += graph_refusals(model.architecture.config)
+    if refusals:
+        return FormatPlan(0.0, 0, refusals)
+    width = 2 if options.onnx_dtype == "float16" else 4
+    stored = sum(_stored_bytes(linear, model.config, width) for linear in model.linears)
+    size = stored + _float_bytes(model, width) + _GRAPH_BYTES * len(model.linears)
+    weights = sum(x.out_features * x.in_features for x in model.linears)
+    return FormatPlan(8 * stored / weights, size, [], notes_for(model.config, options))
+
+
+def _option_refusals(config: QuantConfig, options: FormatOptions) -> Iterator[str]:
+    """Options that MatMulNBits cannot follow."""
+    if config.types:
+        yield "the integers are on GGUF's block types; leave out --format onnx, or quantize again"
+    if config.bits not in (2, 3, 4, 8):
+        yield (
+            f"--bits {config.bits}: ONNX Runtime's MatMulNBits decodes 2, 4 and 8 bits"
+            " (3 in the 4-bit container)"
+        )
+    if block_size_for(config.group_size) is None:
+        yield (
+            f"--group-size {config.group_size}: MatMulNBits takes blocks of 16 to 256;"
+            " use a multiple of 16"
+        )
+    level = options.onnx_accuracy_level
+    if not 0 <= level <= 4:
+        yield f"--accuracy-level {level}: 0 (float32) to 4 (int8 activations)"
+
+
+def _stored_bytes(
+    linear: LinearSpec,
+    config: QuantConfig,
+    width: int,  # bytes of a float in the decoder
+) -> int:
+    """Bytes of a quantized linear: codes, scales, zero-points, bias, and its order of columns."""
+    block, bits = block_size_for(config.group_size), container_bits(config.of(linear.name).bits)
+    assert block is not None, "a group size without a block is refused"
+    blocks = -(-linear.in_features // block)
+    codes, scales, zeros = blocks * block * bits // 8, width * blocks, -(-blocks * bits // 8)
+    stored = linear.out_features * (codes + scales + zeros + width * linear.bias)
+    if _permuted(config):
+        stored += 8 * linear.in_features
+    return stored
+
+
+def _float_bytes(model: ModelPlan, width: int) -> int:
+    """Bytes of all other tensors. The vision tower is float32, the rest has `width` bytes each."""
+    architecture, text = model.architecture, model.architecture.text
+    is_vision = architecture.family.is_vision
+    size = sum((4 if is_vision(t.name) else width) * t.numel for t in model.floats)
+    own_head = any(t.name.endswith("lm_head.weight") for t in model.floats)
+    if not model.config.head_bits and not own_head:
+        # A tied output matrix is written a second time.
+        tables = (t.numel for t in model.floats if t.name.endswith("embed_tokens.weight"))
+        size += width * next(tables, 0)
+    if architecture.model_type not in TRACED:
+        # mobius stores cosines and sines of every position. Traced graphs compute them.
+        head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        size += width * text["max_position_embeddings"] * head
+    return size
+
+
+def is_fused(options: FormatOptions) -> bool:
+    """Whether the decoder gets ONNX Runtime's CPU operators."""
+    return options.onnx_graph != "plain" and options.onnx_provider == "cpu"
+
+
+def _permuted(config: QuantConfig) -> bool:
+    """Whether the columns of a group may lie apart."""
+    return config.act_order == "dynamic" and config.group_size != -1
+
+
+def notes_for(config: QuantConfig, options: FormatOptions) -> list[str]:
+    """What the user should know of these files."""
+    return [*_graph_notes(config, options), *_grid_notes(config)]
+
+
+def _graph_notes(config: QuantConfig, options: FormatOptions) -> Iterator[str]:
+    """The types that the graphs compute in, and the operators that they do without."""
+    if options.onnx_dtype == "float16":
+        yield "embeddings, decoder and cache are float16, the vision tower computes in float32"
+    else:
+        head = "" if config.head_bits else " and output head"
+        yield (
+            f"vision tower, embeddings, norms{head} are float32, scales too:"
+            " what the CPU kernels compute in"
+        )
+    if options.onnx_graph == "single" and options.onnx_provider == "cpu":
+        yield "the decoder runs one prompt at a time; --onnx-graph fused takes batches"
+    if options.onnx_provider == "cuda" and options.onnx_graph != "plain":
+        yield (
+            "the decoder keeps its standard operators:"
+            " CUDA's GroupQueryAttention has no fast path with a mask"
+        )
+
+
+def _grid_notes(config: QuantConfig) -> Iterator[str]:
+    """Where the integers are stored otherwise than the grid says."""
+    if config.head_bits:
+        yield (
+            f"the output head is a tensor of its own, {config.head_bits} bits;"
+            " the embedding stays as it was"
+        )
+    if 3 in (config.bits, config.head_bits):
+        yield (
+            "3-bit codes lie in the 4-bit container, at the size of 4 bits;"
+            " no runtime decodes three"
+        )
+    if config.group_size == -1:
+        yield "one scale a channel is written as blocks of 256 with the scale repeated"
+    if _permuted(config):
+        yield (
+            "each quantized linear gathers its inputs in the order of the groups;"
+            " g_idx is never written"
+        )

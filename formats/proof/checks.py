@@ -1,0 +1,129 @@
+"""The rows of the parity table, and the comparisons that the proofs of all formats make.
+
+L1  weights, as a reader decodes them from the file
+L2  one linear at a time, in the runtime
+L3  the whole model, in the runtime
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """How much a check runs. The gates do not depend on it."""
+
+    images: int = 32  # prompts whose logits and greedy answers are compared
+    questions: int = 256  # prompts for the share of equal answers of a file that rounds activations
+    threads: int = 2
+
+
+@dataclass
+class Check:
+    """One row of the parity table."""
+
+    format: str  # gptq, onnx or gguf
+    level: str  # L1, L2 or L3
+    name: str  # what was compared, in words
+    status: str  # passed, failed, not run, or info for a row that has no gate
+    value: float | None = None  # the figure that the gate is about
+    gate: float | None = None
+    unit: str = ""  # of the value: "rel", "mismatches", "share", ...
+    compared: int | None = None  # how many weights, linears, prompts or answers
+    detail: str = ""  # where the gate comes from, or why the check was not run
+    worst: str = ""  # the tensor, prompt or linear that is worst, or the first that are wrong
+
+    @classmethod
+    def at_most(
+        cls, format: str, level: str, name: str, value: float, gate: float, **fields: Any
+    ) -> Check:
+        """A row that passed if value ≤ gate. NaN fails."""
+        status = "passed" if value <= gate else "failed"
+        return cls(format, level, name, status, value, gate, **fields)
+
+    @classmethod
+    def not_run(cls, format: str, level: str, name: str, why: str) -> Check:
+        """The row of a check that could not be run."""
+        return cls(format, level, name, "not run", detail=why)
+
+
+def compare_weights(
+    format: str,
+    name: str,
+    expected: Iterable[tuple[str, np.ndarray]],  # (hub name, array) of every weight
+    read: Callable[[str], np.ndarray | None],  # hub name → what the reader decodes, if it finds it
+    *,
+    count: int,  # the model's own number of weights
+    detail: str = "",
+) -> Check:
+    """L1: every expected weight against what a reader finds in the file.
+
+    Both are compared as float32, bit for bit but for the sign of zero. A missing tensor, one of
+    another shape, and fewer weights than `count` are failures.
+    """
+    compared = mismatched = 0
+    bad: list[str] = []
+    for tensor, want in expected:
+        got = read(tensor)
+        compared += want.size
+        if got is None or got.shape != want.shape:
+            wrong = want.size
+        else:
+            wrong = int((np.asarray(got, np.float32) != np.asarray(want, np.float32)).sum())
+        if wrong:
+            mismatched += wrong
+            bad.append(f"{tensor} ({'missing' if got is None else wrong})")
+    complete = compared == count
+    return Check(
+        format,
+        "L1",
+        name,
+        "passed" if complete and not mismatched else "failed",
+        value=float(mismatched),
+        gate=0.0,
+        unit="mismatches",
+        compared=compared,
+        detail=detail if complete else f"compared {compared} of the model's {count} weights",
+        worst=", ".join(bad[:8]),
+    )
+
+
+def answers_row(
+    format: str,
+    name: str,
+    verdicts: Mapping[str, str],  # prompt → verdict of Reference.judge
+    allowed: float = 0.0,  # number of answers that may differ
+    *,
+    unit: str = "answers",
+    detail: str = "",
+) -> Check:
+    """L3: the greedy answers that differ from the reference's.
+
+    An answer that left the reference's at a tie is counted in the detail, and passes.
+    """
+    other, ties = ([p for p, said in verdicts.items() if said == kind] for kind in ("other", "tie"))
+    tied = ""
+    if ties:
+        tied = f"{len(ties)} more part at a tie: two tokens that the logits' gate cannot tell apart"
+    return Check.at_most(
+        format,
+        "L3",
+        name,
+        float(len(other)),
+        allowed,
+        unit=unit,
+        compared=len(verdicts),
+        detail="; ".join(filter(None, (detail, tied))),
+        worst=", ".join([*other, *ties][:8]),
+    )
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """‖got − want‖₂ / ‖want‖₂ over all elements, in float64."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))

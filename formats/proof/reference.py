@@ -1,0 +1,224 @@
+"""The fake-quantized reference that every runtime is compared with.
+
+It is transformers' own model, loaded fresh in float32 with the weights that `weights.py` decodes
+from the artifact. Logits and greedy answers of held-out prompts come from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from vlmq_export.errors import CheckpointError
+from vlmq_export.formats.proof.weights import Weights
+from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.streamed import model_class
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import Row
+from vlmq_export.quantizer.samples.sample import Sample
+
+# Bytes of memory for each weight. While the reference is loaded, a weight is held twice: decoded,
+# and in the model. It is held once more in the runtime. All three are float32.
+_WHOLE_MODEL_BYTES = 3 * 4
+
+Verdict = Literal["same", "tie", "other"]  # of a greedy answer
+
+
+class Reference:
+    """The reference model and its held-out prompts. Every result is computed once and kept."""
+
+    def __init__(
+        self,
+        artifact: Path,
+        rows: list[Row],  # held-out; of each the last assistant turn is left out of the prompt
+        source: Path | None = None,  # the float checkpoint, if it is there
+        memory: int | None = None,  # bytes that whole models may take; None: no limit
+    ):
+        self.artifact = artifact
+        self.source = source
+        self.memory = memory
+        self.weights = Weights(artifact, source)
+        self.folder = artifact / "source"
+        config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        self.architecture = Architecture.of(config)
+        self.preprocessor = Preprocessor(self.folder)
+        # Results are kept by id, and two rows of a file may have the same one.
+        twice = {i for i, n in Counter(row.id for row in rows).items() if n > 1}
+        self.rows = [
+            replace(row, id=f"{row.id} ({n})") if row.id in twice else row
+            for n, row in enumerate(rows)
+        ]
+        self._logits: dict[str, np.ndarray] = {}
+        self._answers: dict[str, list[int]] = {}
+
+    @cached_property
+    def too_large(self) -> str:
+        """Why whole models are not run; empty if they are.
+
+        Weights are compared one at a time, and so in a model of any size.
+        """
+        need = _WHOLE_MODEL_BYTES * self.weights.count
+        if self.memory is None or need <= self.memory:
+            return ""
+        return (
+            f"needs {need / 1e9:.0f} GB for whole models in float32,"
+            f" {self.memory / 1e9:.0f} GB are there"
+        )
+
+    @cached_property
+    def prompts(self) -> list[Sample]:
+        """One sample per row: image, question and generation prompt, without the answer."""
+        return [self.preprocessor.sample(row, prompt_only=True) for row in self.rows]
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """The number of real vocabulary rows. The embedding may be padded beyond them."""
+        return min(int(self.architecture.text["vocab_size"]), len(self.preprocessor.tokenizer))
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        file = self.folder / "generation_config.json"
+        eos = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+        eos = self.preprocessor.tokenizer.eos_token_id if eos is None else eos
+        return frozenset(eos if isinstance(eos, list) else [eos])
+
+    @cached_property
+    def model(self) -> Any:  # a PreTrainedModel, whose parts torch types as Tensor | Module
+        """transformers' own class in float32, with the decoded weights.
+
+        transformers converts the names as for any checkpoint of the hub. Raises CheckpointError if
+        config.json names no model class, and RuntimeError for a tensor that found no place.
+        """
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        try:
+            cls: Any = model_class(transformers, config.architectures)
+        except CheckpointError as e:
+            raise CheckpointError(
+                f"{self.folder}: {e}; copy it from the original model or update transformers"
+            ) from None
+        state = {name: torch.from_numpy(array) for name, array in self.weights.items()}
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
+        wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+        if wrong:
+            raise RuntimeError(
+                f"transformers could not place {len(wrong)} tensors of the artifact,"
+                f" first {wrong[0]}"
+            )
+        return model.eval()
+
+    @torch.no_grad()
+    def logits(self, prompt: Sample) -> np.ndarray:
+        """float32 [tokens, vocabulary], of every position of the prompt."""
+        if prompt.id not in self._logits:
+            out = self.model(**prompt.model_inputs(), use_cache=False).logits
+            self._logits[prompt.id] = out[0, :, : self.vocabulary].numpy()
+        return self._logits[prompt.id]
+
+    @torch.no_grad()
+    def vision_features(self, prompt: Sample) -> np.ndarray:
+        """float32 [image tokens, hidden] of all images in order."""
+        features = self.model.model.get_image_features(**prompt.image_inputs()).pooler_output
+        return np.concatenate([f.reshape(-1, f.shape[-1]).numpy() for f in features])
+
+    @torch.no_grad()
+    def added_features(self, prompt: Sample) -> list[np.ndarray]:
+        """DeepStack's features, float32 [image tokens, hidden] each; empty in other families.
+
+        They are added to the image tokens after decoder layers 0, 1, and so on.
+        """
+        out = self.model.model.get_image_features(**prompt.image_inputs())
+        return [torch.cat(list(f)).numpy() for f in getattr(out, "deepstack_features", None) or []]
+
+    def position_ids(self, prompt: Sample) -> np.ndarray:
+        """The positions of the tokens, int64.
+
+        [3, 1, tokens] in a family with M-RoPE: temporal, height and width. [1, tokens] in others.
+        """
+        inputs = prompt.model_inputs()
+        if not prompt.mrope:
+            return np.arange(len(prompt.input_ids))[None]
+        ids, _ = self.model.model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs.get("image_grid_thw"),
+            attention_mask=inputs["attention_mask"],
+        )
+        return ids.numpy()
+
+    def answer(self, prompt: Sample, limit: int = 16) -> list[int]:
+        """Greedy token ids, at most `limit`, up to and without the stop token."""
+        if prompt.id not in self._answers:
+            ids = self._generate(prompt, limit)
+            new = ids[0, len(prompt.input_ids) :].tolist()
+            end = next((i for i, t in enumerate(new) if t in self.stop_ids), len(new))
+            self._answers[prompt.id] = new[:end]
+        return self._answers[prompt.id]
+
+    @torch.no_grad()
+    def _generate(self, prompt: Sample, limit: int, **options: Any) -> Any:
+        """What transformers' greedy search returns after at most `limit` tokens."""
+        stop = sorted(self.stop_ids)
+        return self.model.generate(
+            **prompt.model_inputs(),
+            max_new_tokens=limit,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+            **options,
+        )
+
+    def judge(self, prompt: Sample, answer: list[int], gate: float, limit: int = 16) -> Verdict:
+        """How a runtime's greedy answer compares with the reference's.
+
+        gate: the relative error that the runtime's logits are allowed.
+
+        The verdict is `tie` if, at the first token that differs, the logits of the two tokens are
+        at most √2 · gate · ‖logits‖ apart. An error of gate · ‖logits‖ can exchange two such
+        tokens, and no others. What follows there is another text, and is not compared.
+        """
+        own = self.answer(prompt, limit)
+        if answer == own:
+            return "same"
+        at = next(i for i in count() if own[i : i + 1] != answer[i : i + 1])
+        out = self._generate(prompt, at + 1, output_logits=True, return_dict_in_generate=True)
+        logits = out.logits[at][0].double()
+        # An answer that is over at this place went on with a stop token.
+        stop = sorted(self.stop_ids)
+        ours, theirs = (logits[each[at : at + 1] or stop].max() for each in (own, answer))
+        return "tie" if bool(ours - theirs <= 2**0.5 * gate * logits.norm()) else "other"
+
+    @contextmanager
+    def language_norm_eps(self, eps: float) -> Iterator[Reference]:
+        """The reference with another RMS epsilon in the language model's norms.
+
+        llama.cpp's qwen2vl computes with one of its own. Results that were kept are put aside.
+        """
+        norms = [
+            m for m in self.model.model.language_model.modules() if hasattr(m, "variance_epsilon")
+        ]
+        before = [m.variance_epsilon for m in norms]
+        kept, self._logits, answers, self._answers = self._logits, {}, self._answers, {}
+        try:
+            for m in norms:
+                m.variance_epsilon = eps
+            yield self
+        finally:
+            for m, value in zip(norms, before):
+                m.variance_epsilon = value
+            self._logits, self._answers = kept, answers

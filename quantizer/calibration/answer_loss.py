@@ -1,0 +1,125 @@
+"""What the end of the model says of a token: the gradients of the answers' cross-entropy.
+
+    L = Σ over samples of the mean of −log p over the sample's answer tokens
+
+The full-precision stream is taken forward once, and every layer's input is put away. Then the
+layers are filled again, from the last to the first, and the gradient is passed back through each.
+Memory stays at one layer and the activations in flight.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vlmq_export.quantizer.arithmetic import tensor_cores
+from vlmq_export.quantizer.calibration.batches import Batch, add
+from vlmq_export.quantizer.calibration.hooks import leaf_output
+from vlmq_export.quantizer.model.streamed import StreamedModel
+from vlmq_export.quantizer.ranks import ALONE, Ranks
+
+MBQ_TYPES = ("self_attn.o_proj", "mlp.down_proj")  # whose outputs stand for attention and MLP
+# Is given layer, module, batch and ∂L/∂Z [samples, tokens, out].
+Take = Callable[[int, str, Batch, torch.Tensor], None]
+
+
+@tensor_cores()
+def answer_gradients(
+    model: StreamedModel, layers: int, batches: Sequence[Batch], names: Sequence[str], take: Take
+) -> None:
+    """Give `take` the gradient of L at the output Z of each module of `names`, last layer first.
+
+    Samples do not weigh on each other. The batches are at the input of the first layer and are left
+    there. Nothing is taken for samples whose activations are not finite.
+    """
+    inputs = _layer_inputs(model, layers, batches)
+    gradients: list[Callable] = []  # ∂L/∂ of what leaves the layer, one a batch
+    for index in reversed(range(layers)):
+        with model.filled_layer(index) as layer, ExitStack() as stack:
+            head = stack.enter_context(model.filled_head()) if index == layers - 1 else None
+            for position, (batch, seen) in enumerate(zip(batches, inputs)):
+                hidden, leaves = seen.pop()().requires_grad_(), {}
+                with torch.enable_grad(), ExitStack() as hooks:
+                    # On CUDA the fused backward adds in no fixed order, and a resumed run must
+                    # match.
+                    if hidden.is_cuda:
+                        hooks.enter_context(sdpa_kernel(SDPBackend.MATH))
+                    for name in names:
+                        module = layer.get_submodule(name)
+                        hooks.enter_context(leaf_output(module, leaves, name, cut=False))
+                    out = _forward(layer, hidden, batch)
+                    if head is not None:
+                        out, onward = _loss(head(add(out, batch, index)), batch), None
+                    else:
+                        onward = gradients[position]()
+                    wanted = [hidden, *leaves.values()]
+                    found = torch.autograd.grad(out, wanted, grad_outputs=onward)
+                gradients[position : position + 1] = [batch.aside(found[0])]
+                for name, gradient in zip(leaves, found[1:]):
+                    take(index, name, batch, gradient)
+
+
+def _layer_inputs(
+    model: StreamedModel, layers: int, batches: Sequence[Batch]
+) -> list[list[Callable]]:
+    """For each batch, what enters each layer in the full-precision model, put aside."""
+    inputs = [[batch.aside(batch.quantized)] for batch in batches]
+    for index in range(layers - 1):
+        with torch.no_grad(), model.filled_layer(index) as layer:
+            for batch, seen in zip(batches, inputs):
+                hidden = _forward(layer, seen[-1](), batch)
+                seen.append(batch.aside(add(hidden, batch, index)))
+    return inputs
+
+
+def _forward(layer: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    out = layer(hidden, **batch.kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """L of one batch. A sample without an answer adds nothing."""
+    here = batch.answer[:, 1:] & batch.valid[:, None]  # the token at t + 1 is predicted at t
+    log_p = logits[:, :-1].log_softmax(-1).gather(2, batch.ids[:, 1:, None]).squeeze(2)
+    return -(torch.where(here, log_p, 0.0).sum(1) / here.sum(1).clamp_min(1)).sum()
+
+
+def modality_ratios(
+    model: StreamedModel,
+    layers: int,
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    ranks: Ranks = ALONE,
+) -> dict[str, list[float]]:
+    """MBQ's ρ of each module of `names`, one figure a layer (docs/methods.md §4.2).
+
+    ρ is the mean magnitude of the gradient over image tokens, divided by that over answer tokens.
+    Each sample's mean counts alike. ρ is never below its median over the layers.
+    """
+    # Columns: Σ of image means, their number, Σ of answer means, their number.
+    sums = {name: torch.zeros(layers, 4, dtype=torch.float64) for name in names}
+
+    def take(layer: int, name: str, batch: Batch, gradient: torch.Tensor) -> None:
+        each = gradient.abs().mean(-1).double()  # [samples, tokens]
+        for start, tokens in ((0, batch.image), (2, batch.answer)):
+            number = tokens.sum(1)
+            some = batch.valid & (number > 0)
+            means = torch.where(tokens, each, 0.0).sum(1) / number.clamp_min(1)
+            found = torch.stack([means[some].sum(), some.sum().double()])
+            sums[name][layer, start : start + 2] += found.cpu()
+
+    answer_gradients(model, layers, batches, names, take)
+    ratios = {}
+    for name, parts in sums.items():
+        total = torch.tensor(ranks.total(*parts.flatten().tolist())).view(layers, 4)
+        image, images, answer, answers = total.T
+        image, answer = image / images.clamp_min(1), answer / answers.clamp_min(1)
+        each = (image / answer.clamp_min(1e-300)).tolist()
+        least = statistics.median(each)
+        ratios[name] = [max(ratio, least) for ratio in each]
+    return ratios

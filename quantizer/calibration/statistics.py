@@ -1,0 +1,224 @@
+"""What calibration leaves of a linear's inputs.
+
+    A = Σ g² x xᵀ        D = Σ g² (x̃ − x) xᵀ        sums over all tokens
+
+    x   the input in the quantized stream
+    x̃   the input in the full-precision stream
+    g   the importance of the token
+
+The product of each batch is added up in float64 and rounded once. The sums are then the same
+whatever the order of the batches, and so are the integers. (One code that differs changes the
+inputs of every layer after it: with float32 sums, a run on two ranks kept 85 % of the codes.)
+
+Products may take their factors in less than float32; docs/performance.md has what that costs. The
+difference x̃ − x is always formed in float32 first, so that D has no large terms that cancel.
+docs/methods.md §1.6.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from vlmq_export.quantizer.arithmetic import tensor_cores
+
+Precision = Literal["float32", "tf32", "bf16", "bf16x3"]
+PRECISION: dict[str, Precision] = {"cpu": "float32", "cuda": "tf32"}  # by type of device
+_BAND = 1024  # rows of A that are summed together; left of their diagonal lies a mirror image
+
+
+def product(x: torch.Tensor, y: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """xᵀ·y, float32 [n, k], for float32 x [tokens, n] and y [tokens, k].
+
+    Sums are float32 whatever the factors are: `tf32` keeps 11 significant bits of each factor and
+    `bf16` keeps 8. `bf16x3` splits each factor into two bf16 terms and leaves out the product of
+    the small ones (16 bits). On the CPU the factors are rounded and multiplied in float32.
+    """
+    if precision == "bf16x3":
+        (x, x_low), (y, y_low) = _split(x), _split(y)
+        return product(x, y, "bf16") + product(x, y_low, "bf16") + product(x_low, y, "bf16")
+    if precision == "bf16":
+        x, y = x.bfloat16(), y.bfloat16()
+        return torch.mm(x.T, y, out_dtype=torch.float32) if x.is_cuda else x.float().T @ y.float()
+    if precision == "tf32" and not x.is_cuda:
+        return tf32(x).T @ tf32(y)
+    with tensor_cores() if precision == "tf32" else nullcontext():
+        return x.T @ y
+
+
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to the 11 significant bits that tensor cores read, ties to even."""
+    bits = x.view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    high = x.bfloat16().float()
+    return high, x - high
+
+
+@dataclass
+class Statistics:
+    """Sums over the tokens seen so far, of one linear or of several that share input and weights.
+
+    The sums are float64 while tokens are added. `to_float32` makes them ready for the solver.
+    """
+
+    upper: torch.Tensor  # A, [in, in], of which only bands from the diagonal on are summed
+    drift: torch.Tensor | None  # D, [in, in]; None where the method needs one stream only
+    diagonal: torch.Tensor  # Σ x² without weights, [in]; 0 tells a dead input, whatever g is
+    precision: Precision = "float32"
+    tokens: int = 0
+    weight: float = 0.0  # Σ g²
+    weight_squared: float = 0.0  # Σ g⁴
+    modal: torch.Tensor | None = None  # Σ g² x² of image and of text tokens, [2, in], if asked for
+    modal_weight: torch.Tensor | None = None  # Σ g² of either, [2]
+    # R = Σ g² (r̃ − r) xᵀ, [out, in], if asked for. r is what the linear's output is added to.
+    residual: torch.Tensor | None = None
+    _mirrored: bool = field(default=False, repr=False)  # whether A is filled below its diagonal
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        *,
+        drift: bool,
+        device: torch.device | str = "cpu",
+        precision: Precision | None = None,  # of the products; None: the device's own
+        modal: bool = False,
+        residual: int = 0,  # outputs of the linear, where R is wanted
+    ) -> Statistics:
+        """Sums of nothing."""
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(
+            zeros(in_features, in_features),
+            zeros(in_features, in_features) if drift else None,
+            zeros(in_features),
+            precision or PRECISION[torch.device(device).type],
+            modal=zeros(2, in_features) if modal else None,
+            modal_weight=zeros(2) if modal else None,
+            residual=zeros(residual, in_features) if residual else None,
+        )
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """A, [in, in], symmetric to the bit."""
+        for start in range(0, 0 if self._mirrored else len(self.upper), _BAND):
+            stop = start + _BAND
+            self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
+        self._mirrored = True
+        return self.upper
+
+    def add(
+        self,
+        x: torch.Tensor,  # [tokens, in]
+        x_full: torch.Tensor | None = None,  # x̃, likewise; needed where there is a D
+        importance: torch.Tensor | None = None,  # g, [tokens]; None: all ones
+        image: torch.Tensor | None = None,  # bool [tokens]; needed where modalities are summed
+        residual: torch.Tensor | None = None,  # r̃ − r, [tokens, out]; needed where there is an R
+    ) -> None:
+        """Add the sums of some tokens."""
+        self._mirrored = False
+        x = x.float()
+        weighted = x if importance is None else x * importance[:, None]
+        for start in range(0, len(self.upper), _BAND):
+            band = weighted[:, start : start + _BAND]
+            self.upper[start : start + _BAND, start:] += product(
+                band, weighted[:, start:], self.precision
+            )
+        self.diagonal += x.square().sum(0)
+        if self.drift is not None:
+            self._add_drift(self.drift, x, x_full, importance, weighted)
+        if self.residual is not None:
+            if residual is None:
+                raise ValueError("these statistics need the residual's own drift")
+            behind = residual if importance is None else residual * importance[:, None]
+            self.residual += product(behind.float(), weighted, self.precision)
+        if importance is None:
+            squares = torch.ones(len(x), dtype=torch.float64)
+        else:
+            squares = importance.double().square()
+        if self.modal is not None and self.modal_weight is not None:
+            if image is None:
+                raise ValueError("these statistics need to know the image tokens")
+            for row, tokens in enumerate((image, ~image)):
+                self.modal[row] += weighted[tokens].square().sum(0)
+                self.modal_weight[row] += squares.to(x.device)[tokens].sum()
+        self.tokens += len(x)
+        self.weight += float(squares.sum())
+        self.weight_squared += float(squares.square().sum())
+
+    def _add_drift(
+        self,
+        drift: torch.Tensor,
+        x: torch.Tensor,
+        x_full: torch.Tensor | None,
+        importance: torch.Tensor | None,
+        weighted: torch.Tensor,
+    ) -> None:
+        if x_full is None:
+            raise ValueError("these statistics need both streams")
+        same_type = x_full.dtype == torch.float32
+        delta = x_full - x if same_type else x_full.float().sub_(x)
+        delta = delta if importance is None else delta.mul_(importance[:, None])
+        for start in range(0, len(drift), _BAND):
+            band = delta[:, start : start + _BAND]
+            drift[start : start + _BAND] += product(band, weighted, self.precision)
+
+    def plus(self, other: Statistics) -> Statistics:
+        """The sums of both parts of the tokens. Neither part is changed."""
+
+        def both(name: str) -> torch.Tensor | None:
+            mine = getattr(self, name)
+            return None if mine is None else mine + getattr(other, name)
+
+        return Statistics(
+            self.upper + other.upper,
+            both("drift"),
+            self.diagonal + other.diagonal,
+            self.precision,
+            self.tokens + other.tokens,
+            self.weight + other.weight,
+            self.weight_squared + other.weight_squared,
+            both("modal"),
+            both("modal_weight"),
+            both("residual"),
+            self._mirrored and other._mirrored,
+        )
+
+    def to_float32(self) -> Statistics:
+        """Turn the sums into float32, in place, and return them. The float64 sums are given up."""
+        self.upper, self.diagonal = self.upper.float(), self.diagonal.float()
+        self.drift = None if self.drift is None else self.drift.float()
+        self.residual = None if self.residual is None else self.residual.float()
+        return self
+
+    def mismatch(self, weights: torch.Tensor) -> torch.Tensor:
+        """W·D, and R where it counts, float32 [out, in].
+
+        This is what the linear's output should make up for, times the linear's input.
+        """
+        if self.drift is None:
+            raise ValueError("these statistics have one stream only")
+        pull = weights @ self.drift
+        return pull if self.residual is None else pull.add_(self.residual)
+
+    def error(self, rounded: torch.Tensor, weights: torch.Tensor) -> float:
+        """Σ g²·‖ŵ·x − w·x̃ − (r̃ − r)‖² over these tokens, up to a term without ŵ."""
+        change = rounded - weights
+        slope = change @ self.hessian - 2 * self.mismatch(weights)
+        return float((slope * change).sum(dtype=torch.float64))
+
+    @property
+    def effective_tokens(self) -> float:
+        """(Σg²)² / Σg⁴: how many tokens of equal weight would carry as much.
+
+        Far below the number of inputs the Hessian is thin. docs/methods.md §1.5, D5.
+        """
+        return self.weight**2 / self.weight_squared if self.weight_squared else 0.0

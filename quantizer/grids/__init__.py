@@ -1,0 +1,1 @@
+"""What a weight may become: affine integers, or the block types of GGUF."""

@@ -1,0 +1,36 @@
+"""Which grid a matrix of the model gets, by the recipe: the one place where that is decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.grids.affine import Affine, grid_for
+from vlmq_export.quantizer.grids.blocks import GRIDS, BlockGrid
+
+
+@dataclass(frozen=True)
+class GridChoice:
+    """The grid of one matrix, and how the column loop walks over it."""
+
+    grid: Affine | BlockGrid
+    group: int  # columns that are fitted together: a group, or a block
+    group_size: int  # as the recipe says it: −1 is one scale per output channel
+    act_order: str
+
+    @property
+    def block_type(self) -> str:
+        """Name of the GGUF block type; empty on an affine grid."""
+        return self.grid.name if isinstance(self.grid, BlockGrid) else ""
+
+
+def grid_choice(config: QuantConfig, name: str, in_features: int) -> GridChoice:
+    """`name` is the hub name of the matrix."""
+    if kind := config.types.get(name):
+        grid = GRIDS[kind]
+        # The columns of a block stay together, whichever order was asked for.
+        order = "off" if config.act_order == "off" else "gar"
+        return GridChoice(grid, grid.block, config.group_size, order)
+    own = config.of(name)
+    columns = own.group_columns(in_features)
+    return GridChoice(grid_for(own, in_features), columns, own.group_size, own.act_order)

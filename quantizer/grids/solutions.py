@@ -1,0 +1,103 @@
+"""What a solver returns: the integers of a matrix, on an affine grid or on a GGUF block type.
+
+Decoding stands here and nowhere else in `quantizer/`. The proof has a decoder of its own
+(`formats/proof/weights.py`), which shares nothing with this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmq_export.quantizer.grids.blocks import BlockGrid, Params
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Integers on an affine grid: `weight = scales[:, g_idx] · (codes − zero_points[:, g_idx])`.
+
+    The columns are in the original order. Several linears may be stacked by rows.
+    """
+
+    codes: torch.Tensor  # uint8 [out, in]
+    scales: torch.Tensor  # float16 [out, groups]
+    zero_points: torch.Tensor  # uint8 [out, groups]
+    g_idx: torch.Tensor  # int32 [in]: the group of each input column
+
+    @property
+    def natural_order(self) -> bool:
+        """Whether every group is a run of neighbouring columns, so that no `g_idx` is needed."""
+        return bool((self.g_idx[1:] >= self.g_idx[:-1]).all())
+
+    def decode(self) -> torch.Tensor:
+        """float32 [out, in]. Only the product is rounded."""
+        codes, scales, zeros = self.codes.float(), self.scales.float(), self.zero_points.float()
+        group = self.codes.shape[1] // scales.shape[1]  # columns per group
+        by_group = self.g_idx.view(-1, group)
+        if bool((by_group == by_group[:, :1]).all()):  # groups lie together: no gather is needed
+            first = self.g_idx[::group].long()
+            grouped = codes.view(len(codes), -1, group)
+            return grouped.sub_(zeros[:, first, None]).mul_(scales[:, first, None]).view_as(codes)
+        index = self.g_idx.long()
+        return codes.sub_(zeros[:, index]).mul_(scales[:, index])
+
+    def rows(self, start: int, stop: int) -> Solution:
+        """The solution of some of the rows."""
+        some = slice(start, stop)
+        return Solution(self.codes[some], self.scales[some], self.zero_points[some], self.g_idx)
+
+    def out_of_range(self, bits: int) -> str:
+        """What in the tensors lies outside a grid of `bits` bits, in words; empty if nothing."""
+        top, (out_features, groups) = 2**bits - 1, self.scales.shape
+        shapes = self.codes.shape, self.zero_points.shape
+        if shapes != ((out_features, len(self.g_idx)), self.scales.shape):
+            return "shapes that do not fit together"
+        return _counted(
+            {
+                f"codes over {top}": self.codes > top,
+                f"zero-points over {top}": self.zero_points > top,
+                f"g_idx entries outside 0..{groups - 1}": (self.g_idx < 0) | (self.g_idx >= groups),
+                "scales that are not finite": ~torch.isfinite(self.scales),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class BlockSolution:
+    """Codes and stored parameters on the grid of a GGUF block type, columns in natural order."""
+
+    grid: BlockGrid
+    codes: torch.Tensor  # uint8 [out, in]
+    params: Params
+
+    def decode(self) -> torch.Tensor:
+        """float32 [out, in], bit for bit what ggml decodes."""
+        scale, minimum = (
+            p.repeat_interleave(self.grid.sub_block, 1) for p in self.params.decoded()
+        )
+        return self.grid.decode(self.codes.float(), scale, minimum)
+
+    def rows(self, start: int, stop: int) -> BlockSolution:
+        """The solution of some of the rows."""
+        return BlockSolution(
+            self.grid, self.codes[start:stop], self.params.rows(slice(start, stop))
+        )
+
+    def out_of_range(self) -> str:
+        """What in the tensors lies outside the grid, in words; empty if nothing does."""
+        p, (low, high) = self.params, self.grid.scale_limits
+        found = {
+            f"codes over {self.grid.top}": self.codes > self.grid.top,
+            f"sub-scales outside {low}..{high}": (p.scales < low) | (p.scales > high),
+            "scales that are not finite": ~torch.isfinite(p.d),
+        }
+        if p.dmin is not None and p.mins is not None:
+            found[f"minima over {high}"] = p.mins > high
+            found["minima that are not finite"] = ~torch.isfinite(p.dmin)
+        return _counted(found)
+
+
+def _counted(found: dict[str, torch.Tensor]) -> str:
+    """`found` maps a description to the mask of what it describes."""
+    return ", ".join(f"{int(bad.sum())} {what}" for what, bad in found.items() if bool(bad.any()))

@@ -1,0 +1,145 @@
+"""One decoder layer: statistics, solve, and the decoded weights put back.
+
+docs/methods.md §1.3, steps 1 to 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vlmq_export.quantizer.calibration.collect import (
+    Evidence,
+    collect,
+    importance_factors,
+    summed_on,
+)
+from vlmq_export.quantizer.calibration.layer_walk import RESIDUAL, LayerWalk
+from vlmq_export.quantizer.calibration.token_weights import importance_facts
+from vlmq_export.quantizer.grids.affine import Affine
+from vlmq_export.quantizer.host import give_back
+from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.layers.awq_mbq import scaled_layer
+from vlmq_export.quantizer.layers.broadcast import broadcast
+from vlmq_export.quantizer.layers.measures import weight_error
+from vlmq_export.quantizer.layers.stack import Matrix, Solved, linear_of, nearest
+from vlmq_export.quantizer.layers.unit import solve_unit
+from vlmq_export.quantizer.ranks import ALONE, Ranks
+
+
+def quantize_layer(
+    walk: LayerWalk,  # of a layer that has its source weights
+    prefix: str,  # hub name of the layer, with the dot
+    job: Job,
+    ranks: Ranks = ALONE,
+) -> list[Solved]:
+    """Solve every linear of a layer, and leave the decoded weights in the layer.
+
+    Step by step, so that each linear is calibrated on inputs that the linears before it have
+    already disturbed. Of several ranks each solves its share of a step, from the sums of all.
+    """
+    factors = importance_factors(walk, job.method, ranks)
+    facts = importance_facts(factors, walk.batches, ranks)
+    solved: list[Solved] = []
+    for step, names in enumerate(job.family.groups):
+        # Linears with token weights of their own have statistics of their own.
+        own = names[0] in factors
+        units: list[list[str]] = [[name] for name in names] if own else [list(names)]
+        found = _evidence(walk, step, units, factors, job)
+        for name, (linear, metrics) in zip(names, _solve(walk, prefix, units, found, job, ranks)):
+            walk.put(name, linear)
+            metrics |= {"importance": facts[name]} if name in facts else {}
+            solved.append((linear, metrics))
+    return solved
+
+
+def _evidence(
+    walk: LayerWalk,
+    step: int,
+    units: Sequence[Sequence[str]],
+    factors: dict[str, list[torch.Tensor]],
+    job: Job,
+) -> list[Evidence | None]:
+    """The statistics of each unit, from the samples of this rank."""
+    if not job.method.calibrated:
+        return [None] * len(units)
+    module = walk.layer.get_submodule(units[0][0])
+    residual = job.method.residual and step in RESIDUAL
+    found = collect(
+        walk.inputs(step, residual=residual),
+        walk.batches,
+        [factors.get(names[0]) for names in units],
+        job.method,
+        in_features=module.in_features,
+        residual=module.out_features if residual else 0,
+        device=module.weight.device,
+    )
+    give_back()  # or the freed pieces of every step would add up to more than its peak
+    return [*found]
+
+
+def _solve(
+    walk: LayerWalk,
+    prefix: str,
+    units: Sequence[Sequence[str]],
+    found: list[Evidence | None],  # emptied, so that the sums go as they are used
+    job: Job,
+    ranks: Ranks,
+) -> list[Solved]:
+    """The linears of one step, in order. First every rank solves, then the results go round."""
+    owners = [ranks.owner(unit) for unit in range(len(units))]
+    for unit, owner in enumerate(owners):
+        evidence = found[unit]
+        found[unit] = None if evidence is None else summed_on(owner, evidence, ranks)
+    parts: list[Sequence[Solved | None]] = []
+    for names, owner in zip(units, owners):
+        evidence = found.pop(0)
+        evidence = None if evidence is None else evidence.to_float32()
+        if ranks.rank == owner:
+            modules = {name: walk.layer.get_submodule(name) for name in names}
+            matrices = [Matrix(prefix + n, m.weight, m.bias) for n, m in modules.items()]
+            parts.append(solve_unit(matrices, evidence, job))
+        else:
+            parts.append([None] * len(names))
+    return [broadcast(part, ranks, owner) for owner, unit in zip(owners, parts) for part in unit]
+
+
+def scale_layer(
+    walk: LayerWalk,
+    prefix: str,
+    job: Job,
+    ratios: tuple[float, float] | None,  # MBQ's, of attention and MLP
+    stored: Callable[[str, torch.Tensor], torch.Tensor],  # a float tensor as its file holds it
+    ranks: Ranks = ALONE,
+) -> tuple[list[Solved], dict[str, torch.Tensor]]:
+    """Round a layer's linears to nearest after AWQ's or MBQ's scaling.
+
+    Returns the linears, and the norms that ship in place of the source's, by hub name. The layer
+    keeps its source weights, because these methods calibrate on the full-precision stream.
+    """
+
+    def grid_of(columns: int) -> tuple[Affine, int]:
+        choice = job.grid("", columns)
+        assert isinstance(choice.grid, Affine), "refused before the run: see run/refusals.py"
+        return choice.grid, choice.group
+
+    scaled = scaled_layer(
+        walk,
+        job.family.groups,
+        grid_of,
+        ratios=ratios,
+        stored=lambda name, value: stored(prefix + name, value),
+        norms=job.family.norms,
+        ranks=ranks,
+    )
+    solved = []
+    for name, weights in scaled.weights.items():
+        choice = job.grid(prefix + name, weights.shape[1])
+        solution = nearest(weights, choice)
+        metrics = weight_error(solution, weights)
+        if name in scaled.powers:
+            metrics["power"] = scaled.powers[name]
+        linear = linear_of(prefix + name, solution, scaled.biases.get(name), choice)
+        solved.append((linear, metrics))
+    return solved, {prefix + name: value for name, value in scaled.norms.items()}

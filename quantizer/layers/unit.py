@@ -1,0 +1,74 @@
+"""One unit of work: linears that share their statistics, from sums to integers with metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vlmq_export.quantizer.calibration.collect import Evidence
+from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.layers import measures
+from vlmq_export.quantizer.layers.attempt import Attempt, Prepared, attempt, prepared
+from vlmq_export.quantizer.layers.hold_out import best_of
+from vlmq_export.quantizer.layers.stack import Matrix, Solved, Stack, linear_of, nearest
+
+
+@torch.no_grad()
+def solve_unit(
+    matrices: Sequence[Matrix],
+    evidence: Evidence | None,  # None: nothing is calibrated, and weights are rounded to nearest
+    job: Job,
+) -> list[Solved]:
+    """Solve linears that share statistics. Those of one grid are solved together."""
+    energy = None  # of the inputs, float32 [in]
+    if evidence is not None and evidence.fitted.weight:
+        energy = (evidence.fitted.hessian.diagonal() / evidence.fitted.weight).float()
+    biases = {m.name: m.bias for m in matrices}
+    solved: dict[str, Solved] = {}
+    for stack in _stacks(matrices, job):
+        known, attempts = _attempts(stack, evidence, job)
+        for name, found, metrics in zip(stack.names, attempts, _metrics(stack, known, attempts)):
+            linear = linear_of(name, found.solution, biases[name], stack.choice, energy)
+            solved[name] = linear, metrics
+    return [solved[m.name] for m in matrices]
+
+
+def _stacks(matrices: Sequence[Matrix], job: Job) -> list[Stack]:
+    """Matrices of one grid together, grids in the order in which they come first."""
+    by_type: dict[str, list[Matrix]] = {}
+    for m in matrices:
+        by_type.setdefault(job.grid(m.name, m.weight.shape[1]).block_type, []).append(m)
+    return [
+        Stack.of(alike, job.grid(alike[0].name, alike[0].weight.shape[1]))
+        for alike in by_type.values()
+    ]
+
+
+def _attempts(
+    stack: Stack, evidence: Evidence | None, job: Job
+) -> tuple[Prepared | None, list[Attempt]]:
+    """The statistics of a stack, factorized, and the attempt that is kept for each linear."""
+    if evidence is None:
+        plain = stack.parts(nearest(stack.weights, stack.choice))
+        return None, [Attempt(part, {}) for part in plain]
+    if job.method.candidates:
+        return best_of(job.method.candidates, stack, evidence, job.config)
+    known = prepared(stack, evidence.fitted, job.config)
+    return known, attempt(stack, known, evidence.held, job.method, job.config)
+
+
+def _metrics(stack: Stack, known: Prepared | None, attempts: Sequence[Attempt]) -> list[dict]:
+    """The metrics of each linear of a stack."""
+    weights = stack.split(stack.weights)
+    if known is None:
+        return [measures.weight_error(a.solution, w) for a, w in zip(attempts, weights)]
+    target = stack.weights if known.shift is None else stack.weights + known.shift
+    common = measures.of_stack(known)
+    return [
+        measures.weight_error(a.solution, w)
+        | common
+        | a.chosen
+        | measures.losses(a.solution, w, aim, known.sums, stack.choice)
+        for a, w, aim in zip(attempts, weights, stack.split(target))
+    ]

@@ -1,0 +1,252 @@
+"""A source checkpoint on disk, read one tensor at a time.
+
+Only safetensors files are read, and their headers are checked before any weight is used. A shard
+whose path leaves the folder is refused, where transformers would follow `../` in an index.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from vlmq_export.errors import CheckpointError
+from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.families import FAMILIES
+from vlmq_export.quantizer.storage.tensors import (
+    TensorInfo,
+    count_non_finite,
+    read_infos,
+    read_tensor,
+    weight_map,
+)
+from vlmq_export.quantizer.storage.untrusted import contained, read_json
+from vlmq_export.quantizer.storage.whole_files import sha256_file
+
+log = logging.getLogger("vlmq_export")
+_PROBLEMS_SHOWN = 8
+# The files beside the weights that a runtime needs. They are copied into every export as they are.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "LICENSE.txt",
+)
+
+
+class Checkpoint:
+    """A local model folder in the hub's layout.
+
+    It holds config.json, one safetensors file or several shards with their index, and the files of
+    tokenizer and processor. Raises CheckpointError for a folder that is incomplete, damaged or
+    quantized already.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{path}: no such model folder")
+        if not (self.path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path}: no config.json in this folder; give a folder in the Hugging Face layout"
+            )
+        self.config: dict = read_json(self._contained("config.json"))
+        self._refuse_quantized()
+        # transformers would load the model that the adapter names instead.
+        if (self.path / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{path}: holds an adapter (adapter_config.json); merge it into the model first"
+            )
+        self.tensors: dict[str, TensorInfo] = self._hub_names(self._index())  # by hub name
+
+    def _refuse_quantized(self) -> None:
+        """Raises CheckpointError for a model that is quantized already."""
+        if "quantization_config" in self.config:
+            settings = self.config["quantization_config"]
+            known = settings if isinstance(settings, dict) else {}
+            method = known.get("quant_method", "unknown")
+            raise CheckpointError(
+                f"{self.path}: already quantized ({method}); give the original float checkpoint"
+            )
+
+    def _contained(self, name: str) -> Path:
+        """A file of the folder. Raises CheckpointError for a name that leads out of it."""
+        try:
+            return contained(self.path, name)
+        except ValueError as e:
+            raise CheckpointError(f"{self.path}: {e}") from None
+
+    @property
+    def model_type(self) -> str:
+        """The name of the family in config.json."""
+        return str(self.config.get("model_type", "unknown"))
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What config.json says. Raises CheckpointError for a model that is not supported."""
+        return Architecture.of(self.config)
+
+    def _index(self) -> dict[str, TensorInfo]:
+        """name → TensorInfo over all shards, by the names in the files.
+
+        Raises CheckpointError that reports every problem of the shards at once.
+        """
+        files, listed = self._weight_files()
+        tensors, problems = self._read_headers(files)
+        if listed is not None and not problems:
+            problems = _disagreements(tensors, listed)
+        if problems:
+            hidden = len(problems) - _PROBLEMS_SHOWN
+            more = f" (and {hidden} more)" if hidden > 0 else ""
+            raise CheckpointError(f"{self.path}: " + "; ".join(problems[:_PROBLEMS_SHOWN]) + more)
+        if extra := sorted(p.name for p in self.path.glob("*.safetensors") if p.name not in files):
+            shown = ", ".join(extra[:_PROBLEMS_SHOWN])
+            log.warning("%s: not in the index and not read: %s", self.path.name, shown)
+        return tensors
+
+    def _weight_files(self) -> tuple[list[str], dict[str, str] | None]:
+        """The names of the weight files, and tensor → file where an index says so.
+
+        Raises CheckpointError for a folder without safetensors files, and for one in which it is
+        not clear which of them are meant.
+        """
+        index_path = self.path / "model.safetensors.index.json"
+        single = self.path / "model.safetensors"
+        if index_path.is_file():
+            listed = weight_map(index_path)
+            files = sorted(set(listed.values()))
+            if single.is_file() and single.name not in files:  # transformers would read that one
+                raise CheckpointError(
+                    f"{self.path}: {single.name} and {index_path.name} are both here; delete one"
+                )
+            return files, listed
+        if single.is_file():
+            return [single.name], None
+        if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")):
+            raise CheckpointError(
+                f"{self.path}: only pickled weights here; convert to safetensors, we never unpickle"
+            )
+        raise CheckpointError(
+            f"{self.path}: no model.safetensors and no model.safetensors.index.json"
+        )
+
+    def _read_headers(self, files: Sequence[str]) -> tuple[dict[str, TensorInfo], list[str]]:
+        """name → TensorInfo over these files, and what is wrong with them, one line a problem."""
+        tensors: dict[str, TensorInfo] = {}
+        problems: list[str] = []
+        for file in files:
+            try:
+                shard = contained(self.path, file)
+                infos = read_infos(shard) if shard.is_file() else None
+            except (CheckpointError, ValueError) as e:
+                problems.append(str(e))
+                continue
+            if infos is None:
+                problems.append(f"shard {file} is missing")
+                continue
+            for name, info in infos.items():
+                if name in tensors:
+                    problems.append(f"tensor {name} is in both {tensors[name].file} and {file}")
+                tensors[name] = replace(info, file=file)
+        return tensors, problems
+
+    def _hub_names(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The same tensors by their published names, whichever version of transformers saved them.
+
+        Names of a family that is not supported are left alone. Raises CheckpointError for a tensor
+        that is there under two names.
+        """
+        family = FAMILIES.get(self.model_type)
+        if family is None:
+            return tensors
+        hub_names = {name: family.hub_name(name) for name in tensors}
+        named = {hub: replace(tensors[name], name=hub) for name, hub in hub_names.items()}
+        if len(named) < len(tensors):
+            seen: set[str] = set()
+            twice = next(n for n, hub in hub_names.items() if hub in seen or seen.add(hub))
+            raise CheckpointError(
+                f"{self.path}: tensor {twice} is there under two names; keep one of them"
+            )
+        return named
+
+    def info(self, name: str) -> TensorInfo:
+        """What a header says of a tensor, by hub name. Raises CheckpointError if it is missing."""
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is missing;"
+                " the model type or the folder is not what it says"
+            )
+        return self.tensors[name]
+
+    def tensor(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """One tensor by its hub name, or some of its rows, in its source dtype.
+
+        Raises CheckpointError if it is missing, cannot be read, or holds values that are not
+        finite.
+        """
+        info = self.info(name)
+        try:
+            value = read_tensor(self.path, info, rows)
+        except (OSError, EOFError) as e:
+            raise CheckpointError(
+                f"{info.file}: cannot read {name} ({e}); copy the file again"
+            ) from None
+        if bad := count_non_finite(value):
+            raise CheckpointError(
+                f"{info.file}: {name} has {bad} NaN or infinite values; this checkpoint is damaged"
+            )
+        return value
+
+    def write_config(self, target: Path) -> None:
+        """Write the config.json of the model whose weights `tensor` gives."""
+        shutil.copyfile(self.path / "config.json", target)
+
+    @cached_property
+    def companions(self) -> list[Path]:
+        """The files of COMPANIONS that are here.
+
+        Raises CheckpointError for one that is a link out of the folder.
+        """
+        return [self._contained(n) for n in COMPANIONS if (self.path / n).is_file()]
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        files = ["config.json", *sorted({t.file for t in self.tensors.values()})]
+        return {name: sha256_file(self.path / name) for name in files}
+
+    def fingerprint(self) -> dict[str, str]:
+        """file → SHA-256, for config.json and every weight file.
+
+        A run may only be resumed with a checkpoint of the same fingerprint.
+        """
+        return self._fingerprint
+
+
+def _disagreements(tensors: Mapping[str, TensorInfo], listed: Mapping[str, str]) -> list[str]:
+    """Where the shards and their index (tensor → file) disagree, one line a problem."""
+    problems = []
+    absent = sorted(n for n, f in listed.items() if n not in tensors or tensors[n].file != f)
+    if absent:
+        problems.append(
+            f"{len(absent)} tensors of the index are not in their shard, first {absent[0]}"
+        )
+    if unlisted := sorted(tensors.keys() - listed.keys()):
+        problems.append(
+            f"{len(unlisted)} tensors of the shards are not in the index, first {unlisted[0]}"
+        )
+    return problems

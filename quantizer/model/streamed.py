@@ -1,0 +1,266 @@
+"""The source model as transformers runs it, in float32, with weights that are read part by part.
+
+Only the part that is about to run has its weights in memory: what comes before the first decoder
+layer, one decoder layer, or what comes after the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlmq_export.errors import CheckpointError
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.storage.untrusted import third_party
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class StreamedModel:
+    """transformers' own model in float32, without weights.
+
+    The weights of one part are read from the shards when it is filled, and dropped again. Raises
+    CheckpointError where the checkpoint's names or shapes do not fit the class.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+        self.checkpoint, self.device = checkpoint, device
+        # A PreTrainedModel. Its type does not tell what its modules have for attributes.
+        self.model: Any = _empty_model(checkpoint).eval().requires_grad_(False)
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+        self._family = checkpoint.architecture.family
+        self._source = self._match()
+
+    def _match(self) -> dict[str, str]:
+        """Parameter of the model → hub name of its tensor in the checkpoint.
+
+        Raises CheckpointError where they do not fit together.
+        """
+        path = self.checkpoint.path
+        source = {self._family.module_name(name): name for name in self.checkpoint.tensors}
+        wanted = dict(self.model.named_parameters(remove_duplicate=False))
+        # Without duplicates: a tied output matrix may be missing.
+        absent = [name for name, _ in self.model.named_parameters() if name not in source]
+        wrong = sorted([*absent, *(hub for name, hub in source.items() if name not in wanted)])
+        if wrong:
+            raise CheckpointError(
+                f"{path}: {len(wrong)} tensors do not fit the model, first {wrong[0]}"
+            )
+        for name, hub in source.items():
+            found, expected = self.checkpoint.info(hub).shape, tuple(wanted[name].shape)
+            if found != expected:
+                raise CheckpointError(
+                    f"{path}: {hub} has shape {found} where config.json asks for {expected}"
+                )
+        return source
+
+    def layer(self, index: int) -> nn.Module:
+        """A decoder layer, which has no weights unless it is filled."""
+        return self.model.get_submodule(self._family.module_name(f"{self._family.layers}{index}"))
+
+    @contextmanager
+    def filled_layer(self, index: int) -> Iterator[nn.Module]:
+        """A decoder layer with its source weights, float32 on the device, inside the block."""
+        prefix = self._family.module_name(f"{self._family.layers}{index}.")
+        with self._filled([name for name in self._source if name.startswith(prefix)]):
+            yield self.layer(index)
+
+    @contextmanager
+    def filled_prefix(self, ids: torch.Tensor) -> Iterator[Any]:
+        """The model with the weights of all that runs before the first decoder layer.
+
+        Of the embedding matrix only the rows of the token ids `ids` [n] are read.
+        """
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        matrices = {id(embedding.weight), *(() if head is None else (id(head.weight),))}
+        layers = self._family.module_name(self._family.layers)
+        parameters = list(self.model.named_parameters())
+        names = [n for n, p in parameters if not n.startswith(layers) and id(p) not in matrices]
+        ids = ids.unique()
+        matrix = self._source[next(n for n, p in parameters if p is embedding.weight)]
+        rows = self.checkpoint.tensor(matrix, rows=ids.tolist())
+        self.model.set_input_embeddings(_Rows(ids.to(self.device), rows.to(self.device).float()))
+        try:
+            with self._filled(names):
+                yield self.model
+        finally:
+            self.model.set_input_embeddings(embedding)
+
+    @contextmanager
+    def filled_head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """What runs after the last decoder layer: [..., hidden] → logits [..., vocabulary]."""
+        matrix = self.head_rows(0, self.head_shape[0])
+        with self.filled_norm() as norm:
+            yield lambda hidden: norm(hidden) @ matrix.T
+
+    @contextmanager
+    def filled_norm(self) -> Iterator[nn.Module]:
+        """The norm between the last decoder layer and the output head."""
+        prefix = self._family.module_name(self._family.layers).removesuffix("layers.") + "norm."
+        with self._filled([name for name in self._source if name.startswith(prefix)]):
+            yield self.model.get_submodule(prefix.rstrip("."))
+
+    @property
+    def _head(self) -> str:
+        """Hub name of the output matrix's tensor, which is the embedding where they are tied."""
+        # A rotated checkpoint has an output matrix of its own, although transformers made the model
+        # from the config.json of the source, where it may be tied.
+        if not self.checkpoint.architecture.tied and self._source.get("lm_head.weight"):
+            return self._source["lm_head.weight"]
+        weight = self.model.get_output_embeddings().weight
+        return self._source[next(n for n, p in self.model.named_parameters() if p is weight)]
+
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        """Shape of the output matrix, (vocabulary, hidden)."""
+        return self.checkpoint.info(self._head).shape
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of the output matrix, float32 [rows, hidden] on the device."""
+        rows = range(start, min(stop, self.head_shape[0]))
+        return self.checkpoint.tensor(self._head, rows=rows).to(self.device).float()
+
+    @contextmanager
+    def _filled(self, names: list[str]) -> Iterator[None]:
+        """These parameters have their source weights inside the block."""
+        try:
+            for name in names:
+                self._set(name, self.checkpoint.tensor(self._source[name]).to(self.device).float())
+            yield
+        finally:
+            for name in names:
+                self._set(name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+
+    def _set(self, name: str, value: torch.Tensor) -> None:
+        """Replace a parameter by one that holds `value`."""
+        module, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+
+
+class _Rows(nn.Module):
+    """An embedding that holds only the rows of the token ids that it will be asked for."""
+
+    ids: torch.Tensor  # int64 [n], sorted
+
+    def __init__(self, ids: torch.Tensor, rows: torch.Tensor):  # [n] and [n, hidden]
+        super().__init__()
+        self.register_buffer("ids", ids)
+        self.weight = nn.Parameter(rows, requires_grad=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[torch.searchsorted(self.ids, ids)]
+
+
+def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Hub name → shape of every parameter that config.json asks for.
+
+    Of tied parameters only the first is named. Raises CheckpointError where transformers cannot
+    make the model.
+    """
+    family = checkpoint.architecture.family
+    return {
+        family.hub_name(name): tuple(p.shape)
+        for name, p in _empty_model(checkpoint).named_parameters()
+    }
+
+
+def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model in float32, its parameters without storage. Raises CheckpointError."""
+    cls, config = _class_of(checkpoint)
+    with (
+        _parameters_on_meta(),
+        third_party(f"{checkpoint.path}: transformers cannot make this model"),
+    ):
+        return cls._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def _class_of(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """transformers' class and config of a checkpoint. Raises CheckpointError."""
+    import transformers
+
+    with third_party(f"{checkpoint.path}: transformers cannot load this model"):
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    return model_class(transformers, config.architectures), config
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made in this block have parameters without storage.
+
+    Their buffers are computed from the config, and are real.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        # A tied parameter is registered twice. It is on meta the second time and stays the same.
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """The whole model in float32, as transformers loads it. Streamed models are tested against it.
+
+    Raises CheckpointError where the checkpoint does not fit the model.
+    """
+    import transformers
+
+    cls, _ = _class_of(checkpoint)
+    with (
+        _no_progress_bar(transformers),
+        third_party(f"{checkpoint.path}: transformers cannot load this model"),
+    ):
+        # With output_loading_info it returns a pair, which its annotation does not say.
+        loaded: Any = cls.from_pretrained(
+            checkpoint.path,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        model, info = loaded
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+        first = min(map(str, wrong))
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(wrong)} tensors do not fit the model, first {first}"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def model_class(transformers: Any, architectures: object) -> type[PreTrainedModel]:
+    """The class that config.json names in `architectures`.
+
+    Raises CheckpointError unless it is one of transformers' own models.
+    """
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"config.json names no model class of transformers {transformers.__version__} ({name})"
+        )
+    return cls
+
+
+@contextmanager
+def _no_progress_bar(transformers: Any) -> Iterator[None]:
+    """Hide transformers' progress bar, because the command shows one of its own."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""One run of the quantizer: what it refuses, how it resumes, its phases, memory and time."""

@@ -1,0 +1,82 @@
+"""The first pass: vision tower and embedding, up to the input of the first decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vlmq_export.quantizer.calibration.batches import Batch, decoder_inputs
+from vlmq_export.quantizer.calibration.offload import Shelf
+from vlmq_export.quantizer.grids.blocks import GRIDS, Params
+from vlmq_export.quantizer.grids.linears import BlockLinear
+from vlmq_export.quantizer.grids.solutions import BlockSolution
+from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.streamed import StreamedModel
+from vlmq_export.quantizer.ranks import Ranks
+from vlmq_export.quantizer.samples.sample import Sample
+from vlmq_export.quantizer.solver.nearest import nearest_in_blocks
+
+_ROWS = 4096  # rows of an embedding that are in float32 at once
+
+
+def solve_outer(checkpoint: Checkpoint, job: Job) -> list[BlockLinear]:
+    """The matrices outside the decoder layers: the embedding, where the recipe names a block type.
+
+    It is rounded to nearest, because nothing calibrates it.
+    """
+    solved = []
+    calibrated = {*job.linears, job.head}
+    for name, kind in job.config.types.items():
+        if name in calibrated:
+            continue
+        grid, weight = GRIDS[kind], checkpoint.tensor(f"{name}.weight")
+        parts = [nearest_in_blocks(some, grid) for some in weight.split(_ROWS)]
+        codes = torch.cat([part.codes for part in parts])
+        params = Params.joined([part.params for part in parts], 0)
+        solved.append(BlockLinear(name, BlockSolution(grid, codes, params), None))
+    return solved
+
+
+def first_pass(
+    model: StreamedModel,
+    samples: Sequence[Sample],
+    outer: Sequence[BlockLinear],  # quantized matrices outside the decoder layers
+    job: Job,
+    shelf: Shelf,
+    ranks: Ranks,
+) -> list[Batch]:
+    """The batches of this rank, at the input of the first decoder layer.
+
+    Where the embedding is quantized, the quantized stream begins with the embedding that ships.
+    """
+
+    def inputs(prefix: Any, *, two_streams: bool) -> list[Batch]:
+        return decoder_inputs(
+            prefix,
+            model.layer(0),
+            samples,
+            two_streams=two_streams,
+            device=model.device,
+            added=job.family.added,
+            shelf=shelf,
+            ranks=ranks,
+        )
+
+    names = {job.family.module_name(q.name): q for q in outer}
+    shipped = next((q for name, q in names.items() if name.endswith(".embed_tokens")), None)
+    with model.filled_prefix(torch.cat([sample.input_ids for sample in samples])) as prefix:
+        batches = inputs(prefix, two_streams=job.method.two_streams)
+        if shipped is not None:
+            _put_embedding(prefix, shipped)
+            for batch, start in zip(batches, inputs(prefix, two_streams=False)):
+                batch.quantized = start.quantized
+    return batches
+
+
+def _put_embedding(prefix: Any, shipped: BlockLinear) -> None:
+    """Replace the embedding's rows that the model holds by what the shipped codes decode to."""
+    embedding = prefix.get_input_embeddings()
+    embedding.weight.copy_(shipped.at(embedding.ids.cpu()).decode())

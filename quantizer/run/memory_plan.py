@@ -1,0 +1,188 @@
+"""How much memory a run takes, and where its activations rest.
+
+The plan is a pure function of shapes, tokens and what is free. Peak memory follows one decoder
+layer and the calibration set, and never the number of layers:
+
+    fixed        Python, PyTorch, transformers
+    images       the pixels of all samples, dropped after the first pass
+    first pass   vision tower and projector in float32, dropped before the first layer
+    layer        a layer's weights in float32, and the group of linears that is being solved
+    solver       statistics and factorization of the linear with the most inputs
+    ranges       rows that are solved under all candidate ranges at once, where the method chooses
+                 ranges by the outcome
+    batch        what a layer makes of BATCH_TOKENS tokens, with the attention scores of the
+                 backward pass where tokens are weighed by importance
+    activations  both streams, and within a layer what attention made of them
+
+Only the activations can rest in host memory or on disk. The constants are measured
+(docs/scale.md), and a test holds the plan against the peak of a real run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
+from vlmq_export.quantizer.calibration.offload import Place
+from vlmq_export.quantizer.methods import METHODS, Method
+from vlmq_export.quantizer.solver.ranges import AT_ONCE, NEIGHBOURS
+
+FIXED = 600 * 10**6
+_FLOAT = 4  # bytes of a float32
+_DOUBLE = 8
+_SHARE = 0.9  # of what is free that a plan may count on
+# Copies of the weights being solved: target, loop order, decoded, codes and scales.
+_GROUP_COPIES = 4
+# Copies of the rows under all ranges: target, loop order, decoded, their error, products with it.
+_RANGE_COPIES = 6
+# Tensors that are alive at once in a layer, by their width: hidden, MLP, attention scores.
+_BATCH_HIDDEN = 10
+_BATCH_MLP = 4
+_BATCH_SCORES = 5
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of a model that memory depends on, from headers alone."""
+
+    layers: int
+    hidden: int
+    heads: int
+    linears: tuple[tuple[int, int], ...]  # (out, in) of each linear of one decoder layer
+    groups: tuple[int, ...]  # how many of them share an input, in the same order
+    prefix: int  # weights that run before the first decoder layer, embedding rows not counted
+    pixels: int  # numbers of a preprocessed image for each of its tokens
+    weights: int  # of the whole model
+
+    @property
+    def widest(self) -> int:
+        """The most inputs of a linear."""
+        return max(columns for _, columns in self.linears)
+
+    @property
+    def layer(self) -> int:
+        """The weights of a layer's linears."""
+        return sum(rows * columns for rows, columns in self.linears)
+
+    @property
+    def largest_group(self) -> int:
+        """The most weights of linears that share an input, and so are solved together."""
+        starts = [sum(self.groups[:i]) for i in range(len(self.groups))]
+        return max(
+            sum(rows * columns for rows, columns in self.linears[start : start + size])
+            for start, size in zip(starts, self.groups)
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes at the peak, part by part."""
+
+    place: Place  # where the activations rest
+    parts: dict[str, int]  # all but the activations
+    activations: int
+    host: int  # needed at the peak
+    device: int  # what CUDA needs at the peak; 0 on the CPU
+    disk: int  # for activations
+    host_free: int
+    device_free: int  # 0: there is no CUDA device
+
+    @property
+    def fits(self) -> bool:
+        """Whether no more is needed than is free."""
+        return self.host <= self.host_free and self.device <= self.device_free
+
+
+def memory_plan(
+    shapes: Shapes,
+    method: Method,
+    *,
+    tokens: int,  # of all samples
+    seq_len: int,  # of the longest sample
+    host_free: int,
+    device_free: int = 0,  # 0: everything runs on the host
+) -> MemoryPlan:
+    """What is held at the peak of a run.
+
+    Activations rest on the device if everything fits there, else in host memory, else on disk.
+    Where everything runs on the host, the host is the device.
+    """
+    parts = _parts(shapes, method, tokens, seq_len)
+    activations = _activations(shapes, method, tokens)
+    images, first = parts["images"], parts["first pass"]
+    work = sum(parts.values()) - images - first  # while a layer is solved
+    on_cuda = device_free > 0
+    if on_cuda:
+        host, device = FIXED + images, max(first, work)
+    else:
+        host, device = FIXED + max(images + first, work), 0
+    fits_host = host + activations <= int(_SHARE * host_free)
+    fits_device = device + activations <= int(_SHARE * device_free) if on_cuda else fits_host
+    place: Place = "device" if fits_device else "host" if fits_host else "disk"
+    if place == "device" and on_cuda:
+        device += activations
+    elif place != "disk":
+        host += activations
+    return MemoryPlan(
+        place,
+        {"fixed": FIXED} | parts,
+        activations,
+        host,
+        device,
+        disk=activations if place == "disk" else 0,
+        host_free=host_free,
+        device_free=device_free,
+    )
+
+
+def _parts(shapes: Shapes, method: Method, tokens: int, seq_len: int) -> dict[str, int]:
+    """Bytes of everything that a run adds to the fixed part, but for the activations."""
+    calibrated = method.calibrated
+    solved = shapes.layer + _GROUP_COPIES * shapes.largest_group
+    at_once = min(AT_ONCE, _tries(method) * shapes.largest_group)
+    return {
+        "images": tokens * shapes.pixels * _FLOAT if calibrated else 0,
+        "first pass": shapes.prefix * _FLOAT if calibrated else 0,
+        "layer": solved * _FLOAT,
+        "solver": _solver(shapes, method) if calibrated else 0,
+        "ranges": _RANGE_COPIES * at_once * _FLOAT,
+        "batch": _batch(shapes, method, tokens, seq_len) if calibrated else 0,
+    }
+
+
+def _solver(shapes: Shapes, method: Method) -> int:
+    """Bytes of the square matrices of the linear with the most inputs."""
+    sums = 1 if method.drift == "plain" else 3  # A, or A with D and GPTAQ's P
+    if method.holds_out:
+        sums *= 2  # those of the samples that were put aside
+    damped = bool(method.refine.sweeps or method.candidates)  # for what follows the loop
+    factor = 1
+    # The factorization itself holds two matrices in float64.
+    matrix = (sums + damped + factor) * _FLOAT + 2 * _DOUBLE
+    return matrix * shapes.widest**2
+
+
+def _batch(shapes: Shapes, method: Method, tokens: int, seq_len: int) -> int:
+    """Bytes of what a layer makes of one batch."""
+    batch = min(tokens, max(BATCH_TOKENS, seq_len))
+    width = _BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * shapes.widest
+    if method.importance != "none":
+        width += _BATCH_SCORES * seq_len * shapes.heads
+    return batch * width * _FLOAT
+
+
+def _activations(shapes: Shapes, method: Method, tokens: int) -> int:
+    """Bytes of the activations of all samples, each stream before and after the attention."""
+    streams = (2 if method.two_streams else 1) if method.calibrated else 0
+    # MBQ keeps the input of every layer, for the gradients.
+    kept = shapes.layers if method.scaling == "mbq" else 0
+    return tokens * shapes.hidden * (2 * streams + kept) * _FLOAT
+
+
+def _tries(method: Method) -> int:
+    """Ranges that are tried for each row, zero-points included; 0 where none are.
+
+    A method that chooses among others tries the ranges of all of them, one method after the other.
+    """
+    methods = (method, *(METHODS[name] for name in method.candidates))
+    return max(len(m.refine.shrink) * (len(NEIGHBOURS) if m.neighbours else 1) for m in methods)

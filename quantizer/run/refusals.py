@@ -1,0 +1,68 @@
+"""What a run refuses: recipes that cannot be solved on a model, and samples that are damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from vlmq_export.errors import CalibrationError, UsageError
+from vlmq_export.quantizer.config import ACT_ORDERS, BITS
+from vlmq_export.quantizer.job import Job
+
+MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
+
+
+class Shape(Protocol):
+    """What is known from headers of a linear that is to be quantized."""
+
+    @property
+    def name(self) -> str: ...  # hub name
+
+    @property
+    def in_features(self) -> int: ...
+
+
+def check_shapes(linears: Iterable[Shape], job: Job) -> None:
+    """Raises UsageError for a recipe that cannot be solved on these linears.
+
+    Headers alone are enough to know.
+    """
+    config, method = job.config, job.method
+    if config.types and (method.scaling or method.ranges != "minmax"):
+        raise UsageError(
+            f"method {config.method} fits the ranges of affine grids;"
+            " choose another method for GGUF's block types"
+        )
+    if config.bits not in BITS:
+        raise UsageError(
+            f"bits {config.bits} is not supported; choose one of {', '.join(map(str, BITS))}"
+        )
+    if config.act_order not in ACT_ORDERS:
+        raise UsageError(
+            f"act order {config.act_order} is not known; choose one of {', '.join(ACT_ORDERS)}"
+        )
+    if config.group_size != -1 and config.group_size < 1:
+        raise UsageError(
+            f"group size {config.group_size} is not possible;"
+            " give a number of columns, or -1 for per-channel"
+        )
+    own = [x for x in linears if x.name not in config.types]
+    odd = [x for x in own if x.in_features % config.group_columns(x.in_features)]
+    if odd:
+        raise UsageError(
+            f"group size {config.group_size} does not divide the {odd[0].in_features} inputs of"
+            f" {odd[0].name} ({len(odd)} linears); choose a divisor, or -1 for per-channel"
+        )
+
+
+def refuse_many_lost(lost: int, samples: int) -> None:
+    """Raises CalibrationError where too many samples have activations that are not finite.
+
+    A few of them are left out and counted. More mean that something is broken. Where it is all of
+    them, the walk says at which layer.
+    """
+    if 0 < lost < samples and lost > MAX_LOST * samples:
+        raise CalibrationError(
+            f"{lost} of {samples} samples have NaN or infinite activations;"
+            " the model or these images are damaged"
+        )

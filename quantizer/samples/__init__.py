@@ -1,0 +1,1 @@
+"""From rows of a file to samples that the model can run."""

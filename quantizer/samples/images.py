@@ -1,0 +1,60 @@
+"""Image files → pixels, with limits on what a file of others may cost to decode."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlmq_export.errors import CalibrationError, one_line
+
+MAX_PIXELS = 64 * 2**20  # of an image; a larger one is refused before it is decoded
+MAX_IMAGE_BYTES = 256 * 2**20  # of a file
+MAX_RATIO = 200  # of an image's sides: what Qwen's own preprocessing allows
+# Pillow knows more formats, and starts programs for some of them.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+LONGEST_WHY = 300  # characters of a reason in a message
+
+
+def load_image(path: Path) -> Image.Image:
+    """The first frame of an image file, in RGB, turned upright as its EXIF tag says.
+
+    Raises CalibrationError for what cannot be decoded, is too large or too narrow.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+            raise ValueError(f"{size} bytes; {MAX_IMAGE_BYTES} is the limit")
+        # Pillow warns of sizes, which are checked below, and of damage that it can read past.
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(path, formats=IMAGE_FORMATS) as image,
+        ):
+            w, h = image.size
+            if w * h > MAX_PIXELS:
+                raise ValueError(f"{w}×{h} pixels; {MAX_PIXELS} is the limit")
+            if max(w, h) > MAX_RATIO * min(w, h):
+                raise ValueError(
+                    f"{w}×{h} pixels; a side of {MAX_RATIO} times the other is the limit"
+                )
+            return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as e:  # Pillow's decoders raise all kinds of errors on damaged files
+        why = one_line(str(e).replace(str(path), "it"))[:LONGEST_WHY]
+        raise CalibrationError(
+            f"{path}: cannot be read as an image ({why}); replace it or drop its row"
+        ) from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with at most 8 bits a channel. Raises ValueError for other wide pixels.
+
+    16-bit grey is divided by 256. Pillow's own conversion would cut it off at 255.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}; save it with 8 bits a channel")
+    return image

@@ -1,0 +1,137 @@
+"""Rows → samples. For many rows, images are decoded in several processes."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlmq_export.errors import CalibrationError
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import Row
+from vlmq_export.quantizer.samples.sample import Sample, truncate
+
+log = logging.getLogger("vlmq_export")
+MANY = 128  # number of rows from which on worker processes are worth the time to start them
+MAX_WORKERS = 8
+_SHOWN = 5  # bad rows that the error names; the log has the others
+
+
+def read_samples(
+    folder: Path,
+    rows: Sequence[Row],
+    seq_len: int,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None],
+) -> tuple[list[Sample], int]:
+    """The samples of the rows, in their order, and how many were dropped.
+
+    Samples are cut to `seq_len` tokens, and dropped where that would cut an image's tokens.
+    `workers` is the number of processes: 1 decodes in this one, None chooses. `progress` is given
+    the number of rows that are done, after each row, and may raise to stop. Raises CalibrationError
+    once, for all rows that cannot be used.
+    """
+    samples: list[Sample] = []
+    dropped, bad = 0, []
+    decoded = _decoded(folder, rows, seq_len, workers)
+    for done, (row, (sample, error)) in enumerate(zip(rows, decoded), start=1):
+        if error:
+            bad.append(f"{row.where or row.id}: {error}")
+        elif sample is None:
+            dropped += 1
+        else:
+            samples.append(sample)
+        progress(done)
+    if bad:
+        for line in bad[_SHOWN:]:
+            log.error("%s", line)
+        more = f" (and {len(bad) - _SHOWN} more, above)" if len(bad) > _SHOWN else ""
+        raise CalibrationError(
+            f"{len(bad)} of {len(rows)} samples cannot be used: " + "; ".join(bad[:_SHOWN]) + more
+        )
+    return samples, dropped
+
+
+def worker_count(rows: int) -> int:
+    """The number of processes for so many rows, by the CPUs that this process may use."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0))) if rows >= MANY else 1
+
+
+# A row's sample, or None if it was dropped; and what is wrong with the row, or an empty text.
+_Decoded = tuple[Sample | None, str]
+
+
+def _decoded(
+    folder: Path, rows: Sequence[Row], seq_len: int, workers: int | None
+) -> Iterator[_Decoded]:
+    """The samples of the rows, in their order. Raises CalibrationError if a process was killed."""
+    workers = workers or worker_count(len(rows))
+    if workers == 1:
+        preprocessor = Preprocessor(folder)
+        yield from (_decode(preprocessor, row, seq_len) for row in rows)
+        return
+    # Made only to raise here what is wrong with the folder. A pool would only say that its
+    # processes died.
+    Preprocessor(folder)
+    # Spawned and not forked, because this process has threads by now.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (folder,))
+    try:
+        for sample, error in pool.map(_work, rows, [seq_len] * len(rows), chunksize=4):
+            yield (None if sample is None else _mapped(sample, np.ndarray, torch.from_numpy)), error
+    except BrokenProcessPool:
+        raise CalibrationError(
+            "a process that decodes images was killed, most likely for its memory;"
+            " free some, or take smaller images"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _decode(preprocessor: Preprocessor, row: Row, seq_len: int) -> _Decoded:
+    """One row. The sample does not keep the images themselves, which are large."""
+    try:
+        sample = truncate(preprocessor.sample(row), seq_len)
+    except CalibrationError as e:
+        return None, str(e)
+    return (None if sample is None else replace(sample, images=())), ""
+
+
+_preprocessor: Preprocessor  # of a worker process, made when it starts
+
+
+def _start(folder: Path) -> None:
+    """Prepare a worker process."""
+    global _preprocessor
+    torch.set_num_threads(1)
+    _preprocessor = Preprocessor(folder)
+
+
+def _work(row: Row, seq_len: int) -> _Decoded:
+    """`_decode` in a worker process. The sample has arrays in place of tensors.
+
+    Each tensor would need a file descriptor on its way back.
+    """
+    sample, error = _decode(_preprocessor, row, seq_len)
+    return (None if sample is None else _mapped(sample, torch.Tensor, lambda t: t.numpy())), error
+
+
+def _mapped(sample: Sample, kind: type, change: Callable[[Any], object]) -> Sample:
+    """The sample with `change` applied to each value of this kind in its fields."""
+
+    def one(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: one(v) for k, v in value.items()}
+        return change(value) if isinstance(value, kind) else value
+
+    changed: dict[str, Any] = {f.name: one(getattr(sample, f.name)) for f in fields(sample)}
+    return replace(sample, **changed)

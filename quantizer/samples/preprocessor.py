@@ -1,0 +1,163 @@
+"""Rows → samples: tokens and pixels as the model's own preprocessing makes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlmq_export.errors import CalibrationError, CheckpointError, MissingRuntime
+from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.samples.image_rules import Encoded, image_rule
+from vlmq_export.quantizer.samples.images import load_image
+from vlmq_export.quantizer.samples.rows import Row
+from vlmq_export.quantizer.samples.sample import Sample
+from vlmq_export.quantizer.storage.untrusted import read_json, third_party
+
+
+class Preprocessor:
+    """Tokenizer, chat template and image processor of a model folder.
+
+    transformers' combined processors need torchvision for some families; these parts do not. Raises
+    CheckpointError for a folder whose files are missing or damaged, and MissingRuntime where
+    transformers cannot be imported.
+    """
+
+    def __init__(self, folder: Path):
+        with third_party(
+            "transformers cannot be imported; where torchvision is named, install the build for"
+            " your torch or remove it",
+            MissingRuntime,
+        ):
+            from transformers import AutoImageProcessor, AutoTokenizer
+
+        self.config = read_json(folder / "config.json")
+        for file in ("tokenizer_config.json", "preprocessor_config.json"):
+            if not (folder / file).is_file():
+                raise CheckpointError(
+                    f"{folder}: {file} is missing; copy it from the original model"
+                )
+        self.family = Architecture.of(self.config).family
+        with third_party(f"{folder}: transformers cannot read its tokenizer"):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.tokenizer.chat_template = self.tokenizer.chat_template or _chat_template(folder)
+        with third_party(f"{folder}: transformers cannot read its image processor"):
+            self.image_processor = _image_processor(AutoImageProcessor, folder)
+            self.images = image_rule(
+                self.family.images, self.image_processor, self.config, self.family.newline
+            )
+            self.fit(Image.new("RGB", (64, 64)))  # raises where its settings are no numbers
+        self.image_token_id, self.image_token = self._image_token(folder)
+
+    def _image_token(self, folder: Path) -> tuple[int, str]:
+        """Id and text of the placeholder that stands for an image.
+
+        Raises CheckpointError where config and tokenizer do not agree on one.
+        """
+        number = self.config.get("image_token_id") or self.config.get("image_token_index")
+        if type(number) is int and 0 <= number < len(self.tokenizer):
+            token = self.tokenizer.convert_ids_to_tokens(number)
+            if token and self._ids(token) == [number]:
+                return number, token
+        raise CheckpointError(
+            f"{folder}: the tokenizer has no image token of the id {number} that config.json names;"
+            " copy both from the original model"
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        """The tokens of a text, without any that the tokenizer would add around it."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """Resize an image once, to a size that every runtime leaves alone."""
+        return self.images.fit(image)
+
+    def sample(self, row: Row, *, prompt_only: bool = False) -> Sample:
+        """One row as the model sees it.
+
+        With `prompt_only` a last turn of the assistant is left out, and the template's opening of
+        such a turn is added. Raises CalibrationError that names the row, where an image cannot be
+        read, and where chat template or processor refuse it.
+        """
+        with third_party(f"{row.id}: cannot be made a sample of this model", CalibrationError):
+            return self._sample(row, prompt_only)
+
+    def _sample(self, row: Row, prompt_only: bool) -> Sample:
+        """`sample`, with the libraries' own errors."""
+        messages = list(row.messages)
+        if prompt_only and messages[-1]["role"] == "assistant":
+            messages.pop()
+        text = self._prompt(messages, open_turn=prompt_only)
+        images = tuple(self.fit(load_image(p)) for p in row.images)
+        encoded = self.images.encode(images) if images else Encoded({}, [])
+        if (kept := text.count(self.image_token)) != len(images):
+            raise CalibrationError(
+                f"{row.id}: the chat template kept {kept} of {len(images)} images"
+            )
+        ids = torch.tensor(self._ids(self._expanded(text, encoded.tokens)))
+        answer = torch.zeros(len(ids), dtype=torch.bool)
+        if not prompt_only and messages[-1]["role"] == "assistant":
+            tail = self._ids(text[self._answer_start(messages, text) :])
+            answer[len(ids) - len(tail) :] = True
+        layout = dict(encoded.inputs)
+        return Sample(
+            id=row.id,
+            input_ids=ids,
+            vision=ids == self.image_token_id,
+            answer=answer,
+            pixel_values=layout.pop("pixel_values", None),
+            image_grid_thw=layout.pop("image_grid_thw", None),
+            images=images,
+            text=text,
+            row=row,
+            layout=layout,
+            mrope=self.family.mrope,
+        )
+
+    def _prompt(self, messages: Sequence[dict], *, open_turn: bool) -> str:
+        """The text of a conversation. `open_turn` adds the opening of the assistant's next turn."""
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=open_turn
+        )
+
+    def _expanded(self, text: str, tokens: Sequence[int]) -> str:
+        """`text` with as many placeholders for each image as it has tokens."""
+        counts, (before, after) = iter(tokens), self.family.around
+        return re.sub(
+            re.escape(self.image_token), lambda m: before + m.group() * next(counts) + after, text
+        )
+
+    def _answer_start(self, messages: list[dict], text: str) -> int:
+        """Where in `text` the words of the last turn begin."""
+        prefix = self._prompt(messages[:-1], open_turn=True)
+        if text.startswith(prefix):
+            return len(prefix)
+        # Some templates write other white space before an answer than after the opening of a turn.
+        words = "".join(p.get("text", "") for p in messages[-1]["content"]).strip()
+        return max(text.rfind(words), 0)
+
+
+def _image_processor(auto: Any, folder: Path) -> Any:
+    """The image processor that decodes with Pillow. `auto` is transformers' AutoImageProcessor."""
+    try:
+        return auto.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except (TypeError, ImportError):  # transformers before the argument `backend`
+        return auto.from_pretrained(folder, use_fast=False, trust_remote_code=False)
+
+
+def _chat_template(folder: Path) -> str:
+    """The template of chat_template.json, where some models keep it.
+
+    Raises CheckpointError if there is none.
+    """
+    file = folder / "chat_template.json"
+    template = read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(template, str) and template:
+        return template
+    raise CheckpointError(
+        f"{folder}: the tokenizer has no chat template; copy chat_template.json from the model"
+    )

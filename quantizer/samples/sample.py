@@ -1,0 +1,58 @@
+"""One sample: what the model is given of one row, and what its tokens are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from PIL import Image
+
+from vlmq_export.quantizer.samples.rows import Row
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenized row with its images, unpadded. S is the number of its tokens."""
+
+    id: str
+    input_ids: torch.Tensor  # int64 [S]
+    vision: torch.Tensor  # bool [S], true at image tokens
+    answer: torch.Tensor  # bool [S], true at the last assistant turn, its end token included
+    # float32 [patches, channels·temporal·patch²] on a grid, [tiles, 3, side, side] for tiles; None
+    # for a sample without images.
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor | None  # int64 [images, 3]; None off a grid
+    images: tuple[Image.Image, ...] = ()  # after resizing
+    text: str = ""  # the prompt, with one placeholder for each image
+    row: Row | None = None  # where the sample comes from
+    # What else the model must know of the images: keyword arguments of get_image_features.
+    layout: dict[str, torch.Tensor] = field(default_factory=dict)
+    mrope: bool = True  # as Family.mrope
+
+    def image_inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of get_image_features in transformers. Empty without images."""
+        if self.pixel_values is None:
+            return {}
+        grid = {} if self.image_grid_thw is None else {"image_grid_thw": self.image_grid_thw}
+        return {"pixel_values": self.pixel_values} | grid | self.layout
+
+    def model_inputs(self, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+        """Keyword arguments of the model in transformers, as a batch of one."""
+        ids = self.input_ids[None]
+        kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | self.image_inputs()
+        if self.mrope:
+            kwargs["mm_token_type_ids"] = self.vision[None].long()
+        return {k: v.to(device) for k, v in kwargs.items()}
+
+
+def truncate(sample: Sample, seq_len: int) -> Sample | None:
+    """The first `seq_len` tokens of a sample, or None where that would cut an image's tokens.
+
+    The VLMQ paper drops such samples.
+    """
+    if len(sample.input_ids) <= seq_len:
+        return sample
+    if bool(sample.vision[seq_len:].any()):
+        return None
+    cut = {name: getattr(sample, name)[:seq_len] for name in ("input_ids", "vision", "answer")}
+    return replace(sample, **cut)

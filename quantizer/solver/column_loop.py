@@ -1,0 +1,233 @@
+"""The column loop: a target, a Hessian and a grid in, integers out. Pure functions of tensors.
+
+GPTQ (arXiv 2210.17323) rounds one input column at a time and spreads its error over the columns
+that are still free. With the factor of A itself, A = K·diag(d)·Kᵀ and K unit upper triangular, the
+weight that is rounded at step j is
+
+    v_j = t_j + Σ_{q<j} (t_q − ŵ_q)·K_qj
+
+    t   the target, [out, in], its columns in the order of the loop
+    ŵ   the weights that the codes decode to
+    K   the factor, [in, in], in the order of the loop
+
+These are the numbers of the papers' update with the Cholesky factor of A⁻¹ (GPTQ and LDLQ are one
+algorithm, arXiv 2307.13304). Without the inverse, one factorization and matrix products are left.
+
+GPTAQ (arXiv 2504.02692) also makes up for the drift between the two streams, column by column:
+
+    t_j ← w_j + Σ_{q<j} v_q·P_qj        beyond the lazy block: ŵ_q·P_qj
+
+with P from `hessian.column_term`. VLM-PTQ adds the own term C (`hessian.own_term`): column j is
+rounded as v_j·(1 + C_j), and its error still counts from v_j. docs/methods.md §2 and §3.
+
+Inside the loop every matrix is transposed, [in, out], so that a column of weights is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vlmq_export.quantizer.grids.affine import Affine
+from vlmq_export.quantizer.grids.blocks import BlockGrid
+from vlmq_export.quantizer.grids.solutions import Solution
+from vlmq_export.quantizer.solver import kernels
+from vlmq_export.quantizer.solver.hessian import Hessian
+from vlmq_export.quantizer.solver.nearest import round_to_nearest
+
+# The ranges of one group. Weights [group, out], as the columns before them leave them, and the
+# original indices of these columns, int64 [group] → scale and zero-point, [out] each.
+Fit = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# The same for the loop: the steps of a group and its weights → the rows of `scales` that it fills,
+# and their scales and offsets, [rows, out] each.
+FitSteps = Callable[[slice, torch.Tensor], tuple[slice, torch.Tensor, torch.Tensor]]
+LEAF = 32  # columns rounded one by one between two matrix products, where no kernel takes more
+
+
+def solve(
+    target: torch.Tensor,  # float32 [out, in]
+    hessian: Hessian,
+    grid: Affine,
+    *,
+    group: int,  # columns that share a scale
+    act_order: str,
+    block: int,  # columns of a lazy block
+    column_term: torch.Tensor | None = None,  # GPTAQ's P, [in, in], loop order
+    own_term: torch.Tensor | None = None,  # VLM-PTQ's C, [in], loop order
+    fit: Fit | None = None,  # in place of the grid's own
+) -> Solution:
+    """Integers for `target` under the prepared Hessian: the one loop of every method.
+
+    Rows never see each other, so linears that share a Hessian may be stacked by rows. A group is
+    fitted on the compensated weights when the loop reaches it (`off`, `gar`, `dynamic`), or on the
+    target before the loop begins (`static`).
+    """
+    if hessian.fallback:
+        return round_to_nearest(target, grid, group=group)
+    order, in_features = hessian.order, target.shape[1]
+    target = target.float()
+    if bool(hessian.dead.any()):
+        target = target.masked_fill(hessian.dead, 0)
+    steps = torch.arange(in_features, device=order.device)
+    group_of = (steps if act_order == "dynamic" else order) // group  # of each step
+    index_of = group_of.tolist()
+
+    def fitted(weights: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grid.fit(weights, dim=0) if fit is None else fit(weights, columns)
+
+    def fit_steps(here: slice, weights: torch.Tensor) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        index = index_of[here.start]
+        scale, zero = fitted(weights, order[here])
+        return slice(index, index + 1), scale[None], zero[None]
+
+    loop = ColumnLoop(
+        target.T.contiguous()[order],
+        hessian.factor,
+        grid,
+        group=group,
+        scale_of=group_of,
+        scales=in_features // group,
+        block=block,
+        fit=None if act_order == "static" else fit_steps,
+        column_term=column_term,
+        own_term=own_term,
+    )
+    if act_order == "static":
+        for index, columns in enumerate(steps.split(group)):
+            loop.scales[index], loop.offsets[index] = fitted(target.T[columns], columns)
+    loop.run(0, in_features)
+    back = order.argsort()
+    return Solution(
+        loop.codes[back].T.contiguous(),
+        loop.scales.T.half().contiguous(),
+        loop.offsets.T.to(torch.uint8).contiguous(),
+        group_of[back].to(torch.int32),
+    )
+
+
+class ColumnLoop:
+    """One run of the loop. Its `codes`, `scales` and `offsets` are filled by `run`."""
+
+    def __init__(
+        self,
+        target: torch.Tensor,  # float32 [in, out], loop order; overwritten
+        factor: torch.Tensor,  # K
+        grid: Affine | BlockGrid,
+        *,
+        group: int,  # columns whose ranges are fitted together
+        scale_of: torch.Tensor,  # int64 [in]: row of `scales` that each step decodes with
+        scales: int,  # number of these rows
+        block: int,  # columns of a lazy block
+        fit: FitSteps | None,  # None: `scales` and `offsets` are filled before `run`
+        column_term: torch.Tensor | None = None,
+        own_term: torch.Tensor | None = None,
+    ):
+        in_features, out_features = target.shape
+        # t, [in, out]. Once its column is rounded, an entry is what the column term multiplies.
+        self.target = target
+        # Σ (t_q − ŵ_q)·K_qj so far, [in, out]. Once its column is rounded, an entry is t_j − ŵ_j.
+        self.shift = torch.zeros_like(target)
+        self.codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=target.device)
+        self.scales = torch.empty(scales, out_features, device=target.device)
+        self.offsets = torch.empty_like(self.scales)  # zero-points, or minima of a block type
+        self.factor, self.grid, self.group, self.fit = factor, grid, group, fit
+        self.column_term, self.own_term = column_term, own_term
+        self.scale_of, self.scale_index = scale_of.tolist(), scale_of.to(torch.int32)
+        # A group is fitted on weights that carry every earlier update. Only ranges of whole groups
+        # may therefore straddle two lazy blocks.
+        self.lazy = block if group >= block else block // group * group
+        self.kernel = own_term is None and kernels.usable(target.device, grid)
+        takes = kernels.BLOCK if kernels.usable(target.device, grid) else LEAF
+        self.units = sorted({group, self.lazy, min(takes, group, self.lazy)}, reverse=True)
+
+    def run(self, start: int, stop: int, *, inside: bool = False) -> None:
+        """Round the columns start … stop, which carry the updates of all columns before them.
+
+        The range is split into halves, so that the work is matrix products as large as can be: at
+        the boundaries of lazy blocks or groups, whichever are larger, then of the smaller ones,
+        then of leaves. `inside` says whether the range lies within one lazy block.
+        """
+        size = stop - start
+        if self.fit is not None and size == self.group and start % size == 0:
+            self._fit(slice(start, stop))
+        lazy = not inside and size <= self.lazy  # this range is a whole lazy block
+        unit = next((u for u in self.units if u < size), None)
+        if unit is None:
+            (self._leaf_in_kernel if self.kernel else self._leaf)(start, stop)
+        else:
+            middle = start + -(-size // unit) // 2 * unit
+            self.run(start, middle, inside=inside or lazy)
+            factor = self.factor[start:middle, middle:stop]
+            self.shift[middle:stop].addmm_(factor.T, self.shift[start:middle])
+            if self.column_term is not None:
+                term = self.column_term[start:middle, middle:stop]
+                self.target[middle:stop].addmm_(term.T, self.target[start:middle])
+            self.run(middle, stop, inside=inside or lazy)
+        # As the authors' code has it: docs/methods.md §2.2.
+        if lazy and self.column_term is not None:
+            rows = self.scale_of[start:stop]
+            self.target[start:stop] = self.grid.decode(
+                self.codes[start:stop], self.scales[rows], self.offsets[rows]
+            )
+
+    def _fit(self, here: slice) -> None:
+        """Fit a group on its weights as the columns before it leave them: t + E·K_<≥·(K_≥≥)⁻¹.
+
+        E are the errors t − ŵ of the columns before.
+        """
+        own = self.factor[here, here].T
+        shift = torch.linalg.solve_triangular(
+            own, self.shift[here], upper=False, unitriangular=True
+        )
+        assert self.fit is not None
+        rows, scales, offsets = self.fit(here, self.target[here] + shift)
+        self.scales[rows], self.offsets[rows] = scales, offsets
+
+    def _leaf(self, start: int, stop: int) -> None:
+        """Round one column after the other.
+
+        The tensors are small here, so that the number of calls is what counts.
+        """
+        factor = self.factor[start:stop, start:stop].T.contiguous()  # [to, from]
+        term = self.column_term
+        term = None if term is None else term[start:stop, start:stop].T.contiguous()
+        target, shift = self.target[start:stop], self.shift[start:stop]
+        codes, before = torch.empty_like(target), shift.T
+        current = self.scale_of[start]
+        scale, offset = self.scales[current], self.offsets[current]
+        rows = zip(target.unbind(), shift.unbind(), codes.unbind(), factor.unbind())
+        for i, (t, s, code, k) in enumerate(rows):
+            if i:
+                s.addmv_(before.narrow(1, 0, i), k.narrow(0, 0, i))
+                if term is not None:
+                    t.addmv_(target[:i].T, term[i, :i])
+            if current != (current := self.scale_of[start + i]):
+                scale, offset = self.scales[current], self.offsets[current]
+            weights = t + s  # v_j, [out]
+            own = self.own_term
+            code.copy_(
+                self.grid.encode(
+                    weights if own is None else weights * (1 + own[start + i]), scale, offset
+                )
+            )
+            torch.sub(t, self.grid.decode(code, scale, offset), out=s)
+            if term is not None:
+                t.copy_(weights)
+        self.codes[start:stop] = codes.to(torch.uint8)
+
+    def _leaf_in_kernel(self, start: int, stop: int) -> None:
+        """`_leaf` as one kernel."""
+        here = slice(start, stop)
+        term = self.column_term
+        kernels.round_block(
+            self.target[here],
+            self.shift[here],
+            self.codes[here],
+            self.scales,
+            self.offsets,
+            self.scale_index[here],
+            self.factor[here, here],
+            None if term is None else term[here, here],
+            self.grid.top,
+        )

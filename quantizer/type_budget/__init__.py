@@ -1,0 +1,1 @@
+"""A block type for each matrix under a budget of bits, by measured cost."""

@@ -1,0 +1,204 @@
+"""The GGUF tables of the five families: names of tensors, metadata keys and refusals."""
+
+from __future__ import annotations
+
+import gguf as gguf_py
+import numpy as np
+import pytest
+
+from tests.artifacts import GRIDS, config_of, rtn_artifact, tower_of
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.contract import FORMATS, FormatOptions
+from vlmq_export.formats.gguf import read
+from vlmq_export.formats.gguf.files.mmproj import stored_type
+from vlmq_export.formats.gguf.tables.families import GRAPHS, graphs_of
+from vlmq_export.formats.gguf.tables.layout import Layout, Place, shapes
+from vlmq_export.formats.model_plan import artifact_plan
+from vlmq_export.formats.proof.weights import Weights
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.families import Family
+
+gguf = FORMATS["gguf"]
+# llama.cpp wants every n-th block of Qwen2.5-VL's tower to have full attention, and of Qwen3-VL a
+# layer after the last one that takes DeepStack features.
+SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
+ARCHES = {"qwen2vl": "QWEN2VL", "qwen3vl": "QWEN3VL", "qwen2": "QWEN2"}
+NEW = ("qwen3_vl", "internvl", "llava_onevision")
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny, tmp_path_factory):
+    """get(family, **options) → an artifact at 4 bits, made once."""
+    made: dict[str, Artifact] = {}
+
+    def get(arch: str, **options) -> Artifact:
+        key = f"{arch}-{options}"
+        if key not in made:
+            source = tiny(arch, **SHAPE.get(arch, {}), **options)
+            made[key] = rtn_artifact(tmp_path_factory.mktemp(arch), GRIDS["w4"], source)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("arch", GRAPHS)
+def test_every_hub_tensor_has_a_place_and_every_place_a_tensor(arch, artifact):
+    a = artifact(arch)
+    weights, layout = Weights(a.path), Layout.of(a.architecture)
+    assert layout.held == set(weights.names()) - layout.unused
+    assert layout.without_place(weights.names()) == []
+    assert layout.without_place(["model.extra.weight"]) == ["model.extra.weight"]
+    assert shapes(layout.vision) == {name: x.shape for name, x in tower_of(a).items()}
+    held = sum(np.prod(x.shape) for x in (*layout.text.values(), *layout.vision.values()))
+    assert held == weights.count - sum(weights.array(n).size for n in layout.unused)
+
+
+def _converter_name(name: str, module: str) -> str:
+    """The name that llama.cpp's converter looks up. For some tensors transformers 5 has another."""
+    for part in ("encoder.layers", "embeddings.patch_emb", "embeddings.position_embedding."):
+        module = module.replace(f"model.vision_tower.{part}", f"vision_tower.vision_model.{part}")
+    module = module.replace("model.language_model.", "model.").removeprefix("model.visual.")
+    if "attn_q." in name or "attn_k." in name or "attn_v." in name:
+        module = module.replace("qkv", name.split("attn_")[1][0])
+    return module
+
+
+@pytest.mark.parametrize("arch", GRAPHS)
+def test_names_are_llama_cpps_own(arch, artifact):
+    """Compares with gguf-py's map of names, where it has an entry for the tensor.
+
+    Most of the other names are checked by tools/checks/gguf_converter.py, with the output of
+    llama.cpp's converter.
+    """
+    layout = Layout.of(artifact(arch).architecture)
+    t, v = layout.text_params, layout.vision_params
+    text = gguf_py.get_tensor_name_map(getattr(gguf_py.MODEL_ARCH, ARCHES[t.graph.arch]), t.layers)
+    vision = gguf_py.get_tensor_name_map(gguf_py.MODEL_ARCH.MMPROJ, v.layers)
+    suffixes, unknown = (".weight", ".bias"), []
+    for name, place in layout.text.items():
+        module = place.module.replace("model.language_model.", "model.")
+        assert text.get_name(module, try_suffixes=suffixes) == name
+    for name, place in layout.vision.items():
+        # The map has no name for the second time slice of the patch convolution, and it numbers
+        # DeepStack's tensors from 0, where the file has the number of their block.
+        if name == "v.patch_embd.weight.1":
+            continue
+        converted = _converter_name(name, place.module)
+        looked = (converted, f"visual.{converted}", place.module)
+        found = [vision.get_name(n, try_suffixes=suffixes) for n in looked]
+        if place.module.endswith(("position_embeddings", "lambda_1", "lambda_2")):
+            # Parameters that are no module's weight: the converter appends .weight.
+            found = [f and f"{f}.weight" for f in found]
+        if "deepstack" in name:
+            found = []
+        assert name in found or not any(found), (name, place.module, found)
+        unknown += [] if name in found else [name]
+    # The names that the map does not have are those of the projector and DeepStack, and those of
+    # parameters that are no module's weight.
+    begin = ("mm.", "v.deepstack.", "v.post_ln.", "v.image_newline", "v.class_embd")
+    other = [
+        n for n in unknown if not n.startswith(begin) and ".ls" not in n and "position" not in n
+    ]
+    assert not other
+
+
+@pytest.mark.parametrize("arch", NEW)
+def test_both_generations_of_names_give_the_same_bytes(arch, artifact, tmp_path):
+    """Checkpoints as published for transformers 4, and as transformers 5 saves the same models."""
+    options, found = FormatOptions(name="tiny-vlm"), []
+    for generation in ("hub", "modules"):
+        gguf.write(artifact(arch, generation=generation), tmp_path / generation, options)
+        found.append([read.GGUFFile(f) for f in read.find_files(tmp_path / generation)])
+    for old, new in zip(*found):
+        assert old.metadata == new.metadata and list(old.tensors) == list(new.tensors)
+        assert all(np.array_equal(old.raw(n), new.raw(n)) for n in old.tensors)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f32", "q8_0"])
+@pytest.mark.parametrize("arch", NEW)
+def test_the_mmproj_decodes_to_the_source(arch, dtype, artifact, tmp_path):
+    a = artifact(arch)
+    gguf.write(a, tmp_path, FormatOptions(name="tiny-vlm", mmproj_dtype=dtype))
+    mmproj = read.find_files(tmp_path)[1]
+    expected = tower_of(a, dtype)
+    for name, array in read.decode_gguf_py(mmproj):
+        assert np.array_equal(array, expected.pop(name)), name
+    assert not expected
+    types = {t.type for t in read.GGUFFile(mmproj).tensors.values()}
+    assert types == {"F32", *({dtype.upper()} - {"F32"})}
+    planned = gguf.plan(artifact_plan(a), FormatOptions(mmproj_dtype=dtype)).size_bytes
+    written = sum(f.stat().st_size for f in tmp_path.iterdir())
+    assert abs(planned - written) < 0.03 * written
+
+
+def test_rows_that_do_not_fill_the_blocks_stay_in_float16():
+    place = Place("", "x.weight", (32, 4304), None, True)  # SigLIP's MLP: 4304 is 134.5 blocks
+    assert [stored_type(place, d) for d in ("q8_0", "f16", "f32")] == ["F16", "F16", "F32"]
+    assert stored_type(Place("", "x.weight", (4304, 1152), None, True), "q8_0") == "Q8_0"
+    assert stored_type(Place("", "pos", (729, 1152), None, False), "q8_0") == "F32"
+
+
+def test_metadata_that_only_one_family_has(artifact):
+    layouts = {arch: Layout.of(artifact(arch).architecture) for arch in GRAPHS}
+    keys = {arch: layout.vision_params.keys() for arch, layout in layouts.items()}
+    text = {arch: layout.text_params.keys() for arch, layout in layouts.items()}
+    assert keys["qwen3_vl"]["clip.vision.is_deepstack_layers"] == [True, False, True]
+    assert keys["qwen3_vl"]["clip.vision.image_size"] == 12 * 16
+    assert text["qwen3_vl"]["qwen3vl.n_deepstack_layers"] == 2
+    assert text["qwen3_vl"]["qwen3vl.attention.key_length"] == 64
+    assert text["qwen3_vl"]["qwen3vl.rope.dimension_sections"] == [11, 11, 10, 0]
+    assert keys["internvl"]["clip.vision.projector.scale_factor"] == 2
+    assert keys["llava_onevision"]["clip.vision.feature_layer"] == [3]
+    assert "qwen2.rope.dimension_sections" not in text["internvl"]
+    silu, gelu = "clip.use_silu", "clip.use_gelu"
+    switches = {arch: keys[arch].keys() & {silu, gelu} for arch in GRAPHS}
+    wanted = {"qwen2_vl": set(), "qwen2_5_vl": {silu}} | {arch: {gelu} for arch in NEW}
+    assert switches == wanted
+
+
+def test_where_the_class_row_goes(artifact):
+    a = artifact("internvl")
+    rows = Weights(a.path).array("vision_tower.embeddings.position_embeddings")[0]
+    last = tower_of(a, class_row="last")["v.position_embd.weight"]
+    first = tower_of(a, class_row="first")["v.position_embd.weight"]
+    assert np.array_equal(first, rows)
+    assert np.array_equal(last[:-1], rows[1:]) and np.array_equal(last[-1], rows[0])
+
+
+TEXT, VISION = "text_config", "vision_config"
+YARN = {"rope_scaling": {"rope_type": "yarn", "mrope_section": [11, 11, 10]}}
+
+
+@pytest.mark.parametrize(
+    "arch, where, change, said",
+    [
+        ("qwen3_vl", VISION, {"hidden_act": "gelu"}, "qwen3vl_merger knows only gelu_pytorch_tanh"),
+        ("qwen3_vl", VISION, {"deepstack_visual_indexes": [0, 1, 2]}, "fails at the last of 3"),
+        ("qwen3_vl", TEXT, {"attention_bias": True}, "attention_bias"),
+        ("qwen3_vl", TEXT, YARN, "rope type yarn"),
+        ("internvl", TEXT, {"model_type": "qwen3"},
+         "model_type is qwen3; llama.cpp's qwen2 knows only qwen2"),
+        ("internvl", VISION, {"norm_type": "rms_norm"}, "norm_type is rms_norm"),
+        ("internvl", VISION, {"use_qk_norm": True}, "use_qk_norm"),
+        ("internvl", VISION, {"image_size": [448, 224]}, "only squares"),
+        ("internvl", None, {"vision_feature_layer": -2}, "vision_feature_layer"),
+        ("internvl", TEXT, {"head_dim": 32}, "head_dim 32"),
+        ("llava_onevision", TEXT, {"use_sliding_window": True}, "use_sliding_window"),
+        ("llava_onevision", VISION, {"model_type": "clip_vision_model"}, "siglip_vision_model"),
+        ("llava_onevision", VISION, {"intermediate_size": 256}, "as wide as the tower"),
+        ("llava_onevision", None, {"vision_feature_select_strategy": "default"}, "knows only full"),
+        ("llava_onevision", None, {"projector_hidden_act": "relu"}, "projector_hidden_act"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_cannot_express_is_refused_by_name(tiny, arch, where, change, said):
+    config = config_of(tiny(arch, **SHAPE.get(arch, {})))
+    config = {**config, where: {**config[where], **change}} if where else {**config, **change}
+    with pytest.raises(FormatError, match=said):
+        Layout.of(Architecture.of(config))
+
+
+def test_a_family_that_llama_cpp_lacks_is_refused_by_name():
+    said = "model_type idefics3 is not written to GGUF; known are qwen2_vl"
+    with pytest.raises(FormatError, match=said):
+        graphs_of(Architecture({}, Family("idefics3", "", (), ())))

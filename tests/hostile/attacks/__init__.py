@@ -1,0 +1,1 @@
+"""Attacks on every reader: good files, mutations of them, and inputs that once broke a reader."""

@@ -1,0 +1,275 @@
+"""The walk over decoder layers computes what the model itself computes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.jobs import job_for
+from tests.oracle import layer_gradients
+from tools.reference_vlm.model import make_random_checkpoint
+from vlmq_export import bundled
+from vlmq_export.quantizer.calibration import batches as batching
+from vlmq_export.quantizer.calibration.batches import decoder_inputs
+from vlmq_export.quantizer.calibration.collect import collect, importance_factors
+from vlmq_export.quantizer.calibration.importance import MLP, PROJECTIONS, normalized
+from vlmq_export.quantizer.calibration.layer_walk import DOWN, GATE_UP, OUT, QKV, LayerWalk
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.layers import decoder_layer
+from vlmq_export.quantizer.layers.decoder_layer import quantize_layer
+from vlmq_export.quantizer.methods import METHODS
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.families import DECODER_GROUPS
+from vlmq_export.quantizer.model.streamed import load_model
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import read_rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    preprocessor = Preprocessor(bundled.REFERENCE_VLM)
+    return [preprocessor.sample(row) for row in read_rows(bundled.CALIBRATION)[:24]]
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
+def folder(request, tmp_path_factory):
+    if request.param == "qwen2_5_vl":
+        return bundled.REFERENCE_VLM
+    return make_random_checkpoint(
+        tmp_path_factory.mktemp("random"), arch="qwen2_vl", layers=2, depth=3
+    )
+
+
+@pytest.fixture
+def walk(folder):
+    """(model, its decoder layers), freshly loaded."""
+    checkpoint = Checkpoint(folder)
+    model = load_model(checkpoint, CPU)
+    family = checkpoint.architecture.family
+    return model, list(model.get_submodule(family.module_name(family.layers).rstrip(".")))
+
+
+def find(batches, groups, sample):
+    """(batch, row in it) of a sample. `groups` has the samples of each batch."""
+    return next((b, group.index(sample)) for b, group in zip(batches, groups) if sample in group)
+
+
+class Same(list):
+    """A list that finds its items by identity. Comparing samples would compare their tensors."""
+
+    def __contains__(self, item):
+        return any(item is x for x in self)
+
+    def index(self, item):
+        return next(i for i, x in enumerate(self) if x is item)
+
+
+def grouped(samples):
+    return [Same(g) for g in batching._equal_lengths(samples)]
+
+
+@torch.no_grad()
+def test_layers_walked_one_by_one_are_the_model(walk, samples):
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples, two_streams=True, device=CPU)
+    for layer in layers:
+        walk = LayerWalk(layer, batches, two_streams=True)
+        walk.pass_full()
+        assert walk.advance() == 0
+    for sample in samples[:6]:
+        batch, row = find(batches, grouped(samples), sample)
+        logits = model.lm_head(model.model.language_model.norm(batch.quantized[row]))
+        expected = model(**sample.model_inputs(), use_cache=False).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(batch.quantized, batch.full)
+
+
+def test_batches_have_no_padding_and_lose_nobody(samples, monkeypatch):
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 90)
+    groups = grouped(samples)
+    assert sorted(id(s) for g in groups for s in g) == sorted(id(s) for s in samples)
+    for group in groups:
+        assert len({len(s.input_ids) for s in group}) == 1
+        assert len(group) * len(group[0].input_ids) <= 90
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 1)
+    assert all(len(g) == 1 for g in batching._equal_lengths(samples))
+
+
+@torch.no_grad()
+def test_inputs_are_those_of_the_linears_in_the_layers_own_forward(walk, samples):
+    """In both streams and every group, bit for bit. So are the layer's outputs."""
+    model, layers = walk
+    layer = layers[1]
+    batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
+    seen, expected = {}, []
+    for stage, (lead, *_) in enumerate(DECODER_GROUPS):
+        layer.get_submodule(lead).register_forward_pre_hook(
+            lambda _m, args, s=stage: seen.setdefault(s, args[0])
+        )
+    for batch in batches:
+        batch.full = batch.full * 1.01
+        own, full = layer(batch.quantized, **batch.kwargs), None
+        inputs, seen = [dict(seen)], {}
+        full = layer(batch.full, **batch.kwargs)
+        inputs, seen = [*inputs, dict(seen)], {}
+        expected.append((inputs, own, full))
+    for module in layer.modules():
+        module._forward_pre_hooks.clear()
+    steps = LayerWalk(layer, batches, two_streams=True)
+    for stage in (QKV, OUT, GATE_UP, DOWN):
+        for i, entering in enumerate(steps.inputs(stage)):
+            assert torch.equal(entering.quantized, expected[i][0][0][stage].flatten(0, 1))
+            assert torch.equal(entering.full, expected[i][0][1][stage].flatten(0, 1))
+    assert steps.advance() == 0
+    for batch, (_, own, full) in zip(batches, expected):
+        assert torch.equal(batch.quantized, own) and torch.equal(batch.full, full)
+    assert not any(m._forward_pre_hooks for m in layer.modules())
+
+
+@torch.no_grad()
+def test_each_projection_runs_once_a_stream(walk, samples):
+    """Except gate and up in the quantized stream, which run twice.
+
+    Their product is too wide to be kept until down is solved.
+    """
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples[:4], two_streams=True, device=CPU)
+    runs = {name: 0 for group in DECODER_GROUPS for name in group}
+    for name in runs:
+        layers[0].get_submodule(name).register_forward_hook(
+            lambda *_, name=name: runs.__setitem__(name, runs[name] + 1)
+        )
+    steps = LayerWalk(layers[0], batches, two_streams=True)
+    quantize_layer(steps, "l.", job_for(QuantConfig(method="gptaq", bits=3)))
+    steps.advance()
+    extra = {"mlp.gate_proj": len(batches), "mlp.up_proj": len(batches)}
+    assert runs == {name: 2 * len(batches) + extra.get(name, 0) for name in runs}
+
+
+def test_text_only_samples_travel_with_the_others(walk, samples):
+    model, layers = walk
+    text = dataclasses.replace(
+        samples[0],
+        input_ids=torch.arange(5, 5 + len(samples[1].input_ids)),
+        pixel_values=None,
+        image_grid_thw=None,
+        vision=torch.zeros(len(samples[1].input_ids), dtype=torch.bool),
+        answer=samples[1].answer,
+    )
+    (batch,) = decoder_inputs(model, layers[0], [text, samples[1]], two_streams=False, device=CPU)
+    for row, sample in enumerate((text, samples[1])):
+        (alone,) = decoder_inputs(model, layers[0], [sample], two_streams=False, device=CPU)
+        torch.testing.assert_close(batch.quantized[row], alone.quantized[0], rtol=1e-5, atol=1e-5)
+        positions = [b.kwargs["position_embeddings"] for b in (batch, alone)]
+        for part, own in zip(*positions):
+            torch.testing.assert_close(part[row], own[0])
+
+
+def test_a_sample_with_nan_is_left_out_and_counted_once(walk, samples):
+    model, layers = walk
+    pixels = torch.full_like(samples[3].pixel_values, float("nan"))
+    broken = dataclasses.replace(samples[3], pixel_values=pixels)
+    chosen = [*samples[:3], broken, *samples[4:8]]
+    batches = decoder_inputs(model, layers[0], chosen, two_streams=True, device=CPU)
+    assert sum(b.drop_non_finite() for b in batches) == 1
+    assert sum(int(b.valid.sum()) for b in batches) == 7
+    for layer in layers[:2]:
+        config = QuantConfig(method="vlmq", bits=3)
+        steps = LayerWalk(layer, batches, two_streams=True)
+        for linear, metrics in quantize_layer(steps, "l.", job_for(config)):
+            assert bool(torch.isfinite(linear.solution.scales).all())
+            assert metrics["tokens"] == sum(len(s.input_ids) for s in chosen if s is not broken)
+            assert not metrics["fallback"]
+        assert steps.advance() == 0
+
+
+@torch.no_grad()
+def test_the_quantized_stream_runs_on_what_will_be_on_disk(walk, samples):
+    """A solved layer has the decoded integers as weights, and biases rounded to float16."""
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples[:8], two_streams=True, device=CPU)
+    before = [b.quantized for b in batches]
+    source = {n: p.clone() for n, p in layers[0].named_parameters()}
+    expected_full = [layers[0](b.full, **b.kwargs) for b in batches]
+    steps = LayerWalk(layers[0], batches, two_streams=True)
+    solved = quantize_layer(steps, "l.", job_for(QuantConfig(method="gptaq", bits=3)))
+    changed = set()
+    for linear, _ in solved:
+        name = linear.name.removeprefix("l.")
+        module = layers[0].get_submodule(name)
+        assert torch.equal(module.weight, linear.decode())
+        changed |= {f"{name}.weight", f"{name}.bias"}
+        if module.bias is not None:
+            assert torch.equal(module.bias, source[f"{name}.bias"].half().float())
+    assert [q.name.removeprefix("l.") for q, _ in solved] == [n for g in DECODER_GROUPS for n in g]
+    for name, value in layers[0].named_parameters():
+        assert name in changed or torch.equal(value, source[name])
+    steps.advance()
+    for batch, hidden, full in zip(batches, before, expected_full):
+        assert torch.equal(batch.quantized, layers[0](hidden, **batch.kwargs))
+        assert torch.equal(batch.full, full)  # that of the source weights
+        assert not torch.equal(batch.quantized, batch.full)
+
+
+def test_every_linear_has_factors_where_the_method_weighs_all(walk, samples):
+    """The MLP's factors come from the loss of the whole layer, and are held against autograd.
+
+    A method with `clip` cuts off the largest ones.
+    """
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
+    for batch in batches:
+        batch.quantized = batch.quantized * (1 + 0.05 * torch.randn(batch.quantized.shape))
+    every = dataclasses.replace(METHODS["vlmq"], weighs="all")
+    factors = importance_factors(LayerWalk(layers[0], batches, two_streams=True), every)
+    four = importance_factors(LayerWalk(layers[0], batches, two_streams=True), METHODS["vlmq"])
+    assert list(factors) == [*PROJECTIONS, *MLP]
+    brute = [layer_gradients(layers[0], b.quantized, b.full, b.kwargs) for b in batches]
+    for name in MLP:
+        raw = [b.tokens(g[name].abs().mean(-1)) for b, g in zip(batches, brute)]
+        torch.testing.assert_close(
+            torch.cat(factors[name]), torch.cat(normalized(raw)), rtol=1e-3, atol=1e-5
+        )
+    for name in PROJECTIONS:
+        assert torch.equal(torch.cat(factors[name]), torch.cat(four[name]))
+    walk_again = LayerWalk(layers[0], batches, two_streams=True)
+    cut = importance_factors(walk_again, dataclasses.replace(every, clip=1.5))
+    for name, parts in cut.items():
+        g, before = torch.cat(parts).square(), torch.cat(factors[name]).square()
+        assert float(g.max() / g.mean()) < float(before.max() / before.mean())
+
+
+def test_equal_streams_weigh_every_token_the_same(walk, samples):
+    """The streams are equal in layer 0 and only there: the smallest drift gives importance."""
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
+    equal = LayerWalk(layers[0], batches, two_streams=True)
+    for factors in importance_factors(equal, METHODS["vlmq"]).values():
+        assert all(bool((g == 1).all()) for g in factors)
+    batches[0].quantized = batches[0].quantized * 1.001
+    drifted = LayerWalk(layers[0], batches, two_streams=True)
+    for factors in importance_factors(drifted, METHODS["vlmq"]).values():
+        assert float(torch.cat(factors).std()) > 0
+        assert all(float(g.max()) == 0 for g in factors[1:])
+
+
+def test_groups_see_what_the_groups_before_them_did(walk, samples, monkeypatch):
+    """As with true_sequential: the input of o_proj comes from attention with quantized q, k, v."""
+    model, layers = walk
+    batches = decoder_inputs(model, layers[0], samples[:8], two_streams=True, device=CPU)
+    steps_seen = []
+
+    def spy(*args, **kwargs):
+        steps_seen.append(collect(*args, **kwargs))
+        return steps_seen[-1]
+
+    monkeypatch.setattr(decoder_layer, "collect", spy)
+    steps = LayerWalk(layers[0], batches, two_streams=True)
+    quantize_layer(steps, "l.", job_for(QuantConfig(method="gptaq", bits=2)))
+    seen = {names[0]: found[0].fitted for names, found in zip(DECODER_GROUPS, steps_seen)}
+    # At the input of the first layer the streams are still equal.
+    assert float(seen["self_attn.q_proj"].drift.abs().max()) == 0
+    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        assert float(seen[name].drift.abs().max()) > 0

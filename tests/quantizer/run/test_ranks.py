@@ -1,0 +1,127 @@
+"""Two ranks compute what one process does, except for the order of sums."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tools.reference_vlm.model import make_random_checkpoint
+from vlmq_export.errors import CalibrationError
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.calibration.collect import Evidence, summed_on
+from vlmq_export.quantizer.calibration.statistics import Statistics
+from vlmq_export.quantizer.ranks import ALONE, Ranks, joined
+
+SAME_CODES = 0.999  # share of equal codes
+LOSS = 1e-3  # relative difference of the losses
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_alone_changes_nothing():
+    sums = Statistics.empty(4, drift=True)
+    evidence = Evidence(sums)
+    assert summed_on(0, evidence, ALONE) is evidence
+    assert ALONE.first
+    assert ALONE.owner(5) == 0
+    assert ALONE.total(1.5, 2) == [1.5, 2]
+    assert ALONE.largest(3) == 3
+    assert ALONE.same(7) == 7
+    value = torch.arange(3)
+    assert ALONE.broadcast(value, 0) is value
+    assert ALONE.broadcast_json({"a": 1}, 0) == {"a": 1}
+    with joined(torch.device("cpu")) as ranks:
+        assert ranks is ALONE
+
+
+def test_batches_are_shared_out_whole():
+    samples = list(range(11))
+    parts = [Ranks(r, 3).share(samples) for r in range(3)]
+    assert sorted(x for part in parts for x in part) == samples
+    assert {len(part) for part in parts} == {3, 4}
+    assert Ranks(1, 2).share([]) == []
+    with pytest.raises(CalibrationError, match="2 batches of samples for 3 processes"):
+        Ranks(0, 3).share([1, 2])
+
+
+# What each of two processes runs. Rank 1 solves, and the ranks share the 20 tokens unevenly.
+WORKER = """
+import torch
+from vlmq_export.quantizer.calibration.collect import Evidence, summed_on
+from vlmq_export.quantizer.calibration.importance import normalized
+from vlmq_export.quantizer.calibration.statistics import Statistics
+from vlmq_export.quantizer.ranks import joined
+torch.set_num_threads(1)
+with joined(torch.device("cpu")) as ranks:
+    def drawn(seed, shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    x, d, g = drawn(0, (20, 6)), drawn(1, (20, 6)), drawn(2, 20)
+    cut = slice(0, 13) if ranks.first else slice(13, 20)
+    whole, part = Statistics.empty(6, drift=True), Statistics.empty(6, drift=True)
+    whole.add(x, x + d, g.abs())
+    part.add(x[cut], (x + d)[cut], g[cut].abs())
+    got = summed_on(1, Evidence(part), ranks)
+    assert (got is None) == ranks.first
+    if got is not None:
+        got = got.fitted
+        for name in ("hessian", "drift", "diagonal"):
+            one, other = getattr(got, name), getattr(whole, name)
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert got.tokens == 20
+        assert abs(got.effective_tokens - whole.effective_tokens) < 1e-9
+    (own,) = normalized([g[cut].abs()], ranks)
+    torch.testing.assert_close(own, normalized([g.abs()])[0][cut])
+    zeros = [torch.zeros(3)]
+    assert bool((normalized(zeros, ranks)[0] == 1).all())
+    for tensor in (torch.randn(3, 4).half(), torch.arange(5, dtype=torch.int32), torch.zeros(0)):
+        mine = tensor.clone() if not ranks.first else torch.zeros_like(tensor)
+        # The float16 tensor is drawn without a seed, so that of rank 1 is not known here.
+        assert torch.equal(ranks.broadcast(mine, 1), tensor) or tensor.dtype == torch.float16
+    told = {"a": [1, 2.5, None]}
+    assert ranks.broadcast_json(None if ranks.first else told, 1) == told
+    assert ranks.same(5 if ranks.first else 9) == 5
+    assert ranks.largest(ranks.rank) == 1
+"""
+
+
+def call(*arguments: str) -> None:
+    """Run Python with these arguments. It must succeed."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def torchrun(*arguments: str) -> None:
+    """Run a script or a module in two processes."""
+    call("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments)
+
+
+def test_collectives_of_two_processes(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    torchrun(str(script))
+
+
+def test_two_ranks_choose_the_codes_of_one_process(tmp_path):
+    model = make_random_checkpoint(tmp_path / "model", "qwen2_vl", layers=2, depth=3)
+    artifacts = []
+    for name, start in (("one", call), ("two", torchrun)):
+        options = ["--format", "gptq", "--samples", "9", "--no-verify", "--quiet"]
+        options += ["--device", "cpu", "--out", str(tmp_path / name)]
+        start("-m", "vlmq_export", str(model), *options)
+        artifacts.append(Artifact(tmp_path / name / "artifact"))
+    one, two = artifacts
+    same = total = 0
+    for name in one.linear_names():
+        codes = one.linear(name).solution.codes, two.linear(name).solution.codes
+        same, total = same + int((codes[0] == codes[1]).sum()), total + codes[0].numel()
+        a, b = one.records[name].metrics, two.records[name].metrics
+        assert a["tokens"] == b["tokens"]
+        assert a["effective_tokens"] == pytest.approx(b["effective_tokens"], rel=1e-3)
+    losses = [sum(r.metrics["loss"] for r in x.records.values()) for x in artifacts]
+    assert same / total >= SAME_CODES, same / total
+    assert losses[1] == pytest.approx(losses[0], rel=LOSS)
+    files = [{p.name for p in (tmp_path / n / "gptq").iterdir()} for n in ("one", "two")]
+    assert files[0] == files[1]

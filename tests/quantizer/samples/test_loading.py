@@ -1,0 +1,104 @@
+"""Samples from rows, in worker processes and in this one, and the estimate of the time left."""
+
+import multiprocessing
+import random
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+
+from vlmq_export import bundled
+from vlmq_export.errors import CalibrationError
+from vlmq_export.quantizer.samples.loading import MANY, read_samples, worker_count
+from vlmq_export.quantizer.samples.rows import read_rows
+from vlmq_export.terminal.progress import time_left
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return read_rows(bundled.CALIBRATION)[:14]
+
+
+def test_workers_give_the_same_samples_in_order(rows):
+    seen = []
+    alone, dropped = read_samples(bundled.REFERENCE_VLM, rows, 40, workers=1, progress=seen.append)
+    shared, also = read_samples(bundled.REFERENCE_VLM, rows, 40, workers=2, progress=lambda _: None)
+    assert dropped == also
+    assert len(alone) + dropped == len(rows)
+    assert seen == list(range(1, len(rows) + 1))
+    for a, b in zip(alone, shared, strict=True):
+        assert (a.id, a.text, a.row) == (b.id, b.text, b.row)
+        assert a.images == b.images == ()
+        for name in ("input_ids", "vision", "answer", "pixel_values", "image_grid_thw"):
+            x, y = getattr(a, name), getattr(b, name)
+            assert (x is None and y is None) or (x.dtype == y.dtype and torch.equal(x, y))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_bad_image_is_named_with_its_line(rows, workers, tmp_path, caplog):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    shown = [row for row in rows if row.images]
+    chosen = {rows[i].where for i in (1, 2, 4, 5, 7, 9)}
+    bad = [replace(row, images=(broken,)) if row.where in chosen else row for row in shown]
+    with pytest.raises(CalibrationError) as e:
+        read_samples(bundled.REFERENCE_VLM, bad, 512, workers=workers, progress=lambda _: None)
+    said = str(e.value)
+    wrong = [row.where for row in bad if row.images == (broken,)]
+    assert said.startswith(f"{len(wrong)} of {len(bad)} samples cannot be used: ")
+    assert "\n" not in said
+    for where in wrong[:5]:
+        assert f"{where}: " in said
+    assert "(and 1 more, above)" in said
+    assert any(wrong[5] in record.getMessage() for record in caplog.records)
+
+
+def test_rows_know_their_place(rows):
+    assert [row.where for row in rows[:3]] == ["row 0", "row 1", "row 2"]
+
+
+def test_progress_may_stop_the_reading(rows):
+    class Enough(Exception):
+        pass
+
+    def progress(done):
+        if done == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        read_samples(bundled.REFERENCE_VLM, rows, 512, workers=1, progress=progress)
+
+
+def test_few_rows_start_no_workers():
+    assert worker_count(MANY - 1) == 1 <= worker_count(MANY) <= 8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_time_left_is_right_within_a_fifth_after_two_layers(seed):
+    """The layers of a model differ by a few per cent. Here one in ten takes 15 % longer."""
+    draw = random.Random(seed)
+
+    def seconds():
+        return 60 * draw.uniform(0.95, 1.05) * (1.15 if draw.random() < 0.1 else 1)
+
+    stamps = list(accumulate((seconds() for _ in range(36)), initial=0.0))
+    assert time_left(stamps[:1], 36) is None
+    for done in range(2, 36):
+        left = stamps[-1] - stamps[done]
+        assert time_left(stamps[: done + 1], 36) == pytest.approx(left, rel=0.2, abs=10)
+
+
+def test_layers_that_were_only_walked_do_not_count_for_long():
+    """A resumed run passes each solved layer in a second, then takes a minute for each layer."""
+    stamps = list(accumulate([1.0] * 20 + [60.0] * 5, initial=0.0))
+    assert time_left(stamps, 36) == pytest.approx(11 * 60, rel=0.3)
+
+
+def test_a_killed_worker_is_one_line(rows):
+    def kill(_done: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(CalibrationError, match="was killed, most likely for its memory"):
+        read_samples(bundled.REFERENCE_VLM, rows * 4, 512, workers=2, progress=kill)

@@ -1,0 +1,196 @@
+"""--target-bpw.
+
+The knapsack is held against all possible choices, the costs against the KL itself. The command
+writes a file that keeps the budget.
+"""
+
+import shutil
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.artifacts import edit
+from tests.vlmq_export.test_cli import call, refused
+from vlmq_export import bundled
+from vlmq_export.errors import UsageError
+from vlmq_export.formats.gguf.read import GGUFFile, find_files
+from vlmq_export.formats.gguf.types.table import TYPES
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.grids.blocks import GRIDS
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.streamed import load_model
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import read_rows
+from vlmq_export.quantizer.solver.nearest import nearest_in_blocks
+from vlmq_export.quantizer.type_budget.knapsack import choose
+from vlmq_export.quantizer.type_budget.sensitivity import measured
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# matrix → type → (bits, cost)
+BITS_AND_COST = st.tuples(st.integers(1, 30), st.floats(0, 100))
+KINDS = st.dictionaries(st.sampled_from("PQRS"), BITS_AND_COST, min_size=1)
+COSTS = st.dictionaries(st.sampled_from("abcd"), KINDS, min_size=1)
+
+
+@settings(deadline=None, max_examples=200)
+@given(COSTS, st.integers(1, 120))
+def test_the_choice_fits_and_is_at_most_one_step_from_the_best(costs, budget):
+    choices = [dict(zip(costs, kinds)) for kinds in product(*costs.values())]
+
+    def total(choice, i):
+        """The bits (0) or the cost (1) of a choice."""
+        return sum(costs[n][k][i] for n, k in choice.items())
+
+    fitting = [c for c in choices if total(c, 0) <= budget]
+    if not fitting:
+        with pytest.raises(UsageError, match="raise it"):
+            choose(costs, budget)
+        return
+    chosen = choose(costs, budget)
+    assert total(chosen, 0) <= budget
+    per_matrix = [[cost for _, cost in kinds.values()] for kinds in costs.values()]
+    one_step = max(max(found) - min(found) for found in per_matrix)
+    assert total(chosen, 1) <= min(total(c, 1) for c in fitting) + one_step + 1e-9
+    everything = choose(costs, 10**6)
+    assert total(everything, 1) == min(total(c, 1) for c in choices)
+
+
+def test_bits_go_where_a_bit_gains_most():
+    def kinds(weight):
+        return {"Q2": (2, 16.0 * weight), "Q4": (4, 1.0 * weight), "Q8": (8, 0.0)}
+
+    costs = {"small": kinds(1), "large": kinds(100)}
+    assert choose(costs, 6) == {"small": "Q2", "large": "Q4"}
+    assert choose(costs, 8) == {"small": "Q4", "large": "Q4"}
+    assert choose(costs, 12) == {"small": "Q4", "large": "Q8"}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """(model, samples) of the bundled reference VLM."""
+    preprocessor = Preprocessor(bundled.REFERENCE_VLM)
+    samples = [preprocessor.sample(row) for row in read_rows(bundled.CALIBRATION)[:64]]
+    return load_model(Checkpoint(bundled.REFERENCE_VLM), torch.device("cpu")), samples
+
+
+@torch.no_grad()
+def answers(model, samples):
+    """Log-probabilities at the answer tokens, float64 [tokens, vocabulary]."""
+    found = []
+    for s in samples:
+        log_p = model(**s.model_inputs(), use_cache=False).logits[0, :-1].double().log_softmax(-1)
+        found.append(log_p[s.answer[1:]])
+    return torch.cat(found)
+
+
+def test_a_cost_is_the_kl_that_the_rounded_matrix_has(reference):
+    """The embedding is only rounded, so that its change is known.
+
+    Few tokens carry most of the KL, so the cost is a mean of three estimates.
+    """
+    model, samples = reference
+    embedding, kinds = model.get_input_embeddings(), ["Q4_K", "Q6_K"]
+    configs = [QuantConfig(seed=seed) for seed in range(3)]
+    costs = [measured(model, {"e": embedding}, {"e": kinds}, (), samples, c)["e"] for c in configs]
+    before, source = answers(model, samples[1::2]), embedding.weight.data.clone()
+    for kind in kinds:
+        embedding.weight.data = nearest_in_blocks(source, GRIDS[kind]).decode()
+        after = answers(model, samples[1::2])
+        embedding.weight.data = source
+        kl = float((before.exp() * (before - after)).sum(-1).mean())
+        cost = sum(c[kind] for c in costs) / 3
+        assert kl / 1.5 < cost < 1.5 * kl, (kind, kl, cost)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_parts_of_the_matrices_measure_the_same(reference):
+    model, samples = reference
+    layer = model.model.language_model.layers[1]
+    modules = {"v": layer.self_attn.v_proj, "down": layer.mlp.down_proj}
+    kinds = {"v": ["Q2_K", "Q4_K"], "down": ["Q2_K", "Q5_0"]}
+    whole = measured(model, modules, kinds, modules, samples[:8], QuantConfig())
+    parts = measured(model, modules, kinds, modules, samples[:8], QuantConfig(), memory=1)
+    assert whole.keys() == parts.keys()
+    assert whole["v"]["Q2_K"] > whole["v"]["Q4_K"] > 0
+    for name, kind in (("v", "Q2_K"), ("v", "Q4_K"), ("down", "Q2_K"), ("down", "Q5_0")):
+        assert whole[name][kind] == pytest.approx(parts[name][kind], rel=1e-4)
+    rounded = measured(model, modules, kinds, (), samples[:8], QuantConfig())
+    assert rounded["down"]["Q2_K"] > whole["down"]["Q2_K"]  # solving costs less than rounding
+
+
+BUDGET = 3.4
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """An output folder that keeps a budget, and the flags that it was made with."""
+    out = tmp_path_factory.mktemp("begun") / "out"
+    flags = ["--format", "gguf", "--method", "gptq", "--samples", 8, "--target-bpw", BUDGET]
+    flags += ["--tensor-type", "attn_v=Q8_0", "--no-verify", "--quiet"]
+    code, _, err = call(*flags, "--out", out)
+    assert code == 0, err
+    return out, flags
+
+
+def test_the_file_keeps_the_budget(begun, tmp_path):
+    out, flags = begun
+    tensors = GGUFFile(find_files(out / "gguf")[0]).tensors
+    matrices = [t for t in tensors.values() if len(t.shape) == 2]
+    bits = sum(8 * t.nbytes for t in matrices) / sum(t.shape[0] * t.shape[1] for t in matrices)
+    assert BUDGET - 0.05 < bits <= BUDGET
+    assert {t.type for t in matrices if "attn_v" in t.name} == {"Q8_0"}
+    assert all(TYPES[t.type].block > 1 for t in matrices)
+    config = Artifact(out / "artifact").config
+    assert config.gguf_type == "" and len(config.types) == len(matrices)
+    assert "3.4 bits per weight" in (out / "README.md").read_text("utf-8")
+    code, _, err = call(*flags, "--out", out, "--resume")
+    assert code == 0, err
+    again = ("--format", "gguf", "--gguf-type", "Q4_K_M", "--out", tmp_path / "x")
+    assert "already" in refused(out / "artifact", *again, code=2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: run.clear(),
+        lambda run: run.update(config=3),
+        lambda run: run["config"].update(types=["Q4_K"]),
+        lambda run: run["config"]["types"].popitem(),
+        lambda run: run["config"]["types"].update({next(iter(run["config"]["types"])): "Q9_K"}),
+        lambda run: run["config"]["types"].update({next(iter(run["config"]["types"])): []}),
+    ],
+    ids=["empty", "no config", "a list", "one is missing", "one is unknown", "one is a list"],
+)
+def test_the_types_of_a_run_that_is_resumed_are_checked(begun, tmp_path, damage):
+    """They are read before anything says whose the folder is."""
+    out, flags = begun
+    shutil.copytree(out, tmp_path / "out")
+    edit(tmp_path / "out" / "artifact" / "run.json", damage)
+    (tmp_path / "out" / "artifact" / "manifest.json").unlink()
+    said = refused(*flags, "--out", tmp_path / "out", "--resume", code=1)
+    assert "run.json: its types are not those of this recipe" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--gguf-type", "Q4_K_M"), "exclude each other"),
+        (("--bits", 3), "exclude each other"),
+        (("--format", "gptq"), "only GGUF holds these integers"),
+        (("--method", "rtn"), "--method rtn does not use"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(flags, said, tmp_path):
+    given = ("--format", "gguf", "--target-bpw", 3.5, *flags)
+    assert said in refused(*given, "--out", tmp_path / "o", code=2)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_budget_below_the_smallest_types_is_refused(tmp_path):
+    said = refused("--format", "gguf", "--target-bpw", 2, "--out", tmp_path / "o", code=2)
+    assert "--target-bpw" in said
+    assert "1.312 times" in said

@@ -1,0 +1,430 @@
+"""Small random checkpoints of every family in the hub's layout: the published config scaled down.
+
+Files of two generations are written, which must load as the same model:
+
+    hub       what was published: transformers 4's config keys (`rope_theta`, `rope_scaling`) and
+              its tensor names (`language_model.model.layers.…`, `visual.…`)
+    modules   what transformers 5 keeps in memory: `rope_parameters`, and
+              `model.language_model.layers.…`
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tools.reference_vlm import model as reference
+
+# Each is a multiple of 256, so that every K-quant of llama.cpp fits.
+HIDDEN, MLP, VISION, VISION_MLP = 256, 512, 256, 512
+# Like the published 384 = 27 · 14 + 6, this side is not a multiple of the patch: 104 = 7 · 14 + 6.
+SIGLIP_IMAGE = 104
+INTERNVL_IMAGE = 112
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A value of a config that is known when a checkpoint is made: see `published_config`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What one family's checkpoint consists of besides its weights."""
+
+    tokens: tuple[str, ...]  # special tokens that Qwen2-VL's vocabulary lacks
+    template: str  # of the chat
+    config: dict  # config.json with slots
+    preprocessor: dict  # preprocessor_config.json
+    processor: dict | None = None  # processor_config.json
+    tokenizer: dict | None = None  # extra_special_tokens of tokenizer_config.json
+    names: tuple[tuple[str, str], ...] = ()  # prefixes (module, hub) of tensors; the first counts
+
+
+# --- chat templates -------------------------------------------------------------------------------
+
+_TURNS = (
+    "{%% for m in messages %%}%s{%% endfor %%}"
+    "{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
+)
+_PARTS = (
+    "<|im_start|>{{ m['role'] }}\n"
+    "{%% if m['content'] is string %%}{{ m['content'] }}{%% else %%}"
+    "{%% for c in m['content'] %%}{%% if c['type'] == 'image' %%}%s"
+    "{%% elif c['type'] == 'text' %%}{{ c['text'] }}"
+    "{%% endif %%}{%% endfor %%}{%% endif %%}<|im_end|>\n"
+)
+# As published: a space after the role, images first, a newline before each text, and none after
+# <|im_end|>.
+_LLAVA_TURN = (
+    "{{ '<|im_start|>' + m['role'] + ' ' }}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + c['text'] }}{% endfor %}<|im_end|>"
+)
+
+# --- configs --------------------------------------------------------------------------------------
+# The keys are those of the published files, and the values of their order of magnitude.
+
+_TEXT = {
+    "attention_dropout": 0.0,
+    "bos_token_id": Slot("<|endoftext|>"),
+    "eos_token_id": Slot("<|im_end|>"),
+    "hidden_act": "silu",
+    "hidden_size": HIDDEN,
+    "initializer_range": 0.02,
+    "intermediate_size": MLP,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_hidden_layers": Slot("layers"),
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": Slot("tied"),
+    "use_cache": True,
+    "vocab_size": Slot("vocabulary"),
+}
+_QWEN2 = {
+    **_TEXT,
+    "max_window_layers": Slot("layers"),
+    "model_type": "qwen2",
+    "use_sliding_window": False,
+    "architectures": ["Qwen2ForCausalLM"],
+    "rope_theta": 1000000.0,
+}
+_PINPOINTS = [[SIGLIP_IMAGE * i, SIGLIP_IMAGE * j] for i in range(1, 7) for j in range(1, 7)]
+
+# llava-hf/llava-onevision-qwen2-0.5b-ov-hf
+_LLAVA_ONEVISION = {
+    "architectures": ["LlavaOnevisionForConditionalGeneration"],
+    "model_type": "llava_onevision",
+    "tie_word_embeddings": Slot("tied"),
+    "ignore_index": -100,
+    "image_grid_pinpoints": _PINPOINTS,
+    "image_token_index": Slot("<image>"),
+    "projector_hidden_act": "gelu",
+    "text_config": {**_QWEN2, "sliding_window": 32768, "torch_dtype": "bfloat16"},
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_image_newline_parameter": True,
+    "video_token_index": Slot("<video>"),
+    "vision_aspect_ratio": "anyres_max_9",
+    "vision_config": {
+        "hidden_size": VISION,
+        "image_size": SIGLIP_IMAGE,
+        "intermediate_size": VISION_MLP,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 4,
+        "num_hidden_layers": Slot("depth"),
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+}
+
+# OpenGVLab/InternVL3-1B-hf. Its dynamic NTK does nothing within max_position_embeddings.
+_INTERNVL = {
+    "architectures": ["InternVLForConditionalGeneration"],
+    "model_type": "internvl",
+    "tie_word_embeddings": Slot("tied"),
+    "downsample_ratio": 0.5,
+    "image_seq_length": (INTERNVL_IMAGE // 28) ** 2,
+    "image_token_id": Slot("<IMG_CONTEXT>"),
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        **_QWEN2,
+        "sliding_window": None,
+        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+        "torch_dtype": "bfloat16",
+    },
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.52.0.dev0",
+    "vision_config": {
+        "architectures": ["InternVisionModel"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": VISION,
+        "image_size": [INTERNVL_IMAGE, INTERNVL_IMAGE],
+        "initializer_range": 1e-10,
+        "intermediate_size": VISION_MLP,
+        "layer_norm_eps": 1e-06,
+        "layer_scale_init_value": 0.1,
+        "model_type": "internvl_vision",
+        "norm_type": "layer_norm",
+        "num_attention_heads": 4,
+        "num_channels": 3,
+        "num_hidden_layers": Slot("depth"),
+        "patch_size": [14, 14],
+        "projection_dropout": 0.0,
+        "torch_dtype": "bfloat16",
+        "use_absolute_position_embeddings": True,
+        "use_mask_token": False,
+        "use_mean_pooling": True,
+        "use_qk_norm": False,
+    },
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+}
+
+# Qwen/Qwen3-VL-2B-Instruct
+_QWEN3_VL = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "tie_word_embeddings": Slot("tied"),
+    "image_token_id": Slot("<|image_pad|>"),
+    "text_config": {
+        **_TEXT,
+        "attention_bias": False,
+        "dtype": "bfloat16",
+        "head_dim": 64,
+        "model_type": "qwen3_vl_text",
+        "max_position_embeddings": 262144,
+        "rope_theta": 5000000,
+        "rope_scaling": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "rope_type": "default",
+        },
+    },
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": Slot("<|video_pad|>"),
+    "vision_config": {
+        "deepstack_visual_indexes": [0, Slot("last block")],
+        "depth": Slot("depth"),
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": VISION,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": VISION_MLP,
+        "model_type": "qwen3_vl",
+        "num_heads": 4,
+        "num_position_embeddings": 144,
+        "out_hidden_size": HIDDEN,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": Slot("<|vision_end|>"),
+    "vision_start_token_id": Slot("<|vision_start|>"),
+}
+
+# --- families -------------------------------------------------------------------------------------
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_IMAGE_STEPS = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+}
+_DECODER_NAMES = (
+    ("lm_head.", "language_model.lm_head."),
+    ("model.language_model.", "language_model.model."),
+    ("model.", ""),
+)
+
+FAMILIES = {
+    "llava_onevision": Tiny(
+        tokens=("<image>", "<video>"),
+        template=_TURNS % _LLAVA_TURN,
+        config=_LLAVA_ONEVISION,
+        preprocessor={
+            **_IMAGE_STEPS,
+            **HALF,
+            "do_pad": True,
+            "image_grid_pinpoints": _PINPOINTS,
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "processor_class": "LlavaOnevisionProcessor",
+            "size": {"height": SIGLIP_IMAGE, "width": SIGLIP_IMAGE},
+        },
+        processor={
+            "image_token": "<image>",
+            "num_image_tokens": (SIGLIP_IMAGE // 14) ** 2,
+            "video_token": "<video>",
+            "processor_class": "LlavaOnevisionProcessor",
+            "vision_feature_select_strategy": "full",
+        },
+        names=(("model.vision_tower.", "vision_tower.vision_model."), *_DECODER_NAMES),
+    ),
+    "internvl": Tiny(
+        tokens=("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        template=_TURNS % (_PARTS % "<IMG_CONTEXT>\n"),
+        config=_INTERNVL,
+        preprocessor={
+            **_IMAGE_STEPS,
+            **IMAGENET,
+            "crop_to_patches": False,
+            "image_processor_type": "GotOcr2ImageProcessorFast",
+            "max_patches": 12,
+            "min_patches": 1,
+            "processor_class": "InternVLProcessor",
+            "size": {"height": INTERNVL_IMAGE, "width": INTERNVL_IMAGE},
+        },
+        processor={
+            "image_seq_length": (INTERNVL_IMAGE // 28) ** 2,
+            "processor_class": "InternVLProcessor",
+        },
+        tokenizer={
+            "context_image_token": "<IMG_CONTEXT>",
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "video_token": "<video>",
+        },
+        names=_DECODER_NAMES,
+    ),
+    "qwen3_vl": Tiny(
+        tokens=(),
+        template=_TURNS % (_PARTS % "<|vision_start|><|image_pad|><|vision_end|>"),
+        config=_QWEN3_VL,
+        preprocessor={
+            **_IMAGE_STEPS,
+            **HALF,
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "merge_size": 2,
+            "patch_size": 16,
+            "processor_class": "Qwen3VLProcessor",
+            "size": {"longest_edge": 65536, "shortest_edge": 8192},
+            "temporal_patch_size": 2,
+        },
+    ),
+}
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def make_tiny(
+    out_dir: Path | str,
+    arch: str,
+    seed: int = 0,
+    *,
+    layers: int = 2,  # of the decoder
+    depth: int = 3,  # vision blocks
+    tied: bool = False,  # whether the output matrix is the embedding
+    generation: str = "hub",  # hub | modules, as the module's text says
+) -> Path:
+    """Write a random checkpoint of a family. The same arguments give the same bytes.
+
+    Qwen2-VL and Qwen2.5-VL have the hub's generation only, whatever is asked for.
+    """
+    out_dir = Path(out_dir)
+    if arch not in FAMILIES:
+        return reference.make_random_checkpoint(
+            out_dir, arch, seed, layers=layers, depth=depth, tied=tied
+        )
+    family = FAMILIES[arch]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    ids = _write_tokenizer(family, out_dir)
+    config = published_config(arch, ids, layers=layers, depth=depth, tied=tied)
+    _write(out_dir / "config.json", config)
+    _write_weights(family, out_dir, seed, generation)
+    _write(out_dir / "preprocessor_config.json", family.preprocessor)
+    if family.processor:
+        _write(out_dir / "processor_config.json", family.processor)
+    generating = {
+        "bos_token_id": ids["<|endoftext|>"],
+        "do_sample": False,
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    _write(out_dir / "generation_config.json", generating)
+    return out_dir
+
+
+def published_config(
+    arch: str, ids: dict[str, int], *, layers: int, depth: int, tied: bool
+) -> dict:
+    """config.json of a family. A slot is a special token, which becomes its id, or one of these."""
+    given = ids | {
+        "layers": layers,
+        "depth": depth,
+        "last block": depth - 1,
+        "tied": tied,
+        "vocabulary": -(-(max(ids.values()) + 1) // 64) * 64,
+    }
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, Slot):
+            return given[value.name]
+        if isinstance(value, dict):
+            return {key: filled(part) for key, part in value.items()}
+        return [filled(part) for part in value] if isinstance(value, list) else value
+
+    return filled(FAMILIES[arch].config)
+
+
+def _write_weights(family: Tiny, out_dir: Path, seed: int, generation: str) -> None:
+    """Write model.safetensors for the config in `out_dir`.
+
+    The generation `modules` also has transformers write its own config in place of that one.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(out_dir)
+    model = getattr(transformers, config.architectures[0])(config)
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, weight in sorted(model.named_parameters()):
+        stored = name if generation == "modules" else _renamed(name, family.names)
+        state[stored] = _random_weight(name, weight.shape, generator).to(torch.bfloat16)
+    save_file(state, out_dir / "model.safetensors", metadata={"format": "pt"})
+    (out_dir / "model.safetensors").chmod(0o644)  # safetensors writes 600
+    if generation == "modules":
+        config.dtype = torch.bfloat16
+        config.save_pretrained(out_dir)
+
+
+def _write_tokenizer(family: Tiny, out_dir: Path) -> dict[str, int]:
+    """Write the bundled tokenizer with the family's tokens after its own, and the template.
+
+    Returns the ids of all special tokens.
+    """
+    reference.copy_tokenizer(reference.BUNDLED, out_dir)
+    tokenizer = json.loads((out_dir / "tokenizer.json").read_text("utf-8"))
+    added = tokenizer["added_tokens"]
+    for token in family.tokens:
+        added.append({**added[-1], "id": added[-1]["id"] + 1, "content": token})
+    (out_dir / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+    config = json.loads((out_dir / "tokenizer_config.json").read_text("utf-8"))
+    config["additional_special_tokens"] += family.tokens
+    config["model_max_length"] = 32768
+    config["extra_special_tokens"] = family.tokenizer or {}
+    _write(out_dir / "tokenizer_config.json", config)
+    (out_dir / "chat_template.jinja").write_text(family.template, "utf-8")
+    _write(out_dir / "chat_template.json", {"chat_template": family.template})
+    return {t["content"]: t["id"] for t in added}
+
+
+def _renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:
+    """A tensor's hub name, from the name of its parameter."""
+    for module, hub in names:
+        if name.startswith(module):
+            return hub + name.removeprefix(module)
+    return name
+
+
+def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Random values for one tensor, as in model.py, and for what Qwen2-VL has not.
+
+    A runtime that drops or swaps a bias, norm, scale, token or position gives other logits.
+    """
+    if ".lambda_" in name:  # InternVL's layer scale
+        return 0.5 + 0.1 * torch.randn(shape, generator=generator)
+    large = ("cls_token", "image_newline", "position_embedding", "pos_embed")
+    if any(part in name for part in large):
+        return 0.3 * torch.randn(shape, generator=generator)
+    return reference.random_weight(name, shape, generator)
+
+
+def _write(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

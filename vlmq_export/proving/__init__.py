@@ -1,0 +1,1 @@
+"""The parity checks of every format, and what verifies an output folder."""

@@ -1,0 +1,101 @@
+"""Proves the files in an output folder, and writes what is said of them afterwards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vlmq_export.callbacks import Callbacks
+from vlmq_export.errors import ArtifactError, UsageError
+from vlmq_export.formats.model_plan import artifact_plan
+from vlmq_export.formats.proof.checks import Check, CheckSettings
+from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.output import checksums
+from vlmq_export.planning.run_plan import plan_run
+from vlmq_export.proving.held_out import held_out
+from vlmq_export.proving.parity import PARITY_FILE, Parity, check_formats, forget_places
+from vlmq_export.quantizer.arithmetic import pick_device
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.host import free_memory
+from vlmq_export.quantizer.samples.rows import Row
+from vlmq_export.quantizer.storage.untrusted import third_party
+from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.recipes.recipe_file import RECIPE_FILE, load_recipe
+from vlmq_export.report import page
+from vlmq_export.result import Result
+from vlmq_export.sources.locate import same_source
+
+
+def verify_folder(
+    out: Path, verify_data: Path | None, image_root: Path | None, callbacks: Callbacks
+) -> Result:
+    """Run the parity checks again on what an earlier run wrote.
+
+    Raises UsageError for a folder that no run of ours wrote.
+    """
+    if not (out / RECIPE_FILE).is_file():
+        raise UsageError(f"{out}: no {RECIPE_FILE} here; give the --out folder of an earlier run")
+    recipe = load_recipe(out / RECIPE_FILE, {})
+    artifact = Artifact(out / "artifact")
+    result = Result(out, plan_run(artifact_plan(artifact), recipe))
+    rows = held_out(verify_data or recipe.verify_data, image_root or recipe.image_root)
+    floats = same_source(recipe.model, artifact)
+    changed = checksums.changed_files(out)
+    with result.timed("verify"):
+        result.parity = prove(out, recipe, rows, floats, callbacks, changed)
+    describe(out, recipe, result)
+    return result
+
+
+def prove(
+    out: Path,
+    recipe: Recipe,
+    rows: list[Row],  # held-out
+    floats: Path | None,  # the source's own float weights
+    callbacks: Callbacks,
+    changed: list[str] | None = None,  # files that are not as they were written; None: not known
+) -> Parity:
+    """Run every format's checks against the reference, and write parity.json."""
+    artifact = Artifact(out / "artifact")
+    options = recipe.format_options(artifact.manifest.name)
+    settings = CheckSettings(threads=os.cpu_count() or 1)
+    memory, _ = free_memory(pick_device("cpu"), recipe.max_memory)
+    rows = rows[: max(settings.images, settings.questions)]
+    with third_party(
+        "the reference cannot be built from this artifact", ArtifactError, keep=(OSError,)
+    ):
+        reference = Reference(artifact.path, rows, floats, memory)
+    parity = check_formats(
+        {name: out / name for name in recipe.format},
+        reference,
+        options,
+        settings,
+        callbacks.progress,
+        callbacks.should_stop,
+    )
+    if changed is not None:
+        parity.checks.insert(0, _checksum_row(changed))
+        parity.verified &= not changed
+    forget_places(parity.checks, out, floats)
+    parity.write(out / PARITY_FILE)
+    return parity
+
+
+def describe(out: Path, recipe: Recipe, result: Result) -> None:
+    """Write report and card, and the checksums of everything in the folder."""
+    page.write(out, recipe, Artifact(out / "artifact"), result)
+    checksums.write_sums(out)
+
+
+def _checksum_row(changed: list[str]) -> Check:
+    """The row for files that are not as they were written; it passes where there are none."""
+    return Check(
+        "all",
+        "L0",
+        "files as written (SHA-256)",
+        "failed" if changed else "passed",
+        float(len(changed)),
+        0.0,
+        "files",
+        worst=", ".join(changed[:8]),
+    )

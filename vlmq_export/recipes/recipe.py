@@ -1,0 +1,205 @@
+"""Recipe: one validated description of a run, made from flags, from YAML, or from both."""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from vlmq_export.formats.contract import FormatOptions
+from vlmq_export.quantizer.config import BITS, QuantConfig
+from vlmq_export.recipes.choices import CHOICES
+
+_WIDTHS = "the runtimes decode 2, 3, 4 or 8 bits"
+
+
+class Recipe(BaseModel):
+    """What a run is asked to do.
+
+    The keys are the command's long options, with underscores. Every key has a default, so that
+    `Recipe(format=["gguf"])` quantizes the bundled reference VLM.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = None  # folder, artifact or hub id; None: the bundled reference VLM
+    format: list[str] = Field(default_factory=list)
+    bits: int = 4
+    group_size: Annotated[int, Field(le=2**20)] = 128  # columns per scale; −1: per output channel
+    sym: bool | None = None  # None: symmetric at 8 bits, asymmetric below
+    method: str = "vlmq"
+    act_order: str = "gar"
+    rotate: str = "off"
+    calibration: Path | None = None  # None: the bundled set
+    image_root: Path | None = None  # folder that image paths start from; None: the file's own
+    samples: Annotated[int, Field(ge=1, le=10**7)] = 512
+    # Tokens of a sample; None: the paper's for the family.
+    seq_len: Annotated[int, Field(ge=8, le=2**20)] | None = None
+    head_bits: int | None = None  # None: the output head stays as it is
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    verify_data: Path | None = None  # None: the bundled held-out set
+    verify: bool = True
+    device: str = "auto"
+    max_memory: Annotated[float, Field(gt=0)] | None = None  # GB on the host; None: what is free
+    out: Path | None = None  # None: named after model and recipe
+    gptq_version: str = "v1"
+    gptq_names: str = "hub"
+    accuracy_level: Annotated[int, Field(ge=0, le=4)] = 0
+    onnx_graph: str = "fused"
+    onnx_dtype: str = "float32"
+    onnx_provider: str = "cpu"
+    mmproj: str = "f16"
+    class_row: str = "last"
+    split_max_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}[MG]$")] | None = None
+    emit_imatrix: bool = False  # write an imatrix.gguf for stock llama-quantize beside the GGUF
+    gguf_type: str | None = None  # a mix of block types in place of the affine grid: Q4_K_M
+    # Bits per weight over all matrices, for block types chosen by measured cost.
+    target_bpw: Annotated[float, Field(gt=0, le=16)] | None = None
+    # REGEX=TYPE on GGUF tensor names, over the mix. The first match wins.
+    tensor_type: list[str] = Field(default_factory=list)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        """A model may be given as a path, from Python."""
+        return fspath(value) if isinstance(value, PathLike) else value
+
+    @field_validator(*CHOICES)
+    @classmethod
+    def _known(cls, value: str | list[str], info: ValidationInfo) -> str | list[str]:
+        """The value, where it is one of the key's choices."""
+        known = CHOICES[str(info.field_name)]
+        for one in value if isinstance(value, list) else [value]:
+            if one not in known:
+                raise ValueError(f"{one} is not known; choose one of {', '.join(known)}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        """The recipe, where its keys can be had together and its numbers are possible."""
+        if self.bits not in BITS:
+            raise ValueError(f"--bits {self.bits}: {_WIDTHS}")
+        if self.head_bits not in (None, *BITS):
+            raise ValueError(f"--head-bits {self.head_bits}: {_WIDTHS}")
+        if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
+            raise ValueError(
+                f"--group-size {self.group_size}: a multiple of 16,"
+                " or -1 for one scale an output channel"
+            )
+        for key in ("model", "calibration", "image_root", "verify_data", "out"):
+            if "\0" in str(getattr(self, key)):
+                raise ValueError(f"--{key.replace('_', '-')}: a name with a null byte")
+        if self.emit_imatrix and "gguf" not in self.format:
+            raise ValueError("--emit-imatrix writes beside the GGUF; add --format gguf")
+        if self.tensor_type and self.block_types is None:
+            raise ValueError("--tensor-type changes a mix; give --gguf-type or --target-bpw too")
+        if self.gguf_type is not None and self.target_bpw is not None:
+            raise ValueError(
+                "--gguf-type and --target-bpw exclude each other: both choose the types"
+            )
+        if self.block_types is not None:
+            self._check_types(self.block_types)
+        if len(set(self.format)) != len(self.format):
+            raise ValueError("--format is given twice with the same value")
+        return self
+
+    def _check_types(self, given: str) -> None:
+        """Raises ValueError for what `given`, the flag that asks for block types, excludes."""
+        for key in ("bits", "group_size", "sym"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                flag = "--" + key.replace("_", "-")
+                raise ValueError(f"{flag} and {given} exclude each other: the type sets the grid")
+        if self.act_order in ("static", "dynamic"):
+            raise ValueError(
+                f"--act-order {self.act_order}: with {given} a block's columns stay together;"
+                " use gar or off"
+            )
+        if self.head_bits is not None:
+            raise ValueError(
+                f"--head-bits and {given} exclude each other: the mix names the head's type; "
+                "--tensor-type '^output.weight$=Q8_0' gives it another"
+            )
+        if any(f != "gguf" for f in self.format):
+            raise ValueError(
+                f"{given}: only GGUF holds these integers; export other formats without it"
+            )
+
+    @property
+    def block_types(self) -> str | None:
+        """The flag that makes llama.cpp's block types the grid, or None."""
+        if self.target_bpw is not None:
+            return f"--target-bpw {self.target_bpw:g}"
+        return None if self.gguf_type is None else f"--gguf-type {self.gguf_type}"
+
+    @property
+    def grid(self) -> str:
+        """The grid in words, for report and card."""
+        if self.target_bpw is not None:
+            return f"{self.target_bpw:g} bits per weight"
+        return self.gguf_type or f"{self.bits} bits"
+
+    @property
+    def symmetric(self) -> bool:
+        """`sym`, or its default for these bits."""
+        return self.bits == 8 if self.sym is None else self.sym
+
+    @property
+    def split_bytes(self) -> int:
+        """`split_max_size` in bytes; 0 for one file."""
+        size = self.split_max_size
+        return int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]] if size else 0
+
+    def quant_config(self) -> QuantConfig:
+        """The part that the quantizer is given."""
+        return QuantConfig(
+            method=self.method,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            act_order=self.act_order,
+            seed=self.seed,
+            rotate=self.rotate,
+            head_bits=self.head_bits or 0,
+        )
+
+    def format_options(self, name: str) -> FormatOptions:
+        """The part that the formats are given. `name` is the base of their file names."""
+        return FormatOptions(
+            name=name,
+            gptq_version=self.gptq_version,
+            gptq_names=self.gptq_names,
+            onnx_accuracy_level=self.accuracy_level,
+            onnx_graph=self.onnx_graph,
+            onnx_dtype=self.onnx_dtype,
+            onnx_provider=self.onnx_provider,
+            mmproj_dtype=self.mmproj,
+            mmproj_class_row=self.class_row,
+            gguf_split_bytes=self.split_bytes,
+            gguf_imatrix=self.emit_imatrix,
+        )
+
+    def label(self) -> str:
+        """A short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
+        method = self.method if self.rotate == "off" else f"{self.method}-rotated"
+        if self.gguf_type is not None:
+            return f"{self.gguf_type}-{method}"
+        if self.target_bpw is not None:
+            return f"{self.target_bpw:g}bpw-{method}"
+        group = "" if self.group_size == -1 else f"g{self.group_size}"
+        sym = "-sym" if self.symmetric and self.bits != 8 else ""
+        head = "" if self.head_bits is None else f"-head{self.head_bits}"
+        return f"w{self.bits}{group}{sym}{head}-{method}"
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that `load_recipe` reads: every key, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

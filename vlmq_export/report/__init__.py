@@ -1,0 +1,1 @@
+"""What a person reads afterwards: report.html and the model card."""

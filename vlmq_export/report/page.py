@@ -1,0 +1,235 @@
+"""What a person reads afterwards: report.html and the model card, both from the same facts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from vlmq_export._version import __version__
+from vlmq_export.errors import one_line
+from vlmq_export.formats.gguf.files.imatrix import IMATRIX
+from vlmq_export.formats.proof.checks import Check
+from vlmq_export.quantizer.artifact.manifest import OUTER, TIMING, ModuleRecord
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.methods import METHODS
+from vlmq_export.quantizer.storage.whole_files import write_atomic
+from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.report import figures
+
+if TYPE_CHECKING:
+    from vlmq_export.result import Result
+
+# How the files of each format are run.
+RUN_WITH = {
+    "gptq": 'AutoModelForImageTextToText.from_pretrained("gptq", device_map="auto")'
+    "  # transformers + optimum + gptqmodel",
+    "onnx": "vision.onnx → embedding.onnx → text.onnx in ONNX Runtime, in that order",
+    "gguf": "llama-mtmd-cli -m gguf/{text} --mmproj gguf/{mmproj}"
+    " --image photo.png -p 'What is shown?'",
+}
+
+
+def write(out: Path, recipe: Recipe, artifact: Artifact, result: Result) -> None:
+    """Write report.html and README.md into `out`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vlmq_export.report"),
+        autoescape=jinja2.select_autoescape(["html", "html.j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "figure": figure,
+        "mib": lambda n: f"{n / 2**20:,.1f} MiB",
+        "md": markdown,
+    }
+    manifest, records = artifact.manifest, artifact.manifest.modules
+    facts = {
+        "name": manifest.name,
+        "version": __version__,
+        "recipe": recipe,
+        "yaml": _public_yaml(recipe),
+        "manifest": manifest,
+        "contents": contents(records, recipe),
+        "layers": layer_errors(records),
+        "errors": figures.error_charts(records),
+        "low_importance": figures.low_importance_charts(records),
+        "low_ratio": figures.low_importance_ratio(records),
+        "compared": any("nearest_error" in r.metrics for r in records),
+        "ramp": ", ".join(f"rgb{colour}" for colour in figures.RAMP),
+        "maps": figures.importance_maps(records, manifest.calibration.get("pictured")),
+        "calibrated": any("relative_error" in r.metrics for r in records),
+        "result": result,
+        "timing": _timing(artifact),
+        "parity": result.parity,
+        "sizes": {f: _size(out / f) for f in recipe.format},
+        "plans": result.plan.formats,
+        "run_with": {f: _run_with(f, out) for f in recipe.format},
+    }
+    for template, target in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
+        text = environment.get_template(template).render(facts)
+        write_atomic(out / target, lambda t, text=text: t.write_text(text, "utf-8"))
+
+
+# -- what was quantized, in sentences ------------------------------------------------------------
+
+
+def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
+    """What of the model is quantized and how, and what its other tensors hold.
+
+    These are a few sentences of the card.
+    """
+    heads = [r for r in records if r.name.endswith("lm_head")]
+    embeddings = [r for r in records if r.layer == OUTER]
+    count = len(records) - len(heads) - len(embeddings)
+    text = [
+        f"{count} linears of the language backbone are quantized by `{recipe.method}`"
+        f" {_grid(recipe)}."
+    ]
+    if heads:
+        grid = "on its type" if recipe.block_types else f"to {recipe.head_bits} bits"
+        text.append(f"So is the output head, {grid}.")
+    if embeddings:
+        text.append("The embedding is rounded to nearest on its type.")
+    if recipe.rotate != "off":
+        text.append(
+            "All other tensors but those of the vision tower are rotated (docs/methods.md)."
+        )
+        return " ".join(text)
+    scaled = bool(METHODS[recipe.method].scaling)
+    if scaled:
+        text.append("The norms of its layers carry what the linears' inputs were divided by.")
+    kept = _kept(head=bool(heads), embedding=bool(embeddings), scaled=scaled)
+    text.append(f"{', '.join(kept[:-1]).capitalize()} and {kept[-1]} keep the source's values.")
+    return " ".join(text)
+
+
+def _grid(recipe: Recipe) -> str:
+    """The grid of the linears: `to 4 bits, groups of 128, asymmetric`."""
+    if recipe.block_types:
+        by_cost = f"chosen by measured cost for {recipe.grid}"
+        types = by_cost if recipe.target_bpw else recipe.gguf_type
+        return f"on the block types of llama.cpp, {types}"
+    per_channel = recipe.group_size == -1
+    groups = "one scale an output channel" if per_channel else f"groups of {recipe.group_size}"
+    symmetry = "symmetric" if recipe.symmetric else "asymmetric"
+    return f"to {recipe.bits} bits, {groups}, {symmetry}"
+
+
+def _kept(*, head: bool, embedding: bool, scaled: bool) -> list[str]:
+    """The parts of the model that keep the source's values.
+
+    head, embedding: these are quantized; the output head may share the embedding's matrix.
+    scaled: the norms of the layers took a scale.
+    """
+    kept = ["vision tower", "projector"]
+    kept += [] if embedding else ["embeddings"]
+    kept += ["last norm" if scaled else "norms"]
+    return kept if head or embedding else [*kept, "output head"]
+
+
+# -- figures -------------------------------------------------------------------------------------
+
+
+def figure(value: float | None) -> str:
+    """A figure as a person reads it: 0, 32, 98.8, 1.3e-06."""
+    if value is None:
+        return ""
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.1e}"
+
+
+def table_rows(checks: Iterable[Check]) -> list[tuple[str, ...]]:
+    """The parity table, for the terminal.
+
+    Columns: format, level, what, figure, gate, compared, status.
+    """
+    return [
+        (
+            c.format,
+            c.level,
+            c.name,
+            f"{figure(c.value)} {c.unit}".strip(),
+            f"≤ {figure(c.gate)}" if c.gate is not None else "",
+            f"{c.compared:,}" if c.compared is not None else "",
+            c.status,
+        )
+        for c in checks
+    ]
+
+
+def layer_errors(records: Sequence[ModuleRecord]) -> list[dict]:
+    """One entry for each layer: its linears with their relative error and a bar's width in percent.
+
+    The error is that of the outputs on the calibration samples, or of the weights themselves where
+    nothing was calibrated.
+    """
+    errors = {
+        r.name: float(r.metrics.get("relative_error", r.metrics.get("weight_error", 0.0)))
+        for r in records
+    }
+    worst = max(errors.values(), default=0.0) or 1.0
+    layers: dict[int, list[dict]] = {}
+    for r in records:
+        entry = {
+            "name": ".".join(r.name.split(".")[-2:]),
+            "error": errors[r.name],
+            "width": 100 * errors[r.name] / worst,
+            "fallback": bool(r.metrics.get("fallback")),
+        }
+        layers.setdefault(r.layer, []).append(entry)
+    return [{"index": index, "linears": linears} for index, linears in layers.items()]
+
+
+# -- the run and its files -----------------------------------------------------------------------
+
+
+def _timing(artifact: Artifact) -> str:
+    """What the quantizer took, in words; empty where the file does not say, as others' may not."""
+    try:
+        t = json.loads((artifact.path / TIMING).read_text("utf-8"))
+        taken = (f"{phase} {float(seconds):.1f} s" for phase, seconds in t["seconds"].items())
+        phases = ", ".join(taken)
+        memory = f"peak memory {t['peak_host_bytes'] / 1e9:.2f} GB"
+        if t["peak_device_bytes"]:
+            memory += f", on the GPU {t['peak_device_bytes'] / 1e9:.2f} GB"
+        speed = f"{t['tokens_per_second']:.0f} tokens/s through a layer"
+        return f"quantizer: {phases}; {speed}; {memory}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder and below it."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _public_yaml(recipe: Recipe) -> str:
+    """The recipe without the folders of whoever ran it."""
+    public = {
+        k: Path(v).name
+        for k in ("model", "calibration", "image_root", "verify_data", "out")
+        if (v := getattr(recipe, k))
+    }
+    return recipe.model_copy(update=public).to_yaml()
+
+
+def _run_with(name: str, out: Path) -> str:
+    """How the files of a format are run, with the names that they have in `out`."""
+    if name != "gguf":
+        return RUN_WITH[name]
+    models = [p.name for p in (out / "gguf").glob("*.gguf") if p.name != IMATRIX]
+    files = sorted(models, key=lambda name: (name.startswith("mmproj"), name))
+    text, mmproj = (files[0], files[-1]) if files else ("model.gguf", "mmproj.gguf")
+    return RUN_WITH[name].format(text=text, mmproj=mmproj)
+
+
+def markdown(text: object) -> str:
+    """Text of a file or a user as text of the card: no tag, cell, link or code of its own."""
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
+    return re.sub(r"([\\|*\[\]])", r"\\\1", line)

@@ -1,0 +1,124 @@
+"""MODEL is a float model: calibration samples are read, and its linears are quantized."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vlmq_export.callbacks import Callbacks
+from vlmq_export.formats.gguf.types.mix import mix_named, module_types
+from vlmq_export.formats.model_plan import model_plan, with_types
+from vlmq_export.planning.run_plan import RunPlan, plan_memory, plan_run
+from vlmq_export.planning.target_bpw import chosen_types, planned_types
+from vlmq_export.quantizer.arithmetic import pick_device
+from vlmq_export.quantizer.host import free_memory
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.rotation import rotated
+from vlmq_export.quantizer.run.memory_plan import MemoryPlan
+from vlmq_export.quantizer.run.quantize import quantize
+from vlmq_export.quantizer.run.resume import RUN
+from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.sources.calibration import calibration_samples
+from vlmq_export.sources.source import Calibration, Filling, Source
+
+log = logging.getLogger("vlmq_export")
+
+
+class FloatModel(Source):
+    """A checkpoint in the hub's layout."""
+
+    def __init__(self, path: Path, name: str, checkpoint: Checkpoint):
+        super().__init__(path, name)
+        self.checkpoint = checkpoint
+
+    @property
+    def companions(self) -> list[Path]:
+        return self.checkpoint.companions
+
+    def label(self, recipe: Recipe) -> str:
+        return recipe.label()
+
+    def recipe_for(self, recipe: Recipe) -> Recipe:
+        return recipe
+
+    def plan(self, recipe: Recipe) -> RunPlan:
+        checkpoint = rotated(self.checkpoint, recipe.rotate, recipe.seed)
+        model = model_plan(checkpoint, recipe.quant_config(), self.name)
+        if recipe.gguf_type is not None:
+            mix = mix_named(recipe.gguf_type)
+            model = with_types(model, module_types(model, mix, recipe.tensor_type), mix)
+        elif recipe.target_bpw is not None:
+            model = with_types(model, planned_types(model, recipe))
+        free = free_memory(self.device(recipe), recipe.max_memory)
+        return plan_run(model, recipe, plan_memory(model, recipe, *free))
+
+    def device(self, recipe: Recipe) -> torch.device:
+        return pick_device(recipe.device)
+
+    def calibration(self, recipe: Recipe, callbacks: Callbacks) -> Calibration:
+        return calibration_samples(recipe, self.checkpoint, callbacks)
+
+    def fill(self, folder: Path, filling: Filling) -> RunPlan:
+        recipe, plan, ranks, callbacks = (
+            filling.recipe,
+            filling.plan,
+            filling.ranks,
+            filling.callbacks,
+        )
+        samples, planned = filling.calibration.samples, plan.memory
+        assert planned is not None, "a float model's plan has a plan of memory"
+        if recipe.target_bpw is not None:
+            with filling.timed("choose types"):
+                types = chosen_types(
+                    plan.model,
+                    recipe,
+                    self.checkpoint,
+                    samples,
+                    planned.host_free,
+                    ranks,
+                    folder / RUN if filling.resume else None,
+                    callbacks.progress,
+                )
+            plan = replace(plan, model=with_types(plan.model, types))
+        tokens = sum(len(s.input_ids) for s in samples) // ranks.size
+        memory = plan_memory(plan.model, recipe, planned.host_free, planned.device_free, tokens)
+        _tell_memory(memory)
+        quantize(
+            self.checkpoint,
+            samples,
+            plan.model.config,
+            folder,
+            name=plan.model.name,
+            calibration=filling.calibration.described,
+            device=recipe.device,
+            resume=filling.resume,
+            place=memory.place,
+            ranks=ranks,
+            drop_images=True,
+            progress=callbacks.progress,
+            should_stop=callbacks.should_stop,
+        )
+        return plan
+
+
+def _tell_memory(memory: MemoryPlan) -> None:
+    """Log where activations rest, and warn where memory may not suffice."""
+    places = {"device": "with the layer", "host": "in host memory", "disk": "on disk"}
+    log.debug(
+        "about %.1f GB of memory, activations of %.2f GB %s",
+        memory.host / 1e9,
+        memory.activations / 1e9,
+        places[memory.place],
+    )
+    if not memory.fits:
+        log.warning(
+            "needs about %.1f GB of memory and %.1f GB on the GPU where %.1f and %.1f are free;"
+            " it may be killed",
+            memory.host / 1e9,
+            memory.device / 1e9,
+            memory.host_free / 1e9,
+            memory.device_free / 1e9,
+        )

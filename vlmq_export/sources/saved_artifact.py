@@ -1,0 +1,59 @@
+"""MODEL is an artifact of ours: its integers are exported as they are."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from vlmq_export.errors import UsageError
+from vlmq_export.formats.gguf.types.mix import mix_named
+from vlmq_export.formats.model_plan import artifact_plan
+from vlmq_export.output.folder import publish
+from vlmq_export.planning.run_plan import RunPlan, plan_run
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.sources.source import Filling, Source, fixed_grid
+
+
+class SavedArtifact(Source):
+    """An artifact folder, perhaps made on another machine."""
+
+    def __init__(self, path: Path, artifact: Artifact):
+        super().__init__(path, artifact.manifest.name)
+        self.artifact = artifact
+
+    @property
+    def companions(self) -> list[Path]:
+        return self.artifact.companions
+
+    @property
+    def processor(self) -> Path:
+        return self.artifact.source
+
+    @property
+    def floats(self) -> Path | None:
+        return None
+
+    def recipe_for(self, recipe: Recipe) -> Recipe:
+        config = self.artifact.config
+        if config.types:
+            asked, mix = recipe.gguf_type, config.gguf_type
+            other = asked is not None and mix_named(asked) != mix
+            if other or (recipe.target_bpw is not None and mix):
+                raise UsageError(
+                    f"{recipe.block_types}: the artifact has {mix} already;"
+                    " quantize the model again"
+                )
+            recipe = recipe.model_copy(update={"gguf_type": mix or None})
+        return fixed_grid(recipe, config, "artifact")
+
+    def plan(self, recipe: Recipe) -> RunPlan:
+        return plan_run(artifact_plan(self.artifact), recipe)
+
+    def fill(self, folder: Path, filling: Filling) -> RunPlan:
+        if filling.ranks.first and not folder.exists():
+            publish(
+                folder,
+                lambda place: shutil.copytree(self.artifact.path, place, dirs_exist_ok=True),
+            )
+        return filling.plan

@@ -1,0 +1,137 @@
+"""The options of the command, one type each: what typer parses, and what the help says.
+
+The names of the recipe's keys are the names of the options. What is not given on the command line
+is None, so that a recipe file can say it. Defaults therefore stand in the help texts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmq_export.recipes.choices import CHOICES
+
+
+def _option(text: str, *flags: str, choices: str = "") -> Any:
+    """An option that may be left out. `choices` is the recipe's key that names its values."""
+    if not choices:
+        return typer.Option(*flags, help=text, show_default=False)
+    known = list(CHOICES[choices])
+
+    def parse(value: str) -> str:
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, known))}.")
+        return value
+
+    return typer.Option(
+        *flags,
+        help=text,
+        show_default=False,
+        parser=parse,
+        metavar=f"[{'|'.join(known)}]",
+        autocompletion=lambda: known,
+    )
+
+
+# -- what is quantized, and how --------------------------------------------------------------------
+_MODEL = "Model folder, artifact folder or hub id. Default: the bundled reference VLM."
+Model = Annotated[str | None, typer.Argument(help=_MODEL, show_default=False)]
+_FORMAT = _option("Repeat for several.", "--format", "-f", choices="format")
+Format = Annotated[list[str] | None, _FORMAT]
+Bits = Annotated[int | None, _option("2, 3, 4 or 8.  [default: 4]")]
+_GROUP_SIZE = "Columns a scale; -1 for one an output channel.  [default: 128]"
+GroupSize = Annotated[int | None, _option(_GROUP_SIZE)]
+_SYM = "Grid without or with zero-points.  [default: asym; 8 bits: sym]"
+Sym = Annotated[bool | None, _option(_SYM, "--sym/--asym")]
+Method = Annotated[str | None, _option("[default: vlmq]", choices="method")]
+_ROTATE = (
+    "Hadamard rotations: folded into the weights, or online too, which no format holds."
+    "  [default: off]"
+)
+Rotate = Annotated[str | None, _option(_ROTATE, choices="rotate")]
+_HEAD_BITS = (
+    "Quantize the output head too, to 2, 3, 4 or 8 bits; GPTQ files cannot hold it."
+    "  [default: as it is]"
+)
+HeadBits = Annotated[int | None, _option(_HEAD_BITS)]
+_ACT_ORDER = "Column order of the solver.  [default: gar]"
+ActOrder = Annotated[str | None, _option(_ACT_ORDER, choices="act_order")]
+
+# -- samples ---------------------------------------------------------------------------------------
+_CALIBRATION = "LLaVA/ShareGPT4V JSON or messages JSONL.  [default: bundled]"
+CalibrationFile = Annotated[Path | None, _option(_CALIBRATION)]
+_IMAGE_ROOT = "Folder that image paths start from.  [default: the file's own]"
+ImageRoot = Annotated[Path | None, _option(_IMAGE_ROOT)]
+Samples = Annotated[int | None, _option("Calibration rows.  [default: 512]")]
+_SEQ_LEN = "Truncate samples; one whose image would be cut is dropped.  [default: the paper's, 512]"
+SeqLen = Annotated[int | None, _option(_SEQ_LEN)]
+_SEED = "Draws the samples where the file has more rows.  [default: 0]"
+Seed = Annotated[int | None, _option(_SEED)]
+_VERIFY_DATA = "Held-out rows for the parity checks.  [default: bundled]"
+VerifyData = Annotated[Path | None, _option(_VERIFY_DATA)]
+
+# -- the run ---------------------------------------------------------------------------------------
+_VERIFY = "Prove the files in their runtimes.  [default: verify]"
+Verify = Annotated[bool | None, _option(_VERIFY, "--verify/--no-verify")]
+Device = Annotated[str | None, _option("Where to quantize.  [default: auto]", choices="device")]
+_MAX_MEMORY = "GB of host memory to stay within.  [default: what is free]"
+MaxMemory = Annotated[float | None, _option(_MAX_MEMORY)]
+RecipePath = Annotated[Path | None, _option("YAML with the same keys; flags win.")]
+Out = Annotated[Path | None, _option("Output folder.  [default: named after model and recipe]")]
+_OVERWRITE = typer.Option("--overwrite", help="Replace an output folder of ours.")
+Overwrite = Annotated[bool, _OVERWRITE]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")]
+_DRY_RUN = typer.Option("--dry-run", help="Show what would be done; read headers only.")
+DryRun = Annotated[bool, _DRY_RUN]
+AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, log on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More log.")]
+
+# -- GPTQ ------------------------------------------------------------------------------------------
+_GPTQ_VERSION = "How zero-points are stored.  [default: v1]"
+GptqVersion = Annotated[str | None, _option(_GPTQ_VERSION, choices="gptq_version")]
+_GPTQ_NAMES = "Tensor names; module suits GPTQModel.load.  [default: hub]"
+GptqNames = Annotated[str | None, _option(_GPTQ_NAMES, choices="gptq_names")]
+
+# -- ONNX ------------------------------------------------------------------------------------------
+_LEVEL = "MatMulNBits attribute: 0 exact, 4 int8 activations.  [default: 0]"
+AccuracyLevel = Annotated[int | None, _option(_LEVEL)]
+_GRAPH = (
+    "ONNX Runtime's decoder operators, the same for one prompt at a time, or standard ones."
+    "  [default: fused]"
+)
+OnnxGraph = Annotated[str | None, _option(_GRAPH, choices="onnx_graph")]
+_DTYPE = "Activations, cache and float weights of ONNX.  [default: float32]"
+OnnxDtype = Annotated[str | None, _option(_DTYPE, choices="onnx_dtype")]
+_PROVIDER = "Where the ONNX package runs.  [default: cpu]"
+OnnxProvider = Annotated[str | None, _option(_PROVIDER, choices="onnx_provider")]
+
+# -- GGUF ------------------------------------------------------------------------------------------
+_GGUF_TYPE = "Solve on llama.cpp's own types: Q2_K … Q6_K, Q4_K_M, Q8_0; GGUF only."
+GgufType = Annotated[str | None, _option(_GGUF_TYPE)]
+_TARGET_BPW = "Choose those types by measured cost, to this many bits per weight over all matrices."
+TargetBpw = Annotated[float | None, _option(_TARGET_BPW)]
+_TENSOR_TYPE = "REGEX=TYPE on GGUF tensor names, over the mix; repeat."
+TensorType = Annotated[list[str] | None, _option(_TENSOR_TYPE)]
+_IMATRIX = "Also write imatrix.gguf, from the calibration images, for stock llama-quantize."
+EmitImatrix = Annotated[bool | None, _option(_IMATRIX, "--emit-imatrix")]
+_CLASS_ROW = (
+    "Where InternVL's GGUF has the class token's position: last for llama.cpp b11549, first as on"
+    " the hub.  [default: last]"
+)
+ClassRow = Annotated[str | None, _option(_CLASS_ROW, choices="class_row")]
+_MMPROJ = "Type of GGUF vision weights.  [default: f16]"
+Mmproj = Annotated[str | None, _option(_MMPROJ, choices="mmproj")]
+_SPLIT = "Split the GGUF text model into files of this size, as 2G or 500M.  [default: one file]"
+SplitMaxSize = Annotated[str | None, _option(_SPLIT)]
+
+# -- verify and inspect ----------------------------------------------------------------------------
+OutFolder = Annotated[Path, typer.Argument(help="Output folder of an earlier run.")]
+_AGAIN = "Held-out rows.  [default: those of the run]"
+VerifyDataAgain = Annotated[Path | None, _option(_AGAIN)]
+_IMAGE_ROOT_AGAIN = "Folder that image paths start from."
+ImageRootAgain = Annotated[Path | None, _option(_IMAGE_ROOT_AGAIN)]
+_PATH = "An artifact, an exported folder, or one of its files."
+InspectPath = Annotated[Path, typer.Argument(help=_PATH)]

@@ -1,0 +1,112 @@
+"""Running one command: signals, errors of one line, and exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from vlmq_export.errors import CTRL_C, Interrupted, VlmqError, one_line
+from vlmq_export.terminal.log import err, set_up_logging
+
+
+def speaks() -> bool:
+    """Whether this process prints: of those that torchrun started, one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(job: Callable[[], int], as_json: bool, quiet: bool, verbose: int) -> None:
+    """Call `job` and end with its exit code.
+
+    What a user can meet becomes one line and an exit code of its own.
+    """
+    set_up_logging(verbose, quiet or not speaks())
+    try:
+        code = _in_memory(job)
+    except (VlmqError, OSError) as e:
+        code = getattr(e, "exit_code", VlmqError.exit_code)
+        known = isinstance(e, VlmqError)
+        message = one_line(e if known else f"{e.filename or 'a file'}: {e.strerror or e}")
+        if e.__cause__ is not None:
+            logging.getLogger("vlmq_export").debug("where it came from", exc_info=e.__cause__)
+        err.print(
+            f"error: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True
+        )
+        if as_json:
+            print_json({"error": message, "exit_code": code})
+    except KeyboardInterrupt:
+        err.print("stopped; --resume continues", highlight=False)
+        code = CTRL_C
+    raise typer.Exit(code)
+
+
+def _in_memory(job: Callable[[], int]) -> int:
+    """job(), with running out of memory turned into a stop that can be resumed.
+
+    Whole layers that are on disk are kept.
+    """
+    try:
+        return job()
+    except MemoryError:
+        where = "memory"
+    except RuntimeError as e:
+        if type(e).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            where = "GPU memory"
+        elif "can't allocate memory" in str(e):  # torch's allocator on the CPU
+            where = "memory"
+        else:
+            raise
+    raise Interrupted(
+        f"out of {where}; free some, lower --samples or --seq-len, or --resume on a larger machine"
+    )
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C ask for a stop after the layer in hand. A second one stops at once.
+
+    Either way the run can be resumed.
+    """
+
+    def __enter__(self) -> StopSignals:
+        self.number: int | None = None
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __call__(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.number is not None
+
+    def _ask(self, number: int, _frame: object) -> None:
+        """The handler of both signals."""
+        again, self.number = self.number is not None, number
+        if again:
+            raise KeyboardInterrupt
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt):
+            error = Interrupted("stopped at once; continue with --resume")
+        if isinstance(error, Interrupted):
+            from_keyboard = self.number == signal.SIGINT
+            error.exit_code = CTRL_C if from_keyboard else Interrupted.exit_code
+            raise error from None
+
+
+def print_json(value: Any) -> None:
+    """`value` on stdout; dataclasses as objects, everything else that JSON lacks as text."""
+
+    def plain(x: Any) -> Any:
+        if dataclasses.is_dataclass(x) and not isinstance(x, type):
+            return dataclasses.asdict(x)
+        return str(x)
+
+    json.dump(value, sys.stdout, indent=1, default=plain)
+    sys.stdout.write("\n")

@@ -1,0 +1,136 @@
+"""What the commands print on stdout: tables, readable at 80 columns and without colour."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.markup import escape
+from rich.table import Table
+
+from vlmq_export.errors import one_line
+from vlmq_export.formats.contract import Inspection
+from vlmq_export.planning.run_plan import RunPlan
+from vlmq_export.proving.parity import Parity
+from vlmq_export.quantizer.run.memory_plan import MemoryPlan
+from vlmq_export.report.page import table_rows
+from vlmq_export.result import Result
+from vlmq_export.terminal.log import out
+
+_STATUS = {"passed": "green", "failed": "bold red", "not run": "yellow", "info": "dim"}
+_LONGEST = 120  # characters of a value of metadata
+
+
+def plain(text: object) -> str:
+    """Text of a file for a table: no markup, no control characters."""
+    return escape(one_line(text))
+
+
+def print_result(result: Result) -> None:
+    """The parity table, and one line of verdict."""
+    parity = result.parity
+    if parity is not None:
+        print_parity(parity)
+    checked = "verified" if result.verified else "UNVERIFIED"
+    verdict = "not verified" if parity is None else checked
+    out.print(
+        f"{result.out}: {verdict}; report: {result.out / 'report.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_plan(plan: RunPlan) -> None:
+    """What a run would do."""
+    model = plan.model
+    weights = sum(x.out_features * x.in_features for x in model.linears)
+    kept = sum(t.numel for t in model.floats)
+    name = plain(f"{model.name} ({model.architecture.model_type})")
+    count = len(model.linears)
+    out.print(f"{name}: {count} linears, {weights:,} weights to quantize", highlight=False)
+    out.print(f"{len(model.floats)} tensors, {kept:,} weights stay in their dtype", highlight=False)
+    out.print(_modules(plan))
+    table = Table("format", "bits per weight", "size", box=None, pad_edge=False)
+    for name, planned in plan.formats.items():
+        if planned.refusals:
+            table.add_row(name, "refused", "")
+        else:
+            size = f"{planned.size_bytes / 2**20:,.1f} MiB"
+            table.add_row(name, f"{planned.bits_per_weight:.3f}", size)
+    out.print(table)
+    if plan.memory is not None:
+        print_memory(plan.memory)
+    for name, planned in plan.formats.items():
+        for note in planned.notes:
+            out.print(plain(f"{name}: {note}"), highlight=False)
+    for line in plan.refusals:
+        out.print(plain(f"refused: {line}"), style="bold red", highlight=False)
+
+
+def _modules(plan: RunPlan) -> Table:
+    """The linears to quantize, by kind and shape."""
+    kinds = Counter(
+        (".".join(x.name.split(".")[-2:]), x.out_features, x.in_features)
+        for x in plan.model.linears
+    )
+    table = Table("modules", "count", "out", "in", box=None, pad_edge=False)
+    for (kind, rows, columns), count in kinds.items():
+        table.add_row(plain(kind), str(count), str(rows), str(columns))
+    return table
+
+
+def print_memory(memory: MemoryPlan) -> None:
+    """What is held at the peak, and where the activations rest."""
+    table = Table("memory", "GB", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for part, size in [*memory.parts.items(), ("activations", memory.activations)]:
+        table.add_row(part, f"{size / 1e9:.2f}")
+    out.print(table)
+    on_device = "on the device" if memory.device_free else "in memory"
+    places = {"device": on_device, "host": "in host memory", "disk": "on disk"}
+    out.print(f"activations rest {places[memory.place]}", highlight=False)
+    for name, need, free in (
+        ("host", memory.host, memory.host_free),
+        ("GPU", memory.device, memory.device_free),
+    ):
+        if free:
+            verdict = "" if need <= free else ", TOO LITTLE"
+            amount = f"{need / 1e9:.1f} GB of {free / 1e9:.1f} GB{verdict}"
+            out.print(f"peak on the {name}: {amount}", highlight=False)
+
+
+def print_parity(parity: Parity) -> None:
+    """The parity table, and a line for each check that failed."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("format", "check"):
+        table.add_column(column, overflow="fold")
+    for column in ("figure", "gate"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    for row, check in zip(table_rows(parity.checks), parity.checks):
+        fmt, level, name, figure, gate, compared, status = row
+        what = f"{level} {name}" + (f", {compared}" if compared else "")
+        table.add_row(fmt, plain(what), figure, gate, f"[{_STATUS[check.status]}]{status}[/]")
+    out.print(table)
+    for c in parity.failures():
+        out.print(
+            one_line(f"failed: {c.format} {c.level} {c.name}: {c.worst or c.detail}"),
+            style="bold red",
+            highlight=False,
+            markup=False,
+        )
+
+
+def print_inspection(found: Inspection) -> None:
+    """Metadata and tensors of an artifact or an exported file."""
+    out.print(found.kind, highlight=False)
+    for key, value in found.metadata.items():
+        text = one_line(value)
+        shown = text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+        out.print(f"  {one_line(key)}: {shown}", highlight=False, markup=False)
+    table = Table("tensor", "shape", "type", "bytes", box=None, pad_edge=False)
+    for t in found.tensors:
+        table.add_row(plain(t.name), "×".join(map(str, t.shape)), plain(t.type), f"{t.nbytes:,}")
+    out.print(table)
+    total = sum(t.nbytes for t in found.tensors) / 2**20
+    bits = f"{found.bits_per_weight:.3f} bits per quantized weight"
+    out.print(f"{len(found.tensors)} tensors, {total:,.1f} MiB, {bits}", highlight=False)
