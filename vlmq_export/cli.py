@@ -6,19 +6,22 @@ the functions of `vlmq_export.api`.
 
 from __future__ import annotations
 
+import difflib
 import os
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 import typer
 from typer.core import TyperGroup
 
 from vlmq_export._version import __version__
-from vlmq_export.errors import PARITY_FAILED, UsageError
+from vlmq_export.errors import EXIT_CODES, PARITY_FAILED, UsageError, one_line
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import load_recipe
 from vlmq_export.result import Result
 from vlmq_export.terminal import options
-from vlmq_export.terminal.running import StopSignals, print_json, run, speaks
+from vlmq_export.terminal.help import Command
+from vlmq_export.terminal.running import StopSignals, print_error, print_json, run, speaks
 
 EXPORT = "export"
 # Before torch is imported: threads that spin are 10 times slower on a busy machine.
@@ -31,8 +34,25 @@ class ExportByDefault(TyperGroup):
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         own = {*self.commands, "--version", "--install-completion", "--show-completion"}
         if not args or args[0] not in own:
+            self._refuse_misspelt(args)
             args = [EXPORT, *args]
         return super().parse_args(ctx, args)
+
+    def _refuse_misspelt(self, args: list[str]) -> None:
+        """Ends the command for a MODEL that is not there and reads like a command."""
+        if not args or Path(args[0]).exists():
+            return
+        if close := difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75):
+            said = f"{args[0]}: neither a model folder nor a command; did you mean {close[0]}?"
+            print_error(one_line(said))
+            raise typer.Exit(UsageError.exit_code)
+
+
+class ExportCommand(Command):
+    """`export`, which goes by the name of the whole."""
+
+    shown_as = "vlmq-export"
+    notes: ClassVar = {"Exit codes": {str(code): meaning for code, meaning in EXIT_CODES.items()}}
 
 
 app = typer.Typer(
@@ -40,6 +60,7 @@ app = typer.Typer(
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -57,10 +78,10 @@ def _root(version: Annotated[bool, _VERSION] = False) -> None:
     """Quantize a vision-language model and export it, proven in each runtime."""
 
 
-_OTHERS = "Other commands: vlmq-export verify OUT, vlmq-export inspect FILE, each with --help."
+_OTHERS = "Other commands: vlmq-export verify OUT, vlmq-export inspect FILE, each with -h."
 
 
-@app.command(EXPORT, epilog=_OTHERS)
+@app.command(EXPORT, epilog=_OTHERS, cls=ExportCommand)
 def export(
     model: options.Model = None,
     format: options.Format = None,
@@ -76,10 +97,6 @@ def export(
     samples: options.Samples = None,
     seq_len: options.SeqLen = None,
     seed: options.Seed = None,
-    verify_data: options.VerifyData = None,
-    verify: options.Verify = None,
-    device: options.Device = None,
-    max_memory: options.MaxMemory = None,
     gptq_version: options.GptqVersion = None,
     gptq_names: options.GptqNames = None,
     accuracy_level: options.AccuracyLevel = None,
@@ -93,6 +110,10 @@ def export(
     class_row: options.ClassRow = None,
     mmproj: options.Mmproj = None,
     split_max_size: options.SplitMaxSize = None,
+    verify: options.Verify = None,
+    verify_data: options.VerifyData = None,
+    device: options.Device = None,
+    max_memory: options.MaxMemory = None,
     recipe: options.RecipePath = None,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
@@ -102,11 +123,7 @@ def export(
     quiet: options.Quiet = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Quantize MODEL and write it for each --format, then prove each file in its runtime.
-
-    Exit codes: 0 fine, 1 failed, 2 usage, 3 a parity gate failed; 75 or, by Ctrl-C, 130 stopped but
-    resumable.
-    """
+    """Quantize MODEL and write it for each --format, then prove each file in its runtime."""
     given = {k: v for k, v in locals().items() if k in Recipe.model_fields}
     flags = {k: v for k, v in given.items() if v is not None and v != []}
 
@@ -121,7 +138,7 @@ def export(
     run(job, as_json, quiet, verbose)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     out: options.OutFolder,
     verify_data: options.VerifyDataAgain = None,
@@ -149,7 +166,7 @@ def verify(
     run(job, as_json, quiet, verbose)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(path: options.InspectPath, as_json: options.AsJson = False) -> None:
     """Show what an artifact or exported file holds: tensors, types, bits per weight, metadata."""
 

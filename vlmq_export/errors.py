@@ -62,5 +62,14 @@ class Interrupted(VlmqError):
     exit_code = 75
 
 
-CTRL_C = 130  # exit code of a command that was stopped from the keyboard, as shells have it
 PARITY_FAILED = 3  # exit code where files were written but a parity gate failed
+CTRL_C = 130  # exit code of a command that was stopped from the keyboard, as shells have it
+
+EXIT_CODES = {
+    0: "fine",
+    VlmqError.exit_code: "failed",
+    UsageError.exit_code: "the command line or the recipe asks for what cannot be",
+    PARITY_FAILED: "a parity gate failed; the files are kept and marked unverified",
+    Interrupted.exit_code: "stopped by SIGTERM, or out of memory; --resume continues",
+    CTRL_C: "stopped by Ctrl-C; --resume continues",
+}

@@ -25,11 +25,12 @@ def test_symmetric_by_default_only_at_8_bits():
         ("bit: 4", "did you mean bits?"),
         ("bits: 5", "--bits 5"),
         ("group_size: 100", "--group-size 100"),
-        ("method: magic", "--method"),
+        ("method: magic", "method: magic is not known"),
         ("- 1", "keys and values"),
         ("a: [", "not YAML"),
         ("format: [gguf, gguf]", "twice"),
-        ("samples: 0", "--samples"),
+        ("samples: 0", "samples: "),
+        ("format: gguf,onnxx", "onnxx is not known"),
     ],
 )
 def test_what_cannot_work_is_one_line(tmp_path, text, says):
@@ -38,7 +39,32 @@ def test_what_cannot_work_is_one_line(tmp_path, text, says):
     with pytest.raises(UsageError) as e:
         load_recipe(file, {})
     assert says in str(e.value)
-    assert "\n" not in str(e.value)
+    assert str(e.value).startswith(f"--recipe {file}: ") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "blames"),
+    [
+        ("bits: 5", {"samples": 1}, "file"),
+        ("bits: 4", {"bits": 5}, "flags"),
+        ("bits: 5", {"bits": 5}, "flags"),
+        ("samples: 3", {"samples": 0}, "flags"),
+        ("emit_imatrix: true\nformat: [gguf]", {"format": ["gptq"]}, "both"),
+    ],
+)
+def test_the_error_says_whether_file_or_flags_are_at_fault(tmp_path, text, flags, blames):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as e:
+        load_recipe(file, flags)
+    said = str(e.value)
+    found = "file" if said.startswith(f"--recipe {file}: ") else "flags"
+    assert ("both" if "the flags together" in said else found) == blames, said
+
+
+@pytest.mark.parametrize("given", ["gguf,onnx", "gguf, onnx", ["gguf,onnx"], ["gguf", "onnx"]])
+def test_formats_may_be_listed_with_commas(given):
+    assert Recipe(format=given).format == ["gguf", "onnx"]
 
 
 def test_a_recipe_survives_its_yaml(tmp_path):

@@ -16,6 +16,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from vlmq_export.errors import FormatError, UsageError
+from vlmq_export.quantizer.artifact.manifest import MANIFEST
 from vlmq_export.quantizer.storage.whole_files import sync
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import RECIPE_FILE, load_recipe
@@ -35,6 +36,11 @@ def refuse_output(out: Path, model: Path, recipe: Recipe, *, overwrite: bool, re
         raise UsageError(f"--out {out} holds the model itself; choose another folder")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; choose another name")
+    if resume and not out.exists():
+        raise UsageError(
+            f"--resume: there is no {out}; give the --out of the run that was stopped,"
+            " or leave --resume out to begin one"
+        )
     there = out.iterdir() if out.is_dir() else ()
     if all(p.name == LOCK or _is_leftover(p) for p in there):
         return
@@ -43,7 +49,9 @@ def refuse_output(out: Path, model: Path, recipe: Recipe, *, overwrite: bool, re
             f"--out {out} holds files that vlmq-export did not write; choose another folder"
         )
     if not overwrite and not resume:
-        raise UsageError(f"--out {out} exists; --resume continues it, --overwrite replaces it")
+        raise UsageError(
+            f"--out {out} exists; --resume continues it, --overwrite replaces it{_reused(out)}"
+        )
     if resume:
         _same_recipe(recipe, out)
 
@@ -88,8 +96,19 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
     if differ:
         raise UsageError(
             f"--resume {out}: the recipe differs ({'; '.join(differ)});"
-            " use --overwrite or another --out"
+            f" use --overwrite or another --out{_reused(out)}"
         )
+
+
+def _reused(out: Path) -> str:
+    """How a whole artifact in the folder is written in another format, for the end of an error."""
+    artifact = out / "artifact"
+    if not (artifact / MANIFEST).is_file():
+        return ""
+    return (
+        f". To write another format without quantizing again, give {artifact} as MODEL,"
+        " and another --out"
+    )
 
 
 def publish(target: Path, write: Callable[[Path], T]) -> T:

@@ -9,9 +9,14 @@ from vlmq_export.formats import contract
 from vlmq_export.quantizer.config import ACT_ORDERS, ROTATIONS
 from vlmq_export.quantizer.methods import METHODS
 
+_RUN_BY = {
+    "gptq": "safetensors for transformers and GPTQModel",
+    "onnx": "for ONNX Runtime and onnxruntime-genai",
+    "gguf": "for llama.cpp",
+}
 # key of the recipe → value → a few words for the command's help
 CHOICES: dict[str, Mapping[str, str]] = {
-    "format": dict.fromkeys(formats.NAMES, ""),
+    "format": {name: _RUN_BY[name] for name in formats.NAMES},
     "method": {name: method.about for name, method in METHODS.items()},
     "act_order": ACT_ORDERS,
     "rotate": ROTATIONS,

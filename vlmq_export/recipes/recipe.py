@@ -74,6 +74,15 @@ class Recipe(BaseModel):
         """A model may be given as a path, from Python."""
         return fspath(value) if isinstance(value, PathLike) else value
 
+    @field_validator("format", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Formats may be given as `gguf`, `gguf,onnx`, or a list of such."""
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, list) or not all(isinstance(x, str) for x in given):
+            return value
+        return [one.strip() for x in given for one in x.split(",")]
+
     @field_validator(*CHOICES)
     @classmethod
     def _known(cls, value: str | list[str], info: ValidationInfo) -> str | list[str]:

@@ -52,11 +52,35 @@ def load_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values | flags)
     except ValidationError as e:
-        first = e.errors()[0]
-        # The place in a list (format.0) says nothing to someone who wrote a flag.
-        key = str(first["loc"][0]).replace("_", "-") if first["loc"] else ""
-        where = f"--{key}: " if key else ""
-        raise UsageError(where + first["msg"].removeprefix("Value error, ")) from None
+        raise UsageError(_complaint(e, path, values, flags)) from None
+
+
+def _complaint(
+    error: ValidationError, path: Path | None, values: dict[str, Any], flags: dict[str, Any]
+) -> str:
+    """The first thing that is wrong, and whether it is the file's: `values` are what it says."""
+    said = error.errors()[0]
+    message = said["msg"].removeprefix("Value error, ")
+    # The place in a list (format.0) says nothing to someone who wrote a flag.
+    key = str(said["loc"][0]) if said["loc"] else ""
+    if key in flags or (key and path is None):
+        return f"--{key.replace('_', '-')}: {message}"
+    if key:
+        return f"--recipe {path}: {key}: {message}"
+    if path is None or message in _messages(flags):
+        return message
+    if message in _messages(values):
+        return f"--recipe {path}: {message}"
+    return f"{message} (the flags together with --recipe {path})"
+
+
+def _messages(values: dict[str, Any]) -> list[str]:
+    """What is wrong with these values alone."""
+    try:
+        Recipe.model_validate(values)
+        return []
+    except ValidationError as e:
+        return [error["msg"].removeprefix("Value error, ") for error in e.errors()]
 
 
 def _values(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The options of the command, one type each: what typer parses, and what the help says.
 
 The names of the recipe's keys are the names of the options. What is not given on the command line
-is None, so that a recipe file can say it. Defaults therefore stand in the help texts.
+is None, so that a recipe file can say it. Defaults therefore stand in the help texts. The first
+option of a section names the panel of the help that they stand in.
 """
 
 from __future__ import annotations
@@ -14,15 +15,24 @@ import typer
 from vlmq_export.recipes.choices import CHOICES
 
 
-def _option(text: str, *flags: str, choices: str = "") -> Any:
-    """An option that may be left out. `choices` is the recipe's key that names its values."""
+def _option(
+    text: str, *flags: str, choices: str = "", panel: str | None = None, several: bool = False
+) -> Any:
+    """An option that may be left out.
+
+    choices: the recipe's key that names its values.
+    panel: title of the panel that begins with it.
+    several: whether it takes a list with commas.
+    """
     if not choices:
-        return typer.Option(*flags, help=text, show_default=False)
-    known = list(CHOICES[choices])
+        return typer.Option(*flags, help=text, show_default=False, rich_help_panel=panel)
+    known = CHOICES[choices]
 
     def parse(value: str) -> str:
-        if value not in known:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, known))}.")
+        for one in value.split(",") if several else [value]:
+            if one.strip() not in known:
+                named = ", ".join(map(repr, known))
+                raise typer.BadParameter(f"{one.strip()!r} is not one of {named}.")
         return value
 
     return typer.Option(
@@ -30,26 +40,28 @@ def _option(text: str, *flags: str, choices: str = "") -> Any:
         help=text,
         show_default=False,
         parser=parse,
-        metavar=f"[{'|'.join(known)}]",
-        autocompletion=lambda: known,
+        metavar="NAME",
+        autocompletion=lambda: list(known.items()),
+        rich_help_panel=panel,
     )
 
 
 # -- what is quantized, and how --------------------------------------------------------------------
 _MODEL = "Model folder, artifact folder or hub id. Default: the bundled reference VLM."
-Model = Annotated[str | None, typer.Argument(help=_MODEL, show_default=False)]
-_FORMAT = _option("Repeat for several.", "--format", "-f", choices="format")
+_HOW = "What is quantized, and how"
+Model = Annotated[str | None, typer.Argument(help=_MODEL, show_default=False, rich_help_panel=_HOW)]
+_FORMATS = "What is written. Repeat it for several, or list them: -f gptq,onnx,gguf."
+_FORMAT = _option(_FORMATS, "--format", "-f", choices="format", several=True)
 Format = Annotated[list[str] | None, _FORMAT]
 Bits = Annotated[int | None, _option("2, 3, 4 or 8.  [default: 4]")]
 _GROUP_SIZE = "Columns a scale; -1 for one an output channel.  [default: 128]"
 GroupSize = Annotated[int | None, _option(_GROUP_SIZE)]
 _SYM = "Grid without or with zero-points.  [default: asym; 8 bits: sym]"
 Sym = Annotated[bool | None, _option(_SYM, "--sym/--asym")]
-Method = Annotated[str | None, _option("[default: vlmq]", choices="method")]
-_ROTATE = (
-    "Hadamard rotations: folded into the weights, or online too, which no format holds."
-    "  [default: off]"
-)
+Method = Annotated[
+    str | None, _option("How weights are rounded.  [default: vlmq]", choices="method")
+]
+_ROTATE = "Hadamard rotations before rounding.  [default: off]"
 Rotate = Annotated[str | None, _option(_ROTATE, choices="rotate")]
 _HEAD_BITS = (
     "Quantize the output head too, to 2, 3, 4 or 8 bits; GPTQ files cannot hold it."
@@ -59,9 +71,9 @@ HeadBits = Annotated[int | None, _option(_HEAD_BITS)]
 _ACT_ORDER = "Column order of the solver.  [default: gar]"
 ActOrder = Annotated[str | None, _option(_ACT_ORDER, choices="act_order")]
 
-# -- samples ---------------------------------------------------------------------------------------
+# -- calibration -----------------------------------------------------------------------------------
 _CALIBRATION = "LLaVA/ShareGPT4V JSON or messages JSONL.  [default: bundled]"
-CalibrationFile = Annotated[Path | None, _option(_CALIBRATION)]
+CalibrationFile = Annotated[Path | None, _option(_CALIBRATION, panel="Calibration")]
 _IMAGE_ROOT = "Folder that image paths start from.  [default: the file's own]"
 ImageRoot = Annotated[Path | None, _option(_IMAGE_ROOT)]
 Samples = Annotated[int | None, _option("Calibration rows.  [default: 512]")]
@@ -69,13 +81,16 @@ _SEQ_LEN = "Truncate samples; one whose image would be cut is dropped.  [default
 SeqLen = Annotated[int | None, _option(_SEQ_LEN)]
 _SEED = "Draws the samples where the file has more rows.  [default: 0]"
 Seed = Annotated[int | None, _option(_SEED)]
+
+# -- the proof -------------------------------------------------------------------------------------
+_VERIFY = "Prove the files in their runtimes.  [default: verify]"
+Verify = Annotated[bool | None, _option(_VERIFY, "--verify/--no-verify", panel="Proof")]
 _VERIFY_DATA = "Held-out rows for the parity checks.  [default: bundled]"
 VerifyData = Annotated[Path | None, _option(_VERIFY_DATA)]
 
 # -- the run ---------------------------------------------------------------------------------------
-_VERIFY = "Prove the files in their runtimes.  [default: verify]"
-Verify = Annotated[bool | None, _option(_VERIFY, "--verify/--no-verify")]
-Device = Annotated[str | None, _option("Where to quantize.  [default: auto]", choices="device")]
+_DEVICE = "Where to quantize.  [default: auto]"
+Device = Annotated[str | None, _option(_DEVICE, choices="device", panel="The run")]
 _MAX_MEMORY = "GB of host memory to stay within.  [default: what is free]"
 MaxMemory = Annotated[float | None, _option(_MAX_MEMORY)]
 RecipePath = Annotated[Path | None, _option("YAML with the same keys; flags win.")]
@@ -91,17 +106,14 @@ Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More 
 
 # -- GPTQ ------------------------------------------------------------------------------------------
 _GPTQ_VERSION = "How zero-points are stored.  [default: v1]"
-GptqVersion = Annotated[str | None, _option(_GPTQ_VERSION, choices="gptq_version")]
-_GPTQ_NAMES = "Tensor names; module suits GPTQModel.load.  [default: hub]"
+GptqVersion = Annotated[str | None, _option(_GPTQ_VERSION, choices="gptq_version", panel="GPTQ")]
+_GPTQ_NAMES = "Tensor names.  [default: hub]"
 GptqNames = Annotated[str | None, _option(_GPTQ_NAMES, choices="gptq_names")]
 
 # -- ONNX ------------------------------------------------------------------------------------------
 _LEVEL = "MatMulNBits attribute: 0 exact, 4 int8 activations.  [default: 0]"
-AccuracyLevel = Annotated[int | None, _option(_LEVEL)]
-_GRAPH = (
-    "ONNX Runtime's decoder operators, the same for one prompt at a time, or standard ones."
-    "  [default: fused]"
-)
+AccuracyLevel = Annotated[int | None, _option(_LEVEL, panel="ONNX")]
+_GRAPH = "Operators of the text model.  [default: fused]"
 OnnxGraph = Annotated[str | None, _option(_GRAPH, choices="onnx_graph")]
 _DTYPE = "Activations, cache and float weights of ONNX.  [default: float32]"
 OnnxDtype = Annotated[str | None, _option(_DTYPE, choices="onnx_dtype")]
@@ -110,17 +122,14 @@ OnnxProvider = Annotated[str | None, _option(_PROVIDER, choices="onnx_provider")
 
 # -- GGUF ------------------------------------------------------------------------------------------
 _GGUF_TYPE = "Solve on llama.cpp's own types: Q2_K … Q6_K, Q4_K_M, Q8_0; GGUF only."
-GgufType = Annotated[str | None, _option(_GGUF_TYPE)]
+GgufType = Annotated[str | None, _option(_GGUF_TYPE, panel="GGUF")]
 _TARGET_BPW = "Choose those types by measured cost, to this many bits per weight over all matrices."
 TargetBpw = Annotated[float | None, _option(_TARGET_BPW)]
 _TENSOR_TYPE = "REGEX=TYPE on GGUF tensor names, over the mix; repeat."
 TensorType = Annotated[list[str] | None, _option(_TENSOR_TYPE)]
 _IMATRIX = "Also write imatrix.gguf, from the calibration images, for stock llama-quantize."
 EmitImatrix = Annotated[bool | None, _option(_IMATRIX, "--emit-imatrix")]
-_CLASS_ROW = (
-    "Where InternVL's GGUF has the class token's position: last for llama.cpp b11549, first as on"
-    " the hub.  [default: last]"
-)
+_CLASS_ROW = "Where InternVL's GGUF has the class token's position.  [default: last]"
 ClassRow = Annotated[str | None, _option(_CLASS_ROW, choices="class_row")]
 _MMPROJ = "Type of GGUF vision weights.  [default: f16]"
 Mmproj = Annotated[str | None, _option(_MMPROJ, choices="mmproj")]

@@ -36,15 +36,18 @@ def run(job: Callable[[], int], as_json: bool, quiet: bool, verbose: int) -> Non
         message = one_line(e if known else f"{e.filename or 'a file'}: {e.strerror or e}")
         if e.__cause__ is not None:
             logging.getLogger("vlmq_export").debug("where it came from", exc_info=e.__cause__)
-        err.print(
-            f"error: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True
-        )
+        print_error(message)
         if as_json:
             print_json({"error": message, "exit_code": code})
     except KeyboardInterrupt:
         err.print("stopped; --resume continues", highlight=False)
         code = CTRL_C
     raise typer.Exit(code)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    err.print(f"error: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
 
 
 def _in_memory(job: Callable[[], int]) -> int:
