@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlmq_export._version import __version__
-from vlmq_export.errors import EXIT_CODES, PARITY_FAILED, UsageError, one_line
+from vlmq_export.errors import EXIT_CODES, NOT_PROVEN, PARITY_FAILED, UsageError, one_line
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import load_recipe
 from vlmq_export.result import Result
@@ -147,7 +147,10 @@ def verify(
     quiet: options.Quiet = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Run the parity checks again on what was written; exit code 3 if a gate fails."""
+    """Run the parity checks again on what was written.
+
+    The exit code is 3 if a gate fails, and 4 if a runtime is missing.
+    """
 
     def job() -> int:
         from vlmq_export import api
@@ -193,6 +196,7 @@ def _plan(recipe: Recipe, as_json: bool) -> int:
                 "formats": plan.formats,
                 "memory": plan.memory,
                 "refused": plan.refusals,
+                "not_provable": plan.not_provable,
             }
         )
     else:
@@ -222,13 +226,15 @@ def _present(result: Result, as_json: bool) -> int:
                 "out": str(result.out),
                 "formats": formats,
                 "seconds": result.seconds,
+                "verified": None if result.parity is None else result.verified,
                 "parity": result.parity,
             }
         )
     else:
         print_result(result)
-    failed = result.parity is not None and bool(result.parity.failures())
-    return PARITY_FAILED if failed else 0
+    if result.parity is None or result.verified:
+        return 0
+    return PARITY_FAILED if result.parity.failures() else NOT_PROVEN
 
 
 def main() -> None:

@@ -63,6 +63,7 @@ class Interrupted(VlmqError):
 
 
 PARITY_FAILED = 3  # exit code where files were written but a parity gate failed
+NOT_PROVEN = 4  # exit code where no gate failed, but not all that proves the files could run
 CTRL_C = 130  # exit code of a command that was stopped from the keyboard, as shells have it
 
 EXIT_CODES = {
@@ -70,6 +71,7 @@ EXIT_CODES = {
     VlmqError.exit_code: "failed",
     UsageError.exit_code: "the command line or the recipe asks for what cannot be",
     PARITY_FAILED: "a parity gate failed; the files are kept and marked unverified",
+    NOT_PROVEN: "written, but not proven: a runtime, or memory for it, is missing",
     Interrupted.exit_code: "stopped by SIGTERM, or out of memory; --resume continues",
     CTRL_C: "stopped by Ctrl-C; --resume continues",
 }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from vlmq_export import formats
 from vlmq_export.callbacks import Callbacks
-from vlmq_export.errors import FormatError, Interrupted, UsageError
+from vlmq_export.errors import NOT_PROVEN, FormatError, Interrupted, UsageError
 from vlmq_export.formats.contract import FORMATS
 from vlmq_export.output.folder import claimed, publish, refuse_output
+from vlmq_export.planning.proof_plan import not_provable
 from vlmq_export.planning.run_plan import RunPlan
 from vlmq_export.proving.held_out import held_out
 from vlmq_export.proving.verify import describe, prove
@@ -22,7 +24,7 @@ from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import RECIPE_FILE
 from vlmq_export.result import Result
 from vlmq_export.sources.locate import open_source
-from vlmq_export.sources.source import Filling
+from vlmq_export.sources.source import Filling, Source
 
 log = logging.getLogger("vlmq_export")
 
@@ -40,10 +42,11 @@ def run(
         raise UsageError(f"no --format given; choose one or more of {', '.join(formats.NAMES)}")
     source = open_source(recipe.model)
     recipe = source.recipe_for(recipe)
-    plan = source.plan(recipe)
+    plan = _planned(source, recipe)
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
-    refuse_missing_packages(recipe)
+    for name, why in plan.not_provable.items():
+        log.warning("%s will be written and not proven, exit code %d: %s", name, NOT_PROVEN, why)
     device = source.device(recipe)
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{source.label(recipe)}")
     refuse_output(out, source.path, recipe, overwrite=overwrite, resume=resume)
@@ -74,22 +77,25 @@ def dry_run(recipe: Recipe) -> RunPlan:
     What would be refused is in the plan, and not raised.
     """
     source = open_source(recipe.model)
-    return source.plan(source.recipe_for(recipe))
+    return _planned(source, source.recipe_for(recipe))
 
 
-def refuse_missing_packages(recipe: Recipe) -> None:
-    """Raises UsageError for packages that writing needs and that are not installed.
+def _planned(source: Source, recipe: Recipe) -> RunPlan:
+    """The source's plan, with what this machine lacks for writing and for proving."""
+    plan = source.plan(recipe)
+    return replace(
+        plan, lacking=missing_packages(recipe), not_provable=not_provable(recipe, plan.model)
+    )
 
-    Packages that only proving needs are missed with a warning, before any work.
-    """
+
+def missing_packages(recipe: Recipe) -> list[str]:
+    """A refusal for each format that packages are missing to write."""
+    found = []
     for name in recipe.format:
-        package, hint = FORMATS[name], f"pip install 'vlmq-export[{name}]'"
-        if lacking := [needed for needed in package.writes_with if find_spec(needed) is None]:
-            raise UsageError(f"--format {name} needs {', '.join(lacking)}; {hint}")
-        if recipe.verify and (lacking := package.missing()):
-            log.warning(
-                "%s will be written but not proven: %s not installed; %s", name, lacking, hint
-            )
+        if lacking := [p for p in FORMATS[name].writes_with if find_spec(p) is None]:
+            hint = f"pip install 'vlmq-export[{name}]'"
+            found.append(f"--format {name} needs {', '.join(lacking)}; {hint}")
+    return found
 
 
 def _write_formats(recipe: Recipe, result: Result, callbacks: Callbacks) -> None:

@@ -34,6 +34,14 @@ _WHOLE_MODEL_BYTES = 3 * 4
 Verdict = Literal["same", "tie", "other"]  # of a greedy answer
 
 
+def too_large(weights: int, memory: int) -> str:
+    """Why a model of so many weights is not run whole in `memory` bytes; empty if it is."""
+    need = _WHOLE_MODEL_BYTES * weights
+    if need <= memory:
+        return ""
+    return f"needs {need / 1e9:.0f} GB for whole models in float32, {memory / 1e9:.0f} GB are there"
+
+
 class Reference:
     """The reference model and its held-out prompts. Every result is computed once and kept."""
 
@@ -67,13 +75,7 @@ class Reference:
 
         Weights are compared one at a time, and so in a model of any size.
         """
-        need = _WHOLE_MODEL_BYTES * self.weights.count
-        if self.memory is None or need <= self.memory:
-            return ""
-        return (
-            f"needs {need / 1e9:.0f} GB for whole models in float32,"
-            f" {self.memory / 1e9:.0f} GB are there"
-        )
+        return "" if self.memory is None else too_large(self.weights.count, self.memory)
 
     @cached_property
     def prompts(self) -> list[Sample]:

@@ -185,7 +185,49 @@ def test_an_artifacts_grid_is_its_own(tmp_path):
 def test_a_missing_runtime_is_said_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr("vlmq_export.pipeline.find_spec", lambda name: None)
     assert "needs gguf" in refused("--format", "gguf", "--out", tmp_path / "out", code=2)
+    code, said, _ = call("--format", "gguf", "--dry-run")
+    assert code == 2 and "refused: --format gguf needs gguf" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def without_gptqmodel(monkeypatch):
+    """A machine where GPTQ files can be written, and not run."""
+    from vlmq_export.formats.gptq import requirements
+
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+
+
+def test_files_that_were_written_and_not_proven_have_an_exit_code(tmp_path, without_gptqmodel):
+    out = tmp_path / "out"
+    flags = ("--format", "gptq", "--method", "rtn", "--out", out)
+    code, said, _ = call(*flags, "--dry-run")
+    assert code == 0 and "not proven, exit code 4: optimum, gptqmodel" in " ".join(said.split())
+    planned = json.loads(call(*flags, "--dry-run", "--json")[1])
+    assert "gptqmodel" in planned["not_provable"]["gptq"]
+    code, said, err = call(*flags, "--json")
+    assert code == 4 and "gptq will be written and not proven" in " ".join(err.split())
+    result = json.loads(said)
+    assert result["verified"] is False
+    assert {c["status"] for c in result["parity"]["checks"]} >= {"passed", "not run"}
+    assert call("verify", out, "--quiet")[0] == 4
+    card = (out / "README.md").read_text()
+    assert "**Not proven:** no parity check failed" in card and "gptqmodel" in card
+    assert 'class="verdict none">not proven' in (out / "report.html").read_text()
+
+
+def test_a_proof_that_nobody_asked_for_is_not_missed(tmp_path, without_gptqmodel):
+    out = tmp_path / "out"
+    flags = ("--format", "gptq", "--method", "rtn", "--no-verify", "--json", "--out", out)
+    assert json.loads(call(*flags, "--dry-run")[1])["not_provable"] == {}
+    code, said, _ = call(*flags)
+    assert code == 0 and json.loads(said)["verified"] is None
+
+
+def test_a_model_too_large_to_run_whole_is_said_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmq_export.formats.proof.reference._WHOLE_MODEL_BYTES", 10**6)
+    code, said, _ = call("--format", "gguf", "--dry-run", "--json")
+    assert code == 0 and "for whole models in float32" in json.loads(said)["not_provable"]["gguf"]
 
 
 @pytest.mark.parametrize(

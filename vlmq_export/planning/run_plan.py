@@ -22,6 +22,8 @@ class RunPlan:
     formats: dict[str, FormatPlan]
     memory: MemoryPlan | None = None  # None: nothing is quantized
     too_large: list[str] = field(default_factory=list)  # refusals: more memory than was allowed
+    lacking: list[str] = field(default_factory=list)  # refusals: packages that writing needs
+    not_provable: dict[str, str] = field(default_factory=dict)  # format → why it cannot be proven
 
     @property
     def refusals(self) -> list[str]:
@@ -29,6 +31,7 @@ class RunPlan:
         return [
             *group_refusals(self.model),
             *self.too_large,
+            *self.lacking,
             *(f"{n}: {why}" for n, plan in self.formats.items() for why in plan.refusals),
         ]
 

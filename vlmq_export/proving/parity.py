@@ -54,6 +54,14 @@ class Parity:
         """The checks that failed."""
         return [c for c in self.checks if c.status == "failed"]
 
+    def not_run(self) -> list[Check]:
+        """The checks that could not run."""
+        return [c for c in self.checks if c.status == "not run"]
+
+    def reasons(self) -> list[str]:
+        """Why checks could not run, each reason once."""
+        return list(dict.fromkeys(f"{c.format}: {c.detail}" for c in self.not_run()))
+
     def write(self, path: Path) -> None:
         """Write it as JSON."""
         write_json(path, asdict(self))

@@ -7,7 +7,7 @@ from collections import Counter
 from rich.markup import escape
 from rich.table import Table
 
-from vlmq_export.errors import one_line
+from vlmq_export.errors import NOT_PROVEN, one_line
 from vlmq_export.formats.contract import Inspection
 from vlmq_export.planning.run_plan import RunPlan
 from vlmq_export.proving.parity import Parity
@@ -62,6 +62,9 @@ def print_plan(plan: RunPlan) -> None:
     for name, planned in plan.formats.items():
         for note in planned.notes:
             out.print(plain(f"{name}: {note}"), highlight=False)
+    for name, why in plan.not_provable.items():
+        said = f"{name} will be written and not proven, exit code {NOT_PROVEN}: {why}"
+        out.print(plain(said), style="yellow", highlight=False)
     for line in plan.refusals:
         out.print(plain(f"refused: {line}"), style="bold red", highlight=False)
 
