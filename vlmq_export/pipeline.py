@@ -21,8 +21,9 @@ from vlmq_export.quantizer.ranks import joined
 from vlmq_export.quantizer.storage.untrusted import third_party
 from vlmq_export.quantizer.storage.whole_files import write_atomic
 from vlmq_export.recipes.recipe import Recipe
-from vlmq_export.recipes.recipe_file import RECIPE_FILE
+from vlmq_export.recipes.recipe_file import RECIPE_FILE, placed
 from vlmq_export.result import Result
+from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.locate import open_source
 from vlmq_export.sources.source import Filling, Source
 
@@ -50,9 +51,10 @@ def run(
     device = source.device(recipe)
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{source.label(recipe)}")
     refuse_output(out, source.path, recipe, overwrite=overwrite, resume=resume)
-    rows = held_out(recipe.verify_data, recipe.image_root) if recipe.verify else []
+    data = CalibrationRows(recipe)
+    rows = held_out(data) if recipe.verify else []
     source.check_settings(verify=recipe.verify)
-    calibration = source.calibration(recipe, callbacks)
+    calibration = source.calibration(data, callbacks)
     result = Result(out, plan)
     with joined(device) as ranks:
         filling = Filling(recipe, plan, calibration, ranks, resume, callbacks, result.timed)
@@ -60,7 +62,9 @@ def run(
             source.fill(out / "artifact", filling)
             return result
         with claimed(out, overwrite=overwrite):
-            write_atomic(out / RECIPE_FILE, lambda t: t.write_text(recipe.to_yaml(), "utf-8"))
+            write_atomic(
+                out / RECIPE_FILE, lambda t: t.write_text(placed(recipe).to_yaml(), "utf-8")
+            )
             with result.timed("quantize"):
                 result.plan = source.fill(out / "artifact", filling)
             _write_formats(recipe, result, callbacks)
@@ -72,12 +76,17 @@ def run(
 
 
 def dry_run(recipe: Recipe) -> RunPlan:
-    """What `run` would do, from config and headers alone.
+    """What `run` would do, from config and headers alone, and from the user's own rows.
 
-    What would be refused is in the plan, and not raised.
+    What would be refused is in the plan, and not raised. Raises CalibrationError for rows that
+    cannot be used.
     """
     source = open_source(recipe.model)
-    return _planned(source, source.recipe_for(recipe))
+    recipe = source.recipe_for(recipe)
+    if recipe.calibration is not None or recipe.verify_data is not None:
+        data = CalibrationRows(recipe)
+        _ = held_out(data) if recipe.verify else data.taken
+    return _planned(source, recipe)
 
 
 def _planned(source: Source, recipe: Recipe) -> RunPlan:

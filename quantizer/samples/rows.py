@@ -62,6 +62,11 @@ class Row:
     where: str = ""  # row or line number in the file
 
     @property
+    def content(self) -> tuple:
+        """What two rows with the same content have in common, whatever they are called."""
+        return str(self.messages), self.images
+
+    @property
     def answer(self) -> str:
         """Text of the last turn if it is the assistant's, or empty."""
         last = self.messages[-1]
@@ -88,7 +93,7 @@ def read_rows(path: Path, image_root: Path | None = None) -> list[Row]:
     _refuse(path, "bad rows", errors)
     if not rows:
         raise CalibrationError(f"{path}: no rows")
-    if twice := len(rows) - len({(str(row.messages), row.images) for row in rows}):
+    if twice := len(rows) - len({row.content for row in rows}):
         log.warning(
             "%s: %d of %d rows are in the file twice; the copies count as samples of their own",
             path.name,

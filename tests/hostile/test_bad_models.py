@@ -33,7 +33,7 @@ from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.solver.column_loop import solve
 from vlmq_export.quantizer.solver.hessian import prepare
 from vlmq_export.recipes.recipe_file import load_recipe
-from vlmq_export.sources.calibration import calibration_samples
+from vlmq_export.sources.calibration import CalibrationRows, calibration_samples
 
 # Files of the fixture `shards`.
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -80,7 +80,7 @@ def test_row_05_calibration_without_images_warns(tmp_path, caplog, model):
     recipe = load_recipe(None, {"calibration": path, "samples": 1})
     with caplog.at_level(logging.WARNING, "vlmq_export"):
         logging.getLogger("vlmq_export").propagate = True
-        calibration_samples(recipe, Checkpoint(model), Callbacks())
+        calibration_samples(CalibrationRows(recipe), Checkpoint(model), Callbacks())
     assert "text alone" in caplog.text
 
 

@@ -19,7 +19,7 @@ from vlmq_export.errors import FormatError, UsageError
 from vlmq_export.quantizer.artifact.manifest import MANIFEST
 from vlmq_export.quantizer.storage.whole_files import sync
 from vlmq_export.recipes.recipe import Recipe
-from vlmq_export.recipes.recipe_file import RECIPE_FILE, load_recipe
+from vlmq_export.recipes.recipe_file import RECIPE_FILE, load_recipe, placed
 
 LOCK = ".lock"
 _FREE = ("out", "max_memory")  # keys of a recipe that change no byte of what is written
@@ -88,8 +88,8 @@ def _is_leftover(path: Path) -> bool:
 
 def _same_recipe(recipe: Recipe, out: Path) -> None:
     """Raises UsageError for another recipe: resuming would mix two runs in one folder."""
-    before = load_recipe(out / RECIPE_FILE, {}).model_dump(mode="json")
-    now = recipe.model_dump(mode="json")
+    before = placed(load_recipe(out / RECIPE_FILE, {})).model_dump(mode="json")
+    now = placed(recipe).model_dump(mode="json")
     differ = [
         f"{k} was {before[k]}, now {now[k]}" for k in now if k not in _FREE and before[k] != now[k]
     ]

@@ -12,7 +12,7 @@ from vlmq_export.formats.proof.checks import Check, CheckSettings
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.output import checksums
 from vlmq_export.planning.run_plan import plan_run
-from vlmq_export.proving.held_out import held_out
+from vlmq_export.proving.held_out import held_out_again
 from vlmq_export.proving.parity import PARITY_FILE, Parity, check_formats, forget_places
 from vlmq_export.quantizer.arithmetic import pick_device
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -38,7 +38,8 @@ def verify_folder(
     recipe = load_recipe(out / RECIPE_FILE, {})
     artifact = Artifact(out / "artifact")
     result = Result(out, plan_run(artifact_plan(artifact), recipe))
-    rows = held_out(verify_data or recipe.verify_data, image_root or recipe.image_root)
+    calibrated = artifact.manifest.calibration.get("sha256")
+    rows = held_out_again(recipe, verify_data, image_root, calibrated)
     floats = same_source(recipe.model, artifact)
     changed = checksums.changed_files(out)
     with result.timed("verify"):

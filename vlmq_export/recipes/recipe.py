@@ -47,7 +47,7 @@ class Recipe(BaseModel):
     seq_len: Annotated[int, Field(ge=8, le=2**20)] | None = None
     head_bits: int | None = None  # None: the output head stays as it is
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    verify_data: Path | None = None  # None: the bundled held-out set
+    verify_data: Path | None = None  # None: what calibration leaves, or the bundled rows
     verify: bool = True
     device: str = "auto"
     max_memory: Annotated[float, Field(gt=0)] | None = None  # GB on the host; None: what is free

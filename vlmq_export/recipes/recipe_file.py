@@ -83,6 +83,18 @@ def _messages(values: dict[str, Any]) -> list[str]:
         return [error["msg"].removeprefix("Value error, ") for error in e.errors()]
 
 
+def placed(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, which names the same files in any working directory.
+
+    The recipe in an output folder is read again by `verify` and `--resume`.
+    """
+    keys = ("calibration", "image_root", "verify_data")
+    paths = {key: path.absolute() for key in keys if (path := getattr(recipe, key)) is not None}
+    if recipe.model is not None and (folder := Path(recipe.model).expanduser()).is_dir():
+        paths["model"] = str(folder.absolute())  # and not a hub id
+    return recipe.model_copy(update=paths)
+
+
 def _values(path: Path) -> dict[str, Any]:
     """The keys and values of a recipe file. All keys are known."""
     try:

@@ -1,9 +1,12 @@
-"""The calibration samples of a run, from the file that the recipe names."""
+"""The rows of the calibration file, and the samples that are made of them."""
 
 from __future__ import annotations
 
 import logging
 import random
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 from vlmq_export import bundled
 from vlmq_export.callbacks import Callbacks
@@ -12,26 +15,70 @@ from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.samples.loading import read_samples
 from vlmq_export.quantizer.samples.rows import Row, read_rows
+from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.storage.whole_files import sha256_file
 from vlmq_export.recipes.recipe import Recipe
-from vlmq_export.sources.source import Calibration
 
 log = logging.getLogger("vlmq_export")
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The samples of a run, and what the manifest says of them."""
+
+    samples: list[Sample] = field(default_factory=list)
+    described: dict = field(default_factory=dict)
+
+
+class CalibrationRows:
+    """The rows of the file that a recipe calibrates on: those that it takes, and the others.
+
+    The file is read once, when the first of its rows is asked for. Raises CalibrationError then
+    where it cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.path: Path = recipe.calibration or bundled.CALIBRATION
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All rows of the file. The image root is that of the user's own file."""
+        own = self.recipe.calibration is not None
+        return read_rows(self.path, self.recipe.image_root if own else None)
+
+    @cached_property
+    def taken(self) -> list[Row]:
+        """The rows that calibration takes; none for a method that needs no samples."""
+        if not METHODS[self.recipe.method].calibrated:
+            return []
+        return draw(self.rows, self.recipe.samples, self.recipe.seed)
+
+    @cached_property
+    def left(self) -> list[Row]:
+        """The rows that calibration does not take, without copies of those that it takes."""
+        taken = {row.content for row in self.taken}
+        return [row for row in self.rows if row.content not in taken]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return sha256_file(self.path)
+
+
 def calibration_samples(
-    recipe: Recipe, checkpoint: Checkpoint, callbacks: Callbacks
+    data: CalibrationRows, checkpoint: Checkpoint, callbacks: Callbacks
 ) -> Calibration:
     """Raises CalibrationError for rows that cannot be used, UsageError where none are left."""
+    recipe, path = data.recipe, data.path
     if not METHODS[recipe.method].calibrated:
         return Calibration([], {"rows": 0})
-    path = recipe.calibration or bundled.CALIBRATION
     if recipe.calibration is None and recipe.model is not None:
         log.warning(
             "calibrating on the bundled drawn images;"
             " give --calibration for images like those of your users"
         )
-    rows = draw(read_rows(path, recipe.image_root), recipe.samples, recipe.seed)
+    rows = data.taken
     seq_len = recipe.seq_len or checkpoint.architecture.family.seq_len
 
     def progress(done: int) -> None:
@@ -49,7 +96,7 @@ def calibration_samples(
         log.warning("%s: no sample has an image; the model is calibrated on text alone", path.name)
     described = {
         "file": path.name,
-        "sha256": sha256_file(path),
+        "sha256": data.digest,
         "rows": len(samples),
         "dropped": dropped,
         "seq_len": seq_len,

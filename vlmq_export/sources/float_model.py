@@ -21,8 +21,12 @@ from vlmq_export.quantizer.run.memory_plan import MemoryPlan
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.run.resume import RUN
 from vlmq_export.recipes.recipe import Recipe
-from vlmq_export.sources.calibration import calibration_samples
-from vlmq_export.sources.source import Calibration, Filling, Source
+from vlmq_export.sources.calibration import (
+    Calibration,
+    CalibrationRows,
+    calibration_samples,
+)
+from vlmq_export.sources.source import Filling, Source
 
 log = logging.getLogger("vlmq_export")
 
@@ -58,8 +62,8 @@ class FloatModel(Source):
     def device(self, recipe: Recipe) -> torch.device:
         return pick_device(recipe.device)
 
-    def calibration(self, recipe: Recipe, callbacks: Callbacks) -> Calibration:
-        return calibration_samples(recipe, self.checkpoint, callbacks)
+    def calibration(self, data: CalibrationRows, callbacks: Callbacks) -> Calibration:
+        return calibration_samples(data, self.checkpoint, callbacks)
 
     def fill(self, folder: Path, filling: Filling) -> RunPlan:
         recipe, plan, ranks, callbacks = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,9 @@ from vlmq_export.planning.run_plan import RunPlan
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.ranks import Ranks
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
-from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.storage.untrusted import read_json
 from vlmq_export.recipes.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The samples of a run, and what the manifest says of them."""
-
-    samples: list[Sample] = field(default_factory=list)
-    described: dict = field(default_factory=dict)
+from vlmq_export.sources.calibration import Calibration, CalibrationRows
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ class Source(ABC):
         """Where the artifact is made. Raises UsageError for a device that is not there."""
         return torch.device("cpu")
 
-    def calibration(self, recipe: Recipe, callbacks: Callbacks) -> Calibration:
+    def calibration(self, data: CalibrationRows, callbacks: Callbacks) -> Calibration:
         """The samples that the recipe asks for; none where the integers are there already."""
         return Calibration()
 

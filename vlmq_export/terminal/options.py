@@ -74,7 +74,7 @@ ActOrder = Annotated[str | None, _option(_ACT_ORDER, choices="act_order")]
 # -- calibration -----------------------------------------------------------------------------------
 _CALIBRATION = "LLaVA/ShareGPT4V JSON or messages JSONL.  [default: bundled]"
 CalibrationFile = Annotated[Path | None, _option(_CALIBRATION, panel="Calibration")]
-_IMAGE_ROOT = "Folder that image paths start from.  [default: the file's own]"
+_IMAGE_ROOT = "Folder that image paths of your rows start from.  [default: the file's own]"
 ImageRoot = Annotated[Path | None, _option(_IMAGE_ROOT)]
 Samples = Annotated[int | None, _option("Calibration rows.  [default: 512]")]
 _SEQ_LEN = "Truncate samples; one whose image would be cut is dropped.  [default: the paper's, 512]"
@@ -85,7 +85,7 @@ Seed = Annotated[int | None, _option(_SEED)]
 # -- the proof -------------------------------------------------------------------------------------
 _VERIFY = "Prove the files in their runtimes.  [default: verify]"
 Verify = Annotated[bool | None, _option(_VERIFY, "--verify/--no-verify", panel="Proof")]
-_VERIFY_DATA = "Held-out rows for the parity checks.  [default: bundled]"
+_VERIFY_DATA = "Held-out rows for the checks.  [default: those that calibration leaves, or bundled]"
 VerifyData = Annotated[Path | None, _option(_VERIFY_DATA)]
 
 # -- the run ---------------------------------------------------------------------------------------
