@@ -56,6 +56,7 @@ def inspect_artifact(path: Path) -> Inspection:
     bits = sum(r.packed_bits() for r in m.modules)
     metadata = {
         "model": m.name,
+        **({"repository": f"{m.repository} at {m.revision}"} if m.repository else {}),
         "model_type": m.model_type,
         "written by": f"vlmq-export {m.version}",
         "schema": str(m.schema),

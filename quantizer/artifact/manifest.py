@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ OUTER = -1  # the "layer" of an embedding
 MANIFEST = "manifest.json"
 TIMING = "timing.json"  # kept apart, so that every other file has the same bytes in every run
 ERRORS = ("relative_error", "nearest_error", "weight_error")  # metrics that the report draws
+_HUB_NAME = re.compile(r"([\w.-]+(/[\w.-]+)?)?", re.ASCII)  # also that of a commit or a branch
 # Part of a linear → dtype (safetensors' spelling) and shape.
 Stored = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -127,6 +129,8 @@ class Manifest:
     calibration: dict  # the file and its hash, rows used and dropped, tokens
     modules: list[ModuleRecord]
     phases: dict = field(default_factory=dict)  # kept for the schema; nothing fills it
+    repository: str = ""  # of the source on the hub, ORG/NAME; empty where it is from none
+    revision: str = ""  # the commit of that repository
 
 
 def layer_file(index: int) -> str:
@@ -148,6 +152,9 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
     name = m.name if isinstance(m.name, str) else ""
     if not name.strip(".") or set(name) & set("/\\") or not name.isprintable():
         problems.append(f"name {m.name!r} is no file name")  # output files are named after it
+    for said in (m.repository, m.revision):
+        if not isinstance(said, str) or not _HUB_NAME.fullmatch(said):
+            problems.append(f"repository or revision {said!r}, which the hub cannot have")
     dicts = all(isinstance(x, dict) for x in (m.source, m.calibration, m.phases))
     if not isinstance(m.model_type, str) or not dicts:
         problems.append("model_type, source, calibration or phases of another type")

@@ -107,5 +107,9 @@ def write_source(folder: Path, checkpoint: Checkpoint, *, own_head: bool = False
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json, which makes the folder a whole artifact."""
-    write_json(folder / MANIFEST, asdict(manifest))
+    """Write manifest.json, which makes the folder a whole artifact.
+
+    A model that is from no repository has no keys for one, as in earlier versions.
+    """
+    absent = [key for key in ("repository", "revision") if not getattr(manifest, key)]
+    write_json(folder / MANIFEST, {k: v for k, v in asdict(manifest).items() if k not in absent})

@@ -68,6 +68,8 @@ def quantize(
     folder: Path,
     *,
     name: str,
+    repository: str = "",
+    revision: str = "",
     calibration: dict,
     device: str = "auto",
     resume: bool = False,
@@ -79,7 +81,7 @@ def quantize(
 ) -> None:
     """Write the artifact of `checkpoint` into `folder`. A folder with a manifest is whole.
 
-    name: of the model, for the manifest.
+    name, repository, revision: of the model, for the manifest.
     calibration: what the manifest says of the samples.
     resume: layers that are on disk are not solved again. The folder ends with the bytes of a run
         that was never stopped, given the same device and the same number of threads and of ranks.
@@ -119,7 +121,8 @@ def quantize(
             _solve_head(run, batches)
     progress("quantize", job.layers, job.layers)
     if ranks.first:
-        _publish(run, name, _described(run, calibration, samples, lost), outer)
+        described = _described(run, calibration, samples, lost)
+        _publish(run, (name, repository, revision), described, outer)
 
 
 @dataclass(frozen=True)
@@ -324,8 +327,14 @@ def _described(run: _Run, calibration: dict, samples: Sequence[Sample], lost: in
     return calibration
 
 
-def _publish(run: _Run, name: str, calibration: dict, outer: Sequence[BlockLinear]) -> None:
+def _publish(
+    run: _Run,
+    origin: tuple[str, str, str],  # name, repository and revision of the model
+    calibration: dict,
+    outer: Sequence[BlockLinear],
+) -> None:
     """Write the manifest, which makes the folder a whole artifact."""
+    name, repository, revision = origin
     files = [*([OUTER] if outer else []), *range(run.job.layers + bool(run.job.head))]
     modules = [record for i in files for record in read_layer_records(run.folder, i)]
     if fallen := [m.name for m in modules if m.metrics.get("fallback")]:
@@ -347,5 +356,7 @@ def _publish(run: _Run, name: str, calibration: dict, outer: Sequence[BlockLinea
             run.job.config.to_dict(),
             calibration,
             modules,
+            repository=repository,
+            revision=revision,
         ),
     )

@@ -26,6 +26,7 @@ from vlmq_export.sources.calibration import (
     CalibrationRows,
     calibration_samples,
 )
+from vlmq_export.sources.origin import Origin
 from vlmq_export.sources.source import Filling, Source
 
 log = logging.getLogger("vlmq_export")
@@ -34,8 +35,8 @@ log = logging.getLogger("vlmq_export")
 class FloatModel(Source):
     """A checkpoint in the hub's layout."""
 
-    def __init__(self, path: Path, name: str, checkpoint: Checkpoint):
-        super().__init__(path, name)
+    def __init__(self, path: Path, origin: Origin, checkpoint: Checkpoint):
+        super().__init__(path, origin)
         self.checkpoint = checkpoint
 
     @property
@@ -50,7 +51,7 @@ class FloatModel(Source):
 
     def plan(self, recipe: Recipe) -> RunPlan:
         checkpoint = rotated(self.checkpoint, recipe.rotate, recipe.seed)
-        model = model_plan(checkpoint, recipe.quant_config(), self.name)
+        model = model_plan(checkpoint, recipe.quant_config(), self.origin.name)
         if recipe.gguf_type is not None:
             mix = mix_named(recipe.gguf_type)
             model = with_types(model, module_types(model, mix, recipe.tensor_type), mix)
@@ -96,6 +97,8 @@ class FloatModel(Source):
             plan.model.config,
             folder,
             name=plan.model.name,
+            repository=self.origin.repository,
+            revision=self.origin.revision,
             calibration=filling.calibration.described,
             device=recipe.device,
             resume=filling.resume,

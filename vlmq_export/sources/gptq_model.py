@@ -10,14 +10,15 @@ from vlmq_export.formats.model_plan import model_plan
 from vlmq_export.output.folder import publish
 from vlmq_export.planning.run_plan import RunPlan, plan_run
 from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.sources.origin import Origin
 from vlmq_export.sources.source import Filling, Source, fixed_grid
 
 
 class GptqModel(Source):
     """A checkpoint of AutoGPTQ, GPTQModel or llm-compressor (docs/import.md)."""
 
-    def __init__(self, path: Path, name: str, checkpoint: GptqCheckpoint):
-        super().__init__(path, name)
+    def __init__(self, path: Path, origin: Origin, checkpoint: GptqCheckpoint):
+        super().__init__(path, origin)
         self.checkpoint = checkpoint
 
     @property
@@ -33,9 +34,20 @@ class GptqModel(Source):
         return fixed_grid(recipe, self.checkpoint.quant_config, "checkpoint")
 
     def plan(self, recipe: Recipe) -> RunPlan:
-        return plan_run(model_plan(self.checkpoint, recipe.quant_config(), self.name), recipe)
+        model = model_plan(self.checkpoint, recipe.quant_config(), self.origin.name)
+        return plan_run(model, recipe)
 
     def fill(self, folder: Path, filling: Filling) -> RunPlan:
         if filling.ranks.first and not folder.exists():
-            publish(folder, lambda place: write_artifact(self.checkpoint, place, self.name))
+            made = self.origin
+            publish(
+                folder,
+                lambda place: write_artifact(
+                    self.checkpoint,
+                    place,
+                    made.name,
+                    repository=made.repository,
+                    revision=made.revision,
+                ),
+            )
         return filling.plan

@@ -13,6 +13,7 @@ from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.sources.float_model import FloatModel
 from vlmq_export.sources.gptq_model import GptqModel
+from vlmq_export.sources.origin import Origin
 from vlmq_export.sources.saved_artifact import SavedArtifact
 from vlmq_export.sources.source import Source
 
@@ -25,11 +26,11 @@ def open_source(model: str | None) -> Source:
     path = locate_model(model)
     if (path / MANIFEST).is_file():
         return SavedArtifact(path, Artifact(path))
-    name = "reference-vlm" if model is None else path.resolve().name
+    origin = Origin("reference-vlm") if model is None else Origin.of(path)
     checkpoint = _open_checkpoint(path)
     if isinstance(checkpoint, GptqCheckpoint):
-        return GptqModel(path, name, checkpoint)
-    return FloatModel(path, name, checkpoint)
+        return GptqModel(path, origin, checkpoint)
+    return FloatModel(path, origin, checkpoint)
 
 
 def locate_model(model: str | None, *, download: bool = True) -> Path:

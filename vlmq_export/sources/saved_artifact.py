@@ -12,6 +12,7 @@ from vlmq_export.output.folder import publish
 from vlmq_export.planning.run_plan import RunPlan, plan_run
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.sources.origin import Origin
 from vlmq_export.sources.source import Filling, Source, fixed_grid
 
 
@@ -19,7 +20,8 @@ class SavedArtifact(Source):
     """An artifact folder, perhaps made on another machine."""
 
     def __init__(self, path: Path, artifact: Artifact):
-        super().__init__(path, artifact.manifest.name)
+        manifest = artifact.manifest
+        super().__init__(path, Origin(manifest.name, manifest.repository, manifest.revision))
         self.artifact = artifact
 
     @property

@@ -20,6 +20,7 @@ from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.storage.untrusted import read_json
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.sources.calibration import Calibration, CalibrationRows
+from vlmq_export.sources.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Filling:
 class Source(ABC):
     """A folder that an artifact can be made from."""
 
-    def __init__(self, path: Path, name: str):
+    def __init__(self, path: Path, origin: Origin):
         self.path = path
-        self.name = name  # for files and cards
+        self.origin = origin
 
     # -- what it is ----------------------------------------------------------------------------
 

@@ -72,6 +72,8 @@ def add_general(
     writer.add_quantized_by(f"vlmq-export {__version__}")
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, artifact.manifest.name)
+    if artifact.manifest.repository:
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{artifact.manifest.repository}")
     licenses = (artifact.source / file for file in ("LICENSE", "LICENSE.txt"))
     if text := next((file for file in licenses if file.is_file()), None):
         _add_license(writer, text.read_text("utf-8", errors="replace"))

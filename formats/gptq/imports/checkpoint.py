@@ -277,8 +277,18 @@ class GptqCheckpoint(Checkpoint):
         return bias.half()
 
 
-def write_artifact(checkpoint: GptqCheckpoint, folder: Path, name: str) -> None:
-    """Write the artifact of a quantized checkpoint into an empty folder, one layer at a time."""
+def write_artifact(
+    checkpoint: GptqCheckpoint,
+    folder: Path,
+    name: str,
+    *,
+    repository: str = "",
+    revision: str = "",
+) -> None:
+    """Write the artifact of a quantized checkpoint into an empty folder, one layer at a time.
+
+    name, repository, revision: those of `Manifest`.
+    """
     (folder / "source").mkdir(parents=True)
     for file in checkpoint.companions:
         shutil.copyfile(file, folder / "source" / file.name)
@@ -307,6 +317,8 @@ def write_artifact(checkpoint: GptqCheckpoint, folder: Path, name: str) -> None:
         config.to_dict(),
         {"imported": f"GPTQ checkpoint made by {checkpoint.scheme.maker}"},
         records,
+        repository=repository,
+        revision=revision,
     )
     write_manifest(folder, manifest)
 
