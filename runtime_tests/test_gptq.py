@@ -155,23 +155,36 @@ with torch.no_grad():
 """
 
 
-OTHERS = [pytest.param(a, marks=pytest.mark.slow) for a in ("qwen2_vl", "qwen3_vl", "internvl")]
+def load_by_gptqmodel(folder: Path, prompt: str, logits: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", LOAD_BY_GPTQMODEL, str(folder), prompt, str(logits)]
+    return in_its_own_process(command, logits.parent)
 
 
-@pytest.mark.parametrize("arch", ["reference", *OTHERS])
-def test_gptqmodel_loads_module_names(arch, tmp_path, artifact, tiny):
-    if arch != "reference":
-        artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny(arch))
+FAMILY = [("qwen2_vl", "w4g128"), ("qwen3_vl", "w4g128"), ("internvl", "w4g128")]
+GRID = [("reference", tag) for tag in ("w2", "w3g128", "w3-sym", "w8g128")]
+OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in FAMILY + GRID]
+
+
+@pytest.mark.parametrize(("arch", "tag"), [("reference", "w4g128-dynamic"), *OTHERS])
+def test_gptqmodel_loads_module_names(arch, tag, tmp_path, artifact, tiny):
+    if tag != "w4g128-dynamic":
+        source = [] if arch == "reference" else [tiny(arch)]
+        artifact = rtn_artifact(tmp_path / "artifact", GRIDS[tag], *source)
     out = exported(tmp_path / "gptq", artifact, gptq_names="module")
     reference = Reference(artifact.path, read_rows(bundled.HELDOUT)[:1])
-    prompt = reference.prompts[0]
+    prompt, logits = reference.prompts[0], tmp_path / "logits.npy"
     (file,) = save_prompts([prompt], tmp_path)
-    logits = tmp_path / "logits.npy"
-    command = [sys.executable, "-c", LOAD_BY_GPTQMODEL, str(out), file, str(logits)]
-    done = in_its_own_process(command, tmp_path)
+    done = load_by_gptqmodel(out, file, logits)
     assert done.returncode == 0, done.stderr[-2000:]
     got, want = np.load(logits)[:, : reference.vocabulary], reference.logits(prompt)
     assert np.linalg.norm(got - want) / np.linalg.norm(want) <= KERNEL_GATE
+
+
+def test_gptqmodel_refuses_hub_names(folder, tmp_path):
+    """The claim of formats/gptq/runtimes.py, and of the notes that every run shows."""
+    done = load_by_gptqmodel(folder, str(tmp_path / "none"), tmp_path / "logits.npy")
+    assert done.returncode != 0
+    assert "Missing required quantized weights" in done.stderr
 
 
 def in_its_own_process(command: list[str], folder: Path) -> subprocess.CompletedProcess:

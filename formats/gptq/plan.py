@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
+from vlmq_export.formats.gptq import runtimes
 from vlmq_export.formats.gptq.layout import (
     FORMAT_TAG,
     GPTQMODEL_LOADS,
@@ -13,12 +14,9 @@ from vlmq_export.formats.gptq.layout import (
     entries,
     renamer,
 )
+from vlmq_export.formats.gptq.runtimes import BITS, GROUP_SIZES
 from vlmq_export.formats.model_plan import ModelPlan
 
-# 5 to 7 bits exist only in GPTQModel's own planar layout, which nothing else reads.
-BITS = (2, 3, 4, 8)
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that GPTQModel loads
-MARLIN_GROUPS = (-1, 32, 64, 128)  # those of vLLM's gptq_marlin kernel
 FUSED_CPU_GROUPS = (32, 64, 128, 256)  # those of the 4-bit kernel that GPTQModel picks on CPU
 
 
@@ -82,23 +80,21 @@ def _shape_refusals(model: ModelPlan) -> Iterator[str]:
 
 
 def notes(model: ModelPlan, options: FormatOptions) -> list[str]:
-    """What the user should know of this file: who reads it how fast, and who cannot read it."""
-    return [*_kernel_notes(model), *_reader_notes(model, options)]
+    """What the user should know of this file: who loads it, and how fast its kernels are."""
+    return [
+        *runtimes.notes(model, options),
+        *_kernel_notes(model),
+        *_reader_notes(model, options),
+    ]
 
 
 def _kernel_notes(model: ModelPlan) -> Iterator[str]:
     """The fast kernels that this grid cannot use."""
     config = model.config
-    if slow := _outside_marlin(model):
-        yield (
-            f"{', '.join(slow)}: vLLM runs this through gptq_gemm, not Marlin, which wants"
-            " 4 or 8 bits, --sym and group size -1, 32, 64 or 128"
-        )
     if config.act_order == "dynamic" and config.group_size != -1:
         yield (
-            "--act-order dynamic permutes g_idx (desc_act true): kernels gather activations,"
-            " vLLM's cannot split it over GPUs in every kernel, and ORT-GenAI's importer gets it"
-            " wrong when asymmetric; static or gar avoid it"
+            "--act-order dynamic permutes g_idx (desc_act true): kernels gather activations, and"
+            " ORT-GenAI's importer gets it wrong when asymmetric; static or gar avoid it"
         )
     if config.bits == 4 and config.group_size not in FUSED_CPU_GROUPS:
         yield (
@@ -108,41 +104,12 @@ def _kernel_notes(model: ModelPlan) -> Iterator[str]:
         )
 
 
-def _outside_marlin(model: ModelPlan) -> list[str]:
-    """What of a grid vLLM's Marlin kernel does not take, in words; empty if it takes everything."""
-    config, found = model.config, []
-    if config.bits not in (4, 8):
-        found.append(f"{config.bits} bits")
-    if not config.symmetric:
-        found.append("asymmetric")
-    if config.group_size not in MARLIN_GROUPS:
-        found.append(f"group size {config.group_size}")
-    shapes = [s for s in model.linears if s.in_features % 128 or s.out_features % 64]
-    if shapes:
-        found.append(f"shape {shapes[0].out_features}×{shapes[0].in_features}")
-    return found
-
-
 def _reader_notes(model: ModelPlan, options: FormatOptions) -> Iterator[str]:
-    """The programs that cannot load this version or these names."""
-    architecture = model.architecture
+    """What is unusual about this version of the format."""
     if options.gptq_version == "v2":
-        yield (
-            "checkpoint_format gptq_v2: read by GPTQModel, transformers and vLLM,"
-            " not by AutoGPTQ or ORT-GenAI"
-        )
+        yield "checkpoint_format gptq_v2: AutoGPTQ and ORT-GenAI cannot read it"
     if not model.config.symmetric and options.gptq_version == "v1":
         yield (
             f"meta.quantizer lists {FORMAT_TAG} as a format tag:"
             " GPTQModel takes asymmetric v1 only with it"
-        )
-    if architecture.model_type not in GPTQMODEL_LOADS:
-        yield (
-            f"GPTQModel.load has no class for {architecture.model_type}:"
-            " load with transformers or vLLM"
-        )
-    elif options.gptq_names == "hub" and architecture.family.prefixes:
-        yield (
-            "hub tensor names: transformers and vLLM load them;"
-            " GPTQModel.load needs --gptq-names module"
         )
