@@ -16,6 +16,11 @@ ROTATIONS = {
     "folded": "Hadamard rotations folded into the weights",
     "online": "further rotations between linears, which no format can hold; for evaluation",
 }
+# What is done with a sample that is too long because of its images.
+LONG_IMAGES = {
+    "scale": "images are scaled down to what the text leaves them",
+    "drop": "the sample is dropped where an image would be cut, as in the paper",
+}
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def export(
     image_root: options.ImageRoot = None,
     samples: options.Samples = None,
     seq_len: options.SeqLen = None,
+    long_images: options.LongImages = None,
     seed: options.Seed = None,
     gptq_version: options.GptqVersion = None,
     gptq_names: options.GptqNames = None,

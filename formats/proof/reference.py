@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -51,10 +51,12 @@ class Reference:
         rows: list[Row],  # held-out; of each the last assistant turn is left out of the prompt
         source: Path | None = None,  # the float checkpoint, if it is there
         memory: int | None = None,  # bytes that whole models may take; None: no limit
+        seq_len: int | None = None,  # tokens of a prompt, to which images are scaled down
     ):
         self.artifact = artifact
         self.source = source
         self.memory = memory
+        self.seq_len = seq_len
         self.weights = Weights(artifact, source)
         self.folder = artifact / "source"
         config = json.loads((self.folder / "config.json").read_text("utf-8"))
@@ -80,7 +82,8 @@ class Reference:
     @cached_property
     def prompts(self) -> list[Sample]:
         """One sample per row: image, question and generation prompt, without the answer."""
-        return [self.preprocessor.sample(row, prompt_only=True) for row in self.rows]
+        sample = partial(self.preprocessor.sample, prompt_only=True, seq_len=self.seq_len)
+        return [sample(row) for row in self.rows]
 
     @cached_property
     def vocabulary(self) -> int:

@@ -16,6 +16,9 @@ from PIL import Image
 TOKENS = (8, 4096)  # the fewest and most tokens of an image, after merging, that llama.cpp allows
 
 
+Size = tuple[int, int]  # width and height in pixels
+
+
 @dataclass(frozen=True)
 class Encoded:
     """What the images of one sample become."""
@@ -27,8 +30,15 @@ class Encoded:
 class ImageRule(Protocol):
     """How one family's images are prepared."""
 
-    def fit(self, image: Image.Image) -> Image.Image:
-        """The image, resized to a size that every runtime leaves alone."""
+    def size(self, size: Size, most: int | None = None) -> Size:
+        """The size that an image of this size is resized to, which every runtime leaves alone.
+
+        It has at most `most` tokens, where the rule can do with so few.
+        """
+        ...
+
+    def tokens(self, size: Size) -> int:
+        """The number of tokens of an image that has been resized to this size."""
         ...
 
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
@@ -53,19 +63,28 @@ class Grid:
         high = size.get("longest_edge") or getattr(self.processor, "max_pixels", None)
         return int(low or 56 * 56), int(high or 28 * 28 * 1280)
 
-    def fit(self, image: Image.Image) -> Image.Image:
-        """Resize to multiples of the unit, with the area inside the limits of every runtime."""
+    def size(self, size: Size, most: int | None = None) -> Size:
+        """Multiples of the unit, with the area inside the limits of every runtime.
+
+        The shape is kept as well as the multiples allow.
+        """
         low, high = self.pixel_limits()
         low, high = max(low, TOKENS[0] * self.unit**2), min(high, TOKENS[1] * self.unit**2)
-        w, h = image.size
+        if most is not None:
+            high = max(low, min(high, most * self.unit**2))
+        w, h = size
         scale = float(np.sqrt(np.clip(w * h, low, high) / (w * h)))
         grid = np.maximum(np.round(np.array([w, h]) * scale / self.unit), 1)
         while grid.prod() * self.unit**2 > high:
             grid[grid.argmax()] -= 1
         while grid.prod() * self.unit**2 < low:
-            grid[grid.argmin()] += 1
+            thicker = (grid.min() + 1) * grid.max() * self.unit**2 <= high
+            grid[grid.argmin() if thicker else grid.argmax()] += 1
         width, height = (int(v) * self.unit for v in grid)
-        return _resized(image, (width, height))
+        return width, height
+
+    def tokens(self, size: Size) -> int:
+        return size[0] * size[1] // self.unit**2
 
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
         """pixel_values [patches, channels·temporal·patch²], image_grid_thw [images, 3]."""
@@ -88,11 +107,14 @@ class Tile:
         self.processor = processor  # transformers' image processor of the model
         self.side = _first(vision.get("image_size", 384))  # pixels
         patches = self.side // _first(vision.get("patch_size", 14))
-        self.tokens = round((patches * config.get("downsample_ratio", 1)) ** 2) + newline
+        self.each = round((patches * config.get("downsample_ratio", 1)) ** 2) + newline  # tokens
 
-    def fit(self, image: Image.Image) -> Image.Image:
-        """Resize to the tile."""
-        return _resized(image, (self.side, self.side))
+    def size(self, size: Size, most: int | None = None) -> Size:
+        """The tile. It cannot have fewer tokens."""
+        return self.side, self.side
+
+    def tokens(self, size: Size) -> int:
+        return self.each
 
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
         """pixel_values [images, 3, side, side].
@@ -108,7 +130,7 @@ class Tile:
             inputs["pixel_values"] = inputs["pixel_values"][:, 0].contiguous()
             inputs["image_sizes"] = features["image_sizes"].long()
             inputs["batch_num_images"] = torch.tensor([max(2, len(images))])
-        return Encoded(inputs, [self.tokens] * len(images))
+        return Encoded(inputs, [self.each] * len(images))
 
 
 def image_rule(kind: str, processor: Any, config: dict, newline: int) -> ImageRule:
@@ -116,8 +138,8 @@ def image_rule(kind: str, processor: Any, config: dict, newline: int) -> ImageRu
     return Grid(processor) if kind == "grid" else Tile(processor, config, newline)
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The image at (width, height) `size`. One that has this size is not touched."""
+def resized(image: Image.Image, size: Size) -> Image.Image:
+    """The image at another size. One that has this size is not touched."""
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 

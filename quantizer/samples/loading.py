@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +26,65 @@ MAX_WORKERS = 8
 _SHOWN = 5  # bad rows that the error names; the log has the others
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How long a sample may be, and what is done to get there."""
+
+    seq_len: int  # tokens
+    scale: bool = True  # scale the images of a longer one down before anything is cut
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of the rows."""
+
+    samples: list[Sample]  # in the order of their rows
+    scaled: int  # how many of them have images that were made smaller to fit
+    dropped: int  # rows whose images would have been cut
+    longest: int  # tokens of the longest dropped sample, which a longer limit would keep whole
+
+
 def read_samples(
     folder: Path,
     rows: Sequence[Row],
-    seq_len: int,
+    limit: Limit,
     *,
     workers: int | None = None,
     progress: Callable[[int], None],
-) -> tuple[list[Sample], int]:
-    """The samples of the rows, in their order, and how many were dropped.
+) -> Loaded:
+    """The samples of the rows, none of them longer than the limit.
 
-    Samples are cut to `seq_len` tokens, and dropped where that would cut an image's tokens.
-    `workers` is the number of processes: 1 decodes in this one, None chooses. `progress` is given
-    the number of rows that are done, after each row, and may raise to stop. Raises CalibrationError
-    once, for all rows that cannot be used.
+    Samples are cut, and dropped where that would cut an image's tokens. `workers` is the number of
+    processes: 1 decodes in this one, None chooses. `progress` is given the number of rows that are
+    done, after each row, and may raise to stop. Raises CalibrationError once, for all rows that
+    cannot be used.
     """
     samples: list[Sample] = []
-    dropped, bad = 0, []
-    decoded = _decoded(folder, rows, seq_len, workers)
-    for done, (row, (sample, error)) in enumerate(zip(rows, decoded), start=1):
+    lengths: list[int] = []  # of dropped samples
+    bad: list[str] = []
+    decoded = _decoded(folder, rows, limit, workers)
+    for done, (row, (sample, length, error)) in enumerate(zip(rows, decoded), start=1):
         if error:
             bad.append(f"{row.where or row.id}: {error}")
         elif sample is None:
-            dropped += 1
+            lengths.append(length)
         else:
             samples.append(sample)
         progress(done)
+    _refuse(bad, len(rows))
+    scaled = sum(sample.scaled for sample in samples)
+    return Loaded(samples, scaled, len(lengths), max(lengths, default=0))
+
+
+def _refuse(bad: Sequence[str], rows: int) -> None:
+    """Raises CalibrationError for the bad ones of so many rows, if there are any."""
     if bad:
         for line in bad[_SHOWN:]:
             log.error("%s", line)
         more = f" (and {len(bad) - _SHOWN} more, above)" if len(bad) > _SHOWN else ""
         raise CalibrationError(
-            f"{len(bad)} of {len(rows)} samples cannot be used: " + "; ".join(bad[:_SHOWN]) + more
+            f"{len(bad)} of {rows} samples cannot be used: " + "; ".join(bad[:_SHOWN]) + more
         )
-    return samples, dropped
 
 
 def worker_count(rows: int) -> int:
@@ -67,18 +92,19 @@ def worker_count(rows: int) -> int:
     return min(MAX_WORKERS, len(os.sched_getaffinity(0))) if rows >= MANY else 1
 
 
-# A row's sample, or None if it was dropped; and what is wrong with the row, or an empty text.
-_Decoded = tuple[Sample | None, str]
+# A row's sample, or None if it was dropped; the length before it was cut; what is wrong with the
+# row, or an empty text.
+_Decoded = tuple[Sample | None, int, str]
 
 
 def _decoded(
-    folder: Path, rows: Sequence[Row], seq_len: int, workers: int | None
+    folder: Path, rows: Sequence[Row], limit: Limit, workers: int | None
 ) -> Iterator[_Decoded]:
     """The samples of the rows, in their order. Raises CalibrationError if a process was killed."""
     workers = workers or worker_count(len(rows))
     if workers == 1:
         preprocessor = Preprocessor(folder)
-        yield from (_decode(preprocessor, row, seq_len) for row in rows)
+        yield from (_decode(preprocessor, row, limit) for row in rows)
         return
     # Made only to raise here what is wrong with the folder. A pool would only say that its
     # processes died.
@@ -86,8 +112,10 @@ def _decoded(
     # Spawned and not forked, because this process has threads by now.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (folder,))
     try:
-        for sample, error in pool.map(_work, rows, [seq_len] * len(rows), chunksize=4):
-            yield (None if sample is None else _mapped(sample, np.ndarray, torch.from_numpy)), error
+        worked = pool.map(_work, rows, [limit] * len(rows), chunksize=4)
+        for sample, length, error in worked:
+            tensors = None if sample is None else _mapped(sample, np.ndarray, torch.from_numpy)
+            yield tensors, length, error
     except BrokenProcessPool:
         raise CalibrationError(
             "a process that decodes images was killed, most likely for its memory;"
@@ -97,13 +125,14 @@ def _decoded(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode(preprocessor: Preprocessor, row: Row, seq_len: int) -> _Decoded:
+def _decode(preprocessor: Preprocessor, row: Row, limit: Limit) -> _Decoded:
     """One row. The sample does not keep the images themselves, which are large."""
     try:
-        sample = truncate(preprocessor.sample(row), seq_len)
+        whole = preprocessor.sample(row, seq_len=limit.seq_len if limit.scale else None)
     except CalibrationError as e:
-        return None, str(e)
-    return (None if sample is None else replace(sample, images=())), ""
+        return None, 0, str(e)
+    sample = truncate(replace(whole, images=()), limit.seq_len)
+    return sample, len(whole.input_ids), ""
 
 
 _preprocessor: Preprocessor  # of a worker process, made when it starts
@@ -116,13 +145,14 @@ def _start(folder: Path) -> None:
     _preprocessor = Preprocessor(folder)
 
 
-def _work(row: Row, seq_len: int) -> _Decoded:
+def _work(row: Row, limit: Limit) -> _Decoded:
     """`_decode` in a worker process. The sample has arrays in place of tensors.
 
     Each tensor would need a file descriptor on its way back.
     """
-    sample, error = _decode(_preprocessor, row, seq_len)
-    return (None if sample is None else _mapped(sample, torch.Tensor, lambda t: t.numpy())), error
+    sample, length, error = _decode(_preprocessor, row, limit)
+    arrays = None if sample is None else _mapped(sample, torch.Tensor, lambda t: t.numpy())
+    return arrays, length, error
 
 
 def _mapped(sample: Sample, kind: type, change: Callable[[Any], object]) -> Sample:

@@ -12,10 +12,11 @@ from PIL import Image
 
 from vlmq_export.errors import CalibrationError, CheckpointError, MissingRuntime
 from vlmq_export.quantizer.model.architecture import Architecture
-from vlmq_export.quantizer.samples.image_rules import Encoded, image_rule
+from vlmq_export.quantizer.samples.image_rules import Encoded, image_rule, resized
 from vlmq_export.quantizer.samples.images import load_image
 from vlmq_export.quantizer.samples.rows import Row
 from vlmq_export.quantizer.samples.sample import Sample
+from vlmq_export.quantizer.samples.scaling import fitted_sizes, scaled_sizes
 from vlmq_export.quantizer.storage.untrusted import read_json, third_party
 
 
@@ -74,30 +75,31 @@ class Preprocessor:
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Resize an image once, to a size that every runtime leaves alone."""
-        return self.images.fit(image)
+        return resized(image, self.images.size(image.size))
 
-    def sample(self, row: Row, *, prompt_only: bool = False) -> Sample:
+    def sample(self, row: Row, *, prompt_only: bool = False, seq_len: int | None = None) -> Sample:
         """One row as the model sees it.
 
         With `prompt_only` a last turn of the assistant is left out, and the template's opening of
-        such a turn is added. Raises CalibrationError that names the row, where an image cannot be
-        read, and where chat template or processor refuse it.
+        such a turn is added. With `seq_len` the images of a longer sample are scaled down, as
+        `scaling.py` says; no text is cut. Raises CalibrationError that names the row, where an
+        image cannot be read, and where chat template or processor refuse it.
         """
         with third_party(f"{row.id}: cannot be made a sample of this model", CalibrationError):
-            return self._sample(row, prompt_only)
+            return self._sample(row, prompt_only, seq_len)
 
-    def _sample(self, row: Row, prompt_only: bool) -> Sample:
+    def _sample(self, row: Row, prompt_only: bool, seq_len: int | None) -> Sample:
         """`sample`, with the libraries' own errors."""
         messages = list(row.messages)
         if prompt_only and messages[-1]["role"] == "assistant":
             messages.pop()
         text = self._prompt(messages, open_turn=prompt_only)
-        images = tuple(self.fit(load_image(p)) for p in row.images)
-        encoded = self.images.encode(images) if images else Encoded({}, [])
-        if (kept := text.count(self.image_token)) != len(images):
+        if (kept := text.count(self.image_token)) != len(row.images):
             raise CalibrationError(
-                f"{row.id}: the chat template kept {kept} of {len(images)} images"
+                f"{row.id}: the chat template kept {kept} of {len(row.images)} images"
             )
+        images, scaled = self._images(row, text, seq_len)
+        encoded = self.images.encode(images) if images else Encoded({}, [])
         ids = torch.tensor(self._ids(self._expanded(text, encoded.tokens)))
         answer = torch.zeros(len(ids), dtype=torch.bool)
         if not prompt_only and messages[-1]["role"] == "assistant":
@@ -112,11 +114,31 @@ class Preprocessor:
             pixel_values=layout.pop("pixel_values", None),
             image_grid_thw=layout.pop("image_grid_thw", None),
             images=images,
+            scaled=scaled,
             text=text,
             row=row,
             layout=layout,
             mrope=self.family.mrope,
         )
+
+    def _images(
+        self, row: Row, text: str, seq_len: int | None
+    ) -> tuple[tuple[Image.Image, ...], bool]:
+        """The row's images, resized, and whether `seq_len` made any of them smaller."""
+        images = [load_image(p) for p in row.images]
+        sizes = [image.size for image in images]
+        fitted = wanted = fitted_sizes(self.images, sizes)
+        if seq_len is not None and images:
+            ids = self._ids(self._expanded(text, [1] * len(images)))
+            last = len(ids) - ids[::-1].index(self.image_token_id)  # tokens up to the last image
+            fitted = scaled_sizes(
+                self.images,
+                sizes,
+                seq_len=seq_len,
+                text=len(ids) - len(images),
+                before=last - len(images),
+            )
+        return tuple(map(resized, images, fitted)), fitted != wanted
 
     def _prompt(self, messages: Sequence[dict], *, open_turn: bool) -> str:
         """The text of a conversation. `open_turn` adds the opening of the assistant's next turn."""

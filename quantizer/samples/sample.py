@@ -23,6 +23,7 @@ class Sample:
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None  # int64 [images, 3]; None off a grid
     images: tuple[Image.Image, ...] = ()  # after resizing
+    scaled: bool = False  # whether the limit on the sample's length made an image smaller
     text: str = ""  # the prompt, with one placeholder for each image
     row: Row | None = None  # where the sample comes from
     # What else the model must know of the images: keyword arguments of get_image_features.
@@ -48,7 +49,7 @@ class Sample:
 def truncate(sample: Sample, seq_len: int) -> Sample | None:
     """The first `seq_len` tokens of a sample, or None where that would cut an image's tokens.
 
-    The VLMQ paper drops such samples.
+    The VLMQ paper drops such samples. Images that may be scaled down are small enough by now.
     """
     if len(sample.input_ids) <= seq_len:
         return sample

@@ -2,18 +2,24 @@
 
 import json
 import logging
+import re
 
 import pytest
 
+from tests.artifacts import GRIDS, rtn_artifact
 from tests.vlmq_export.own_data import own_rows
 from tests.vlmq_export.test_cli import call, refused
 from vlmq_export import bundled, pipeline
-from vlmq_export.errors import CalibrationError
+from vlmq_export.callbacks import Callbacks
+from vlmq_export.errors import CalibrationError, UsageError
+from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.proving import verify
 from vlmq_export.proving.held_out import held_out, held_out_again
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.quantizer.storage.whole_files import sha256_file
 from vlmq_export.recipes.recipe import Recipe
-from vlmq_export.sources.calibration import CalibrationRows
+from vlmq_export.sources.calibration import CalibrationRows, calibration_samples
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +163,55 @@ def test_a_dry_run_refuses_bad_rows(tmp_path):
     err = refused("--format", "gptq", *flags, code=1)
     assert "1 bad rows: row 3" in err
     assert "1 bad rows: row 3" in refused("--format", "gptq", *flags, "--no-verify", code=1)
+
+
+# --- photos of ordinary size ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(model):
+    """The reference model with the limit on an image that Qwen2.5-VL is published with."""
+    file = model / "preprocessor_config.json"
+    settings = json.loads(file.read_text("utf-8")) | {"max_pixels": 12_845_056}
+    file.write_text(json.dumps(settings))
+    return model
+
+
+def test_photos_are_scaled_down_and_counted(tmp_path, published, proven, caplog):
+    path = own_rows(tmp_path, 3, (1280, 720))
+    flags = ("--calibration", path, "--image-root", tmp_path / "images", "--samples", 2)
+    export = ("--format", "gptq", "--method", "gptq", "--out", tmp_path / "out", "--quiet")
+    code, _, err = call(published, *export, *flags)
+    assert code == 0, err
+    manifest = json.loads((tmp_path / "out" / "artifact" / "manifest.json").read_text("utf-8"))
+    calibration = manifest["calibration"]
+    assert (calibration["rows"], calibration["scaled"], calibration["dropped"]) == (2, 2, 0)
+    assert 400 * 2 < calibration["vision_tokens"] < calibration["tokens"] <= 512 * 2
+    assert "2 with images scaled down" in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_the_papers_rule_drops_photos_and_names_the_length_that_would_do(tmp_path, published):
+    path = own_rows(tmp_path, 2, (1280, 720))
+    rows = data(
+        model=str(published),
+        calibration=path,
+        image_root=tmp_path / "images",
+        long_images="drop",
+    )
+    checkpoint = Checkpoint(published)
+    with pytest.raises(UsageError, match="all 2 samples") as e:
+        calibration_samples(rows, checkpoint, Callbacks())
+    found = re.search(r"--seq-len (\d+) keeps them whole", str(e.value))
+    assert found and "--long-images scale" in str(e.value)
+    rows.recipe = rows.recipe.model_copy(update={"seq_len": int(found[1])})
+    assert len(calibration_samples(rows, checkpoint, Callbacks()).samples) == 2
+    rows.recipe = rows.recipe.model_copy(update={"seq_len": int(found[1]) - 1})
+    assert calibration_samples(rows, checkpoint, Callbacks()).described["dropped"] == 0
+
+
+def test_prompts_of_the_checks_have_the_same_limit(tmp_path, published):
+    path = own_rows(tmp_path, 1, (1280, 720))
+    artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], published)
+    rows = read_rows(path, tmp_path / "images")
+    prompt = Reference(artifact.path, rows, seq_len=512).prompts[0]
+    assert prompt.scaled and 450 < len(prompt.input_ids) <= 512

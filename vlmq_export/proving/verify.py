@@ -65,7 +65,8 @@ def prove(
     with third_party(
         "the reference cannot be built from this artifact", ArtifactError, keep=(OSError,)
     ):
-        reference = Reference(artifact.path, rows, floats, memory)
+        seq_len = recipe.seq_len or artifact.architecture.family.seq_len
+        reference = Reference(artifact.path, rows, floats, memory, seq_len)
     parity = check_formats(
         {name: out / name for name in recipe.format},
         reference,

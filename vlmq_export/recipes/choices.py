@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from vlmq_export import formats
 from vlmq_export.formats import contract
-from vlmq_export.quantizer.config import ACT_ORDERS, ROTATIONS
+from vlmq_export.quantizer.config import ACT_ORDERS, LONG_IMAGES, ROTATIONS
 from vlmq_export.quantizer.methods import METHODS
 
 _RUN_BY = {
@@ -20,6 +20,7 @@ CHOICES: dict[str, Mapping[str, str]] = {
     "method": {name: method.about for name, method in METHODS.items()},
     "act_order": ACT_ORDERS,
     "rotate": ROTATIONS,
+    "long_images": LONG_IMAGES,
     "device": {"auto": "CUDA where there is one", "cpu": "the CPU", "cuda": "a CUDA device"},
     "gptq_version": contract.GPTQ_VERSIONS,
     "gptq_names": contract.GPTQ_NAMES,

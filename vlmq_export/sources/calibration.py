@@ -13,7 +13,7 @@ from vlmq_export.callbacks import Callbacks
 from vlmq_export.errors import Interrupted, UsageError
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.samples.loading import read_samples
+from vlmq_export.quantizer.samples.loading import Limit, Loaded, read_samples
 from vlmq_export.quantizer.samples.rows import Row, read_rows
 from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.storage.whole_files import sha256_file
@@ -86,24 +86,43 @@ def calibration_samples(
         if callbacks.should_stop():
             raise Interrupted("stopped while reading samples; nothing was written")
 
-    samples, dropped = read_samples(checkpoint.path, rows, seq_len, progress=progress)
-    cut = f"--seq-len {seq_len} would cut"
-    if not samples:
-        raise UsageError(f"{cut} the vision tokens of all {len(rows)} samples; raise it")
-    if dropped:
-        log.warning("%d of %d samples dropped: %s their vision tokens", dropped, len(rows), cut)
+    limit = Limit(seq_len, scale=recipe.long_images == "scale")
+    loaded = read_samples(checkpoint.path, rows, limit, progress=progress)
+    _tell_lengths(loaded, limit)
+    samples = loaded.samples
     if all(s.pixel_values is None for s in samples):
         log.warning("%s: no sample has an image; the model is calibrated on text alone", path.name)
     described = {
         "file": path.name,
         "sha256": data.digest,
         "rows": len(samples),
-        "dropped": dropped,
+        "scaled": loaded.scaled,
+        "dropped": loaded.dropped,
         "seq_len": seq_len,
         "tokens": sum(len(s.input_ids) for s in samples),
         "vision_tokens": sum(int(s.vision.sum()) for s in samples),
     }
     return Calibration(samples, described)
+
+
+def _tell_lengths(loaded: Loaded, limit: Limit) -> None:
+    """Log how many samples were scaled or dropped. Raises UsageError where none are left."""
+    kept, scaled, dropped = len(loaded.samples), loaded.scaled, loaded.dropped
+    cut = f"--seq-len {limit.seq_len} would cut the vision tokens of"
+    do = f"--seq-len {loaded.longest} keeps them whole"
+    if not limit.scale:
+        do += ", and --long-images scale makes their images smaller"
+    if not kept:
+        raise UsageError(f"{cut} all {dropped} samples; {do}")
+    if scaled:
+        log.info(
+            "%d of %d samples have images that were scaled down to --seq-len %d",
+            scaled,
+            kept,
+            limit.seq_len,
+        )
+    if dropped:
+        log.warning("%s %d of %d samples, dropped; %s", cut, dropped, kept + dropped, do)
 
 
 def draw(rows: list[Row], count: int, seed: int) -> list[Row]:

@@ -77,8 +77,10 @@ CalibrationFile = Annotated[Path | None, _option(_CALIBRATION, panel="Calibratio
 _IMAGE_ROOT = "Folder that image paths of your rows start from.  [default: the file's own]"
 ImageRoot = Annotated[Path | None, _option(_IMAGE_ROOT)]
 Samples = Annotated[int | None, _option("Calibration rows.  [default: 512]")]
-_SEQ_LEN = "Truncate samples; one whose image would be cut is dropped.  [default: the paper's, 512]"
+_SEQ_LEN = "Tokens of a sample, at most.  [default: the paper's, 512]"
 SeqLen = Annotated[int | None, _option(_SEQ_LEN)]
+_LONG_IMAGES = "Scale images down to that length, or drop their sample.  [default: scale]"
+LongImages = Annotated[str | None, _option(_LONG_IMAGES, choices="long_images")]
 _SEED = "Draws the samples where the file has more rows.  [default: 0]"
 Seed = Annotated[int | None, _option(_SEED)]
 

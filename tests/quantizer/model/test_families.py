@@ -166,8 +166,8 @@ def test_image_tokens_are_as_many_as_the_model_makes(loaded):
 )
 def test_tokens_of_a_tile_at_published_sizes(vision, more, newline, tokens):
     tile = Tile(None, {"vision_config": vision} | more, newline)
-    assert tile.tokens == tokens
-    assert tile.fit(Image.new("RGB", (50, 900))).size == (tile.side, tile.side)
+    assert tile.size((50, 900)) == tile.size((50, 900), most=9) == (tile.side, tile.side)
+    assert tile.tokens(tile.size((50, 900))) == tokens
 
 
 def test_several_images_and_none(loaded, tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from vlmq_export import bundled
 from vlmq_export.errors import CalibrationError
-from vlmq_export.quantizer.samples.loading import MANY, read_samples, worker_count
+from vlmq_export.quantizer.samples.loading import MANY, Limit, read_samples, worker_count
 from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.terminal.progress import time_left
 
@@ -22,10 +22,13 @@ def rows():
 
 def test_workers_give_the_same_samples_in_order(rows):
     seen = []
-    alone, dropped = read_samples(bundled.REFERENCE_VLM, rows, 40, workers=1, progress=seen.append)
-    shared, also = read_samples(bundled.REFERENCE_VLM, rows, 40, workers=2, progress=lambda _: None)
-    assert dropped == also
-    assert len(alone) + dropped == len(rows)
+    here, limit = bundled.REFERENCE_VLM, Limit(24)
+    one = read_samples(here, rows, limit, workers=1, progress=seen.append)
+    two = read_samples(here, rows, limit, workers=2, progress=lambda _: None)
+    assert replace(one, samples=[]) == replace(two, samples=[])
+    assert one.scaled > 0 == one.dropped
+    alone, shared = one.samples, two.samples
+    assert len(alone) + one.dropped == len(rows)
     assert seen == list(range(1, len(rows) + 1))
     for a, b in zip(alone, shared, strict=True):
         assert (a.id, a.text, a.row) == (b.id, b.text, b.row)
@@ -43,7 +46,9 @@ def test_every_bad_image_is_named_with_its_line(rows, workers, tmp_path, caplog)
     chosen = {rows[i].where for i in (1, 2, 4, 5, 7, 9)}
     bad = [replace(row, images=(broken,)) if row.where in chosen else row for row in shown]
     with pytest.raises(CalibrationError) as e:
-        read_samples(bundled.REFERENCE_VLM, bad, 512, workers=workers, progress=lambda _: None)
+        read_samples(
+            bundled.REFERENCE_VLM, bad, Limit(512), workers=workers, progress=lambda _: None
+        )
     said = str(e.value)
     wrong = [row.where for row in bad if row.images == (broken,)]
     assert said.startswith(f"{len(wrong)} of {len(bad)} samples cannot be used: ")
@@ -67,7 +72,7 @@ def test_progress_may_stop_the_reading(rows):
             raise Enough
 
     with pytest.raises(Enough):
-        read_samples(bundled.REFERENCE_VLM, rows, 512, workers=1, progress=progress)
+        read_samples(bundled.REFERENCE_VLM, rows, Limit(512), workers=1, progress=progress)
 
 
 def test_few_rows_start_no_workers():
@@ -101,4 +106,4 @@ def test_a_killed_worker_is_one_line(rows):
             child.kill()
 
     with pytest.raises(CalibrationError, match="was killed, most likely for its memory"):
-        read_samples(bundled.REFERENCE_VLM, rows * 4, 512, workers=2, progress=kill)
+        read_samples(bundled.REFERENCE_VLM, rows * 4, Limit(512), workers=2, progress=kill)
