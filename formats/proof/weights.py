@@ -7,7 +7,7 @@ error in one of them is therefore not repeated in what their files are compared 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,36 +86,46 @@ class Weights:
         """Every parameter of the model once, by hub name."""
         return [*self.floats, *(f"{n}.weight" for n in self.linears)]
 
-    def tensor(self, key: str) -> torch.Tensor:
-        """A float tensor by its hub name, or a part of a linear: `<module>.codes`."""
+    def tensor(self, key: str, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """A float tensor by its hub name, or a part of a linear: `<module>.codes`.
+
+        `rows` gives some rows alone.
+        """
         place = self._places[key]
         with safe_open(place.file, framework="pt") as f:
-            return f.get_tensor(place.name)
+            if rows is None:
+                return f.get_tensor(place.name)
+            held = f.get_slice(place.name)
+            if isinstance(rows, range):  # one piece of the file
+                return held[rows.start : rows.stop]
+            return torch.cat([held[row : row + 1] for row in rows])
 
-    def array(self, name: str) -> np.ndarray:
-        """A weight by its hub name, float32, decoded if it is quantized.
+    def array(self, name: str, rows: Sequence[int] | None = None) -> np.ndarray:
+        """A weight by its hub name, or some of its rows, float32, decoded if it is quantized.
 
         On an affine grid that is scale · (code − zero_point), where only the product is rounded.
         """
         module = name.removesuffix(".weight")
         if f"{module}.codes" not in self._places:
-            return self.tensor(name).to(torch.float32).numpy()
+            return self.tensor(name, rows).to(torch.float32).numpy()
         if f"{module}.d" in self._places:
-            return self._from_blocks(module)
-        part = {k: self.tensor(f"{module}.{k}").numpy() for k in _AFFINE}
+            return self._from_blocks(module, rows)
+        part = {
+            k: self.tensor(f"{module}.{k}", None if k == "g_idx" else rows).numpy() for k in _AFFINE
+        }
         group = part["g_idx"]
         zeros, scales = part["zero_points"].astype(np.int16), part["scales"].astype(np.float32)
         steps = part["codes"].astype(np.int16) - zeros[:, group]
         return steps.astype(np.float32) * scales[:, group]
 
-    def _from_blocks(self, module: str) -> np.ndarray:
+    def _from_blocks(self, module: str, rows: Sequence[int] | None) -> np.ndarray:
         """A weight on a GGUF block type, float32 [out, in].
 
         (d · sub_scale) · (code − centre), or (d · sub_scale) · code − dmin · sub_min for a type
         with minima. The products are exact, so that there is one rounding.
         """
         held = [k for k in _BLOCKS if f"{module}.{k}" in self._places]
-        part = {k: self.tensor(f"{module}.{k}").numpy() for k in held}
+        part = {k: self.tensor(f"{module}.{k}", rows).numpy() for k in held}
         codes = part["codes"]
         subs = part["sub_scales"].shape[1]  # sub-blocks in a row
         columns, per_block = codes.shape[1] // subs, subs // part["d"].shape[1]
@@ -134,16 +144,17 @@ class Weights:
         """(hub name, float32 array) of every weight, one at a time."""
         return ((name, self.array(name)) for name in self.names())
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight by its hub name, from a header."""
+        key = name if name in self._places else f"{name.removesuffix('.weight')}.codes"
+        place = self._places[key]
+        with safe_open(place.file, framework="pt") as f:
+            return tuple(f.get_slice(place.name).get_shape())
+
     @cached_property
     def count(self) -> int:
         """The number of weights of the model."""
-        total = 0
-        for name in self.names():
-            key = name if name in self._places else f"{name.removesuffix('.weight')}.codes"
-            place = self._places[key]
-            with safe_open(place.file, framework="pt") as f:
-                total += int(np.prod(f.get_slice(place.name).get_shape()))
-        return total
+        return sum(int(np.prod(self.shape(name))) for name in self.names())
 
 
 def _names(file: Path) -> list[str]:

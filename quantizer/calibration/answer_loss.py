@@ -52,7 +52,7 @@ def answer_gradients(
                     for name in names:
                         module = layer.get_submodule(name)
                         hooks.enter_context(leaf_output(module, leaves, name, cut=False))
-                    out = _forward(layer, hidden, batch)
+                    out = layer_output(layer, hidden, batch)
                     if head is not None:
                         out, onward = _loss(head(add(out, batch, index)), batch), None
                     else:
@@ -72,12 +72,13 @@ def _layer_inputs(
     for index in range(layers - 1):
         with torch.no_grad(), model.filled_layer(index) as layer:
             for batch, seen in zip(batches, inputs):
-                hidden = _forward(layer, seen[-1](), batch)
+                hidden = layer_output(layer, seen[-1](), batch)
                 seen.append(batch.aside(add(hidden, batch, index)))
     return inputs
 
 
-def _forward(layer: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+def layer_output(layer: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """What leaves a decoder layer for `hidden`, [samples, tokens, hidden]."""
     out = layer(hidden, **batch.kwargs)
     return out[0] if isinstance(out, tuple) else out
 

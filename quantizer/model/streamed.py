@@ -6,19 +6,39 @@ layer, one decoder layer, or what comes after the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from vlmq_export.errors import CheckpointError
+from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.storage.tensors import TensorInfo
 from vlmq_export.quantizer.storage.untrusted import third_party
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+class WeightFiles(Protocol):
+    """What a streamed model asks of weights that are no `Checkpoint`, which has the meanings."""
+
+    @property
+    def path(self) -> Path: ...  # of the folder with config.json
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...  # by hub name
+
+    def info(self, name: str) -> TensorInfo: ...
+
+    def tensor(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor: ...
 
 
 class StreamedModel:
@@ -28,7 +48,7 @@ class StreamedModel:
     CheckpointError where the checkpoint's names or shapes do not fit the class.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+    def __init__(self, checkpoint: Checkpoint | WeightFiles, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
         # A PreTrainedModel. Its type does not tell what its modules have for attributes.
         self.model: Any = _empty_model(checkpoint).eval().requires_grad_(False)
@@ -171,7 +191,7 @@ def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+def _empty_model(checkpoint: Checkpoint | WeightFiles) -> PreTrainedModel:
     """The model in float32, its parameters without storage. Raises CheckpointError."""
     cls, config = _class_of(checkpoint)
     with (
@@ -181,7 +201,9 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
         return cls._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
-def _class_of(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+def _class_of(
+    checkpoint: Checkpoint | WeightFiles,
+) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     """transformers' class and config of a checkpoint. Raises CheckpointError."""
     import transformers
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlmq_export.quantizer.calibration.divergence import distance_of
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import Row
@@ -96,11 +97,11 @@ class Scorer:
         """Score a model on all rows."""
         kl, kl_text, agree = [], [], []
         for sample, p, q in zip(self.samples, self.full, self._log_probabilities(model)):
-            each = (p.exp() * (p - q)).sum(-1)[:-1]  # at position t: the prediction of token t+1
+            each = distance_of(p[:-1], q[:-1])  # at position t: the prediction of token t+1
             answer, text = sample.answer[1:], ~sample.vision[1:]
-            kl.append(each[answer])
-            kl_text.append(each[text])
-            agree.append((p.argmax(-1) == q.argmax(-1))[:-1][answer].float())
+            kl.append(each.kl[answer])
+            kl_text.append(each.kl[text])
+            agree.append(each.same[answer].double())
         means = [float(torch.cat(x).mean()) for x in (kl, kl_text, agree)]
         exact, tasks = self.exact(model)
         return Score(means[0], means[1], means[2], exact, tasks)

@@ -29,6 +29,16 @@ def test_it_decodes_as_the_artifact_does_by_other_code(artifact):
         assert np.array_equal(weights.array(f"{q.name}.weight"), q.decode().numpy())
 
 
+def test_some_rows_are_decoded_as_the_whole_matrix_is(artifact):
+    weights = Weights(artifact.path)
+    linear = "model.layers.0.mlp.down_proj.weight"
+    for name in (linear, "model.embed_tokens.weight"):
+        whole = weights.array(name)
+        assert weights.shape(name) == whole.shape
+        assert np.array_equal(weights.array(name, [5, 0, 5]), whole[[5, 0, 5]])
+        assert np.array_equal(weights.array(name, range(3, 9)), whole[3:9])
+
+
 def test_every_weight_of_the_model_is_counted_once(artifact):
     checkpoint = Checkpoint(REFERENCE_VLM)
     weights = Weights(artifact.path)
