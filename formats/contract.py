@@ -46,6 +46,11 @@ class FormatOptions:
     mmproj_dtype: str = "f16"  # a key of MMPROJ_TYPES
     mmproj_class_row: str = "last"  # where InternVL's class token has its position: CLASS_ROWS
 
+    @property
+    def onnx_fused(self) -> bool:
+        """Whether the decoder gets ONNX Runtime's operators for the CPU."""
+        return self.onnx_graph != "plain" and self.onnx_provider == "cpu"
+
 
 @dataclass(frozen=True)
 class FormatPlan:

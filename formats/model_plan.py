@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from vlmq_export.errors import CheckpointError
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -12,6 +15,7 @@ from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.storage.untrusted import third_party
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,43 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A model and a recipe for it, from config.json and the headers of its files alone."""
+    """A model and a recipe for it, from its settings and the headers of its files alone."""
 
     name: str
     architecture: Architecture
     linears: list[LinearSpec]  # to be quantized
     floats: list[TensorSpec]  # everything else, but for the biases of these linears
     config: QuantConfig
+    folder: Path  # with config.json, tokenizer and image processor, as the writers will find them
 
     @cached_property
     def job(self) -> Job:
         """The same with its method looked up. Raises UsageError for one that is not known."""
         return Job.of(self.architecture, self.config)
+
+
+def resolved_config(architecture: Architecture) -> Any:
+    """transformers' own configuration of a model, with the defaults of its classes filled in.
+
+    config.json may state a setting under several keys. Which of them counts is asked here, because
+    the reference is computed by transformers. Raises CheckpointError for settings that it refuses.
+    """
+    with third_party("config.json: transformers cannot read it"):
+        from transformers import CONFIG_MAPPING
+
+        # transformers writes defaults into the dictionaries that it is given.
+        return CONFIG_MAPPING[architecture.model_type].from_dict(deepcopy(architecture.config))
+
+
+def decoder_attention(architecture: Architecture) -> tuple[str, set[str]]:
+    """The type of the decoder's rotary positions, and what its layers attend over.
+
+    The type is a key of transformers' ROPE_INIT_FUNCTIONS, or `default`. Layers attend over
+    `full_attention`, or `sliding_attention`. Raises CheckpointError as `resolved_config` does.
+    """
+    text = resolved_config(architecture).get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
+    return str((text.rope_parameters or {}).get("rope_type", "default")), layers
 
 
 def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelPlan:
@@ -71,7 +100,7 @@ def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelP
     taken = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
     infos = [t for t in checkpoint.tensors.values() if t.name not in taken]
     floats = [TensorSpec(t.name, t.shape, t.dtype) for t in infos]
-    return ModelPlan(name, architecture, linears, floats, config)
+    return ModelPlan(name, architecture, linears, floats, config, checkpoint.path)
 
 
 def _linear(checkpoint: Checkpoint, name: str) -> LinearSpec:
@@ -97,4 +126,6 @@ def artifact_plan(artifact: Artifact) -> ModelPlan:
     m = artifact.manifest
     linears = [LinearSpec(r.name, r.out_features, r.in_features, r.bias) for r in m.modules]
     floats = [TensorSpec(*info) for info in artifact.float_info()]
-    return ModelPlan(m.name, artifact.architecture, linears, floats, artifact.config)
+    return ModelPlan(
+        m.name, artifact.architecture, linears, floats, artifact.config, artifact.source
+    )

@@ -47,6 +47,24 @@ GRIDS = {
     "w8g128": QuantConfig("rtn", 8, 128, symmetric=True),
 }
 
+# Type of scaled rotary positions → the settings that it needs, for heads of 64 columns.
+ROPE_KEYS = {
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 512},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+    "longrope": {
+        "short_factor": [1.0] * 32,
+        "long_factor": [2.0] * 32,
+        "original_max_position_embeddings": 512,
+    },
+}
+
 
 def rtn_artifact(
     folder: Path, config: QuantConfig, source: Path = REFERENCE_VLM, name: str = "tiny-vlm"

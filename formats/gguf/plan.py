@@ -1,4 +1,4 @@
-"""What a GGUF export would be, from config.json and the headers of the checkpoint's files alone.
+"""What a GGUF export would be, from the settings and headers of the checkpoint's files alone.
 
 The plan has the block types of the linears, the size of the files, the reasons to refuse the
 export, and the costs that a user might not expect.
@@ -12,11 +12,12 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
 
-from vlmq_export.errors import FormatError
+from vlmq_export.errors import VlmqError
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
+from vlmq_export.formats.gguf.files.metadata import read_tokenizer
 from vlmq_export.formats.gguf.files.mmproj import stored_type
 from vlmq_export.formats.gguf.tables.layout import Layout
-from vlmq_export.formats.gguf.tables.params import text_params, vision_params
+from vlmq_export.formats.gguf.tables.params import image_params, text_params, vision_params
 from vlmq_export.formats.gguf.types.exact import grid_home, planned_home, why_homeless
 from vlmq_export.formats.gguf.types.mix import MIXES
 from vlmq_export.formats.gguf.types.table import TYPES
@@ -40,6 +41,8 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     refusals = _refusals(model, options, homes)
     inexpressible = _inexpressible(model.architecture)
     layout = None if inexpressible else Layout.of(model.architecture, options.mmproj_class_row)
+    if layout is not None:
+        inexpressible += _unreadable(model, layout)
     bits = weights = 0
     for linear in model.linears:
         if home := homes[linear.name]:
@@ -118,7 +121,24 @@ def _inexpressible(architecture: Architecture) -> list[str]:
     for params in (text_params, vision_params):
         try:
             params(architecture)
-        except FormatError as e:
+        except VlmqError as e:
+            found.append(str(e))
+    return found
+
+
+def _unreadable(model: ModelPlan, layout: Layout) -> list[str]:
+    """What the writer would miss in the files beside the weights, at most one line for each file.
+
+    Tokenizer and image processor are read as the writer will read them.
+    """
+    found = []
+    for read in (
+        lambda: read_tokenizer(model.folder, model.architecture, layout.text_params.vocabulary),
+        lambda: image_params(model.folder),
+    ):
+        try:
+            read()
+        except VlmqError as e:
             found.append(str(e))
     return found
 

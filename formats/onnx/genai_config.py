@@ -6,16 +6,25 @@ They are written for the families that onnxruntime-genai 0.18 knows.
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FormatOptions
-from vlmq_export.formats.onnx.plan import is_fused
+from vlmq_export.formats.model_plan import resolved_config
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.samples.companions import (
+    ImageSettings,
+    image_settings,
+    load_tokenizer,
+)
+from vlmq_export.quantizer.storage.untrusted import read_json
 from vlmq_export.quantizer.storage.whole_files import write_json
 
-PROCESSOR = "processor_config.json"
+PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
 # Tokens of a cache whose past and present share one buffer, unless the caller asks for another
 # length. The buffer is allocated at once.
 SHARED_LENGTH = 8192
@@ -23,57 +32,122 @@ SHARED_LENGTH = 8192
 KNOWN = ("qwen2_5_vl", "qwen3_vl")
 
 
-def write_genai(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
-    """Write both files. Returns a note instead if onnxruntime-genai does not know the family.
+@dataclass(frozen=True)
+class GenaiFiles:
+    """The content of the files that onnxruntime-genai reads beside the graphs."""
 
-    Raises FormatError if the artifact has no preprocessor_config.json.
+    config: dict  # of genai_config.json
+    steps: dict  # of processor_config.json
+    # tokenizer.json, where the source has none or another than transformers loads; empty: the
+    # source's own is right.
+    tokenizer: str
+
+
+def genai_files(
+    architecture: Architecture,
+    source: Path,  # folder with tokenizer, image processor and generation_config.json
+    options: FormatOptions,
+) -> GenaiFiles | None:
+    """What would be written, or None for a family that onnxruntime-genai does not know.
+
+    Raises FormatError or CheckpointError for settings that are missing or that it cannot express.
     """
-    if artifact.manifest.model_type not in KNOWN:
+    if architecture.model_type not in KNOWN:
+        return None
+    steps = processor_config(image_settings(source))
+    tokenizer = load_tokenizer(source)
+    generation = read_json(file) if (file := source / GENERATION).is_file() else {}
+    # transformers has a file of the same name and other content. A model that has it keeps it.
+    name = "genai_processor_config.json" if (source / PROCESSOR).exists() else PROCESSOR
+    # Every key of config.json is asked of transformers, which knows the defaults.
+    whole = Architecture(resolved_config(architecture).to_dict(), architecture.family)
+    try:
+        config = genai_config(whole, generation, tokenizer.eos_token_id, options, name)
+    except KeyError as e:
+        raise FormatError(
+            f"config.json: {e.args[0]} is missing; genai_config.json cannot be written without it"
+        ) from None
+    return GenaiFiles(config, steps, _tokenizer_file(source, tokenizer))
+
+
+def write_genai(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
+    """Write the files. Returns a note instead if onnxruntime-genai does not know the family.
+
+    Raises as `genai_files` does.
+    """
+    files = genai_files(artifact.architecture, artifact.source, options)
+    if files is None:
         return [
             f"onnxruntime-genai does not know {artifact.manifest.model_type}:"
             " run these graphs in plain ONNX Runtime"
         ]
-    preprocessor = artifact.source / "preprocessor_config.json"
-    if not preprocessor.is_file():
-        raise FormatError(f"{preprocessor}: missing; copy it from the original model")
-    steps = processor_config(json.loads(preprocessor.read_text("utf-8")))
-    # transformers has a file of the same name and other content. A model that has it keeps it.
-    name = "genai_processor_config.json" if (artifact.source / PROCESSOR).exists() else PROCESSOR
-    generation = _generation(artifact.source)
-    config = genai_config(artifact.architecture, generation, options, name)
-    write_json(folder / "genai_config.json", config)
-    write_json(folder / name, steps)
+    write_json(folder / "genai_config.json", files.config)
+    write_json(folder / files.config["model"]["vision"]["config_filename"], files.steps)
+    if files.tokenizer:
+        (folder / "tokenizer.json").write_text(files.tokenizer, "utf-8")
     return []
 
 
-def _generation(source: Path) -> dict:
-    """What generation_config.json holds, if it is there."""
-    file = source / "generation_config.json"
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+def _tokenizer_file(source: Path, tokenizer: Any) -> str:
+    """tokenizer.json as transformers would save it, where the source's own says something else.
+
+    onnxruntime-genai reads that file alone, and transformers several. Empty if the file has the
+    tokens that transformers has, and splits text as it does. Raises FormatError for a tokenizer
+    that has no such file.
+    """
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise FormatError(
+            f"{type(tokenizer).__name__} has no tokenizer.json, which onnxruntime-genai reads"
+        )
+    saved, file = tokenizer.backend_tokenizer.to_str(), source / "tokenizer.json"
+    own = read_json(file) if file.is_file() else {}
+    return "" if _tokens(own) == _tokens(json.loads(saved)) else saved
+
+
+def _tokens(saved: dict) -> tuple:
+    """What of a tokenizer.json decides the tokens of a text: added ones, and the splitting.
+
+    `trim_offsets` does not: it is about the places of tokens in the text.
+    """
+    added = {t["id"]: t["content"] for t in saved.get("added_tokens") or []}
+    split = json.dumps([saved.get("normalizer"), saved.get("pre_tokenizer")], sort_keys=True)
+    return added, re.sub(r'"trim_offsets": (true|false)', "", split)
 
 
 def genai_config(
-    architecture: Architecture,
+    architecture: Architecture,  # with the settings as transformers resolves them
     generation: dict,  # what generation_config.json holds
+    tokenizer_eos: int | None,  # where neither of them has a token that ends an answer
     options: FormatOptions,
     processor: str = PROCESSOR,  # name of the file with the image steps
 ) -> dict:
     """The content of genai_config.json.
 
     Past and present of the cache share one buffer where the decoder's attention can write into it.
-    Its length is the `max_length` of `search`.
+    Its length is the `max_length` of `search`. Raises FormatError without a token that ends an
+    answer, and KeyError for another setting that is missing.
     """
     source, text = architecture.config, architecture.text
-    eos = generation.get("eos_token_id", text.get("eos_token_id"))
-    pad = generation.get("pad_token_id", text.get("pad_token_id"))
+
+    def token(key: str) -> Any:
+        found = (settings.get(key) for settings in (generation, text, source))
+        return next((value for value in found if value is not None), None)
+
+    eos = tokenizer_eos if token("eos_token_id") is None else token("eos_token_id")
+    if eos is None or eos == []:
+        raise FormatError(
+            "neither generation_config.json nor config.json has an eos_token_id, and the tokenizer"
+            " has no eos_token; onnxruntime-genai would not stop"
+        )
     first_eos = eos[0] if isinstance(eos, list) else eos
-    shared, length = is_fused(options), text["max_position_embeddings"]
+    pad, bos = token("pad_token_id"), text.get("bos_token_id")
+    shared, length = options.onnx_fused, text["max_position_embeddings"]
     provider_options = [{"cuda": {}}] if options.onnx_provider == "cuda" else []
     session = {"session_options": {"provider_options": provider_options}}
     return {
         "model": {
             "type": source["model_type"],
-            "bos_token_id": text.get("bos_token_id", first_eos),
+            "bos_token_id": first_eos if bos is None else bos,
             "eos_token_id": eos,
             "pad_token_id": first_eos if pad is None else pad,
             "image_token_id": source["image_token_id"],
@@ -147,30 +221,36 @@ def _vision(architecture: Architecture, processor: str) -> dict:
         "config_filename": processor,
         "spatial_merge_size": vision["spatial_merge_size"],
         "patch_size": vision["patch_size"],
-        "tokens_per_second": float(vision.get("tokens_per_second", 2)),
+        "tokens_per_second": float(vision.get("tokens_per_second", 2)),  # Qwen3-VL has none
         "inputs": {"pixel_values": "pixel_values", "image_grid_thw": "image_grid_thw"},
         "outputs": {"image_features": "image_features"},
     }
 
 
-def processor_config(preprocessor: dict) -> dict:
+def processor_config(image: ImageSettings) -> dict:
     """The content of processor_config.json: image steps of onnxruntime-extensions.
 
-    They give the patches of preprocessor_config.json's own processor, in the same order.
+    They give the patches of the model's own processor, in the same order. Raises FormatError for a
+    processor without such patches.
     """
-    p, size = preprocessor, preprocessor.get("size") or {}
-    unit = {"patch_size": p.get("patch_size", 14), "merge_size": p.get("merge_size", 2)}
+    unit = {"patch_size": image.patch, "merge_size": image.merge}
     resize = {
         "width": 540,
         "height": 360,
         "smart_resize": 1,
-        "min_pixels": p.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
-        "max_pixels": p.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280,
+        "min_pixels": image.min_pixels,
+        "max_pixels": image.max_pixels,
         **unit,
     }
-    rescale = {"rescale_factor": p.get("rescale_factor", 1 / 255)}
-    normalize = {"mean": p["image_mean"], "std": p["image_std"], "qwen2_5_vl": 1}
-    patches = {"temporal_patch_size": p.get("temporal_patch_size", 2), **unit}
+    rescale = {"rescale_factor": image.rescale}
+    normalize = {"mean": list(image.mean), "std": list(image.std), "qwen2_5_vl": 1}
+    patches = {"temporal_patch_size": image.frames, **unit}
+    for name, value in (resize | patches).items():
+        if value is None:
+            raise FormatError(
+                f"the image processor has no {name}, which onnxruntime-genai needs;"
+                " copy preprocessor_config.json from the original model"
+            )
     steps = [
         _step("decode_image", "DecodeImage", {"color_space": "RGB"}),
         _step("convert_to_rgb", "ConvertRGB"),

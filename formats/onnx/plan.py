@@ -1,11 +1,13 @@
-"""What an ONNX folder would be, from shapes alone: its size, what is refused, and notes."""
+"""What an ONNX folder would be, from settings and shapes: its size, what is refused, and notes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vlmq_export.errors import VlmqError
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
 from vlmq_export.formats.model_plan import LinearSpec, ModelPlan
+from vlmq_export.formats.onnx.genai_config import genai_files
 from vlmq_export.formats.onnx.graphs.families import TRACED, graph_refusals
 from vlmq_export.formats.onnx.passes.packing import block_size_for, container_bits
 from vlmq_export.quantizer.config import QuantConfig
@@ -17,7 +19,9 @@ _GRAPH_BYTES = 9_000
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     """Size, bits per weight and refusals. The size is that of graphs and data."""
     refusals = [*_option_refusals(model.config, options)]
-    refusals += graph_refusals(model.architecture.config)
+    refusals += graph_refusals(model.architecture)
+    if not refusals:
+        refusals += _genai_refusals(model, options)
     if refusals:
         return FormatPlan(0.0, 0, refusals)
     width = 2 if options.onnx_dtype == "float16" else 4
@@ -25,6 +29,18 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     size = stored + _float_bytes(model, width) + _GRAPH_BYTES * len(model.linears)
     weights = sum(x.out_features * x.in_features for x in model.linears)
     return FormatPlan(8 * stored / weights, size, [], notes_for(model.config, options))
+
+
+def _genai_refusals(model: ModelPlan, options: FormatOptions) -> list[str]:
+    """What the files that onnxruntime-genai reads would lack; empty if nothing.
+
+    They are made as the writer will make them.
+    """
+    try:
+        genai_files(model.architecture, model.folder, options)
+    except VlmqError as e:
+        return [str(e)]
+    return []
 
 
 def _option_refusals(config: QuantConfig, options: FormatOptions) -> Iterator[str]:
@@ -77,11 +93,6 @@ def _float_bytes(model: ModelPlan, width: int) -> int:
         head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
         size += width * text["max_position_embeddings"] * head
     return size
-
-
-def is_fused(options: FormatOptions) -> bool:
-    """Whether the decoder gets ONNX Runtime's CPU operators."""
-    return options.onnx_graph != "plain" and options.onnx_provider == "cpu"
 
 
 def _permuted(config: QuantConfig) -> bool:

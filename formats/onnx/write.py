@@ -14,7 +14,7 @@ from vlmq_export.formats.onnx.graphs.build import float_graphs
 from vlmq_export.formats.onnx.passes.fill import fill
 from vlmq_export.formats.onnx.passes.fuse import fuse, fuse_transposed
 from vlmq_export.formats.onnx.passes.merge import merge
-from vlmq_export.formats.onnx.plan import is_fused, notes_for
+from vlmq_export.formats.onnx.plan import notes_for
 from vlmq_export.quantizer.artifact.read import Artifact
 
 _INLINE_BYTES = 1024  # smaller constants stay in the protobuf
@@ -32,7 +32,7 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
     dtype = ir.DataType.FLOAT16 if options.onnx_dtype == "float16" else ir.DataType.FLOAT
     notes = notes_for(artifact.config, options)
     for name, model in float_graphs(artifact.source, known, dtype).items():
-        fused, single = name == "text" and is_fused(options), options.onnx_graph == "single"
+        fused, single = name == "text" and options.onnx_fused, options.onnx_graph == "single"
         if fused and not fuse(model, _mrope_section(artifact.architecture.text), single=single):
             raise FormatError(
                 f"the decoder graph of {artifact.manifest.model_type} has no attention to fuse;"
@@ -41,7 +41,7 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
         found += fill(model, artifact, options.onnx_accuracy_level)
         if fused:
             merge(model)
-        if is_fused(options):
+        if options.onnx_fused:
             fuse_transposed(model)
         save(model, folder / f"{name}.onnx")
     missing = set(linears) - set(found)

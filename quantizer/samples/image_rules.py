@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlmq_export.quantizer.samples.companions import pixel_limits
+
 TOKENS = (8, 4096)  # the fewest and most tokens of an image, after merging, that llama.cpp allows
 
 
@@ -57,11 +59,12 @@ class Grid:
         self.unit = processor.patch_size * processor.merge_size  # pixels, side of one token
 
     def pixel_limits(self) -> tuple[int, int]:
-        """Smallest and largest area in pixels that the model's processor leaves alone."""
-        size = dict(self.processor.size or {})
-        low = size.get("shortest_edge") or getattr(self.processor, "min_pixels", None)
-        high = size.get("longest_edge") or getattr(self.processor, "max_pixels", None)
-        return int(low or 56 * 56), int(high or 28 * 28 * 1280)
+        """Smallest and largest area in pixels that the model's processor leaves alone.
+
+        Where it states none, they are those of transformers for Qwen2-VL.
+        """
+        low, high = pixel_limits(self.processor)
+        return low or 56 * 56, high or 28 * 28 * 1280
 
     def size(self, size: Size, most: int | None = None) -> Size:
         """Multiples of the unit, with the area inside the limits of every runtime.

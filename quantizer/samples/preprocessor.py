@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmq_export.errors import CalibrationError, CheckpointError, MissingRuntime
+from vlmq_export.errors import CalibrationError, CheckpointError
 from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.samples.companions import (
+    chat_template,
+    load_image_processor,
+    load_tokenizer,
+)
 from vlmq_export.quantizer.samples.image_rules import Encoded, image_rule, resized
 from vlmq_export.quantizer.samples.images import load_image
 from vlmq_export.quantizer.samples.rows import Row
@@ -29,25 +34,12 @@ class Preprocessor:
     """
 
     def __init__(self, folder: Path):
-        with third_party(
-            "transformers cannot be imported; where torchvision is named, install the build for"
-            " your torch or remove it",
-            MissingRuntime,
-        ):
-            from transformers import AutoImageProcessor, AutoTokenizer
-
         self.config = read_json(folder / "config.json")
-        for file in ("tokenizer_config.json", "preprocessor_config.json"):
-            if not (folder / file).is_file():
-                raise CheckpointError(
-                    f"{folder}: {file} is missing; copy it from the original model"
-                )
         self.family = Architecture.of(self.config).family
-        with third_party(f"{folder}: transformers cannot read its tokenizer"):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.tokenizer.chat_template = self.tokenizer.chat_template or _chat_template(folder)
+        self.tokenizer: Any = load_tokenizer(folder)
+        self.image_processor = load_image_processor(folder)
+        self.tokenizer.chat_template = _chat_template(folder, self.tokenizer)
         with third_party(f"{folder}: transformers cannot read its image processor"):
-            self.image_processor = _image_processor(AutoImageProcessor, folder)
             self.images = image_rule(
                 self.family.images, self.image_processor, self.config, self.family.newline
             )
@@ -163,23 +155,11 @@ class Preprocessor:
         return max(text.rfind(words), 0)
 
 
-def _image_processor(auto: Any, folder: Path) -> Any:
-    """The image processor that decodes with Pillow. `auto` is transformers' AutoImageProcessor."""
-    try:
-        return auto.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except (TypeError, ImportError):  # transformers before the argument `backend`
-        return auto.from_pretrained(folder, use_fast=False, trust_remote_code=False)
-
-
-def _chat_template(folder: Path) -> str:
-    """The template of chat_template.json, where some models keep it.
-
-    Raises CheckpointError if there is none.
-    """
-    file = folder / "chat_template.json"
-    template = read_json(file).get("chat_template") if file.is_file() else None
-    if isinstance(template, str) and template:
-        return template
-    raise CheckpointError(
-        f"{folder}: the tokenizer has no chat template; copy chat_template.json from the model"
-    )
+def _chat_template(folder: Path, tokenizer: Any) -> str:
+    """The template of a model's prompts. Raises CheckpointError if there is none."""
+    template = chat_template(folder, tokenizer)
+    if template is None:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has no chat template; copy chat_template.json from the model"
+        )
+    return template

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmq_export._version import __version__
 from vlmq_export.errors import FormatError
@@ -17,6 +17,8 @@ from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.samples.companions import chat_template, load_tokenizer
+from vlmq_export.quantizer.storage.untrusted import read_json
 
 if TYPE_CHECKING:
     import gguf
@@ -151,55 +153,73 @@ def file_stem(name: str, parameters: int, encoding: str) -> str:
 
 
 def read_tokenizer(folder: Path, architecture: Architecture, rows: int) -> Tokenizer:
-    """The tokenizer beside a Hugging Face model, as llama.cpp's byte-level BPE takes it.
+    """transformers' tokenizer of a model folder, as llama.cpp's byte-level BPE takes it.
 
     rows: the rows of the embedding. The tokens are padded to this number.
 
-    Raises FormatError for a tokenizer whose pre-tokenizer llama.cpp does not have by name, and for
-    one that does not fit the embedding.
+    Raises CheckpointError for files that transformers cannot read, and FormatError for a tokenizer
+    whose pre-tokenizer llama.cpp does not have by name, for one that does not fit the embedding,
+    and for one that lacks a token that llama.cpp needs.
     """
-    raw, settings = _tokenizer_files(folder)
-    pre = _pre_tokenizer(raw, settings)
-    added = {t["id"]: t for t in raw.get("added_tokens", [])}
+    loaded = load_tokenizer(folder)
+    raw = _bpe(folder, loaded)
+    pre = _pre_tokenizer(raw, type(loaded).__name__)
+    _same_splitting(folder, loaded, pre)
+    added = {t["id"]: t for t in raw["added_tokens"]}
     tokens = {i: token for token, i in raw["model"]["vocab"].items()}
     tokens |= {i: t["content"] for i, t in added.items()}
     if max(tokens) >= rows:
         raise FormatError(
-            f"tokenizer.json: token id {max(tokens)} is beyond the {rows} rows of the embedding"
+            f"tokenizer: token id {max(tokens)} is beyond the {rows} rows of the embedding"
         )
-    ids = {token: i for i, token in tokens.items()}
-    special = partial(_special, ids=ids, settings=settings, architecture=architecture, rows=rows)
-    eos = special("eos")
+    special = partial(_special, loaded=loaded, architecture=architecture, rows=rows)
+    eos, bos = special("eos"), special("bos")
     if eos is None:
         raise FormatError(
             "tokenizer_config.json: no eos_token and no eos_token_id in config.json;"
             " llama.cpp would not stop"
         )
-
     return Tokenizer(
         pre,
         [tokens.get(i, f"[PAD{i}]") for i in range(rows)],
         [_token_type(tokens, added, i) for i in range(rows)],
         [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]],
         eos,
-        special("bos"),
+        bos,
         special("pad"),
-        bool(settings.get("add_bos_token", False)),
-        _chat_template(folder, settings),
+        bos is not None and loaded("a")["input_ids"][:1] == [bos],
+        chat_template(folder, loaded),
     )
 
 
-def _tokenizer_files(folder: Path) -> tuple[dict, dict]:
-    """tokenizer.json, and tokenizer_config.json if there is one."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+def _bpe(folder: Path, loaded: Any) -> dict:
+    """What the tokenizer would be saved as: the content of a tokenizer.json.
+
+    Raises FormatError for a tokenizer that has no such file.
+    """
+    inner = getattr(loaded, "backend_tokenizer", None)
+    if inner is None:
         raise FormatError(
-            "tokenizer.json is missing from the source model; save the tokenizer with transformers"
-            " beside the weights"
+            f"{folder.name}: {type(loaded).__name__} is no BPE of the library tokenizers,"
+            " which is all that is written to GGUF"
         )
-    raw = json.loads(file.read_text("utf-8"))
-    extra = folder / "tokenizer_config.json"
-    return raw, json.loads(extra.read_text("utf-8")) if extra.is_file() else {}
+    return json.loads(inner.to_str())
+
+
+def _same_splitting(folder: Path, loaded: Any, pre: str) -> None:
+    """Raises FormatError where tokenizer.json splits text otherwise than transformers does.
+
+    Some classes of transformers bring a pre-tokenizer of their own, and ignore that of the file.
+    Other programs read the file, so that the model would mean different things to them.
+    """
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        name = type(loaded).__name__
+        if (own := _pre_tokenizer(read_json(file), name)) != pre:
+            raise FormatError(
+                f"tokenizer.json has the pre-tokenizer of {own}, and transformers' {name} that of"
+                f" {pre}; save the tokenizer again with transformers"
+            )
 
 
 def _token_type(tokens: Mapping[int, str], added: Mapping[int, dict], i: int) -> int:
@@ -212,28 +232,27 @@ def _token_type(tokens: Mapping[int, str], added: Mapping[int, dict], i: int) ->
 def _special(
     key: str,  # eos, bos or pad
     *,
-    ids: Mapping[str, int],  # token → id
-    settings: dict,
+    loaded: Any,
     architecture: Architecture,
     rows: int,
 ) -> int | None:
     """The id of a special token, or None where there is none within the embedding.
 
-    tokenizer_config.json names the token. Where it does not, config.json may have the id.
+    Where the tokenizer has no such token, config.json may have the id.
     """
-    token = settings.get(f"{key}_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if token:
-        found = ids.get(token)
-    else:
-        name = f"{key}_token_id"
+    name = f"{key}_token_id"
+    found = getattr(loaded, name, None)
+    if found is None:
         found = architecture.text.get(name, architecture.config.get(name))
     found = found[0] if isinstance(found, list) else found
     return found if found is not None and 0 <= found < rows else None
 
 
-def _pre_tokenizer(raw: dict, settings: dict) -> str:
-    """llama.cpp's name of the pre-tokenizer. Raises FormatError where it has none."""
+def _pre_tokenizer(raw: dict, name: str) -> str:
+    """llama.cpp's name of the pre-tokenizer. Raises FormatError where it has none.
+
+    raw: the content of a tokenizer.json; name: of the tokenizer's class.
+    """
     kind, pre = raw["model"].get("type"), raw.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
     found = " + ".join(str(s.get("type")) for s in steps)
@@ -245,23 +264,11 @@ def _pre_tokenizer(raw: dict, settings: dict) -> str:
         if usual and pattern in PRE_TOKENIZERS:
             return PRE_TOKENIZERS[pattern]
         found += f" by {pattern}" if usual else " with other settings"
-    name, known = settings.get("tokenizer_class", "tokenizer"), ", ".join(PRE_TOKENIZERS.values())
+    known = ", ".join(PRE_TOKENIZERS.values())
     raise FormatError(
         f"tokenizer.json: {name} has model {kind} and pre-tokenizer {found};"
         f" llama.cpp would split text differently with those known here: {known}"
     )
-
-
-def _chat_template(folder: Path, settings: dict) -> str | None:
-    """The chat template, from whichever of the three files has it."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    if (folder / "chat_template.json").is_file():
-        return json.loads((folder / "chat_template.json").read_text("utf-8")).get("chat_template")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several templates, by name
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    return template
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, t: Tokenizer) -> None:

@@ -214,7 +214,7 @@ _QWEN2_GRAPH = TextGraph(
 _QWEN2VL_GRAPH = TextGraph(
     "qwen2vl",
     _decoder(bias=True, head_norms=False),
-    rope_types=("default", "mrope"),
+    rope_types=("default",),
     sections=True,
     fixed=_TEXT_FIXED,
 )

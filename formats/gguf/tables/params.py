@@ -7,7 +7,6 @@ llama.cpp would load the file, say nothing, and compute something else.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
@@ -21,23 +20,31 @@ from vlmq_export.formats.gguf.tables.graphs import (
     VisionGraph,
     VisionParams,
 )
+from vlmq_export.formats.model_plan import decoder_attention, resolved_config
 from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.samples.companions import image_settings
 
 
 def text_params(architecture: Architecture) -> TextParams:
     """The sizes of the language model.
 
-    Raises FormatError for a setting that is missing or that llama.cpp cannot express.
+    Raises FormatError for a setting that is missing or that llama.cpp cannot express, and
+    CheckpointError for settings that transformers refuses.
     """
     text = architecture.text
     graph, vision = graphs_of(architecture)
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind, layers = decoder_attention(architecture)
     if kind not in graph.rope_types:
         known = " or ".join(graph.rope_types)
         raise FormatError(
             f"config.json: rope type {kind} is not written to GGUF; for this family only {known} is"
         )
+    if other := layers - {"full_attention"}:
+        raise FormatError(
+            f"config.json: {min(other)} in layer_types; llama.cpp's {graph.arch} has only"
+            " full_attention"
+        )
+    rope = resolved_config(architecture).get_text_config().rope_parameters
     _require(text, graph.fixed, graph.arch, "")
     try:
         params = _text_params(architecture, graph, vision, rope)
@@ -67,7 +74,7 @@ def _text_params(
         vocabulary=int(text["vocab_size"]),
         context=int(text["max_position_embeddings"]),
         rms_eps=float(text["rms_norm_eps"]),
-        rope_theta=float(rope.get("rope_theta") or text["rope_theta"]),
+        rope_theta=float(rope["rope_theta"]),
         stacked=len((config.get("vision_config") or {}).get(vision.stacked) or ()),
         tied=architecture.tied,
     )
@@ -211,30 +218,20 @@ class ImageParams:
 
 
 def image_params(folder: Path) -> ImageParams:
-    """What preprocessor_config.json in the source model's folder says.
+    """What the image processor of the source model does, as transformers loads it.
 
-    Raises FormatError if the file is missing or lacks the normalization.
+    llama.cpp divides every channel by 255 before it is normalized. Another factor of the processor
+    is therefore taken into mean and deviation. Raises CheckpointError for settings that are
+    missing or damaged.
     """
-    file = folder / "preprocessor_config.json"
-    if not file.is_file():
-        raise FormatError(
-            f"{file.name} is missing from the source model; the mmproj needs its image_mean and"
-            " image_std"
-        )
-    raw = json.loads(file.read_text("utf-8"))
-    size = raw.get("size") or {}
-    low = raw.get("min_pixels") or size.get("shortest_edge")
-    high = raw.get("max_pixels") or size.get("longest_edge")
-    pixels = (low, high) if low and high else (None, None)
-    try:
-        return ImageParams(
-            tuple(float(x) for x in raw["image_mean"]),
-            tuple(float(x) for x in raw["image_std"]),
-            *pixels,
-            raw.get("min_patches"),
-            raw.get("max_patches"),
-        )
-    except KeyError as e:
-        raise FormatError(
-            f"{file.name}: {e.args[0]} is missing; the mmproj cannot be written without it"
-        ) from None
+    s = image_settings(folder)
+    # Exactly 1 where the processor divides by 255 too.
+    factor = 1.0 if s.rescale == 1 / 255 else 255 * s.rescale
+    return ImageParams(
+        tuple(m / factor for m in s.mean),
+        tuple(d / factor for d in s.std),
+        s.min_pixels,
+        s.max_pixels,
+        s.min_tiles,
+        s.max_tiles,
+    )

@@ -7,7 +7,6 @@ graphs the parameters have their hub names and no values.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -21,11 +20,13 @@ import torch
 from torch import nn
 
 from vlmq_export.errors import CheckpointError, FormatError
+from vlmq_export.formats.model_plan import resolved_config
 from vlmq_export.formats.onnx.graphs.edit import IR_VERSION, cast_output, rename
 from vlmq_export.formats.onnx.graphs.traced_text import OPSET, Embedding, Example, Text
 from vlmq_export.formats.onnx.graphs.traced_vision import InternVision, LlavaOnevision, Qwen3Vision
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.streamed import model_class
+from vlmq_export.quantizer.storage.untrusted import read_json
 
 VISION = {  # one entry for each family of kinds.TRACED
     "qwen3_vl": Qwen3Vision,
@@ -101,7 +102,7 @@ def float_graphs(
     source: Path, known: Collection[str], dtype: ir.DataType = ir.DataType.FLOAT
 ) -> dict[str, ir.Model]:
     """The three graphs of the model in `source`. Arguments, result and errors are build.py's."""
-    config = config_of(json.loads((source / "config.json").read_text("utf-8")))
+    config = resolved_config(Architecture.of(read_json(source / "config.json")))
     half = dtype == ir.DataType.FLOAT16
     parts = Parts.of(config, torch.float16 if half else torch.float32)
     graphs = {
@@ -112,13 +113,6 @@ def float_graphs(
         cast_output(graphs["vision"].graph, dtype)
     _keep_unused(graphs, parts, known)
     return graphs
-
-
-def config_of(source_config: dict) -> Any:
-    """transformers' configuration from the contents of config.json."""
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[source_config["model_type"]].from_dict(source_config)
 
 
 def empty(model: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> None:

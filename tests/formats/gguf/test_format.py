@@ -183,7 +183,7 @@ def model_plan(
     down = "model.layers.{}.mlp.down_proj"
     linears = [LinearSpec(down.format(i), *s, bias=False) for i, s in enumerate(shapes)]
     floats = [TensorSpec("model.embed_tokens.weight", (384, 256), "BF16")]
-    return ModelPlan("m", architecture_of(source), linears, floats, config)
+    return ModelPlan("m", architecture_of(source), linears, floats, config, source)
 
 
 @pytest.mark.parametrize(

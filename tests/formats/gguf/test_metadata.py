@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -10,9 +11,9 @@ from pathlib import Path
 import gguf as gguf_py
 import pytest
 
-from tests.artifacts import architecture_of, edit
+from tests.artifacts import ROPE_KEYS, architecture_of, edit
 from vlmq_export import bundled
-from vlmq_export.errors import FormatError
+from vlmq_export.errors import CheckpointError, FormatError, VlmqError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf import read
 from vlmq_export.formats.gguf.files.metadata import (
@@ -27,6 +28,7 @@ from vlmq_export.formats.gguf.tables.params import image_params, text_params, vi
 from vlmq_export.formats.model_plan import artifact_plan
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.samples.companions import image_settings
 
 gguf = FORMATS["gguf"]
 
@@ -84,7 +86,9 @@ TEXT, VISION = "text_config", "vision_config"
     [
         (TEXT, rope(rope_type="yarn", mrope_section=[8, 12, 12], rope_theta=1e4), "yarn"),
         (TEXT, rope(rope_theta=1e4), "mrope_section is missing"),
-        (TEXT, rope(mrope_section=[8, 12, 12]), "rope_theta is missing"),
+        # transformers takes rope_scaling where both are there.
+        (TEXT, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        (TEXT, {"layer_types": [*["full_attention"] * 5, "sliding_attention"]}, "sliding"),
         (TEXT, rope(rope_theta=1e4, mrope_section=[16, 24, 24]), "half of head_dim"),
         (TEXT, {"use_sliding_window": True}, "use_sliding_window"),
         (TEXT, {"hidden_act": "gelu"}, "hidden_act"),
@@ -102,6 +106,31 @@ def test_what_llama_cpp_cannot_express_is_refused_in_the_plan(artifacts, where, 
     other = Architecture.of({**config, where: {**config[where], **change}})
     refusals = gguf.plan(replace(plan, architecture=other), FormatOptions()).refusals
     assert len(refusals) == 1 and said in refusals[0] and "\n" not in refusals[0]
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope", "llama3"])
+@pytest.mark.parametrize("arch", ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"])
+def test_scaled_rotary_positions_are_refused(tiny, arch, kind):
+    """llama.cpp would load such a file, and compute the unscaled positions.
+
+    InternVL3 is published with type dynamic, which scales beyond the model's context alone.
+    """
+    config = json.loads((tiny(arch) / "config.json").read_text("utf-8"))
+    text = config.get("text_config", config)
+    text["rope_scaling"] = {"type": kind, "mrope_section": [8, 12, 12], **ROPE_KEYS[kind]}
+    if kind == "dynamic" and arch in ("llava_onevision", "internvl"):
+        assert text_params(Architecture.of(config)).rope_theta == 1e6
+        return
+    with pytest.raises(FormatError, match=f"rope type {kind}"):
+        text_params(Architecture.of(config))
+
+
+def test_a_base_that_is_not_stated_is_that_of_transformers(tiny):
+    config = json.loads((tiny("internvl") / "config.json").read_text("utf-8"))
+    del config["text_config"]["rope_theta"]
+    config["text_config"].pop("rope_scaling", None)
+    assert text_params(Architecture.of(config)).rope_theta == 10000.0
+    assert "rope_parameters" not in config["text_config"]  # config.json itself is left alone
 
 
 @pytest.fixture
@@ -130,6 +159,8 @@ def test_tokenizer_as_transformers_has_it(tokenizer_folder):
         tokenizer["model"]["merges"] = [" ".join(m) for m in tokenizer["model"]["merges"]]
 
     edit(tokenizer_folder / "tokenizer.json", change)
+    named = "additional_special_tokens"  # those are special whatever tokenizer.json says
+    edit(tokenizer_folder / "tokenizer_config.json", lambda j: j[named].remove("<|video_pad|>"))
     again = read_tokenizer(tokenizer_folder, architecture, 400)
     assert again.types[383] == USER_DEFINED and again.merges == t.merges
 
@@ -144,8 +175,7 @@ STEPS = ("pre_tokenizer", "pretokenizers")
         ((*STEPS, 0), {"behavior": "Removed"}, "pre-tokenizer"),
         ((*STEPS, 1), {"add_prefix_space": True}, "pre-tokenizer"),
         ((), {"pre_tokenizer": None}, "pre-tokenizer"),
-        (("model",), {"type": "Unigram"}, "Qwen2Tokenizer has model Unigram"),
-        (("added_tokens", 0), {"id": 5000}, "beyond the 384 rows"),
+        (("model",), {"type": "Unigram"}, "cannot read its tokenizer"),
     ],
 )
 def test_other_tokenizers_are_refused(tokenizer_folder, place, change, said):
@@ -156,12 +186,14 @@ def test_other_tokenizers_are_refused(tokenizer_folder, place, change, said):
         part.update(change)
 
     edit(tokenizer_folder / "tokenizer.json", apply)
-    with pytest.raises(FormatError, match=said):
+    with pytest.raises(VlmqError, match=said):
         read_tokenizer(tokenizer_folder, architecture_of(bundled.REFERENCE_VLM), 384)
 
 
 def test_missing_companions_are_named(tokenizer_folder):
     architecture = architecture_of(bundled.REFERENCE_VLM)
+    with pytest.raises(FormatError, match="383 is beyond the 300 rows"):
+        read_tokenizer(tokenizer_folder, architecture, 300)
     edit(tokenizer_folder / "tokenizer_config.json", lambda j: j.update(eos_token=None))
     # the stop token is then that of config.json
     assert read_tokenizer(tokenizer_folder, architecture, 384).eos == 376
@@ -169,14 +201,76 @@ def test_missing_companions_are_named(tokenizer_folder):
     with pytest.raises(FormatError, match="no eos_token"):
         read_tokenizer(tokenizer_folder, silent, 384)
     (tokenizer_folder / "tokenizer.json").unlink()
-    with pytest.raises(FormatError, match=r"tokenizer\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         read_tokenizer(tokenizer_folder, architecture, 384)
-    edit(tokenizer_folder / "preprocessor_config.json", lambda j: j.pop("image_std"))
-    with pytest.raises(FormatError, match="image_std is missing"):
+    edit(tokenizer_folder / "preprocessor_config.json", lambda j: j.update(image_std=None))
+    with pytest.raises(CheckpointError, match="settings of its image processor"):
         image_params(tokenizer_folder)
     (tokenizer_folder / "preprocessor_config.json").unlink()
-    with pytest.raises(FormatError, match=r"preprocessor_config\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json is missing"):
         image_params(tokenizer_folder)
+
+
+def test_tokens_that_only_tokenizer_config_has(tokenizer_folder):
+    """transformers 4 saved added tokens in tokenizer_config.json too, some tools only there."""
+    whole = read_tokenizer(tokenizer_folder, architecture_of(bundled.REFERENCE_VLM), 384)
+    moved: dict[str, dict] = {}
+
+    def take(tokenizer: dict) -> None:
+        for token in tokenizer["added_tokens"]:
+            number = token.pop("id")
+            moved[str(number)] = dict(token)
+        tokenizer["added_tokens"] = []
+
+    edit(tokenizer_folder / "tokenizer.json", take)
+    edit(tokenizer_folder / "tokenizer_config.json", lambda j: j.update(added_tokens_decoder=moved))
+    assert read_tokenizer(tokenizer_folder, architecture_of(bundled.REFERENCE_VLM), 384) == whole
+    assert whole.tokens[382] == "<|image_pad|>"
+
+
+def test_a_tokenizer_of_two_files(tokenizer_folder):
+    """Without tokenizer.json, transformers takes vocab.json, merges.txt and added_tokens.json."""
+    architecture = architecture_of(bundled.REFERENCE_VLM)
+    whole = read_tokenizer(tokenizer_folder, architecture, 384)
+    saved = json.loads((tokenizer_folder / "tokenizer.json").read_text("utf-8"))
+    (tokenizer_folder / "tokenizer.json").unlink()
+    vocabulary, merges = saved["model"]["vocab"], saved["model"]["merges"]
+    (tokenizer_folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
+    (tokenizer_folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    added = {t["content"]: t["id"] for t in saved["added_tokens"]}
+    (tokenizer_folder / "added_tokens.json").write_text(json.dumps(added), "utf-8")
+    again = read_tokenizer(tokenizer_folder, architecture, 384)
+    assert (again.tokens, again.merges, again.eos) == (whole.tokens, whole.merges, whole.eos)
+
+
+def test_image_settings_wherever_transformers_saves_them(tokenizer_folder):
+    """transformers 4: preprocessor_config.json. transformers 5: inside processor_config.json."""
+    old = image_params(tokenizer_folder)
+    assert (old.min_pixels, old.max_pixels) == (3136, 200704)
+    file = tokenizer_folder / "preprocessor_config.json"
+    settings = json.loads(file.read_text("utf-8"))
+    file.unlink()
+    nested = {"processor_class": "Qwen2_5_VLProcessor", "image_processor": settings}
+    (tokenizer_folder / "processor_config.json").write_text(json.dumps(nested))
+    assert image_params(tokenizer_folder) == old
+    # What is not stated is transformers' default, and not one of ours.
+    edit(
+        tokenizer_folder / "processor_config.json",
+        lambda j: [j["image_processor"].pop(k) for k in ("image_std", "min_pixels", "max_pixels")],
+    )
+    default = image_params(tokenizer_folder)
+    assert default.std == old.std and (default.min_pixels, default.max_pixels) == (3136, 1003520)
+
+
+def test_another_factor_than_255_is_in_mean_and_deviation(tokenizer_folder):
+    edit(
+        tokenizer_folder / "preprocessor_config.json", lambda j: j.update(rescale_factor=1 / 127.5)
+    )
+    p, s = image_params(tokenizer_folder), image_settings(tokenizer_folder)
+    for value in (0.0, 1.0, 200.0, 255.0):
+        want = (value * s.rescale - s.mean[1]) / s.std[1]
+        assert (value / 255 - p.mean[1]) / p.std[1] == pytest.approx(want, rel=1e-12)
 
 
 def test_metadata_of_the_files(gguf_files):

@@ -23,7 +23,7 @@ from vlmq_export.formats.gptq.proof import autogptq
 from vlmq_export.formats.gptq.proof.check import own_decoder
 from vlmq_export.formats.gptq.read import GptqFolder, read
 from vlmq_export.formats.gptq.write import write
-from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, TensorSpec
+from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, TensorSpec, artifact_plan
 from vlmq_export.formats.proof.checks import Check, CheckSettings, compare_weights
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.artifact.manifest import SCHEMA, Manifest, ModuleRecord
@@ -278,7 +278,8 @@ def test_zero_point_of_zero_is_fine_in_v2(tmp_path):
 def model_plan(config: QuantConfig, shape=(128, 256)) -> ModelPlan:
     linears = [LinearSpec("model.layers.0.mlp.down_proj", *shape, True)]
     floats = [TensorSpec("model.norm.weight", (256,), "BF16")]
-    return ModelPlan("m", Architecture.of({"model_type": "qwen2_vl"}), linears, floats, config)
+    architecture = Architecture.of({"model_type": "qwen2_vl"})
+    return ModelPlan("m", architecture, linears, floats, config, Path("m"))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ def test_plan_refuses(config, shape, options, word):
 def test_plan_counts_what_is_written(tmp_path):
     artifact, folder = written(tmp_path, bits=3)
     m, floats = artifact.manifest, [TensorSpec(*i) for i in artifact.float_info()]
-    described = ModelPlan(m.name, artifact.architecture, m.modules, floats, artifact.config)
+    described = replace(artifact_plan(artifact), linears=m.modules, floats=floats)
     planned = plan(described, OPTIONS)
     data = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
     assert planned.size_bytes == data

@@ -19,6 +19,7 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
+from tests.artifacts import ROPE_KEYS
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.onnx.graphs.build import float_graphs
 from vlmq_export.formats.onnx.graphs.families import graph_refusals
@@ -31,6 +32,7 @@ from vlmq_export.formats.onnx.graphs.traced_vision import (
     resized,
     taps,
 )
+from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 
 # Images as (frames, height / 2, width / 2), in patches.
@@ -227,6 +229,14 @@ def test_every_weight_of_the_checkpoint_is_a_parameter_of_a_graph(tiny, arch, ca
 
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+FLAT_SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+
+
+def scaled(kind: str) -> dict:
+    """Scaled rotary positions as transformers 4 saved them."""
+    return {"rope_scaling": {"type": kind, "mrope_section": [8, 12, 12], **ROPE_KEYS[kind]}}
+
+
 PHI = {"text_config": {"model_type": "phi"}}
 
 
@@ -237,14 +247,25 @@ PHI = {"text_config": {"model_type": "phi"}}
         ("internvl", {"vision_feature_layer": [-1, -2]}, "one vision layer"),
         ("llava_onevision", {"vision_feature_select_strategy": "default"}, "every patch"),
         ("llava_onevision", PHI, "do not know this llava_onevision"),
+        ("qwen2_vl", FLAT_SLIDING, "sliding"),
+        ("qwen2_vl", scaled("yarn"), "yarn"),
+        ("qwen2_vl", scaled("linear"), "linear"),
+        ("qwen2_vl", scaled("dynamic"), "dynamic"),
+        ("qwen2_5_vl", {"text_config": scaled("yarn")}, "yarn"),
+        ("qwen2_5_vl", {"text_config": scaled("llama3")}, "llama3"),
+        ("qwen2_5_vl", {"text_config": scaled("longrope")}, "longrope"),
+        ("qwen3_vl", {"text_config": scaled("longrope")}, "longrope"),
+        ("qwen3_vl", {"text_config": scaled("yarn")}, None),  # traced, with scaled frequencies
+        ("internvl", {"text_config": scaled("dynamic")}, None),  # as it was published
+        ("qwen2_vl", {}, None),
         ("qwen3_vl", {}, None),
     ],
 )
 def test_what_the_graphs_lack_is_refused_before_anything_is_quantized(tiny, arch, change, words):
     config = json.loads((tiny(arch) / "config.json").read_text())
     for key, value in change.items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) else value
-    found = graph_refusals(config)
+        config[key] = {**(config.get(key) or {}), **value} if isinstance(value, dict) else value
+    found = graph_refusals(Architecture.of(config))
     if words is None:
         assert found == []
     else:
@@ -254,5 +275,5 @@ def test_what_the_graphs_lack_is_refused_before_anything_is_quantized(tiny, arch
 @pytest.mark.parametrize("names", [None, [], "InternVLModel", ["Foo"], ["Qwen2ForCausalLM"]])
 def test_a_config_without_a_class_of_its_family_is_one_line(tiny, names):
     config = json.loads((tiny("internvl") / "config.json").read_text())
-    (found,) = graph_refusals(config | {"architectures": names})
+    (found,) = graph_refusals(Architecture.of(config | {"architectures": names}))
     assert "ONNX graphs do not know this internvl" in found and "\n" not in found
