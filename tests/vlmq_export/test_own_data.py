@@ -165,6 +165,15 @@ def test_a_dry_run_refuses_bad_rows(tmp_path):
     assert "1 bad rows: row 3" in refused("--format", "gptq", *flags, "--no-verify", code=1)
 
 
+def test_fewer_rows_than_were_asked_for_are_said(tmp_path, caplog):
+    own = {"calibration": own_rows(tmp_path), "image_root": tmp_path / "images"}
+    calibration_samples(data(**own), Checkpoint(bundled.REFERENCE_VLM), Callbacks())
+    assert "12 rows: chats.json has no more, and --samples asks for 512" in caplog.text
+    caplog.clear()
+    calibration_samples(data(**own, samples=12), Checkpoint(bundled.REFERENCE_VLM), Callbacks())
+    assert "asks for" not in caplog.text
+
+
 # --- photos of ordinary size ----------------------------------------------------------------------
 
 

@@ -79,6 +79,13 @@ def calibration_samples(
             " give --calibration for images like those of your users"
         )
     rows = data.taken
+    if len(rows) < recipe.samples:
+        log.warning(
+            "calibrating on %d rows: %s has no more, and --samples asks for %d",
+            len(rows),
+            path.name,
+            recipe.samples,
+        )
     seq_len = recipe.seq_len or checkpoint.architecture.family.seq_len
 
     def progress(done: int) -> None:
