@@ -19,7 +19,7 @@ LONGEST_WHY = 300  # characters of a reason in a message
 
 
 def load_image(path: Path) -> Image.Image:
-    """The first frame of an image file, in RGB, turned upright as its EXIF tag says.
+    """The first frame of an image file, in RGB on white, turned upright as its EXIF tag says.
 
     Raises CalibrationError for what cannot be decoded, is too large or too narrow.
     """
@@ -38,7 +38,7 @@ def load_image(path: Path) -> Image.Image:
                 raise ValueError(
                     f"{w}×{h} pixels; a side of {MAX_RATIO} times the other is the limit"
                 )
-            return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+            return _on_white(_eight_bits(ImageOps.exif_transpose(image)))
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise all kinds of errors on damaged files
@@ -46,6 +46,19 @@ def load_image(path: Path) -> Image.Image:
         raise CalibrationError(
             f"{path}: cannot be read as an image ({why}); replace it or drop its row"
         ) from None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image in RGB. What is transparent shows white behind it.
+
+    A plain conversion would show the colour that a transparent pixel happens to have, which is
+    black in most files: black writing on nothing would become all black.
+    """
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -124,6 +124,37 @@ def test_images_are_turned_upright_and_made_rgb(tmp_path):
     assert loaded.mode == "RGB" and loaded.size == (20, 10)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "WEBP", "P", "RGB", "L"])
+def test_transparent_images_are_put_on_white(tmp_path, mode):
+    """Black writing on nothing, in every mode in which a PNG or GIF can say so."""
+    image = Image.new("RGBA", (20, 10), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (5, 2, 15, 8))
+    if mode == "RGBA":
+        image.putpixel((0, 0), (0, 0, 0, 128))
+    file, more = tmp_path / "x.png", {}
+    if mode == "P":
+        file, more = tmp_path / "x.gif", {"transparency": 0}
+        image = Image.new("P", (20, 10))
+        image.putpalette([9, 9, 9, 0, 0, 0])
+        image.paste(1, (5, 2, 15, 8))
+    elif mode in ("RGB", "L"):  # one colour of the file is transparent
+        image = Image.new(mode, (20, 10), "red" if mode == "RGB" else 7)
+        image.paste("black", (5, 2, 15, 8))
+        more = {"transparency": (255, 0, 0) if mode == "RGB" else 7}
+    elif mode == "WEBP":
+        file = tmp_path / "x.webp"
+        more = {"lossless": True, "exact": True}
+    else:
+        image = image.convert(mode)
+    image.save(file, **more)
+    loaded = load_image(file)
+    assert loaded.mode == "RGB"
+    assert loaded.getpixel((19, 0)) == (255, 255, 255)
+    assert loaded.getpixel((8, 5)) == (0, 0, 0)
+    if mode == "RGBA":
+        assert loaded.getpixel((0, 0)) == (127, 127, 127)
+
+
 def test_bundled_rows_read():
     rows = read_rows(HELDOUT)
     assert len(rows) == 512 and all(row.answer and row.task for row in rows)
