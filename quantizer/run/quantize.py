@@ -56,7 +56,8 @@ from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.storage.whole_files import write_json
 
 log = logging.getLogger("vlmq_export")
-SCRATCH = ".activations.tmp"  # folder of activations that rest on disk
+# Folder of activations that rest on disk. Each rank has its own, because each numbers its files.
+SCRATCH = ".activations-{rank}.tmp"
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 Ratios = dict[str, list[float]]  # MBQ's, by module: one figure a layer
 
@@ -104,7 +105,7 @@ def quantize(
         return
     outer = solve_outer(checkpoint, job)
     _write_floats(run, outer)
-    with exact_arithmetic(), _shelf(run.model.device, place, folder) as shelf:
+    with exact_arithmetic(), _shelf(run, place) as shelf:
         batches, lost = _first_batches(run, samples, outer, shelf)
         if drop_images:
             samples[:] = [replace(sample, pixel_values=None) for sample in samples]
@@ -206,13 +207,13 @@ def _write_floats(run: _Run, outer: Sequence[BlockLinear]) -> None:
 
 
 @contextmanager
-def _shelf(device: torch.device, place: Place, folder: Path) -> Iterator[Shelf]:
-    """A shelf whose files, if it has any, are gone afterwards."""
-    scratch = folder / SCRATCH
+def _shelf(run: _Run, place: Place) -> Iterator[Shelf]:
+    """This rank's shelf, whose files, if it has any, are gone afterwards."""
+    scratch = run.folder / SCRATCH.format(rank=run.ranks.rank)
     if place == "disk":
         scratch.mkdir()
     try:
-        yield Shelf(device, place, scratch)
+        yield Shelf(run.model.device, place, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

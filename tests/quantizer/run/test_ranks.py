@@ -125,3 +125,39 @@ def test_two_ranks_choose_the_codes_of_one_process(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=LOSS)
     files = [{p.name for p in (tmp_path / n / "gptq").iterdir()} for n in ("one", "two")]
     assert files[0] == files[1]
+
+
+# What each of two processes runs: once with activations in memory, once in files.
+ON_DISK = """
+import sys
+import torch
+from pathlib import Path
+from vlmq_export import bundled
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.ranks import joined
+from vlmq_export.quantizer.run.quantize import quantize
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import read_rows
+torch.set_num_threads(1)
+model, out = map(Path, sys.argv[1:])
+preprocessor = Preprocessor(bundled.REFERENCE_VLM)
+samples = [preprocessor.sample(row) for row in read_rows(bundled.CALIBRATION)[:9]]
+with joined(torch.device("cpu")) as ranks:
+    for place in ("device", "disk"):
+        options = {"name": "m", "calibration": {}, "device": "cpu", "ranks": ranks, "place": place}
+        config = QuantConfig(group_size=32)
+        quantize(Checkpoint(model), samples, config, out / place, **options)
+"""
+
+
+def test_two_ranks_keep_their_activations_on_disk(tmp_path):
+    """Each process numbers its own files, so that they need a folder each."""
+    model = make_random_checkpoint(tmp_path / "model", "qwen2_vl", layers=1, depth=1)
+    script = tmp_path / "worker.py"
+    script.write_text(ON_DISK)
+    torchrun(str(script), str(model), str(tmp_path))
+    one, two = (Artifact(tmp_path / place) for place in ("device", "disk"))
+    for name in one.linear_names():
+        assert torch.equal(one.linear(name).solution.codes, two.linear(name).solution.codes)
+    assert not list((tmp_path / "disk").glob(".*"))
