@@ -19,11 +19,15 @@ from vlmq_export.formats.model_plan import artifact_plan, model_plan
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.planning.run_plan import plan_run, shapes_of
 from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.calibration.offload import Shelf
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers import head as output_head
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.rotation import rotated
-from vlmq_export.quantizer.model.streamed import load_model
+from vlmq_export.quantizer.model.streamed import StreamedModel, load_model
+from vlmq_export.quantizer.ranks import ALONE
+from vlmq_export.quantizer.run.first_pass import first_pass
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
@@ -157,6 +161,29 @@ def test_rows_in_slabs_are_the_rows_of_one_matrix(
     for key in ("loss", "relative_error", "nearest_error", "weight_error"):
         before, after = (a.records["lm_head"].metrics[key] for a in (solved[False], artifact))
         assert after == pytest.approx(before, rel=1e-3)
+
+
+def test_slabs_of_a_head_share_the_samples_that_were_put_aside(checkpoints, samples, monkeypatch):
+    """`auto` puts samples aside, and no slab may find them among those that it is solved with."""
+    seen = []
+
+    def spy(matrices, evidence, job):
+        seen.append((evidence.fitted.tokens, evidence.held.tokens, evidence.everything.tokens))
+        return solve_unit(matrices, evidence, job)
+
+    solve_unit = output_head.solve_unit
+    model = StreamedModel(Checkpoint(checkpoints[False]), torch.device("cpu"))
+    config = dataclasses.replace(CONFIG, method="auto", head_bits=3)
+    job = Job.of(model.checkpoint.architecture, config)
+    batches = first_pass(model, samples, [], job, Shelf(model.device), ALONE)
+    whole, metrics = output_head.quantize_head(model, batches, job)
+    monkeypatch.setattr(output_head, "solve_unit", spy)
+    monkeypatch.setattr(output_head, "SLAB", 100)
+    slabs, _ = output_head.quantize_head(model, batches, job)
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    assert len(seen) > 2 and len(set(seen)) == 1
+    assert sum(seen[0][:2]) == seen[0][2] == metrics["tokens"] == tokens
+    assert float((whole.solution.codes == slabs.solution.codes).float().mean()) > 0.9
 
 
 def test_a_run_stopped_before_the_head_resumes_to_the_same_bytes(
