@@ -85,14 +85,22 @@ def load_image_processor(folder: Path) -> Any:
             " copy it from the original model"
         )
     with third_party(f"{folder}: transformers cannot read its image processor"):
-        try:
-            return AutoImageProcessor.from_pretrained(
-                folder, backend="pil", trust_remote_code=False
-            )
-        except (TypeError, ImportError):  # transformers before the argument `backend`
-            return AutoImageProcessor.from_pretrained(
-                folder, use_fast=False, trust_remote_code=False
-            )
+        return _with_pillow(AutoImageProcessor, folder)
+
+
+def _with_pillow(auto: Any, folder: Path) -> Any:
+    """The image processor that decodes with Pillow. `auto` is transformers' AutoImageProcessor.
+
+    Without torchvision, some versions of transformers (5.17) export a stand-in under that name,
+    which raises ImportError whatever it is asked. The module that defines the class has it all the
+    same.
+    """
+    try:
+        return auto.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except ImportError:
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
 
 
 @dataclass(frozen=True)

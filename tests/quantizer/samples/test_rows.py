@@ -8,6 +8,7 @@ from PIL import Image
 
 from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
 from vlmq_export.errors import CalibrationError
+from vlmq_export.quantizer.samples.companions import _with_pillow
 from vlmq_export.quantizer.samples.images import load_image
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
@@ -166,3 +167,17 @@ def test_the_seed_draws_the_samples():
     some = draw(rows, 32, seed=1)
     assert some == draw(rows, 32, seed=1) != draw(rows, 32, seed=2)
     assert len(some) == 32 and [r for r in rows if r in some] == some
+
+
+class _StandIn(type):
+    """What transformers 5.17 exports as AutoImageProcessor where torchvision is missing."""
+
+    def __getattribute__(cls, key):
+        if key.startswith("_"):
+            return super().__getattribute__(key)
+        raise ImportError("AutoImageProcessor requires the Torchvision library")
+
+
+def test_the_processor_is_found_behind_a_stand_in_for_it(preprocessor):
+    found = _with_pillow(_StandIn("AutoImageProcessor", (), {}), REFERENCE_VLM)
+    assert type(found) is type(preprocessor.image_processor)
