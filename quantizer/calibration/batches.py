@@ -73,6 +73,11 @@ class Batch:
         self._full = self._shelf.put(value)
 
     @property
+    def equal_streams(self) -> bool:
+        """Whether both streams are one, because nothing that is quantized has come before."""
+        return self._full is self._quantized
+
+    @property
     def kwargs(self) -> dict:
         """Keyword arguments of every decoder layer."""
         return self._kwargs.get()

@@ -73,9 +73,9 @@ def _batch_factors(
 ) -> dict[str, torch.Tensor]:
     """projection → g of the valid tokens of one batch, not normalized."""
     hidden = batch.quantized
-    # At the first layer both streams are equal. The gradient is exactly 0 then, whatever kernel
-    # computes the two attentions.
-    if torch.equal(hidden, batch.full):
+    # Nothing was quantized before the first layer. The gradient is exactly 0 then, whatever kernel
+    # computes the two attentions, and whichever samples are lost: NaN equals nothing.
+    if batch.equal_streams:
         none = torch.zeros(len(batch.tokens(hidden)), device=hidden.device)
         return dict.fromkeys(names, none)
     target = walk.attention_target(index)

@@ -193,7 +193,9 @@ def move(batch: Batch, device: torch.device) -> Batch:
         return tuple(to(v) for v in value) if isinstance(value, tuple) else value
 
     kwargs = {k: to(v) for k, v in batch.kwargs.items()}
-    return Batch(to(batch.quantized), to(batch.full), kwargs, to(batch.valid))
+    quantized = to(batch.quantized)
+    full = quantized if batch.equal_streams else to(batch.full)
+    return Batch(quantized, full, kwargs, to(batch.valid))
 
 
 def check_solver(

@@ -255,6 +255,28 @@ def test_equal_streams_weigh_every_token_the_same(walk, samples):
         assert all(float(g.max()) == 0 for g in factors[1:])
 
 
+def test_a_lost_sample_leaves_the_first_layer_its_equal_streams(walk, samples, monkeypatch):
+    """NaN equals nothing, not even itself, and another kernel's attention is another by 1e-6.
+
+    So the streams' values cannot tell that they are equal; that nothing came between them can.
+    """
+    model, layers = walk
+    pixels = torch.full_like(samples[0].pixel_values, float("nan"))
+    chosen = [samples[0], dataclasses.replace(samples[0], pixel_values=pixels)]
+    (batch,) = decoder_inputs(model, layers[0], chosen, two_streams=True, device=CPU)
+    assert batch.drop_non_finite() == 1
+    exact = LayerWalk.attention_target
+
+    def noisy(self, index):
+        target = exact(self, index)
+        return target + 1e-6 * torch.randn(target.shape)
+
+    monkeypatch.setattr(LayerWalk, "attention_target", noisy)
+    equal = LayerWalk(layers[0], [batch], two_streams=True)
+    for (g,) in importance_factors(equal, METHODS["vlmq"]).values():
+        assert torch.equal(g, torch.ones(len(samples[0].input_ids)))
+
+
 def test_groups_see_what_the_groups_before_them_did(walk, samples, monkeypatch):
     """As with true_sequential: the input of o_proj comes from attention with quantized q, k, v."""
     model, layers = walk
