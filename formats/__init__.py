@@ -5,3 +5,4 @@ told of the model before any weight is read, and `proof/` what the proofs of all
 """
 
 NAMES = ("gptq", "onnx", "gguf")
+NATIVE_MIX = "Q4_K_M"  # what GGUF alone is solved on by default: the mix of most files that exist

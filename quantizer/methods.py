@@ -56,6 +56,11 @@ class Method:
         return self.drift != "plain" or self.importance != "none"
 
     @property
+    def affine_only(self) -> bool:
+        """Whether its ranges are made for affine grids, so that block types cannot be solved."""
+        return bool(self.scaling) or self.ranges != "minmax"
+
+    @property
     def holds_out(self) -> bool:
         """Whether some samples are kept out of the statistics, to judge choices by."""
         return bool(self.candidates) or self.alpha == "held-out"
@@ -67,14 +72,25 @@ METHODS = {
     "gptq": Method("GPTQ"),
     "gptaq": Method("GPTAQ: GPTQ with a term for the drift between the streams", drift="columns"),
     "vlmq": Method(
-        "the paper's: GPTAQ with tokens weighed by importance", drift="columns", importance="l1"
+        "VLMQ's objective solved exactly: exact, with tokens weighed by importance",
+        drift="exact",
+        importance="l1",
+        clip=10.0,
+        alpha=1.0,
+        neighbours=True,
+        refine=_OURS,
+    ),
+    "vlmq-paper": Method(
+        "the paper's algorithm to the letter: GPTAQ with tokens weighed by importance",
+        drift="columns",
+        importance="l1",
     ),
     "vlmq-l2": Method(  # the paper's †, inferred: docs/methods.md §1.2
-        "vlmq with the l2 norm as importance", drift="columns", importance="l2"
+        "vlmq-paper with the l2 norm as importance", drift="columns", importance="l2"
     ),
-    "vlmq-gptq": Method("vlmq on GPTQ instead of GPTAQ (the paper's ‡)", importance="l1"),
+    "vlmq-gptq": Method("vlmq-paper on GPTQ instead of GPTAQ (the paper's ‡)", importance="l1"),
     "vlmq-qkv": Method(
-        "vlmq without importance at o_proj (the paper's ablation)",
+        "vlmq-paper without importance at o_proj (the paper's ablation)",
         drift="columns",
         importance="l1",
         weighs="qkv",
@@ -85,7 +101,9 @@ METHODS = {
     "awq": Method("AWQ: input channels scaled by activation size", scaling="awq"),
     "mbq": Method("MBQ: AWQ with image and answer tokens balanced", scaling="mbq"),
     "gptaq-exact": Method("gptaq with the exact target", drift="exact", alpha=1.0),
-    "vlmq-exact": Method("vlmq with the exact target", drift="exact", importance="l1", alpha=1.0),
+    "vlmq-exact": Method(
+        "vlmq-paper with the exact target", drift="exact", importance="l1", alpha=1.0
+    ),
     "exact": Method(
         "ours: exact target, ranges by outcome, coordinate descent",
         drift="exact",

@@ -13,13 +13,14 @@ from importlib.util import find_spec
 from math import prod
 
 from vlmq_export.errors import VlmqError
+from vlmq_export.formats import NATIVE_MIX
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
 from vlmq_export.formats.gguf.files.metadata import read_tokenizer
 from vlmq_export.formats.gguf.files.mmproj import stored_type
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.gguf.tables.params import image_params, text_params, vision_params
 from vlmq_export.formats.gguf.types.exact import grid_home, planned_home, why_homeless
-from vlmq_export.formats.gguf.types.mix import MIXES
+from vlmq_export.formats.gguf.types.mix import MIXES, module_types
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.formats.model_plan import ModelPlan
 from vlmq_export.quantizer.config import QuantConfig
@@ -43,11 +44,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     layout = None if inexpressible else Layout.of(model.architecture, options.mmproj_class_row)
     if layout is not None:
         inexpressible += _unreadable(model, layout)
-    bits = weights = 0
-    for linear in model.linears:
-        if home := homes[linear.name]:
-            weights += linear.out_features * linear.in_features
-            bits += 8 * linear.out_features * TYPES[home].row_bytes(linear.in_features)
+    bits, weights = _stored(model, homes)
     biases = sum(4 * linear.out_features for linear in model.linears if linear.bias)
     floats = _float_bytes(model, layout, options)
     return FormatPlan(
@@ -178,6 +175,8 @@ def plan_notes(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:
     notes = [*_spread(counts), *_costs(model, homes, counts)]
     if config.types:
         return [*notes, *_fallbacks(config)]
+    if config.bits == 4 and not config.symmetric and not _inexpressible(model.architecture):
+        notes.append(_shared(model, homes))
     return [*notes, *_output_matrix(model)]
 
 
@@ -214,6 +213,27 @@ def _costs(
             f"{counts['Q5_0']} linears have scales whose product with the zero-point is not exact"
             " in float16 and take Q5_0's 5.5 bits"
         )
+
+
+def _shared(model: ModelPlan, homes: Mapping[str, str | None]) -> str:
+    """What integers that all formats share cost, beside those made for llama.cpp alone."""
+    here, native = _stored(model, homes), _stored(model, module_types(model, NATIVE_MIX))
+    shared, own = (bits / max(weights, 1) for bits, weights in (here, native))
+    return (
+        f"integers that all formats share take {shared:.3g} bits per weight in GGUF; from the float"
+        f" model, --format gguf alone and without --bits is solved on {NATIVE_MIX} and takes"
+        f" {own:.3g}"
+    )
+
+
+def _stored(model: ModelPlan, kinds: Mapping[str, str | None]) -> tuple[int, int]:
+    """The bits of all linears that have a block type, and the number of their weights."""
+    bits = weights = 0
+    for x in model.linears:
+        if kind := kinds.get(x.name):
+            bits += 8 * x.out_features * TYPES[kind].row_bytes(x.in_features)
+            weights += x.out_features * x.in_features
+    return bits, weights
 
 
 def _output_matrix(model: ModelPlan) -> Iterator[str]:

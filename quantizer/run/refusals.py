@@ -28,7 +28,7 @@ def check_shapes(linears: Iterable[Shape], job: Job) -> None:
     Headers alone are enough to know.
     """
     config, method = job.config, job.method
-    if config.types and (method.scaling or method.ranges != "minmax"):
+    if config.types and (method.affine_only):
         raise UsageError(
             f"method {config.method} fits the ranges of affine grids;"
             " choose another method for GGUF's block types"

@@ -36,10 +36,14 @@ def test_ratios_are_to_the_image_imatrix_of_the_same_set_and_reference():
         cell("exact", "Q2_K", 0.012, "b.json"),
         cell(bench.PLAIN, "Q2_K", 0.03),
         cell("exact", "Q2_K", 0.5, model="LLaVA-OneVision"),
-        cell("vlmq", "Q4_K_M", 0.5),
+        cell("vlmq-paper", "Q4_K_M", 0.5),
     ]
     text = bench.all_tables(cells)["ratio Qwen2.5-VL"]
-    assert "| exact | .40 ± .10 |" in text and "| llama.cpp | 1.50 |" in text and "vlmq" not in text
+    assert (
+        "| exact | .40 ± .10 |" in text
+        and "| llama.cpp | 1.50 |" in text
+        and "vlmq-paper" not in text
+    )
     assert "exact" not in bench.all_tables(cells)["ratio LLaVA-OneVision"]
 
 

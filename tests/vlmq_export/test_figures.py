@@ -135,7 +135,7 @@ def quantized(method, count, folder):
 
 
 def test_a_run_records_what_its_report_draws(tmp_path):
-    manifest, samples = quantized("vlmq", 12, tmp_path / "a")
+    manifest, samples = quantized("vlmq-paper", 12, tmp_path / "a")
     shape = manifest.calibration["pictured"]
     assert np.prod(shape) == int(max(samples, key=lambda s: len(s.input_ids)).vision.sum())
     assert len(figures.importance_maps(manifest.modules, shape)) == figures.LAYERS_PICTURED

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from vlmq_export.quantizer.methods import METHODS, Method, Refinement
 
-VLMQ, GPTQ = METHODS["vlmq"], METHODS["gptq"]
+VLMQ, GPTQ = METHODS["vlmq-paper"], METHODS["gptq"]
 # `exact` without its search of ranges.
 BASE = Method(drift="exact", alpha=1.0, refine=Refinement(sweeps=3))
 SEARCHED = Refinement(shrink=METHODS["exact"].refine.shrink)
@@ -38,28 +38,28 @@ ABLATIONS = {
     "exact, ranges by modality, zero-points": Ablation(
         replace(BASE, ranges="modality", neighbours=True)
     ),
-    "vlmq, ranges by modality": Ablation(replace(VLMQ, ranges="modality")),
-    "vlmq, ranges by outcome": Ablation(replace(VLMQ, neighbours=True, refine=SEARCHED)),
+    "vlmq-paper, ranges by modality": Ablation(replace(VLMQ, ranges="modality")),
+    "vlmq-paper, ranges by outcome": Ablation(replace(VLMQ, neighbours=True, refine=SEARCHED)),
     "gptq, ranges by outcome": Ablation(replace(GPTQ, neighbours=True, refine=SEARCHED)),
     "exact min-max, α 0": Ablation(replace(BASE, alpha=0.0)),
     "exact min-max, α .25": Ablation(replace(BASE, alpha=0.25)),
     "exact min-max, α held-out": Ablation(replace(BASE, alpha="held-out")),
-    "vlmq, α 1": Ablation(replace(VLMQ, alpha=1.0)),
+    "vlmq-paper, α 1": Ablation(replace(VLMQ, alpha=1.0)),
     "exact min-max, ℓ1": Ablation(replace(BASE, importance="l1")),
     "exact min-max, ℓ2": Ablation(replace(BASE, importance="l2")),
     "exact min-max, ℓ1 clipped": Ablation(replace(BASE, importance="l1", clip=CLIP)),
     "exact min-max, ℓ1 floored": Ablation(replace(BASE, importance="l1", effective=EFFECTIVE)),
-    "vlmq, clipped": Ablation(replace(VLMQ, clip=CLIP)),
-    "vlmq, floored": Ablation(replace(VLMQ, effective=EFFECTIVE)),
+    "vlmq-paper, clipped": Ablation(replace(VLMQ, clip=CLIP)),
+    "vlmq-paper, floored": Ablation(replace(VLMQ, effective=EFFECTIVE)),
     "exact min-max, ℓ1 on all 7": Ablation(replace(BASE, importance="l1", weighs="all")),
-    "vlmq, all 7": Ablation(replace(VLMQ, weighs="all")),
+    "vlmq-paper, all 7": Ablation(replace(VLMQ, weighs="all")),
     "exact min-max, LoaQ residual": Ablation(replace(BASE, residual=True)),
     "exact, LoaQ residual": Ablation(replace(METHODS["exact"], residual=True)),
     "exact min-max, dynamic order": Ablation(BASE, {"act_order": "dynamic"}, grouped=True),
     "exact min-max, static order": Ablation(BASE, {"act_order": "static"}, grouped=True),
     "exact min-max, natural order": Ablation(BASE, {"act_order": "off"}),
     "exact, static order": Ablation(METHODS["exact"], {"act_order": "static"}, grouped=True),
-    "vlmq, dynamic order": Ablation(VLMQ, {"act_order": "dynamic"}, grouped=True),
+    "vlmq-paper, dynamic order": Ablation(VLMQ, {"act_order": "dynamic"}, grouped=True),
     "exact min-max, scales refitted": Ablation(
         replace(BASE, refine=Refinement(sweeps=4, refit=True))
     ),
@@ -74,25 +74,25 @@ EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
             "exact", "exact, own zero-points", "exact, ranges by modality",
             "exact, ranges by modality, zero-points",
         ),
-        "vlmq": ("vlmq, ranges by modality", "vlmq, ranges by outcome"),
+        "vlmq-paper": ("vlmq-paper, ranges by modality", "vlmq-paper, ranges by outcome"),
         "gptq": ("gptq, ranges by outcome",),
     },
     "2 α": {
         "exact min-max": (
             "exact min-max, α 0", "exact min-max, α .25", "exact min-max, α held-out",
         ),
-        "vlmq": ("vlmq-gptq", "vlmq, α 1", "vlmq-exact"),
+        "vlmq-paper": ("vlmq-gptq", "vlmq-paper, α 1", "vlmq-exact"),
     },
     "3 G": {
         "exact min-max": (
             "exact min-max, ℓ1", "exact min-max, ℓ2", "exact min-max, ℓ1 clipped",
             "exact min-max, ℓ1 floored",
         ),
-        "vlmq": ("gptaq", "vlmq-l2", "vlmq, clipped", "vlmq, floored"),
+        "vlmq-paper": ("gptaq", "vlmq-l2", "vlmq-paper, clipped", "vlmq-paper, floored"),
     },
     "4 weighed": {
         "exact min-max": ("exact min-max, ℓ1 on all 7",),
-        "vlmq": ("vlmq-qkv", "vlmq, all 7"),
+        "vlmq-paper": ("vlmq-qkv", "vlmq-paper, all 7"),
     },
     "5 residual": {
         "exact min-max": ("exact min-max, LoaQ residual",),
@@ -104,10 +104,12 @@ EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
             "exact min-max, natural order",
         ),
         "exact": ("exact, static order",),
-        "vlmq": ("vlmq, dynamic order",),
+        "vlmq-paper": ("vlmq-paper, dynamic order",),
     },
     "7 after the loop": {"exact min-max": ("gptaq-exact", "exact min-max, scales refitted")},
-    "8 rotation": {"exact min-max": ("exact min-max, rotated",), "vlmq": ("vlmq, rotated",)},
+    "8 rotation": {
+        "exact min-max": ("exact min-max, rotated",), "vlmq-paper": ("vlmq-paper, rotated",),
+    },
     "damping": {"exact min-max": ("exact min-max, damping .1 %", "exact min-max, damping 5 %")},
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.quantizer.samples.sample import Sample
 
-METHODS = ("rtn", "gptq", "gptaq", "vlmq", "exact", "auto")
+METHODS = ("rtn", "gptq", "gptaq", "vlmq-paper", "exact", "auto")
 SAMPLES = {"qwen2_5_vl": 512, "llava_onevision": 128}  # calibration samples, as in docs/quality.md
 TOKENS = ("image", "text")
 STYLE = {  # of the figure, for matplotlib

@@ -1,7 +1,7 @@
 """Ours against llama.cpp's own quantizer and AutoRound at the same bytes, measured in llama.cpp.
 
     python -m tools.bench.gguf --out docs/gguf-quality --page docs/gguf.md --calibration SET0 …
-    AUTOROUND_PYTHON=… python -m tools.bench.gguf --contenders "AutoRound;exact;vlmq" \\
+    AUTOROUND_PYTHON=… python -m tools.bench.gguf --contenders "AutoRound;exact;vlmq-paper" \\
         --mixes Q2_K_S,Q3_K_M,Q4_K_M
 
 On both reference VLMs every contender gives each tensor the type that the mix gives it. The
@@ -76,7 +76,7 @@ from vlmq_export.quantizer.type_budget.knapsack import choose
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.sources.locate import open_source
 
-OURS = ("exact", "exact, types by cost", "vlmq", "vlmq, types by cost")
+OURS = ("exact", "exact, types by cost", "vlmq-paper", "vlmq-paper, types by cost")
 PLAIN = "llama.cpp"
 TEXT, IMAGE = "llama.cpp + text imatrix", "llama.cpp + image imatrix"
 EMITTED = "llama.cpp + our imatrix"
@@ -175,7 +175,7 @@ class Calibrated:
         """The imatrix that our default method emits with this mix, read as llama-quantize does."""
         import gguf
 
-        artifact, file = self.ours("vlmq", mix, folder), folder / imatrix.IMATRIX
+        artifact, file = self.ours("vlmq-paper", mix, folder), folder / imatrix.IMATRIX
         sums = imatrix.energies(artifact, Layout.of(artifact.architecture))
         imatrix.write_imatrix(file, sums, artifact.manifest.calibration)
         tensors = {str(t.name): t.data for t in gguf.GGUFReader(str(file)).tensors}

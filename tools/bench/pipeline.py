@@ -2,7 +2,7 @@
 
     python tools/bench/pipeline.py --shape 7b --layers 3              # a GPU; under ten minutes
     OMP_NUM_THREADS=1 python tools/bench/pipeline.py --scaling        # CPU: more layers and samples
-    OMP_NUM_THREADS=1 python tools/bench/pipeline.py --reference 3    # CPU: vlmq / gptaq, 3 pairs
+    OMP_NUM_THREADS=1 python tools/bench/pipeline.py --reference 3    # CPU: vlmq-paper / gptaq
 
 A run has random weights and the model's true number of tokens. It has decoder layers only, whose
 weights are drawn on the device, layer by layer, and the decoder's inputs are random. What else a
@@ -256,12 +256,12 @@ def scaling(device: torch.device, place: Place) -> dict:
     shape, found = SHAPES["small"], {}
     run(shape, "gptaq", 1, 8, 64, device, place)  # the first call of everything is slower
     for samples in (32, 64, 128):
-        results = run(shape, "vlmq", 3, samples, 128, device, place)
+        results = run(shape, "vlmq-paper", 3, samples, 128, device, place)
         found[f"{samples} samples"] = results
-        shown(f"small, vlmq, {samples} samples of 128 tokens", results, shape.layers)
-    results = run(shape, "vlmq", 8, 32, 128, device, place)
+        shown(f"small, vlmq-paper, {samples} samples of 128 tokens", results, shape.layers)
+    results = run(shape, "vlmq-paper", 8, 32, 128, device, place)
     found["8 layers"] = results
-    shown("small, vlmq, 32 samples, 8 layers", results, shape.layers)
+    shown("small, vlmq-paper, 32 samples, 8 layers", results, shape.layers)
     walked = ["importance", "walk and statistics", "advance"]
     for samples in (32, 64, 128):
         seconds = sum(r["seconds"][n] for r in found[f"{samples} samples"][1:] for n in walked) / 2
@@ -277,7 +277,7 @@ def reference(pairs: int, samples: int, device: torch.device) -> dict:
     preprocessor = Preprocessor(model)
     calibration = read_rows(model / "data" / "calibration.json")[:samples]
     rows = [preprocessor.sample(row) for row in calibration]
-    methods, seconds, clock = ("gptaq", "vlmq"), defaultdict(list), Phases(device)
+    methods, seconds, clock = ("gptaq", "vlmq-paper"), defaultdict(list), Phases(device)
     for i in range(-1, pairs):
         for method in methods if i % 2 else methods[::-1]:
             with tempfile.TemporaryDirectory() as folder:
@@ -294,22 +294,22 @@ def reference(pairs: int, samples: int, device: torch.device) -> dict:
                 if i >= 0:  # the first pair pays for imports
                     seconds[method].append(clock.now() - start)
                     print(f"{method}: {seconds[method][-1]:.1f}", flush=True)
-    ratio = statistics.median(v / g for g, v in zip(seconds["gptaq"], seconds["vlmq"]))
-    print(f"vlmq / gptaq, {len(rows)} samples, median of {pairs} pairs: {ratio:.3f}")
+    ratio = statistics.median(v / g for g, v in zip(seconds["gptaq"], seconds["vlmq-paper"]))
+    print(f"vlmq-paper / gptaq, {len(rows)} samples, median of {pairs} pairs: {ratio:.3f}")
     return dict(seconds)
 
 
 def compare(shape: str, args: argparse.Namespace, device: torch.device, place: Place) -> dict:
-    """Print a run of each method at one shape, and the ratio of vlmq and gptaq."""
+    """Print a run of each method at one shape, and the ratio of vlmq-paper and gptaq."""
     of, found, whole = SHAPES[shape], {}, {}
     # Kernels are compiled and libraries loaded here.
-    run(SHAPES["small"], "vlmq", 2, 8, 64, device, place)
+    run(SHAPES["small"], "vlmq-paper", 2, 8, 64, device, place)
     tokens = args.samples * args.length
     for method in args.methods:
         found[method] = run(of, method, args.layers, args.samples, args.length, device, place)
         whole[method] = shown(f"{shape}, {method}, {tokens} tokens", found[method], of.layers)
-    if {"gptaq", "vlmq"} <= set(whole):
-        print(f"\nvlmq / gptaq: {whole['vlmq'] / whole['gptaq']:.3f}")
+    if {"gptaq", "vlmq-paper"} <= set(whole):
+        print(f"\nvlmq-paper / gptaq: {whole['vlmq-paper'] / whole['gptaq']:.3f}")
     return found
 
 
@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--methods", nargs="+", default=["gptaq", "vlmq"])
+    parser.add_argument("--methods", nargs="+", default=["gptaq", "vlmq-paper"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--place", choices=["device", "host"], default="host")
     parser.add_argument("--scaling", action="store_true")

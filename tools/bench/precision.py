@@ -136,7 +136,9 @@ def reference(samples: int) -> dict:
     preprocessor = Preprocessor(bundled.REFERENCE_VLM)
     rows = [preprocessor.sample(row) for row in read_rows(bundled.CALIBRATION)[:samples]]
     model = load_model(checkpoint, CPU)
-    job = Job.of(checkpoint.architecture, QuantConfig(method="vlmq", bits=BITS, group_size=GROUP))
+    job = Job.of(
+        checkpoint.architecture, QuantConfig(method="vlmq-paper", bits=BITS, group_size=GROUP)
+    )
     layers: Any = model.get_submodule(job.family.module_name(job.family.layers).rstrip("."))
     batches = decoder_inputs(model, layers[0], rows, two_streams=True, device=CPU)
     table: Table = defaultdict(lambda: defaultdict(list))
@@ -154,7 +156,7 @@ def _compare_layer(layer: Any, batches: list[Batch], table: Table) -> None:
     hidden = [(b.quantized, b.full) for b in batches]
     names = [name for group in DECODER_GROUPS for name in group]
     weights = {n: layer.get_submodule(n).weight.detach().clone() for n in names}
-    factors = importance_factors(LayerWalk(layer, batches, two_streams=True), METHODS["vlmq"])
+    factors = importance_factors(LayerWalk(layer, batches, two_streams=True), METHODS["vlmq-paper"])
     plain = inputs_of(layer, batches, hidden)
     walked = inputs_of(layer, batches, hidden, rounded=weights)
     for stage, group in enumerate(DECODER_GROUPS):

@@ -4,7 +4,7 @@
     python -m tools.bench.quality --quick                  # 64 samples, 64 rows, two grids
     python -m tools.bench.quality --methods ablations --grids W3,"W2 g128",W2     # ablations.py
     python -m tools.bench.quality --grids W4A4KV8 --rotate off,folded,online \\
-        --methods rtn,gptq,gptaq,vlmq --samples 128
+        --methods rtn,gptq,gptaq,vlmq-paper --samples 128
 
 All held-out rows are scored by scoring.py, whatever wrote the weights: KL to full precision at
 answer tokens and at all text tokens, agreement of the most probable token, exact match over all

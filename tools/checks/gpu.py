@@ -13,7 +13,7 @@ This needs torch, transformers, safetensors, numpy and Pillow, and no installati
 3. The whole run on both devices, each on its own streams. It must finish with finite figures, and
    these are printed but not judged: one tie that rounds the other way changes every later input, so
    that results drift apart between any two machines. On one CPU another batch size alone changed
-   the loss by 0.35 % (gptq) and 8 % (vlmq): docs/methods.md §6.
+   the loss by 0.35 % (gptq) and 8 % (vlmq-paper): docs/methods.md §6.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def check_layers(
 ) -> Iterator[Verdict]:
     """Check 2 for three methods, and check 1 on the way: once, without tensor cores."""
     arithmetic.TENSOR_CORES = tensor_cores
-    for method in ("gptq", "gptaq", "vlmq"):
-        with_solver = method == "vlmq" and not tensor_cores
+    for method in ("gptq", "gptaq", "vlmq-paper"):
+        with_solver = method == "vlmq-paper" and not tensor_cores
         yield from _check_method(method, samples, device, tensor_cores, with_solver)
     arithmetic.TENSOR_CORES = True
 
@@ -163,7 +163,7 @@ def statistics_of(layer: Any, batches: list[Batch]) -> dict[str, Statistics]:
     """
     copies = [move(batch, CPU) for batch in batches]
     walk = LayerWalk(layer, copies, two_streams=True)
-    method = METHODS["vlmq"]
+    method = METHODS["vlmq-paper"]
     factors = importance_factors(walk, method)
     sums = {}
     for stage, group in enumerate(DECODER_GROUPS):
@@ -263,7 +263,7 @@ def solve(
 
 def check_runs(samples: list[Sample], device: str) -> Iterator[Verdict]:
     """Check 3."""
-    for method in ("gptq", "vlmq"):
+    for method in ("gptq", "vlmq-paper"):
         config = QuantConfig(method=method, bits=4, group_size=128)
         means, seconds = [], []
         for where in ("cpu", device):

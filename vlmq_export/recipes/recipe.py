@@ -16,8 +16,10 @@ from pydantic import (
     model_validator,
 )
 
+from vlmq_export.formats import NATIVE_MIX
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.quantizer.config import BITS, QuantConfig
+from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.recipes.choices import CHOICES
 
 _WIDTHS = "the runtimes decode 2, 3, 4 or 8 bits"
@@ -139,6 +141,11 @@ class Recipe(BaseModel):
                 f"--head-bits and {given} exclude each other: the mix names the head's type; "
                 "--tensor-type '^output.weight$=Q8_0' gives it another"
             )
+        if METHODS[self.method].affine_only:
+            raise ValueError(
+                f"--method {self.method} fits the ranges of affine grids; choose another method"
+                f" with {given}"
+            )
         if any(f != "gguf" for f in self.format):
             raise ValueError(
                 f"{given}: only GGUF holds these integers; export other formats without it"
@@ -150,6 +157,23 @@ class Recipe(BaseModel):
         if self.target_bpw is not None:
             return f"--target-bpw {self.target_bpw:g}"
         return None if self.gguf_type is None else f"--gguf-type {self.gguf_type}"
+
+    @property
+    def asks_for_affine(self) -> bool:
+        """Whether it names anything that only an affine grid has, or a second format."""
+        named = {"bits", "group_size", "sym", "head_bits"} & self.model_fields_set
+        ordered = self.act_order in ("static", "dynamic")
+        return bool(named or ordered or METHODS[self.method].affine_only or self.format != ["gguf"])
+
+    def with_native_types(self) -> Recipe:
+        """The recipe, on llama.cpp's own block types where GGUF alone is asked for.
+
+        They are smaller than the block type that holds an affine grid of four bits exactly, and the
+        scales of their sub-blocks are finer (docs/gguf.md).
+        """
+        if self.block_types is not None or self.asks_for_affine:
+            return self
+        return self.model_copy(update={"gguf_type": NATIVE_MIX})
 
     @property
     def grid(self) -> str:

@@ -47,7 +47,7 @@ class FloatModel(Source):
         return recipe.label()
 
     def recipe_for(self, recipe: Recipe) -> Recipe:
-        return recipe
+        return recipe.with_native_types()
 
     def plan(self, recipe: Recipe) -> RunPlan:
         checkpoint = rotated(self.checkpoint, recipe.rotate, recipe.seed)

@@ -176,7 +176,7 @@ def test_a_sample_with_nan_is_left_out_and_counted_once(walk, samples):
     assert sum(b.drop_non_finite() for b in batches) == 1
     assert sum(int(b.valid.sum()) for b in batches) == 7
     for layer in layers[:2]:
-        config = QuantConfig(method="vlmq", bits=3)
+        config = QuantConfig(method="vlmq-paper", bits=3)
         steps = LayerWalk(layer, batches, two_streams=True)
         for linear, metrics in quantize_layer(steps, "l.", job_for(config)):
             assert bool(torch.isfinite(linear.solution.scales).all())
@@ -222,9 +222,11 @@ def test_every_linear_has_factors_where_the_method_weighs_all(walk, samples):
     batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
     for batch in batches:
         batch.quantized = batch.quantized * (1 + 0.05 * torch.randn(batch.quantized.shape))
-    every = dataclasses.replace(METHODS["vlmq"], weighs="all")
+    every = dataclasses.replace(METHODS["vlmq-paper"], weighs="all")
     factors = importance_factors(LayerWalk(layers[0], batches, two_streams=True), every)
-    four = importance_factors(LayerWalk(layers[0], batches, two_streams=True), METHODS["vlmq"])
+    four = importance_factors(
+        LayerWalk(layers[0], batches, two_streams=True), METHODS["vlmq-paper"]
+    )
     assert list(factors) == [*PROJECTIONS, *MLP]
     brute = [layer_gradients(layers[0], b.quantized, b.full, b.kwargs) for b in batches]
     for name in MLP:
@@ -246,11 +248,11 @@ def test_equal_streams_weigh_every_token_the_same(walk, samples):
     model, layers = walk
     batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
     equal = LayerWalk(layers[0], batches, two_streams=True)
-    for factors in importance_factors(equal, METHODS["vlmq"]).values():
+    for factors in importance_factors(equal, METHODS["vlmq-paper"]).values():
         assert all(bool((g == 1).all()) for g in factors)
     batches[0].quantized = batches[0].quantized * 1.001
     drifted = LayerWalk(layers[0], batches, two_streams=True)
-    for factors in importance_factors(drifted, METHODS["vlmq"]).values():
+    for factors in importance_factors(drifted, METHODS["vlmq-paper"]).values():
         assert float(torch.cat(factors).std()) > 0
         assert all(float(g.max()) == 0 for g in factors[1:])
 

@@ -42,7 +42,7 @@ QWEN_3B = Shapes(
 )
 
 
-def plan(shapes=QWEN_3B, method="vlmq", **options):
+def plan(shapes=QWEN_3B, method="vlmq-paper", **options):
     """The plan of a run on 512 samples of 512 tokens, on the CPU unless `device_free` is given."""
     options = {"tokens": 512 * 512, "seq_len": 512, "host_free": 64 * GB} | options
     return memory_plan(shapes, METHODS[method], **options)
@@ -70,17 +70,17 @@ def test_activations_rest_where_they_fit():
 
 
 def test_what_a_method_does_not_need_is_not_counted():
-    parts = {m: plan(method=m).parts for m in ("rtn", "gptq", "gptaq", "vlmq")}
+    parts = {m: plan(method=m).parts for m in ("rtn", "gptq", "gptaq", "vlmq-paper")}
     assert {parts["rtn"][p] for p in ("images", "first pass", "solver", "batch")} == {0}
     assert plan(method="rtn").activations == 0
-    assert parts["gptq"]["solver"] < parts["gptaq"]["solver"] == parts["vlmq"]["solver"]
-    assert plan(method="gptq").activations * 2 == plan(method="vlmq").activations
-    assert parts["gptaq"]["batch"] < parts["vlmq"]["batch"]
+    assert parts["gptq"]["solver"] < parts["gptaq"]["solver"] == parts["vlmq-paper"]["solver"]
+    assert plan(method="gptq").activations * 2 == plan(method="vlmq-paper").activations
+    assert parts["gptaq"]["batch"] < parts["vlmq-paper"]["batch"]
 
 
 def test_rows_under_all_ranges_count_where_ranges_are_chosen_by_the_outcome():
-    parts = {m: plan(method=m).parts["ranges"] for m in ("gptq", "vlmq", "exact", "auto")}
-    assert parts["gptq"] == parts["vlmq"] == 0 < parts["exact"] == parts["auto"]
+    parts = {m: plan(method=m).parts["ranges"] for m in ("gptq", "vlmq-paper", "exact", "auto")}
+    assert parts["gptq"] == parts["vlmq-paper"] == 0 < parts["exact"] == parts["auto"]
     small = dataclasses.replace(QWEN_3B, linears=((8, 16),), groups=(1,))
     assert plan(small, "exact").parts["ranges"] < parts["exact"] / 1000
 

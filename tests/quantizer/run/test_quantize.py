@@ -152,7 +152,7 @@ def quality(samples, tmp_path_factory):
         return [answer(sample) for sample in held]
 
     full, out = answers(), {}
-    for method in ("rtn", "gptq", "vlmq"):
+    for method in ("rtn", "gptq", "vlmq-paper", "vlmq"):
         folder = tmp_path_factory.mktemp("quality") / method
         artifact = run(bundled.REFERENCE_VLM, samples, folder, QuantConfig(method=method, bits=2))
         write(model, artifact)
@@ -161,19 +161,21 @@ def quality(samples, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("method", ["gptq", "vlmq"])
+@pytest.mark.parametrize("method", ["gptq", "vlmq-paper", "vlmq"])
 def test_calibrated_methods_beat_rounding_on_held_out_answers(method, quality):
     assert quality[method][1] < quality["rtn"][1] / 3
 
 
-def test_first_layers_of_gptq_and_vlmq_agree(quality):
+def test_first_layers_of_gptq_and_the_paper_agree(quality):
     """Before the first quantized linear there is no drift and no gradient.
 
     So both methods are plain GPTQ for q, k and v of layer 0, and later they are not.
     """
 
     def agreement(name):
-        linears = (quality[method][0].linear(f"model.layers.{name}") for method in ("gptq", "vlmq"))
+        linears = (
+            quality[method][0].linear(f"model.layers.{name}") for method in ("gptq", "vlmq-paper")
+        )
         one, other = (linear.solution.codes for linear in linears)
         return float((one == other).float().mean())
 
@@ -182,8 +184,9 @@ def test_first_layers_of_gptq_and_vlmq_agree(quality):
     assert agreement("5.self_attn.q_proj") < 0.99
 
 
-def test_metrics_say_what_was_solved(quality):
-    for record in quality["vlmq"][0].manifest.modules:
+@pytest.mark.parametrize("method", ["vlmq-paper", "vlmq"])
+def test_metrics_say_what_was_solved(method, quality):
+    for record in quality[method][0].manifest.modules:
         m = record.metrics
         assert m["damp"] == 0.01 and m["fallback"] is False and m["dead_columns"] == 0
         assert m["loss"] > 0 and 0 < m["relative_error"] < 1
