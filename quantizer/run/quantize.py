@@ -69,8 +69,7 @@ def quantize(
     folder: Path,
     *,
     name: str,
-    repository: str = "",
-    revision: str = "",
+    origin: tuple[str, str] = ("", ""),
     calibration: dict,
     device: str = "auto",
     resume: bool = False,
@@ -82,7 +81,7 @@ def quantize(
 ) -> None:
     """Write the artifact of `checkpoint` into `folder`. A folder with a manifest is whole.
 
-    name, repository, revision: of the model, for the manifest.
+    name, origin: of the model, for the manifest; origin is repository and revision on the hub.
     calibration: what the manifest says of the samples.
     resume: layers that are on disk are not solved again. The folder ends with the bytes of a run
         that was never stopped, given the same device and the same number of threads and of ranks.
@@ -122,8 +121,7 @@ def quantize(
             _solve_head(run, batches)
     progress("quantize", job.layers, job.layers)
     if ranks.first:
-        described = _described(run, calibration, samples, lost)
-        _publish(run, (name, repository, revision), described, outer)
+        _publish(run, (name, *origin), _described(run, calibration, samples, lost), outer)
 
 
 @dataclass(frozen=True)
