@@ -9,35 +9,11 @@ import torch
 
 from vlmq_export.quantizer.calibration.batches import Batch, decoder_inputs
 from vlmq_export.quantizer.calibration.offload import Shelf
-from vlmq_export.quantizer.grids.blocks import GRIDS, Params
 from vlmq_export.quantizer.grids.linears import BlockLinear
-from vlmq_export.quantizer.grids.solutions import BlockSolution
 from vlmq_export.quantizer.job import Job
-from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.streamed import StreamedModel
 from vlmq_export.quantizer.ranks import Ranks
 from vlmq_export.quantizer.samples.sample import Sample
-from vlmq_export.quantizer.solver.nearest import nearest_in_blocks
-
-_ROWS = 4096  # rows of an embedding that are in float32 at once
-
-
-def solve_outer(checkpoint: Checkpoint, job: Job) -> list[BlockLinear]:
-    """The matrices outside the decoder layers: the embedding, where the recipe names a block type.
-
-    It is rounded to nearest, because nothing calibrates it.
-    """
-    solved = []
-    calibrated = {*job.linears, job.head}
-    for name, kind in job.config.types.items():
-        if name in calibrated:
-            continue
-        grid, weight = GRIDS[kind], checkpoint.tensor(f"{name}.weight")
-        parts = [nearest_in_blocks(some, grid) for some in weight.split(_ROWS)]
-        codes = torch.cat([part.codes for part in parts])
-        params = Params.joined([part.params for part in parts], 0)
-        solved.append(BlockLinear(name, BlockSolution(grid, codes, params), None))
-    return solved
 
 
 def first_pass(

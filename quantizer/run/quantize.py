@@ -49,7 +49,8 @@ from vlmq_export.quantizer.model.rotation import RotatedCheckpoint, rotate_inner
 from vlmq_export.quantizer.model.streamed import StreamedModel
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 from vlmq_export.quantizer.run.clock import Clock
-from vlmq_export.quantizer.run.first_pass import first_pass, solve_outer
+from vlmq_export.quantizer.run.first_pass import first_pass
+from vlmq_export.quantizer.run.outer import solve_outer
 from vlmq_export.quantizer.run.refusals import check_shapes, refuse_many_lost
 from vlmq_export.quantizer.run.resume import WHOLE, claim, identity
 from vlmq_export.quantizer.samples.sample import Sample
@@ -102,7 +103,8 @@ def quantize(
     done = _layers_done(run, samples, calibration, resume)
     if done == WHOLE:
         return
-    outer = solve_outer(checkpoint, job)
+    with run.clock("floats"):
+        outer = solve_outer(checkpoint, job, folder, run.model.device, ranks)
     _write_floats(run, outer)
     with exact_arithmetic(), _shelf(run, place) as shelf:
         batches, lost = _first_batches(run, samples, outer, shelf)
@@ -189,7 +191,7 @@ def _layers_done(run: _Run, samples: Sequence[Sample], calibration: dict, resume
 
 
 def _write_floats(run: _Run, outer: Sequence[BlockLinear]) -> None:
-    """Write the source's files, every tensor that is not quantized, and the matrices in `outer`."""
+    """Write the source's files, and every tensor that is not quantized."""
     if not run.ranks.first:
         return
     job, checkpoint = run.job, run.checkpoint
@@ -200,8 +202,6 @@ def _write_floats(run: _Run, outer: Sequence[BlockLinear]) -> None:
     with run.clock("floats"):
         write_source(run.folder, checkpoint, own_head=bool(job.head))
         write_floats(run.folder, checkpoint, [n for n in checkpoint.tensors if n not in taken])
-        if outer:
-            write_layer(run.folder, OUTER, outer, [ModuleRecord.of(q, OUTER, {}) for q in outer])
 
 
 @contextmanager
