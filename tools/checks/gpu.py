@@ -7,9 +7,11 @@ This needs torch, transformers, safetensors, numpy and Pillow, and no installati
    once with the plain loop.
 2. Quantizing: all layers, one after the other, each on both devices from the same streams. Forward
    passes, importance, statistics and solver run on the device. Judged is the weighted loss of both
-   results under the CPU's statistics, relative to each linear's energy and summed over all linears:
-   within 0.1 % with float32 throughout, within 0.5 % with the device's own precision. (That is TF32
-   on CUDA. Emulated on the CPU it moved these losses by up to 0.12 %, docs/performance.md.)
+   results under the CPU's statistics, relative to each linear's energy and summed over all linears.
+   With float32 throughout, the gate is three times what rounding alone was measured to do: streams
+   that differ by 6e-8 moved the loss by up to 0.009 % (gptq), 0.023 % (gptaq) and 0.09 %
+   (vlmq-paper; on 256 samples, CPU). With the device's own precision it is 0.5 %. (That is TF32 on CUDA. Emulated
+   on the CPU it moved these losses by up to 0.12 %, docs/performance.md.)
 3. The whole run on both devices, each on its own streams. It must finish with finite figures, and
    these are printed but not judged: one tie that rounds the other way changes every later input, so
    that results drift apart between any two machines. On one CPU another batch size alone changed
@@ -60,8 +62,12 @@ from vlmq_export.quantizer.solver.hessian import column_term, prepare, weighted_
 REFERENCE = ROOT / "vlmq_export" / "reference_vlm"
 CPU = torch.device("cpu")
 SAME_CODES = 0.999  # least share of equal codes
-LOSS = 1e-3  # largest relative change of the loss
-LOSS_TENSOR_CORES = 5e-3  # the same with the device's own precision
+LOSS = 1e-3  # largest relative change of the loss in check 1
+LOSS_TENSOR_CORES = 5e-3  # in check 2, with the device's own precision
+# In check 2 with float32, by method: what noise of 6e-8 in the streams was measured to change. One
+# code that rounds the other way changes the inputs of all that follow in the layer.
+NOISE = {"gptq": 9e-5, "gptaq": 2.3e-4, "vlmq-paper": 9e-4}
+MARGIN = 3  # times the noise: one measurement is not its largest value
 NAMES = [name for group in DECODER_GROUPS for name in group]
 Verdict = tuple[bool, str]  # whether a check passed, and the line to print
 
@@ -103,7 +109,7 @@ def check_layers(
 ) -> Iterator[Verdict]:
     """Check 2 for three methods, and check 1 on the way: once, without tensor cores."""
     arithmetic.TENSOR_CORES = tensor_cores
-    for method in ("gptq", "gptaq", "vlmq-paper"):
+    for method in NOISE:
         with_solver = method == "vlmq-paper" and not tensor_cores
         yield from _check_method(method, samples, device, tensor_cores, with_solver)
     arithmetic.TENSOR_CORES = True
@@ -143,8 +149,17 @@ def _check_method(
     change = losses[1] / losses[0] - 1
     codes = f"codes equal: {sum(same) / len(same):.3%}, at least {min(same):.3%}"
     kind = "tensor cores" if tensor_cores else "float32"
-    line = f"{method}, {kind}, each layer from the same streams: loss {change:+.5%}; {codes}"
-    yield abs(change) <= (LOSS_TENSOR_CORES if tensor_cores else LOSS), line
+    gate = gate_of(method, tensor_cores=tensor_cores)
+    found = f"loss {change:+.5%}, gate {gate:.3%}"
+    yield (
+        abs(change) <= gate,
+        f"{method}, {kind}, each layer from the same streams: {found}; {codes}",
+    )
+
+
+def gate_of(method: str, *, tensor_cores: bool) -> float:
+    """The largest relative change of the loss in check 2."""
+    return LOSS_TENSOR_CORES if tensor_cores else MARGIN * NOISE[method]
 
 
 def layers_of(device: torch.device) -> tuple[torch.nn.Module, list]:
