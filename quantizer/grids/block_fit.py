@@ -9,7 +9,9 @@ from the inside out:
     2. these are expressed as multiples of common units, for a few sizes of the units;
     3. the units are refitted to the codes, and the codes chosen again, a few times.
 
-A candidate is kept, block by block, only where its weighted squared error is smaller.
+A candidate is kept, block by block, only where its weighted squared error is smaller. The last one
+is a block of zeros, so that no block decodes to a larger error than zeros have. Float16 ends at
+6e-8, and a block of smaller weights could otherwise keep its minimum and lose its scale.
 
 In this module w are the weights and h > 0 the importance of each of their columns, both float32
 [rows, blocks, sub-blocks, columns]. q is a code minus the grid's centre.
@@ -23,7 +25,7 @@ import torch
 
 from vlmq_export.quantizer.grids.blocks import BlockGrid, Params
 
-_LARGEST = 65504.0  # of float16
+_LARGEST, _TINY = 65504.0, 2.0**-24  # the largest and the smallest float16
 _REFITS = 4  # rounds of step 3
 _SUPER_SHRINK = (0.97, 0.94, 0.9, 0.85, 0.8)  # of the largest stored multiple, tried in step 2
 # Step 1: by how many codes a trial range exceeds the grid. Below 0 the range is stretched, above 0
@@ -54,6 +56,7 @@ def fit_blocks(grid: BlockGrid, weights: torch.Tensor, importance: torch.Tensor)
         least, best = _better(grid, w, h, _stored(grid, scale, minimum, shrink), least, best)
     for _ in range(_REFITS):
         least, best = _better(grid, w, h, _refitted(grid, w, h, best), least, best)
+    _, best = _better(grid, w, h, _zeros(best), least, best)
     return best.each(lambda p: p.reshape(rows, -1))
 
 
@@ -163,9 +166,19 @@ def _multiples(
     if high == 1:
         return _half(values.squeeze(-1)), torch.ones_like(values, dtype=torch.int16)
     extreme = values.gather(-1, values.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    unit = _half(extreme / (shrink * (low if low < 0 else high)))
+    wanted = extreme / (shrink * (low if low < 0 else high))
+    unit = _half(wanted)
+    # A unit that float16 rounds to zero would lose every multiple of it.
+    lost = (unit == 0) & (wanted != 0)
+    unit = torch.where(lost, torch.copysign(torch.full_like(wanted, _TINY), wanted).half(), unit)
     safe = torch.where(unit == 0, 1.0, unit.float())[..., None]
     return unit, torch.round(values / safe).clamp(low, high).to(torch.int16)
+
+
+def _zeros(stored: Params) -> Params:
+    """Units with which every block decodes to zeros."""
+    dmin = None if stored.dmin is None else torch.zeros_like(stored.dmin)
+    return Params(torch.zeros_like(stored.d), stored.scales, dmin, stored.mins)
 
 
 def _half(values: torch.Tensor) -> torch.Tensor:

@@ -282,3 +282,27 @@ def test_a_damaged_artifact_is_named(mixed, tmp_path, part, value):
     save_file(tensors, file, metadata)
     with pytest.raises(ArtifactError, match=f"{name}: 1 .*damaged"):
         Artifact(folder).linear(name)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-30, 16), shift=st.floats(-2, 2))
+def test_no_block_decodes_to_a_larger_error_than_zeros(name, seed, exponent, shift):
+    """At the ends of float16, scales are lost at one end and weights are clipped at the other."""
+    grid, draw = GRIDS[name], torch.Generator().manual_seed(seed)
+    weights = (torch.randn(4, 512, generator=draw) + shift) * 2.0**exponent
+    importance = torch.rand(512, generator=draw) + 0.1
+    decoded = round_to_grid(weights, grid, importance).decode()
+    error, zeros = (
+        (importance.double() * (d.double() - weights.double()) ** 2).view(4, -1, grid.block).sum(-1)
+        for d in (decoded, torch.zeros_like(weights))
+    )
+    assert bool((error <= zeros * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_weights_of_a_few_millionths_keep_their_signs(name):
+    """The unit of their scales is the smallest float16, and its multiples still tell them apart."""
+    weights = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)) * 3e-6
+    decoded = round_to_grid(weights, GRIDS[name], torch.ones(512)).decode()
+    assert float((decoded - weights).norm() / weights.norm()) < 0.5
