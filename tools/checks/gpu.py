@@ -10,8 +10,8 @@ This needs torch, transformers, safetensors, numpy and Pillow, and no installati
    results under the CPU's statistics, relative to each linear's energy and summed over all linears.
    With float32 throughout, the gate is three times what rounding alone was measured to do: streams
    that differ by 6e-8 moved the loss by up to 0.009 % (gptq), 0.023 % (gptaq) and 0.09 %
-   (vlmq-paper; on 256 samples, CPU). With the device's own precision it is 0.5 %. (That is TF32 on CUDA. Emulated
-   on the CPU it moved these losses by up to 0.12 %, docs/performance.md.)
+   (vlmq-paper; on 256 samples, CPU). With the device's own precision it is 0.5 %. (That is TF32 on
+   CUDA. Emulated on the CPU it moved these losses by up to 0.12 %, docs/performance.md.)
 3. The whole run on both devices, each on its own streams. It must finish with finite figures, and
    these are printed but not judged: one tie that rounds the other way changes every later input, so
    that results drift apart between any two machines. On one CPU another batch size alone changed

@@ -1,4 +1,4 @@
-"""The gate on single linears: a right kernel passes whatever its rows are like, a wrong one fails."""
+"""The gate on single linears: a right kernel passes whatever its rows are, a wrong one fails."""
 
 from types import SimpleNamespace
 from typing import Any
