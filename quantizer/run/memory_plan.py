@@ -11,7 +11,9 @@ layer and the calibration set, and never the number of layers:
     ranges       rows that are solved under all candidate ranges at once, where the method chooses
                  ranges by the outcome
     batch        what a layer makes of BATCH_TOKENS tokens, with the attention scores of the
-                 backward pass where tokens are weighed by importance
+                 backward pass where there is one
+    gradients    the output matrix and the logits of one batch, where a method starts from the
+                 answers' loss (mbq). This is before the first layer is solved
     activations  both streams, and within a layer what attention made of them
 
 Only the activations can rest in host memory or on disk. The constants are measured
@@ -39,6 +41,7 @@ _RANGE_COPIES = 6
 _BATCH_HIDDEN = 10
 _BATCH_MLP = 4
 _BATCH_SCORES = 5
+_LOGITS = 3  # copies of a batch's logits in the backward pass of the loss, measured
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Shapes:
     prefix: int  # weights that run before the first decoder layer, embedding rows not counted
     pixels: int  # numbers of a preprocessed image for each of its tokens
     weights: int  # of the whole model
+    vocabulary: int  # rows of the output matrix
 
     @property
     def widest(self) -> int:
@@ -110,7 +114,9 @@ def memory_plan(
     parts = _parts(shapes, method, tokens, seq_len)
     activations = _activations(shapes, method, tokens)
     images, first = parts["images"], parts["first pass"]
-    work = sum(parts.values()) - images - first  # while a layer is solved
+    solving = sum(parts[name] for name in ("layer", "solver", "ranges", "batch"))
+    backward = shapes.layer * _FLOAT + parts["batch"] + parts["gradients"]
+    work = max(solving, backward) if parts["gradients"] else solving
     on_cuda = device_free > 0
     if on_cuda:
         host, device = FIXED + images, max(first, work)
@@ -147,6 +153,7 @@ def _parts(shapes: Shapes, method: Method, tokens: int, seq_len: int) -> dict[st
         "solver": _solver(shapes, method) if calibrated else 0,
         "ranges": _RANGE_COPIES * at_once * _FLOAT,
         "batch": _batch(shapes, method, tokens, seq_len) if calibrated else 0,
+        "gradients": _gradients(shapes, method, tokens, seq_len),
     }
 
 
@@ -164,19 +171,36 @@ def _solver(shapes: Shapes, method: Method) -> int:
 
 def _batch(shapes: Shapes, method: Method, tokens: int, seq_len: int) -> int:
     """Bytes of what a layer makes of one batch."""
-    batch = min(tokens, max(BATCH_TOKENS, seq_len))
+    batch = _batch_tokens(tokens, seq_len)
     width = _BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * shapes.widest
-    if method.importance != "none":
+    if method.importance != "none" or method.scaling == "mbq":
         width += _BATCH_SCORES * seq_len * shapes.heads
     return batch * width * _FLOAT
 
 
+def _batch_tokens(tokens: int, seq_len: int) -> int:
+    """The most tokens of a batch."""
+    return min(tokens, max(BATCH_TOKENS, seq_len))
+
+
+def _gradients(shapes: Shapes, method: Method, tokens: int, seq_len: int) -> int:
+    """Bytes of the output matrix, and of what the loss makes of the logits of one batch."""
+    if method.scaling != "mbq":
+        return 0
+    logits = _LOGITS * _batch_tokens(tokens, seq_len)
+    return shapes.vocabulary * (shapes.hidden + logits) * _FLOAT
+
+
 def _activations(shapes: Shapes, method: Method, tokens: int) -> int:
-    """Bytes of the activations of all samples, each stream before and after the attention."""
-    streams = (2 if method.two_streams else 1) if method.calibrated else 0
-    # MBQ keeps the input of every layer, for the gradients.
-    kept = shapes.layers if method.scaling == "mbq" else 0
-    return tokens * shapes.hidden * (2 * streams + kept) * _FLOAT
+    """Bytes of the activations of all samples, each stream before and after the attention.
+
+    A method that scales has one stream, and beside it what an inspected module gave at full
+    precision. MBQ first keeps the input of every layer, for the gradients.
+    """
+    copies = (4 if method.two_streams else 2) if method.calibrated else 0
+    if method.scaling:
+        copies = max(3, shapes.layers + 1 if method.scaling == "mbq" else 0)
+    return tokens * shapes.hidden * copies * _FLOAT
 
 
 def _tries(method: Method) -> int:

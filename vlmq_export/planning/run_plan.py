@@ -98,7 +98,8 @@ def shapes_of(model: ModelPlan) -> Shapes:
     """
     family, text = model.architecture.family, model.architecture.text
     layers, heads = model.architecture.layers, text.get("num_attention_heads")
-    vocabulary = (text.get("vocab_size"),)
+    rows = text.get("vocab_size")
+    vocabulary = (rows,)
     decoder = [x for x in model.linears if x.name.startswith(family.layers)]
     outside = [t for t in model.floats if not t.name.startswith(family.layers)]
     quantized = sum(x.out_features * x.in_features for x in model.linears)
@@ -111,6 +112,7 @@ def shapes_of(model: ModelPlan) -> Shapes:
         prefix=sum(t.numel for t in outside if t.shape[:1] != vocabulary),
         pixels=_pixels(model.architecture.config),
         weights=quantized + sum(t.numel for t in model.floats),
+        vocabulary=rows if isinstance(rows, int) else 0,
     )
 
 
