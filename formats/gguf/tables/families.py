@@ -272,6 +272,12 @@ _QWEN3_VL = VisionGraph(
         "is_deepstack_layers": [i in p.stacked for i in range(p.layers)],
     },
 )
+# b11549 asks for these two numbers, and for no key of the file.
+_LARGE_TOWER = (
+    "llama.cpp b11549 computes RMS norms and norms of queries and keys only in a tower of 3200"
+    " columns and 45 layers (that of InternVL3-38B and -78B), which no test here has proven yet;"
+    " leave out --format gguf"
+)
 _INTERNVL = VisionGraph(
     "internvl",
     _internvl_tower(),
@@ -285,6 +291,7 @@ _INTERNVL = VisionGraph(
         "use_mean_pooling": True,
         "num_channels": 3,
     },
+    reasons={"norm_type": _LARGE_TOWER, "use_qk_norm": _LARGE_TOWER},
     top_fixed={
         "downsample_ratio": 0.5,
         "vision_feature_layer": -1,

@@ -66,6 +66,8 @@ class VisionGraph:
     every_nth: str | None = None  # key of the blocks that attend over the whole image
     # Key of the blocks whose features join the first layers of the language model.
     stacked: str | None = None
+    # Key of `fixed` → why no other value is written, where it is not that the graph knows but one.
+    reasons: dict[str, str] = field(default_factory=dict)
     # As `fixed`, for config.json itself.
     top_fixed: dict[str, object] = field(default_factory=dict)
     # Regular expression of what stands for an image in a prompt. mtmd takes a marker in its place.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
+from types import MappingProxyType
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.gguf.tables.families import graphs_of
@@ -33,6 +34,7 @@ def text_params(architecture: Architecture) -> TextParams:
     """
     text = architecture.text
     graph, vision = graphs_of(architecture)
+    _require(text, graph.fixed, graph.arch, "")
     kind, layers = decoder_attention(architecture)
     if kind not in graph.rope_types:
         known = " or ".join(graph.rope_types)
@@ -45,7 +47,6 @@ def text_params(architecture: Architecture) -> TextParams:
             " full_attention"
         )
     rope = resolved_config(architecture).get_text_config().rope_parameters
-    _require(text, graph.fixed, graph.arch, "")
     try:
         params = _text_params(architecture, graph, vision, rope)
     except KeyError as e:
@@ -118,7 +119,7 @@ def vision_params(architecture: Architecture) -> VisionParams:
             f"config.json: vision_config.{e.args[0]} is missing; the mmproj cannot be written"
             " without it"
         ) from None
-    _require(vision, graph.fixed, graph.projector, "vision_config.")
+    _require(vision, graph.fixed, graph.projector, "vision_config.", graph.reasons)
     _require(config, graph.top_fixed, graph.projector, "")
     image = sizes.pop("image", None)
     positions = sizes.pop("positions", 0)
@@ -151,16 +152,18 @@ def _vision_sizes(vision: Mapping, graph: VisionGraph) -> dict[str, int]:
     return sizes
 
 
-def _require(settings: Mapping, fixed: Mapping[str, object], who: str, where: str) -> None:
-    """Raises FormatError for a setting that has another value than llama.cpp's graph `who` knows.
-
-    where: what stands before the keys in config.json.
-    """
+def _require(
+    settings: Mapping,
+    fixed: Mapping[str, object],  # key → the only value that llama.cpp's graph knows
+    who: str,  # the graph
+    where: str,  # what stands before the keys in config.json
+    reasons: Mapping[str, str] = MappingProxyType({}),  # key → why, where it is another reason
+) -> None:
+    """Raises FormatError for a setting that has another value than llama.cpp's graph knows."""
     for key, only in fixed.items():
         if (settings[key] if settings.get(key) is not None else only) != only:
-            raise FormatError(
-                f"config.json: {where}{key} is {settings[key]}; llama.cpp's {who} knows only {only}"
-            )
+            why = reasons.get(key, f"llama.cpp's {who} knows only {only}")
+            raise FormatError(f"config.json: {where}{key} is {settings[key]}; {why}")
 
 
 def _whole(value: int | list[int]) -> int:

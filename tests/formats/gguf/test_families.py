@@ -167,7 +167,7 @@ def test_where_the_class_row_goes(artifact):
 
 
 TEXT, VISION = "text_config", "vision_config"
-YARN = {"rope_scaling": {"rope_type": "yarn", "mrope_section": [11, 11, 10]}}
+YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mrope_section": [11, 11, 10]}}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,8 @@ YARN = {"rope_scaling": {"rope_type": "yarn", "mrope_section": [11, 11, 10]}}
         ("qwen3_vl", TEXT, YARN, "rope type yarn"),
         ("internvl", TEXT, {"model_type": "qwen3"},
          "model_type is qwen3; llama.cpp's qwen2 knows only qwen2"),
-        ("internvl", VISION, {"norm_type": "rms_norm"}, "norm_type is rms_norm"),
+        ("internvl", VISION, {"norm_type": "rms_norm"},
+         "norm_type is rms_norm; .* RMS norms .* 3200 columns and 45 layers"),
         ("internvl", VISION, {"use_qk_norm": True}, "use_qk_norm"),
         ("internvl", VISION, {"image_size": [448, 224]}, "only squares"),
         ("internvl", None, {"vision_feature_layer": -2}, "vision_feature_layer"),
