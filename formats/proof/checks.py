@@ -7,6 +7,7 @@ L3  the whole model, in the runtime
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +39,18 @@ class Check:
     detail: str = ""  # where the gate comes from, or why the check was not run
     worst: str = ""  # the tensor, prompt or linear that is worst, or the first that are wrong
 
+    def __post_init__(self) -> None:
+        """Say what a figure is that JSON, and so parity.json, has no word for."""
+        if self.value is not None and not math.isfinite(self.value):
+            what = "not a number" if math.isnan(self.value) else "infinite"
+            self.detail = "; ".join(filter(None, (f"the figure is {what}", self.detail)))
+
     @classmethod
     def at_most(
         cls, format: str, level: str, name: str, value: float, gate: float, **fields: Any
     ) -> Check:
-        """A row that passed if value ≤ gate. NaN fails."""
-        status = "passed" if value <= gate else "failed"
+        """A row that passed if value ≤ gate. A value that is not finite fails."""
+        status = "passed" if math.isfinite(value) and value <= gate else "failed"
         return cls(format, level, name, status, value, gate, **fields)
 
     @classmethod

@@ -27,7 +27,8 @@ class Affine:
     """Integers of `bits` bits with one scale and one zero-point per group of weights.
 
     portable: scales are restricted so that s·z is exact in float16. GGUF's `d·q + m` (Q4_1) then
-        decodes to the same weights. The restriction enlarges a scale by up to 1/64.
+        decodes to the same weights. The restriction enlarges a scale by up to 1/64. A scale so
+        large that no product fits float16 is left free, because clipped weights would be worse.
 
     The zero-points of an asymmetric grid lie in [1, 2^bits − 1], because GPTQ v1 stores them minus
     one and its readers disagree about a stored −1.
@@ -67,7 +68,8 @@ class Affine:
         if self.portable:
             power = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^⌊log2 scale⌋
             unit = (power * 2.0 ** (1 - _PORTABLE_BITS)).clamp_min(_TINY)
-            return ((scale / unit).ceil() * unit).clamp_max(_LARGEST_PORTABLE)
+            portable = (scale / unit).ceil() * unit
+            return torch.where(portable > _LARGEST_PORTABLE, scale.half().float(), portable)
         return torch.where(scale < _NORMAL, (scale / _TINY).ceil() * _TINY, scale.half().float())
 
     def encode(

@@ -12,6 +12,8 @@ import torch
 
 from vlmq_export.quantizer.grids.blocks import BlockGrid, Params
 
+LARGEST = 65504.0  # of float16
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -41,6 +43,11 @@ class Solution:
             return grouped.sub_(zeros[:, first, None]).mul_(scales[:, first, None]).view_as(codes)
         index = self.g_idx.long()
         return codes.sub_(zeros[:, index]).mul_(scales[:, index])
+
+    @property
+    def clipped(self) -> bool:
+        """Whether a scale ends where float16 does, so that weights beyond it were cut."""
+        return bool((self.scales >= LARGEST).any())
 
     def rows(self, start: int, stop: int) -> Solution:
         """The solution of some of the rows."""
@@ -77,6 +84,12 @@ class BlockSolution:
             p.repeat_interleave(self.grid.sub_block, 1) for p in self.params.decoded()
         )
         return self.grid.decode(self.codes.float(), scale, minimum)
+
+    @property
+    def clipped(self) -> bool:
+        """Whether a unit ends where float16 does, so that weights beyond it were cut."""
+        units = (self.params.d, self.params.dmin)
+        return any(bool((u.abs() >= LARGEST).any()) for u in units if u is not None)
 
     def rows(self, start: int, stop: int) -> BlockSolution:
         """The solution of some of the rows."""

@@ -68,8 +68,13 @@ def linear_of(
 ) -> Linear:
     """A solution by name, with its bias in float16, which every runtime format stores it in.
 
-    Raises CheckpointError for a bias beyond float16.
+    Raises CheckpointError for a bias beyond float16, and for weights that no scale reaches.
     """
+    if solution.clipped:
+        raise CheckpointError(
+            f"{name}.weight has values that no float16 scale of this grid reaches; use more bits,"
+            " or mend the checkpoint"
+        )
     bias = None if bias is None else bias.detach().half()
     if bias is not None and not bool(torch.isfinite(bias).all()):
         raise CheckpointError(

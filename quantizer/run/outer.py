@@ -19,6 +19,7 @@ from vlmq_export.quantizer.grids.blocks import GRIDS, BlockGrid, Params
 from vlmq_export.quantizer.grids.linears import BlockLinear
 from vlmq_export.quantizer.grids.solutions import BlockSolution
 from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.layers.stack import linear_of
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 from vlmq_export.quantizer.solver.nearest import nearest_in_blocks
@@ -36,7 +37,8 @@ def solve_outer(
 ) -> list[BlockLinear]:
     """Fit these matrices on the device, and write them. What an earlier run wrote is read.
 
-    Raises ArtifactError where that is damaged.
+    Raises ArtifactError where that is damaged, and CheckpointError for weights that no float16 unit
+    of the type reaches.
     """
     calibrated = {*job.linears, job.head}
     types = {n: GRIDS[kind] for n, kind in job.config.types.items() if n not in calibrated}
@@ -50,11 +52,13 @@ def solve_outer(
         if ranks.first:
             pieces.mkdir(exist_ok=True)
         for name, grid in types.items():
-            found = []
-            for rows in checkpoint.tensor(f"{name}.weight").split(ROWS):
+            found, weight = [], checkpoint.tensor(f"{name}.weight")
+            for rows in weight.split(ROWS):
                 found.append(_piece(pieces, count, name, grid, rows.to(device), ranks))
                 count += 1
-            solved.append(BlockLinear(name, _joined(grid, found), None))
+            linear = linear_of(name, _joined(grid, found), None, job.grid(name, weight.shape[1]))
+            assert isinstance(linear, BlockLinear), "the recipe names a block type"
+            solved.append(linear)
     ranks.count(0)  # until here another rank may be reading a piece
     if ranks.first and count:
         write_layer(folder, OUTER, solved, [ModuleRecord.of(q, OUTER, {}) for q in solved])

@@ -43,8 +43,12 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON in UTF-8. Raises ArtifactError as `write_atomic` does."""
-    write_atomic(path, lambda t: t.write_text(json.dumps(value, indent=1) + "\n", "utf-8"))
+    """Write `value` as indented JSON in UTF-8. Raises ArtifactError as `write_atomic` does.
+
+    Numbers that are not finite become null, because JSON has none.
+    """
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    write_atomic(path, lambda t: t.write_text(json.dumps(finite, indent=1) + "\n", "utf-8"))
 
 
 def sha256_file(path: Path) -> str:

@@ -1,10 +1,15 @@
 """The model card says what of a model is quantized, and how."""
 
+import json
+import math
+
 import pytest
 
+from vlmq_export.formats.proof.checks import Check
+from vlmq_export.proving.parity import Parity
 from vlmq_export.quantizer.artifact.manifest import OUTER, ModuleRecord
 from vlmq_export.recipes.recipe import Recipe
-from vlmq_export.report.page import contents
+from vlmq_export.report.page import contents, figure, layer_errors, table_rows
 
 
 def record(name, layer=0, bits=4):
@@ -51,3 +56,36 @@ def test_the_card_says_what_the_artifact_holds(records, options, says, not_says)
     text = contents(records, Recipe(format=["gguf"], **options))
     assert text.startswith("1 linears of the language backbone are quantized by")
     assert says in text and not_says not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(math.nan, "not a number"), (math.inf, "infinite"), (-math.inf, "infinite")]
+)
+def test_a_figure_that_is_not_finite_is_a_row_in_words(tmp_path, value, said):
+    row = Check.at_most("gptq", "L3", "logits", value, 1e-5, unit="rel", detail="float16")
+    assert row.status == "failed" and figure(value) == said
+    assert row.detail == f"the figure is {said}; float16"
+    assert table_rows([row])[0][3] == f"{said} rel"
+    Parity(False, [row], {}).write(tmp_path / "parity.json")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    text = (tmp_path / "parity.json").read_text("utf-8")
+    (kept,) = json.loads(text, parse_constant=refuse)["checks"]
+    assert kept["value"] is None and said in kept["detail"]
+    (again,) = Parity.read(tmp_path / "parity.json").checks
+    assert (again.status, again.detail) == ("failed", row.detail)
+
+
+def test_layers_whose_error_is_not_finite_have_a_bar():
+    records = [LINEAR, HEAD, record("model.layers.0.mlp.down_proj")]
+    for r, error in zip(records, (0.5, math.inf, None), strict=True):
+        r.metrics["weight_error"] = error
+    try:
+        first, second = layer_errors(records)
+        assert [x["width"] for x in first["linears"]] == [100, 100]
+        assert figure(second["linears"][0]["error"]) == "infinite"
+    finally:
+        LINEAR.metrics.clear()
+        HEAD.metrics.clear()

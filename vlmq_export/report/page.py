@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -136,9 +137,11 @@ def _kept(*, head: bool, embedding: bool, scaled: bool) -> list[str]:
 
 
 def figure(value: float | None) -> str:
-    """A figure as a person reads it: 0, 32, 98.8, 1.3e-06."""
+    """A figure as a person reads it: 0, 32, 98.8, 1.3e-06, not a number, infinite."""
     if value is None:
         return ""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
     if value == int(value) and abs(value) < 1e6:
         return f"{int(value):,}"
     return f"{value:.3g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.1e}"
@@ -169,21 +172,25 @@ def layer_errors(records: Sequence[ModuleRecord]) -> list[dict]:
     The error is that of the outputs on the calibration samples, or of the weights themselves where
     nothing was calibrated.
     """
-    errors = {
-        r.name: float(r.metrics.get("relative_error", r.metrics.get("weight_error", 0.0)))
-        for r in records
-    }
-    worst = max(errors.values(), default=0.0) or 1.0
+    errors = {r.name: _error(r) for r in records}
+    worst = max((e for e in errors.values() if math.isfinite(e)), default=0.0) or 1.0
     layers: dict[int, list[dict]] = {}
     for r in records:
         entry = {
             "name": ".".join(r.name.split(".")[-2:]),
             "error": errors[r.name],
-            "width": 100 * errors[r.name] / worst,
+            "width": 100 * errors[r.name] / worst if math.isfinite(errors[r.name]) else 100,
             "fallback": bool(r.metrics.get("fallback")),
         }
         layers.setdefault(r.layer, []).append(entry)
     return [{"index": index, "linears": linears} for index, linears in layers.items()]
+
+
+def _error(record: ModuleRecord) -> float:
+    """The error of a linear. NaN where the manifest has no number, as for one that was infinite."""
+    metrics = record.metrics
+    value = metrics.get("relative_error", metrics.get("weight_error", 0.0))
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 # -- the run and its files -----------------------------------------------------------------------

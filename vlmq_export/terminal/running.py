@@ -104,12 +104,16 @@ class StopSignals:
 
 
 def print_json(value: Any) -> None:
-    """`value` on stdout; dataclasses as objects, everything else that JSON lacks as text."""
+    """`value` on stdout; dataclasses as objects, everything else that JSON lacks as text.
+
+    Numbers that are not finite are null.
+    """
 
     def plain(x: Any) -> Any:
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
             return dataclasses.asdict(x)
         return str(x)
 
-    json.dump(value, sys.stdout, indent=1, default=plain)
+    finite = json.loads(json.dumps(value, default=plain), parse_constant=lambda _: None)
+    json.dump(finite, sys.stdout, indent=1)
     sys.stdout.write("\n")

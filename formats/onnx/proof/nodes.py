@@ -23,7 +23,9 @@ _HALF_ROUNDING = 2.0**-11  # what a float16 output may be off by itself
 
 
 def linear_gate(in_features: int) -> float:
-    """Error that float32 additions may cost an output of `in_features` columns: `_worst_output`.
+    """Error that float32 additions may cost an output over `in_features` columns.
+
+    It is that of `_worst_output`.
 
     It is 2⁻²⁴·√in. A running sum of K random terms rounds K times, by at most 2⁻²⁴ of a partial
     sum that grows as √i. If these roundings are independent they add up to 2⁻²⁴·√(K/6). Measured

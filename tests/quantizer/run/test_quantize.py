@@ -365,6 +365,39 @@ def test_bias_beyond_float16_is_refused(small, samples, tmp_path):
         run(broken, [], tmp_path / "a", QuantConfig(method="rtn", group_size=64))
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_an_outlier_is_kept_or_refused_by_name(small, samples, tmp_path, method):
+    """A weight of 2e5 needs a scale whose products are beyond float16: that of a GPTQ file is not.
+
+    One of 2e6 needs a scale that is beyond float16 itself.
+    """
+    broken, tensors = copied(small, tmp_path / "broken")
+    name = "model.layers.0.mlp.down_proj"
+    config, some = QuantConfig(method=method, group_size=64), samples[:3] if method != "rtn" else []
+    tensors[f"{name}.weight"][5, 3] = 2e5
+    kept = float(tensors[f"{name}.weight"][5, 3])
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    linear = run(broken, some, tmp_path / "a", config).linear(name)
+    step = float(linear.solution.scales[5].max())
+    assert abs(float(linear.decode()[5, 3]) - kept) <= 0.51 * step and step > 1e4
+    tensors[f"{name}.weight"][5, 3] = 2e6
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj\.weight has values that"):
+        run(broken, some, tmp_path / "b", config)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_1", "Q8_0"])
+def test_an_outlier_beyond_a_block_is_refused_by_name(small, tmp_path, kind):
+    broken, tensors = copied(small, tmp_path / "broken")
+    name = "model.layers.0.mlp.down_proj"
+    tensors[f"{name}.weight"][5, 3] = -1e8
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    linears = Checkpoint(broken).architecture.linears
+    config = QuantConfig(method="rtn", types=dict.fromkeys(linears, kind))
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight has values that"):
+        run(broken, [], tmp_path / "a", config)
+
+
 def test_samples_with_nan_are_counted_and_all_of_them_refused(small, samples, tmp_path):
     def broken(sample):
         pixels = torch.full_like(sample.pixel_values, float("nan"))
