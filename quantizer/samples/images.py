@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +20,33 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 LONGEST_WHY = 300  # characters of a reason in a message
 
 
-def load_image(path: Path) -> Image.Image:
+@dataclass(frozen=True)
+class ImageBytes:
+    """An image file that a row holds itself, in base64 or in a column of bytes."""
+
+    name: str = field(compare=False)  # for messages
+    data: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def load_image(image_file: Path | ImageBytes) -> Image.Image:
     """The first frame of an image file, in RGB on white, turned upright as its EXIF tag says.
 
     Raises CalibrationError for what cannot be decoded, is too large or too narrow.
     """
     try:
-        if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+        if isinstance(image_file, ImageBytes):
+            size, opened = len(image_file.data), io.BytesIO(image_file.data)
+        else:
+            size, opened = image_file.stat().st_size, image_file
+        if size > MAX_IMAGE_BYTES:
             raise ValueError(f"{size} bytes; {MAX_IMAGE_BYTES} is the limit")
         # Pillow warns of sizes, which are checked below, and of damage that it can read past.
         with (
             warnings.catch_warnings(action="ignore"),
-            Image.open(path, formats=IMAGE_FORMATS) as image,
+            Image.open(opened, formats=IMAGE_FORMATS) as image,
         ):
             w, h = image.size
             if w * h > MAX_PIXELS:
@@ -42,9 +59,9 @@ def load_image(path: Path) -> Image.Image:
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise all kinds of errors on damaged files
-        why = one_line(str(e).replace(str(path), "it"))[:LONGEST_WHY]
+        why = one_line(str(e).replace(str(image_file), "it"))[:LONGEST_WHY]
         raise CalibrationError(
-            f"{path}: cannot be read as an image ({why}); replace it or drop its row"
+            f"{image_file}: cannot be read as an image ({why}); replace it or drop its row"
         ) from None
 
 

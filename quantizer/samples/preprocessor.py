@@ -85,6 +85,12 @@ class Preprocessor:
         messages = list(row.messages)
         if prompt_only and messages[-1]["role"] == "assistant":
             messages.pop()
+        for number, message in enumerate(messages, start=1):
+            if any(self.image_token in part.get("text", "") for part in message["content"]):
+                raise CalibrationError(
+                    f"{row.id}: the text of turn {number} has {self.image_token}, which stands for"
+                    " an image; take it out"
+                )
         text = self._prompt(messages, open_turn=prompt_only)
         if (kept := text.count(self.image_token)) != len(row.images):
             raise CalibrationError(

@@ -1,8 +1,4 @@
-"""Files of calibration and held-out rows, in either of two layouts.
-
-    the LLaVA/ShareGPT4V list   JSON: rows with `image` and `conversations`
-    chat messages               JSON or JSON lines: rows with `messages`, image paths in them or
-                                beside them as `images`
+"""Files of calibration and held-out rows, in any of the layouts of `layouts.py`.
 
 A file is read before any weight is, and all its bad rows are reported at once, by row or line
 number.
@@ -13,14 +9,14 @@ from __future__ import annotations
 import codecs
 import json
 import logging
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmq_export.errors import CalibrationError, one_line
-from vlmq_export.quantizer.samples.images import LONGEST_WHY, load_image
+from vlmq_export.quantizer.samples.image_refs import image_source
+from vlmq_export.quantizer.samples.images import LONGEST_WHY, ImageBytes, load_image
+from vlmq_export.quantizer.samples.layouts import conversation
 
 log = logging.getLogger("vlmq_export")
 MAX_ROWS_BYTES = 2 * 2**30  # of a file; the 665 000 rows of LLaVA take half
@@ -39,14 +35,6 @@ _ARCHIVES = (
     b"7z\xbc\xaf",
 )
 _ERRORS_SHOWN = 5
-# Speakers of LLaVA's layout → roles.
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ class Row:
     # Each {"role", "content"}; the content is a list of {"type": "text", "text"} and
     # {"type": "image"}, in order.
     messages: tuple[dict, ...]
-    images: tuple[Path, ...]  # one for each image part, in order
+    images: tuple[Path | ImageBytes, ...]  # one for each image part, in order
     task: str = ""  # kind of question, where the file tells
     where: str = ""  # row or line number in the file
 
@@ -180,30 +168,20 @@ def _lines(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _row(raw: object, root: Path, where: str) -> Row:
-    """The row of either layout. Raises ValueError, KeyError, TypeError or OSError."""
+    """The row of any layout. Raises ValueError, KeyError, TypeError or OSError."""
     if isinstance(raw, ValueError):
         raise raw
     if not isinstance(raw, dict):
         raise ValueError("not an object")
-    images = raw.get("image", raw.get("images", []))
-    images = [images] if isinstance(images, str) else list(images or [])
-    if "conversations" in raw:
-        messages = [_llava_turn(turn) for turn in raw["conversations"]]
-    elif "messages" in raw:
-        messages = [_chat_turn(turn, images) for turn in raw["messages"]]
-    else:
-        raise ValueError("neither conversations nor messages")
+    messages, named = conversation(raw)
     if not messages:
         raise ValueError("no turns")
     _check_text(messages)
-    placeholders = sum(p["type"] == "image" for m in messages for p in m["content"])
-    if placeholders != len(images):
-        raise ValueError(f"{placeholders} image placeholders for {len(images)} images")
-    if len(images) > MAX_IMAGES:
-        raise ValueError(f"{len(images)} images; {MAX_IMAGES} in one row is the limit")
-    paths = [_image_path(i, root) for i in images]
+    if len(named) > MAX_IMAGES:
+        raise ValueError(f"{len(named)} images; {MAX_IMAGES} in one row is the limit")
+    images = [image_source(x, root, f"image {n} of {where}") for n, x in enumerate(named, start=1)]
     identity, task = (one_line(raw.get(key, "") or "")[:LONGEST_ID] for key in ("id", "task"))
-    return Row(identity or where, tuple(messages), tuple(paths), task, where)
+    return Row(identity or where, tuple(messages), tuple(images), task, where)
 
 
 def _check_text(messages: Sequence[dict]) -> None:
@@ -218,56 +196,3 @@ def _check_text(messages: Sequence[dict]) -> None:
             raise ValueError(f"turn {number} is empty")
     if (characters := sum(map(len, texts))) > MAX_TEXT:
         raise ValueError(f"{characters} characters of text; {MAX_TEXT} is the limit")
-
-
-def _llava_turn(turn: dict) -> dict:
-    """A turn of LLaVA's layout as a message. Raises ValueError for an unknown speaker."""
-    if turn["from"] not in _SPEAKERS:
-        raise ValueError(f"unknown speaker {turn['from']!r}")
-    # The newline of `<image>\n` belongs to the layout and not to the prompt.
-    parts = re.split(r"(<image>\n?|\n<image>$)", turn["value"])
-    content = [
-        {"type": "image"} if "<image>" in p else {"type": "text", "text": p} for p in parts if p
-    ]
-    return {"role": _SPEAKERS[turn["from"]], "content": content}
-
-
-def _chat_turn(turn: dict, images: list[str]) -> dict:
-    """A turn of the chat layout as a message. Image paths in it are added to `images`.
-
-    Raises ValueError for an unknown role, and for content that is neither text nor image.
-    """
-    role, content = turn["role"], turn["content"]
-    if role not in ("system", "user", "assistant"):
-        raise ValueError(f"unknown role {role!r}")
-    if isinstance(content, str):
-        return {"role": role, "content": [{"type": "text", "text": content}]}
-    parts = []
-    for p in content:
-        if p["type"] == "text":
-            parts.append({"type": "text", "text": p["text"]})
-        elif p["type"] == "image":
-            if path := p.get("image") or p.get("path"):
-                images.append(path)
-            parts.append({"type": "image"})
-        else:
-            raise ValueError(f"content of type {p['type']!r} is not supported")
-    return {"role": role, "content": parts}
-
-
-def _image_path(name: object, root: Path) -> Path:
-    """A file under `root`. Raises ValueError for a URL, a file elsewhere, and a missing file.
-
-    The name alone must stay under `root`. Links are followed wherever they lead, because whoever
-    made the folder put them there (docs/security.md).
-    """
-    if not isinstance(name, str):
-        raise ValueError(f"image {name!r} is no path")
-    if "://" in name or name.startswith(("data:", "file:", "//", "\\\\")):
-        raise ValueError(f"image {name} is a URL or a network path; download it and give a path")
-    # Path.resolve would follow the links.
-    path = Path(os.path.abspath(root / name))  # noqa: PTH100
-    top = Path(os.path.abspath(root))  # noqa: PTH100
-    if not path.is_relative_to(top) or not path.is_file():
-        raise ValueError(f"image {name} is not under {root}; set --image-root")
-    return path

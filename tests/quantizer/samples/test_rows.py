@@ -1,4 +1,4 @@
-"""Calibration rows: two layouts, truncation as in the paper, errors that name every bad row."""
+"""Calibration rows: files, truncation as in the paper, errors that name every bad row."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_both_layouts_are_the_same_sample(images, preprocessor):
         ("text", "not an object"),
         (llava() | {"conversations": [{"from": "robot", "value": "x"}]}, "robot"),
         (llava() | {"conversations": []}, "no turns"),
-        ({"messages": [{"role": "user"}]}, "malformed"),
+        ({"messages": [{"role": "user"}]}, "turn 1 has no content"),
     ],
 )
 def test_bad_rows_are_named_together(images, row, says):
