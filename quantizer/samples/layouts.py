@@ -50,7 +50,7 @@ def conversation(raw: dict) -> tuple[list[dict], list[Any]]:
     for key in ("conversations", "messages"):
         if (raw_turns := raw.get(key)) is not None:
             turns = _turns(raw_turns)
-            llava = any("from" in turn for turn in raw_turns)
+            llava = any(turn.get("from") is not None for turn in raw_turns)
             always = {"image"} if llava else set()
             found.append(_messages(turns, listed, always=always, loose=False))
     if not found and (turns := _questions(raw)):

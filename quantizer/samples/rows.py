@@ -6,10 +6,8 @@ number.
 
 from __future__ import annotations
 
-import codecs
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,23 +15,12 @@ from vlmq_export.errors import CalibrationError, one_line
 from vlmq_export.quantizer.samples.image_refs import image_source
 from vlmq_export.quantizer.samples.images import LONGEST_WHY, ImageBytes, load_image
 from vlmq_export.quantizer.samples.layouts import conversation
+from vlmq_export.quantizer.samples.row_files import raw_rows, refuse_other_files
 
 log = logging.getLogger("vlmq_export")
-MAX_ROWS_BYTES = 2 * 2**30  # of a file; the 665 000 rows of LLaVA take half
 MAX_TEXT = 2**18  # characters of a row
 MAX_IMAGES = 64  # of a row
 LONGEST_ID = 200  # characters of a row's id or task that are kept
-# The first bytes of zip, gzip, bzip2, xz, zstd, parquet, rar and 7z.
-_ARCHIVES = (
-    b"PK\x03\x04",
-    b"\x1f\x8b",
-    b"BZh",
-    b"\xfd7zXZ",
-    b"(\xb5/\xfd",
-    b"PAR1",
-    b"Rar!",
-    b"7z\xbc\xaf",
-)
 _ERRORS_SHOWN = 5
 
 
@@ -68,11 +55,11 @@ def read_rows(path: Path, image_root: Path | None = None) -> list[Row]:
 
     Raises CalibrationError with the number of bad rows and the first few of them.
     """
-    _refuse_other_files(path)
-    root = image_root or path.parent
+    refuse_other_files(path)
+    root = image_root or (path if path.is_dir() else path.parent)
     rows: list[Row] = []
     errors: list[str] = []
-    for where, raw in _raw_rows(path):
+    for where, raw in raw_rows(path):
         try:
             rows.append(_row(raw, root, where))
         except (ValueError, KeyError, TypeError, OSError) as e:
@@ -111,60 +98,6 @@ def _refuse(path: Path, what: str, errors: Sequence[str]) -> None:
         shown = "; ".join(errors[:_ERRORS_SHOWN])
         more = f" (and {len(errors) - _ERRORS_SHOWN} more)" if len(errors) > _ERRORS_SHOWN else ""
         raise CalibrationError(f"{path}: {len(errors)} {what}: {shown}{more}")
-
-
-def _refuse_other_files(path: Path) -> None:
-    """Raises CalibrationError for what is no file of rows. The message says what to do with it."""
-    if path.is_dir():
-        raise CalibrationError(f"{path}: a folder; give the .json or .jsonl file in it")
-    if not path.is_file():
-        raise CalibrationError(f"{path}: no such file")
-    if path.stat().st_size > MAX_ROWS_BYTES:
-        raise CalibrationError(
-            f"{path}: over {MAX_ROWS_BYTES} bytes; draw some thousand rows from it"
-        )
-    with path.open("rb") as f:
-        head = f.read(262)
-    if head.startswith(_ARCHIVES) or head[257:] == b"ustar":
-        raise CalibrationError(
-            f"{path}: an archive; unpack it and give the .json or .jsonl file in it"
-        )
-
-
-def _raw_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(place in the file, row as JSON) for every row.
-
-    For a line that is no JSON, a ValueError takes the place of the row. Raises CalibrationError
-    where a whole file is no JSON list.
-    """
-    if path.suffix == ".jsonl":
-        yield from _lines(path)
-        return
-    try:
-        rows = json.loads(path.read_text("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        raise CalibrationError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
-    except (ValueError, RecursionError) as e:
-        raise CalibrationError(
-            f"{path}: not JSON ({e}); a file of one object a line must end in .jsonl"
-        ) from None
-    if not isinstance(rows, list):
-        raise CalibrationError(
-            f"{path}: a JSON list of rows is expected, got {type(rows).__name__}"
-        )
-    yield from ((f"row {i}", row) for i, row in enumerate(rows))
-
-
-def _lines(path: Path) -> Iterator[tuple[str, object]]:
-    """`_raw_rows` of JSON lines. Empty lines are left out."""
-    with path.open("rb") as f:
-        for number, line in enumerate(f, start=1):
-            mark = codecs.BOM_UTF8 if number == 1 else b""
-            if line := line.removeprefix(mark).strip():
-                try:
-                    yield f"line {number}", json.loads(line.decode("utf-8"))
-                except (ValueError, RecursionError) as e:
-                    yield f"line {number}", ValueError(f"not JSON ({e})")
 
 
 def _row(raw: object, root: Path, where: str) -> Row:

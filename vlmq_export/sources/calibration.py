@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from dataclasses import dataclass, field
@@ -62,8 +63,12 @@ class CalibrationRows:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the file."""
-        return sha256_file(self.path)
+        """SHA-256 of the file; of a saved dataset, that of the names and hashes of its files."""
+        if self.path.is_file():
+            return sha256_file(self.path)
+        files = sorted(p for p in self.path.rglob("*") if p.is_file())
+        lines = [f"{sha256_file(p)}  {p.relative_to(self.path).as_posix()}\n" for p in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def calibration_samples(
@@ -100,7 +105,7 @@ def calibration_samples(
     if all(s.pixel_values is None for s in samples):
         log.warning("%s: no sample has an image; the model is calibrated on text alone", path.name)
     described = {
-        "file": path.name,
+        "file": path.resolve().name,
         "sha256": data.digest,
         "rows": len(samples),
         "scaled": loaded.scaled,
