@@ -97,6 +97,7 @@ def export(
     samples: options.Samples = None,
     seq_len: options.SeqLen = None,
     long_images: options.LongImages = None,
+    skip_bad_rows: options.SkipBadRows = None,
     seed: options.Seed = None,
     gptq_version: options.GptqVersion = None,
     gptq_names: options.GptqNames = None,

@@ -17,7 +17,7 @@ import torch
 
 from vlmq_export.errors import CalibrationError
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
-from vlmq_export.quantizer.samples.rows import Row
+from vlmq_export.quantizer.samples.rows import Row, allowed, leave_out
 from vlmq_export.quantizer.samples.sample import Sample, truncate
 
 log = logging.getLogger("vlmq_export")
@@ -42,6 +42,7 @@ class Loaded:
     scaled: int  # how many of them have images that were made smaller to fit
     dropped: int  # rows whose images would have been cut
     longest: int  # tokens of the longest dropped sample, which a longer limit would keep whole
+    skipped: int = 0  # bad rows that were left out
 
 
 def read_samples(
@@ -49,6 +50,7 @@ def read_samples(
     rows: Sequence[Row],
     limit: Limit,
     *,
+    bad: float = 0.0,
     workers: int | None = None,
     progress: Callable[[int], None],
 ) -> Loaded:
@@ -57,23 +59,26 @@ def read_samples(
     Samples are cut, and dropped where that would cut an image's tokens. `workers` is the number of
     processes: 1 decodes in this one, None chooses. `progress` is given the number of rows that are
     done, after each row, and may raise to stop. Raises CalibrationError once, for all rows that
-    cannot be used.
+    cannot be used, if they are more than the share `bad`.
     """
     samples: list[Sample] = []
     lengths: list[int] = []  # of dropped samples
-    bad: list[str] = []
+    errors: list[str] = []
     decoded = _decoded(folder, rows, limit, workers)
     for done, (row, (sample, length, error)) in enumerate(zip(rows, decoded), start=1):
         if error:
-            bad.append(f"{row.where or row.id}: {error}")
+            errors.append(f"{row.where or row.id}: {error}")
         elif sample is None:
             lengths.append(length)
         else:
             samples.append(sample)
         progress(done)
-    _refuse(bad, len(rows))
+    if len(errors) <= allowed(len(rows), bad):
+        leave_out("of the samples", "bad rows", errors, len(rows), bad)
+    else:
+        _refuse(errors, len(rows))
     scaled = sum(sample.scaled for sample in samples)
-    return Loaded(samples, scaled, len(lengths), max(lengths, default=0))
+    return Loaded(samples, scaled, len(lengths), max(lengths, default=0), len(errors))
 
 
 def _refuse(bad: Sequence[str], rows: int) -> None:

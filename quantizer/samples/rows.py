@@ -55,6 +55,14 @@ def read_rows(path: Path, image_root: Path | None = None) -> list[Row]:
 
     Raises CalibrationError with the number of bad rows and the first few of them.
     """
+    return usable_rows(path, image_root, 0.0)[0]
+
+
+def usable_rows(path: Path, image_root: Path | None, bad: float) -> tuple[list[Row], int]:
+    """The good rows of a file, and the number of bad ones, which the log names.
+
+    Raises CalibrationError where more than the share `bad` of all rows are bad.
+    """
     refuse_other_files(path)
     root = image_root or (path if path.is_dir() else path.parent)
     rows: list[Row] = []
@@ -65,7 +73,7 @@ def read_rows(path: Path, image_root: Path | None = None) -> list[Row]:
         except (ValueError, KeyError, TypeError, OSError) as e:
             why = e.args[0] if isinstance(e, ValueError) else f"malformed ({e!r})"
             errors.append(f"{where}: {one_line(why)[:LONGEST_WHY]}")
-    _refuse(path, "bad rows", errors)
+    leave_out(f"{path}:", "bad rows", errors, len(rows) + len(errors), bad)
     if not rows:
         raise CalibrationError(f"{path}: no rows")
     if twice := len(rows) - len({row.content for row in rows}):
@@ -75,29 +83,50 @@ def read_rows(path: Path, image_root: Path | None = None) -> list[Row]:
             twice,
             len(rows),
         )
-    return rows
+    return rows, len(errors)
 
 
-def refuse_unreadable(path: Path, rows: Sequence[Row]) -> None:
-    """Decode every image of `rows` once, so that a bad one is known before hours of work.
+def readable(path: Path, rows: Sequence[Row], bad: float = 0.0) -> list[Row]:
+    """The rows whose images can be decoded, so that a bad one is known before hours of work.
 
-    Raises CalibrationError with the number of bad images and the first few of them.
+    Raises CalibrationError where more than the share `bad` of the rows have one that cannot.
     """
-    errors = []
+    wrong: dict[Path | ImageBytes, str] = {}
     for image in dict.fromkeys(image for row in rows for image in row.images):
         try:
             load_image(image)
         except CalibrationError as e:
-            errors.append(str(e))
-    _refuse(path, "bad images", errors)
+            wrong[image] = str(e)
+    left = [row for row in rows if wrong.keys().isdisjoint(row.images)]
+    errors = [
+        f"{row.where}: {wrong[next(image for image in row.images if image in wrong)]}"
+        for row in rows
+        if not wrong.keys().isdisjoint(row.images)
+    ]
+    leave_out(f"{path}:", "bad images", errors, len(rows), bad)
+    return left
 
 
-def _refuse(path: Path, what: str, errors: Sequence[str]) -> None:
-    """Raises CalibrationError with the number of `errors` and the first few, if there are any."""
-    if errors:
+def allowed(count: int, bad: float) -> float:
+    """How many of `count` rows may be bad, for a share."""
+    return round(bad * count, 9)  # 0.29 · 100 is 28.999…
+
+
+def leave_out(where: str, what: str, errors: Sequence[str], count: int, bad: float) -> None:
+    """Name bad ones in the log, if they are no more than the share `bad` of `count`.
+
+    Raises CalibrationError with their number and the first few of them otherwise.
+    """
+    if not errors:
+        return
+    if len(errors) > allowed(count, bad):
         shown = "; ".join(errors[:_ERRORS_SHOWN])
         more = f" (and {len(errors) - _ERRORS_SHOWN} more)" if len(errors) > _ERRORS_SHOWN else ""
-        raise CalibrationError(f"{path}: {len(errors)} {what}: {shown}{more}")
+        over = f" of {count}, over --skip-bad-rows {bad:g}" if bad else ""
+        raise CalibrationError(f"{where} {len(errors)} {what}{over}: {shown}{more}")
+    log.warning("%s %d %s of %d are left out", where, len(errors), what, count)
+    for error in errors:
+        log.warning("left out: %s", error)
 
 
 def _row(raw: object, root: Path, where: str) -> Row:

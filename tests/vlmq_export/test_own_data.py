@@ -174,6 +174,43 @@ def test_fewer_rows_than_were_asked_for_are_said(tmp_path, caplog):
     assert "asks for" not in caplog.text
 
 
+def test_bad_rows_are_left_out_up_to_a_share_and_counted(tmp_path, caplog):
+    own = {"calibration": own_rows(tmp_path), "image_root": tmp_path / "images", "samples": 12}
+    (tmp_path / "images" / "p03.jpg").unlink()
+    (tmp_path / "images" / "p05.jpg").write_bytes(b"no image")
+
+    def described(share: float) -> dict:
+        rows = data(**own, skip_bad_rows=share)
+        return calibration_samples(rows, Checkpoint(bundled.REFERENCE_VLM), Callbacks()).described
+
+    with pytest.raises(CalibrationError, match=r"1 bad rows: row 3: image p03\.jpg"):
+        described(0.0)
+    with pytest.raises(CalibrationError, match=r"1 bad rows of 12, over --skip-bad-rows 0\.08: "):
+        described(0.08)
+    found = described(0.1)
+    assert (found["rows"], found["skipped"], found["dropped"]) == (10, 2, 0)
+    for line in ("left out: row 3: image p03.jpg", "left out: row 5: ", "p05.jpg: cannot be read"):
+        assert line in caplog.text
+
+
+def test_bad_held_out_rows_are_left_out_too(tmp_path, caplog):
+    path = own_rows(tmp_path)
+    (tmp_path / "images" / "p03.jpg").write_bytes(b"no image")
+    for file in ("calibration", "verify_data"):
+        own = {file: path, "image_root": tmp_path / "images", "method": "rtn"}
+        with pytest.raises(CalibrationError, match="1 bad images: "):
+            held_out(data(**own))
+        with pytest.raises(CalibrationError, match="1 bad images of 12, over --skip-bad-rows"):
+            held_out(data(**own, skip_bad_rows=0.05))
+        assert len(held_out(data(**own, skip_bad_rows=0.1))) == 11
+        assert "p03.jpg" in caplog.text
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "nan"])
+def test_a_share_of_bad_rows_is_a_share(share):
+    assert "skip-bad-rows" in refused("--format", "gptq", "--skip-bad-rows", share, code=2)
+
+
 # --- photos of ordinary size ----------------------------------------------------------------------
 
 

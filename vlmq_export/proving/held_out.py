@@ -8,7 +8,7 @@ from pathlib import Path
 from vlmq_export import bundled
 from vlmq_export.errors import CalibrationError
 from vlmq_export.formats.proof.checks import CheckSettings
-from vlmq_export.quantizer.samples.rows import Row, read_rows, refuse_unreadable
+from vlmq_export.quantizer.samples.rows import Row, read_rows, readable, usable_rows
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.sources.calibration import CalibrationRows
 
@@ -25,10 +25,12 @@ def held_out(data: CalibrationRows) -> list[Row]:
     """
     recipe = data.recipe
     if recipe.verify_data is not None:
-        return _usable(recipe.verify_data, read_rows(recipe.verify_data, recipe.image_root))
+        bad = recipe.skip_bad_rows
+        rows, _ = usable_rows(recipe.verify_data, recipe.image_root, bad)
+        return _usable(recipe.verify_data, rows, bad)
     if recipe.calibration is not None:
         if left := [row for row in data.left if row.images]:
-            rows = _usable(data.path, left)
+            rows = _usable(data.path, left, recipe.skip_bad_rows)
             log.info(
                 "held out for the checks: %d rows of %s that calibration does not take",
                 len(rows),
@@ -58,7 +60,8 @@ def held_out_again(
         before = recipe.verify_data
         same = before is not None and before.resolve() == verify_data.resolve()
         root = image_root or (recipe.image_root if same else None)
-        return _usable(verify_data, read_rows(verify_data, root))
+        rows, _ = usable_rows(verify_data, root, recipe.skip_bad_rows)
+        return _usable(verify_data, rows, recipe.skip_bad_rows)
     data = CalibrationRows(
         recipe.model_copy(update={"image_root": image_root or recipe.image_root})
     )
@@ -81,9 +84,10 @@ def _bundled() -> list[Row]:
     return _usable(bundled.HELDOUT, read_rows(bundled.HELDOUT))
 
 
-def _usable(path: Path, rows: list[Row]) -> list[Row]:
-    """As many of the rows of a file as the checks use. Raises CalibrationError for bad images."""
+def _usable(path: Path, rows: list[Row], bad: float = 0.0) -> list[Row]:
+    """As many of the rows of a file as the checks use, without those with bad images.
+
+    Raises CalibrationError where these are more than the share `bad`.
+    """
     settings = CheckSettings()
-    rows = rows[: max(settings.images, settings.questions)]
-    refuse_unreadable(path, rows)
-    return rows
+    return readable(path, rows[: max(settings.images, settings.questions)], bad)

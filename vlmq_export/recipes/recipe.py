@@ -48,6 +48,7 @@ class Recipe(BaseModel):
     # Tokens of a sample; None: the paper's for the family.
     seq_len: Annotated[int, Field(ge=8, le=2**20)] | None = None
     long_images: str = "scale"
+    skip_bad_rows: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of bad rows to leave out
     head_bits: int | None = None  # None: the output head stays as it is
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     verify_data: Path | None = None  # None: what calibration leaves, or the bundled rows

@@ -15,7 +15,7 @@ from vlmq_export.errors import Interrupted, UsageError
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.samples.loading import Limit, Loaded, read_samples
-from vlmq_export.quantizer.samples.rows import Row, read_rows
+from vlmq_export.quantizer.samples.rows import Row, usable_rows
 from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.storage.whole_files import sha256_file
 from vlmq_export.recipes.recipe import Recipe
@@ -44,9 +44,20 @@ class CalibrationRows:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """All rows of the file. The image root is that of the user's own file."""
+        """All rows of the file that can be used."""
+        return self._read[0]
+
+    @cached_property
+    def _read(self) -> tuple[list[Row], int]:
+        """The rows, and the number of bad ones. The image root is that of the user's own file."""
         own = self.recipe.calibration is not None
-        return read_rows(self.path, self.recipe.image_root if own else None)
+        root = self.recipe.image_root if own else None
+        return usable_rows(self.path, root, self.recipe.skip_bad_rows)
+
+    @property
+    def skipped(self) -> int:
+        """The number of bad rows of the file, which were left out."""
+        return self._read[1]
 
     @cached_property
     def taken(self) -> list[Row]:
@@ -99,7 +110,8 @@ def calibration_samples(
             raise Interrupted("stopped while reading samples; nothing was written")
 
     limit = Limit(seq_len, scale=recipe.long_images == "scale")
-    loaded = read_samples(checkpoint.path, rows, limit, progress=progress)
+    bad = recipe.skip_bad_rows
+    loaded = read_samples(checkpoint.path, rows, limit, bad=bad, progress=progress)
     _tell_lengths(loaded, limit)
     samples = loaded.samples
     if all(s.pixel_values is None for s in samples):
@@ -110,6 +122,7 @@ def calibration_samples(
         "rows": len(samples),
         "scaled": loaded.scaled,
         "dropped": loaded.dropped,
+        "skipped": data.skipped + loaded.skipped,
         "seq_len": seq_len,
         "tokens": sum(len(s.input_ids) for s in samples),
         "vision_tokens": sum(int(s.vision.sum()) for s in samples),

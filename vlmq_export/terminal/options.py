@@ -83,6 +83,8 @@ _LONG_IMAGES = "Scale images down to that length, or drop their sample.  [defaul
 LongImages = Annotated[str | None, _option(_LONG_IMAGES, choices="long_images")]
 _SEED = "Draws the samples where the file has more rows.  [default: 0]"
 Seed = Annotated[int | None, _option(_SEED)]
+_SKIP_BAD_ROWS = "Leave bad rows out, up to this share of a file: 0.05.  [default: 0]"
+SkipBadRows = Annotated[float | None, _option(_SKIP_BAD_ROWS, panel="Calibration")]
 
 # -- the proof -------------------------------------------------------------------------------------
 _VERIFY = "Prove the files in their runtimes.  [default: verify]"
