@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from vlmq_export.errors import CheckpointError
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -15,7 +13,6 @@ from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.storage.untrusted import third_party
 
 
 @dataclass(frozen=True)
@@ -59,28 +56,15 @@ class ModelPlan:
         return Job.of(self.architecture, self.config)
 
 
-def resolved_config(architecture: Architecture) -> Any:
-    """transformers' own configuration of a model, with the defaults of its classes filled in.
-
-    config.json may state a setting under several keys. Which of them counts is asked here, because
-    the reference is computed by transformers. Raises CheckpointError for settings that it refuses.
-    """
-    with third_party("config.json: transformers cannot read it"):
-        from transformers import CONFIG_MAPPING
-
-        # transformers writes defaults into the dictionaries that it is given.
-        return CONFIG_MAPPING[architecture.model_type].from_dict(deepcopy(architecture.config))
-
-
 def decoder_attention(architecture: Architecture) -> tuple[str, set[str]]:
     """The type of the decoder's rotary positions, and what its layers attend over.
 
     The type is a key of transformers' ROPE_INIT_FUNCTIONS, or `default`. Layers attend over
-    `full_attention`, or `sliding_attention`. Raises CheckpointError as `resolved_config` does.
+    `full_attention`, or `sliding_attention`.
     """
-    text = resolved_config(architecture).get_text_config()
-    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
-    return str((text.rope_parameters or {}).get("rope_type", "default")), layers
+    text = architecture.text
+    layers = set(text.get("layer_types") or ["full_attention"])
+    return str((text.get("rope_parameters") or {}).get("rope_type", "default")), layers
 
 
 def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelPlan:
@@ -93,7 +77,7 @@ def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelP
     if config.head_bits:
         head = architecture.family.head
         own = f"{head}.weight"
-        tied = next((n for n in checkpoint.tensors if n.endswith("embed_tokens.weight")), own)
+        tied = f"{architecture.family.embedding}.weight"
         shape = checkpoint.info(own if own in checkpoint.tensors else tied).shape
         linears.append(LinearSpec(head, shape[0], shape[1], False))
         architecture = architecture.untied()

@@ -204,7 +204,8 @@ def llama_tokens(file, text):
 
 @pytest.mark.parametrize(("pattern", "pre"), PRE_TOKENIZERS.items())
 def test_llama_cpp_splits_text_as_the_pre_tokenizer_that_the_file_names(pattern, pre, tmp_path):
-    tokenizer, architecture = trained(tmp_path, pattern), Architecture({}, FAMILIES["qwen2_vl"])
+    tokenizer = trained(tmp_path, pattern)
+    architecture = Architecture({"text_config": {}}, FAMILIES["qwen2_vl"], tied=False)
     read = read_tokenizer(tmp_path, architecture, tokenizer.get_vocab_size())
     assert read.pre == pre
     wrong = {}

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vlmq_export.errors import CheckpointError, FormatError
-from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.architecture import family_of
 from vlmq_export.quantizer.storage.tensors import TensorInfo, read_header, weight_map
 from vlmq_export.quantizer.storage.untrusted import contained, read_json
 
@@ -62,7 +62,7 @@ class GptqFolder:
         self.bits: int = bits
         self.zero_offset = 1 if version == "gptq" else 0  # v1 stores the zero-point minus one
         self.tensors = self._headers()  # by their names in the file
-        self.family = Architecture.of(self.config).family
+        self.family = family_of(self.config)
         # transformers loads either style of names. A folder has one of them throughout.
         layers = self.family.layers
         self.hub_style = any(

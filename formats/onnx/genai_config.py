@@ -13,7 +13,6 @@ from typing import Any
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FormatOptions
-from vlmq_export.formats.model_plan import resolved_config
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.samples.companions import (
@@ -59,10 +58,8 @@ def genai_files(
     generation = read_json(file) if (file := source / GENERATION).is_file() else {}
     # transformers has a file of the same name and other content. A model that has it keeps it.
     name = "genai_processor_config.json" if (source / PROCESSOR).exists() else PROCESSOR
-    # Every key of config.json is asked of transformers, which knows the defaults.
-    whole = Architecture(resolved_config(architecture).to_dict(), architecture.family)
     try:
-        config = genai_config(whole, generation, tokenizer.eos_token_id, options, name)
+        config = genai_config(architecture, generation, tokenizer.eos_token_id, options, name)
     except KeyError as e:
         raise FormatError(
             f"config.json: {e.args[0]} is missing; genai_config.json cannot be written without it"
@@ -181,14 +178,13 @@ def _decoder(architecture: Architecture) -> dict:
 
     DeepStack's features come beside the embeddings, so that `inputs_embeds` is wider than a token.
     """
-    text, vision = architecture.text, architecture.config["vision_config"]
-    heads = text["num_attention_heads"]
+    text, vision = architecture.text, architecture.vision
     stacked = len(vision.get("deepstack_visual_indexes", []))
     return {
         "filename": "text.onnx",
-        "head_size": text.get("head_dim") or text["hidden_size"] // heads,
+        "head_size": architecture.head_dim,
         "hidden_size": text["hidden_size"] * (1 + stacked),  # of inputs_embeds
-        "num_attention_heads": heads,
+        "num_attention_heads": text["num_attention_heads"],
         "num_hidden_layers": text["num_hidden_layers"],
         "num_key_value_heads": text["num_key_value_heads"],
         "inputs": {
@@ -215,13 +211,14 @@ _EMBEDDING = {
 
 def _vision(architecture: Architecture, processor: str) -> dict:
     """What genai has to know of vision.onnx."""
-    vision = architecture.config["vision_config"]
+    vision = architecture.vision
     return {
         "filename": "vision.onnx",
         "config_filename": processor,
         "spatial_merge_size": vision["spatial_merge_size"],
         "patch_size": vision["patch_size"],
-        "tokens_per_second": float(vision.get("tokens_per_second", 2)),  # Qwen3-VL has none
+        # Qwen3-VL has no such setting, and genai wants a number.
+        "tokens_per_second": float(vision.get("tokens_per_second", 2)),
         "inputs": {"pixel_values": "pixel_values", "image_grid_thw": "image_grid_thw"},
         "outputs": {"image_features": "image_features"},
     }

@@ -90,8 +90,7 @@ def _float_bytes(model: ModelPlan, width: int) -> int:
         size += width * next(tables, 0)
     if architecture.model_type not in TRACED:
         # mobius stores cosines and sines of every position. Traced graphs compute them.
-        head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        size += width * text["max_position_embeddings"] * head
+        size += width * text["max_position_embeddings"] * architecture.head_dim
     return size
 
 

@@ -24,8 +24,8 @@ class DecodedCheckpoint:
     def __init__(self, weights: Weights, folder: Path):
         self.path = folder  # with the config.json that the weights are for
         self.weights = weights
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        self.architecture = Architecture.of(config)
+        self.written_config = json.loads((folder / "config.json").read_text("utf-8"))
+        self.architecture = Architecture.of(self.written_config)
         self.tensors = {
             name: TensorInfo(name, weights.shape(name), "F32", "") for name in weights.names()
         }

@@ -19,9 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vlmq_export.errors import CheckpointError
 from vlmq_export.formats.proof.weights import Weights
-from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.architecture import Architecture, pretrained_config
 from vlmq_export.quantizer.model.streamed import model_class
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import Row
@@ -59,8 +58,8 @@ class Reference:
         self.seq_len = seq_len
         self.weights = Weights(artifact, source)
         self.folder = artifact / "source"
-        config = json.loads((self.folder / "config.json").read_text("utf-8"))
-        self.architecture = Architecture.of(config)
+        self._config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        self.architecture = Architecture.of(self._config)
         self.preprocessor = Preprocessor(self.folder)
         # Results are kept by id, and two rows of a file may have the same one.
         twice = {i for i, n in Counter(row.id for row in rows).items() if n > 1}
@@ -103,17 +102,10 @@ class Reference:
         """transformers' own class in float32, with the decoded weights.
 
         transformers converts the names as for any checkpoint of the hub. Raises CheckpointError if
-        config.json names no model class, and RuntimeError for a tensor that found no place.
+        it cannot read config.json, and RuntimeError for a tensor that found no place.
         """
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        try:
-            cls: Any = model_class(transformers, config.architectures)
-        except CheckpointError as e:
-            raise CheckpointError(
-                f"{self.folder}: {e}; copy it from the original model or update transformers"
-            ) from None
+        config = pretrained_config(self._config)
+        cls: Any = model_class(config)
         state = {name: torch.from_numpy(array) for name, array in self.weights.items()}
         model, info = cls.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True

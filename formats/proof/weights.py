@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.architecture import family_of
 from vlmq_export.quantizer.model.families import Family
 from vlmq_export.quantizer.model.rotation import changes
 
@@ -44,7 +44,7 @@ class Weights:
 
     def __init__(self, artifact: Path, source: Path | None = None):
         config = json.loads((artifact / "source" / "config.json").read_text("utf-8"))
-        family = Architecture.of(config).family
+        family = family_of(config)
         floats, layers = (
             sorted(artifact.glob(f"{kind}-*.safetensors")) for kind in ("float", "layer")
         )

@@ -19,6 +19,7 @@ from vlmq_export.quantizer.artifact.manifest import (
     layer_file,
 )
 from vlmq_export.quantizer.grids.linears import Linear
+from vlmq_export.quantizer.model.architecture import untied_config
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.storage.tensors import write_tensors
 from vlmq_export.quantizer.storage.whole_files import write_atomic, write_json
@@ -101,8 +102,8 @@ def write_source(folder: Path, checkpoint: Checkpoint, *, own_head: bool = False
     checkpoint.write_config(target / "config.json")
     for file in checkpoint.companions:
         shutil.copyfile(file, target / file.name)
-    config = checkpoint.architecture.untied().config
-    if own_head and config != checkpoint.config:
+    config = untied_config(checkpoint.written_config)
+    if own_head and config != checkpoint.written_config:
         write_json(target / "config.json", config)
 
 

@@ -1,12 +1,22 @@
-"""What config.json says of a model: its family, and the sizes that everything needs."""
+"""What config.json says of a model, as transformers resolves it, and the sizes everything needs.
+
+A config.json may leave out whatever its author left at the default of the class, and keys have
+moved between versions. Which value a key has is asked of transformers, and never decided here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from vlmq_export.errors import CheckpointError
-from vlmq_export.quantizer.model.families import FAMILIES, Family
+from vlmq_export.quantizer.model.families import FAMILIES, OTHER_LAYOUTS, Family
+from vlmq_export.quantizer.storage.untrusted import third_party
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MAX_LAYERS = 1000  # the deepest published models have under 130
 MAX_SIZE = 2**24  # of any other dimension: the longest contexts have 10 million positions
@@ -40,23 +50,21 @@ _SIZES = frozenset(
 class Architecture:
     """A model without its weights."""
 
-    config: dict  # the content of config.json
+    config: dict  # every setting that the class has, with its default where config.json has none
     family: Family
+    tied: bool  # whether the output matrix is the embedding
 
     @classmethod
     def of(cls, config: dict) -> Architecture:
-        """The architecture that a config.json states.
+        """The architecture that the content of a config.json states.
 
-        Raises CheckpointError for a family that is not supported, and for absurd sizes.
+        Raises CheckpointError for a family that is not supported, for absurd sizes, and for
+        settings that transformers refuses.
         """
-        model_type = str(config.get("model_type", "missing"))
-        if model_type not in FAMILIES:
-            known = ", ".join(sorted(FAMILIES))
-            raise CheckpointError(
-                f"model_type {model_type} in config.json is not supported; supported: {known}"
-            )
-        found = cls(config, FAMILIES[model_type])
-        for part in (config, found.text, config.get("vision_config") or {}):
+        resolved = pretrained_config(config).to_dict()
+        tied = bool(resolved.get("tie_word_embeddings"))
+        found = cls(resolved, family_of(config), tied)
+        for part in (found.text, found.vision):
             _check_sizes(part)
         return found
 
@@ -67,17 +75,22 @@ class Architecture:
 
     @cached_property
     def text(self) -> dict:
-        """The settings of the language model.
+        """The settings of the language model, whether config.json has them nested or flat."""
+        return self.config["text_config"]
 
-        They are nested, as transformers 5 saves them, or flat, as Qwen2-VL was published. Raises
-        CheckpointError where they are no object.
+    @cached_property
+    def vision(self) -> dict:
+        """The settings of the vision tower."""
+        return self.config["vision_config"]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head of the language model.
+
+        Not every class has a setting for it. The others divide the hidden size.
         """
-        text = self.config.get("text_config") or self.config
-        if not isinstance(text, dict):
-            raise CheckpointError(
-                "text_config in config.json is not an object; copy the file again"
-            )
-        return text
+        text = self.text
+        return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
 
     @cached_property
     def layers(self) -> int:
@@ -91,12 +104,6 @@ class Architecture:
         return layers
 
     @property
-    def tied(self) -> bool:
-        """Whether the output matrix is the embedding."""
-        inner = self.text.get("tie_word_embeddings", False)
-        return bool(self.config.get("tie_word_embeddings", inner))
-
-    @property
     def linears(self) -> list[str]:
         """Hub names of the decoder's linears, in the order in which they are solved."""
         return self.family.linear_names(self.layers)
@@ -106,10 +113,43 @@ class Architecture:
 
         A tied model becomes this once it is rotated, or once that matrix is quantized.
         """
-        config = self.config | {"tie_word_embeddings": False}
-        if isinstance(text := config.get("text_config"), dict):
-            config["text_config"] = text | {"tie_word_embeddings": False}
-        return Architecture(config, self.family)
+        return replace(self, config=untied_config(self.config), tied=False)
+
+
+def family_of(config: dict) -> Family:
+    """The family that a config.json names. Raises CheckpointError for one not supported."""
+    model_type = str(config.get("model_type", "missing"))
+    if model_type not in FAMILIES:
+        if other := OTHER_LAYOUTS.get(model_type):
+            raise CheckpointError(f"model_type {model_type} in config.json is {other}")
+        known = ", ".join(sorted(FAMILIES))
+        raise CheckpointError(
+            f"model_type {model_type} in config.json is not supported; supported: {known}"
+        )
+    return FAMILIES[model_type]
+
+
+def pretrained_config(config: dict) -> PretrainedConfig:
+    """transformers' own configuration of the content of a config.json.
+
+    Raises CheckpointError as `Architecture.of` does.
+    """
+    model_type = family_of(config).model_type
+    # Before transformers sees them: it makes lists that are as long as these numbers say.
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        _check_sizes({} if part is None else part)
+    with third_party("transformers cannot read config.json; copy it from the original model"):
+        from transformers import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))
+
+
+def untied_config(config: dict) -> dict:
+    """The content of a config.json with an output matrix that is not the embedding."""
+    config = config | {"tie_word_embeddings": False}
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = text | {"tie_word_embeddings": False}
+    return config
 
 
 def _check_sizes(settings: object) -> None:
@@ -118,7 +158,9 @@ def _check_sizes(settings: object) -> None:
     Loops and tables are as long as these numbers say.
     """
     if not isinstance(settings, dict):
-        raise CheckpointError("vision_config in config.json is not an object; copy the file again")
+        raise CheckpointError(
+            "text_config or vision_config in config.json is not an object; copy the file again"
+        )
     for key in _SIZES & settings.keys():
         most = MAX_LAYERS if key in ("depth", "num_hidden_layers") else MAX_SIZE
         for value in settings[key] if isinstance(settings[key], list) else [settings[key]]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from vlmq_export.errors import CheckpointError
-from vlmq_export.quantizer.model.architecture import Architecture
-from vlmq_export.quantizer.model.families import FAMILIES
+from vlmq_export.quantizer.model.architecture import Architecture, untied_config
+from vlmq_export.quantizer.model.families import COMPUTED, FAMILIES, Family
 from vlmq_export.quantizer.storage.tensors import (
     TensorInfo,
     count_non_finite,
@@ -26,10 +26,15 @@ from vlmq_export.quantizer.storage.tensors import (
     weight_map,
 )
 from vlmq_export.quantizer.storage.untrusted import contained, read_json
-from vlmq_export.quantizer.storage.whole_files import sha256_file
+from vlmq_export.quantizer.storage.whole_files import sha256_file, write_json
 
 log = logging.getLogger("vlmq_export")
 _PROBLEMS_SHOWN = 8
+# Keys of config.json under which quantizers leave their settings, and the parts that may have them.
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
+_PARTS = ("text_config", "vision_config")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_ROWS = 4096  # of a matrix that are compared at a time
 # The files beside the weights that a runtime needs. They are copied into every export as they are.
 COMPANIONS = (
     "generation_config.json",
@@ -61,23 +66,33 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{path}: no such model folder")
+        self._refuse_adapter()
         if not (self.path / "config.json").is_file():
-            raise CheckpointError(
-                f"{path}: no config.json in this folder; give a folder in the Hugging Face layout"
-            )
-        self.config: dict = read_json(self._contained("config.json"))
+            raise CheckpointError(f"{path}: no config.json in this folder; {_instead(self.path)}")
+        # As its author wrote it.
+        self.config: dict = _without_empty(read_json(self._contained("config.json")))
         self._refuse_quantized()
-        # transformers would load the model that the adapter names instead.
-        if (self.path / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"{path}: holds an adapter (adapter_config.json); merge it into the model first"
-            )
         self.tensors: dict[str, TensorInfo] = self._hub_names(self._index())  # by hub name
+
+    def _refuse_adapter(self) -> None:
+        """Raises CheckpointError for a LoRA, which is no model of its own.
+
+        transformers would load the model that it names instead.
+        """
+        file = self.path / "adapter_config.json"
+        if file.is_file():
+            base = read_json(self._contained(file.name)).get("base_model_name_or_path")
+            raise CheckpointError(
+                f"{self.path}: holds an adapter ({file.name}) of {base or 'another model'};"
+                " merge it first (in peft: merge_and_unload, then save_pretrained) and give the"
+                " merged folder"
+            )
 
     def _refuse_quantized(self) -> None:
         """Raises CheckpointError for a model that is quantized already."""
-        if "quantization_config" in self.config:
-            settings = self.config["quantization_config"]
+        nested = [v for k in _PARTS if isinstance(v := self.config.get(k), dict)]
+        found = [part[key] for part in (self.config, *nested) for key in _QUANTIZED if key in part]
+        for settings in found:
             known = settings if isinstance(settings, dict) else {}
             method = known.get("quant_method", "unknown")
             raise CheckpointError(
@@ -98,8 +113,39 @@ class Checkpoint:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What config.json says. Raises CheckpointError for a model that is not supported."""
-        return Architecture.of(self.config)
+        """What config.json says. Raises CheckpointError for a model that is not supported.
+
+        Where it ties the output matrix to the embedding, and the files have two matrices that
+        differ, the files are believed, as transformers believes them.
+        """
+        found = Architecture.of(self.config)
+        return found.untied() if found.tied and self._two_matrices(found.family) else found
+
+    def _two_matrices(self, family: Family) -> bool:
+        """Whether the files have an output matrix of other values than the embedding.
+
+        Weights are read where both matrices are there, and no more of them than are the same.
+        """
+        pair = f"{family.head}.weight", f"{family.embedding}.weight"
+        if not self.tensors.keys() >= {*pair}:
+            return False
+        head, embedding = (self.tensors[name] for name in pair)
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+            return True
+        starts = range(0, head.shape[0], _ROWS)
+        return not all(
+            torch.equal(*(self.tensor(n, range(i, min(i + _ROWS, head.shape[0]))) for n in pair))
+            for i in starts
+        )
+
+    @property
+    def written_config(self) -> dict:
+        """The config.json of what is made of this model.
+
+        It is the author's, but for what the files contradict.
+        """
+        contradicted = Architecture.of(self.config).tied and not self.architecture.tied
+        return untied_config(self.config) if contradicted else self.config
 
     def _index(self) -> dict[str, TensorInfo]:
         """name → TensorInfo over all shards, by the names in the files.
@@ -137,13 +183,15 @@ class Checkpoint:
             return files, listed
         if single.is_file():
             return [single.name], None
-        if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")):
+        if any(p.suffix in _PICKLED for p in self.path.iterdir()):
             raise CheckpointError(
-                f"{self.path}: only pickled weights here; convert to safetensors, we never unpickle"
+                f"{self.path}: only pickled weights here, which we never unpickle; if you trust"
+                " them, load the model in transformers and save_pretrained it as safetensors"
             )
-        raise CheckpointError(
-            f"{self.path}: no model.safetensors and no model.safetensors.index.json"
-        )
+        lost = f"{self.path}: no {single.name} and no {index_path.name}"
+        if shard := min((p.name for p in self.path.glob("*.safetensors")), default=""):
+            raise CheckpointError(f"{lost}, but {shard}; copy the index from the original model")
+        raise CheckpointError(f"{lost}; {_instead(self.path)}")
 
     def _read_headers(self, files: Sequence[str]) -> tuple[dict[str, TensorInfo], list[str]]:
         """name → TensorInfo over these files, and what is wrong with them, one line a problem."""
@@ -168,15 +216,15 @@ class Checkpoint:
     def _hub_names(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         """The same tensors by their published names, whichever version of transformers saved them.
 
-        Names of a family that is not supported are left alone. Raises CheckpointError for a tensor
-        that is there under two names.
+        Those that the model computes itself are left out. Names of a family that is not supported
+        are left alone. Raises CheckpointError for a tensor that is there under two names.
         """
         family = FAMILIES.get(self.model_type)
         if family is None:
             return tensors
-        hub_names = {name: family.hub_name(name) for name in tensors}
+        hub_names = {n: family.hub_name(n) for n in tensors if not n.endswith(COMPUTED)}
         named = {hub: replace(tensors[name], name=hub) for name, hub in hub_names.items()}
-        if len(named) < len(tensors):
+        if len(named) < len(hub_names):
             seen: set[str] = set()
             twice = next(n for n, hub in hub_names.items() if hub in seen or seen.add(hub))
             raise CheckpointError(
@@ -213,8 +261,14 @@ class Checkpoint:
         return value
 
     def write_config(self, target: Path) -> None:
-        """Write the config.json of the model whose weights `tensor` gives."""
-        shutil.copyfile(self.path / "config.json", target)
+        """Write the config.json of the model whose weights `tensor` gives.
+
+        It has the author's bytes, unless something in it is not true of these weights.
+        """
+        if self.written_config == read_json(self._contained("config.json")):
+            shutil.copyfile(self.path / "config.json", target)
+        else:
+            write_json(target, self.written_config)
 
     @cached_property
     def companions(self) -> list[Path]:
@@ -235,6 +289,29 @@ class Checkpoint:
         A run may only be resumed with a checkpoint of the same fingerprint.
         """
         return self._fingerprint
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder that holds no model."""
+    if any(folder.glob("*.gguf")):
+        return "from GGUF there is no way back, give the float model that it was made of"
+    # A folder of the hub's cache has its files in snapshots/REVISION.
+    below = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
+    if below:
+        return f"give {max(below, key=lambda p: p.stat().st_mtime).parent}"
+    return "give a folder in the Hugging Face layout, with config.json and safetensors"
+
+
+def _without_empty(config: dict) -> dict:
+    """The content of a config.json without settings of a quantizer that are null or empty.
+
+    Some tools leave them in float models. transformers and vLLM take the mere key for a model that
+    is quantized.
+    """
+    kept = {k: v for k, v in config.items() if k not in _QUANTIZED or v not in (None, {})}
+    return kept | {
+        key: _without_empty(part) for key in _PARTS if isinstance(part := kept.get(key), dict)
+    }
 
 
 def _disagreements(tensors: Mapping[str, TensorInfo], listed: Mapping[str, str]) -> list[str]:

@@ -22,6 +22,9 @@ DECODER_NORMS = (
     ("input_layernorm", DECODER_GROUPS[0]),
     ("post_attention_layernorm", DECODER_GROUPS[2]),
 )
+# Ends of the names of buffers that the models compute themselves. Some versions of transformers
+# saved them, and none reads them.
+COMPUTED = ("inv_freq", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Family:
     def head(self) -> str:
         """Hub name of the output matrix. Where it is tied, no tensor has that name."""
         return self.hub_name("lm_head.weight").removesuffix(".weight")
+
+    @property
+    def embedding(self) -> str:
+        """Hub name of the embedding of the tokens."""
+        return f"{self.layers.removesuffix('layers.')}embed_tokens"
 
     def module_name(self, name: str) -> str:
         """Name in the module tree of a tensor or module, whichever of its names is given."""
@@ -147,4 +155,13 @@ FAMILIES = {
         _LLAVA_ONEVISION,
         _INTERNVL,
     )
+}
+
+# model_type of files that have one of these models in its authors' own layout, which transformers
+# has no class for → what they are, and what to give in their place.
+OTHER_LAYOUTS = {
+    "internvl_chat": "InternVL in its authors' own layout; give the repository of the same model"
+    " whose name ends in -hf, such as OpenGVLab/InternVL3-1B-hf",
+    "llava_qwen": "LLaVA-OneVision in its authors' own layout; give the repository of the same"
+    " model under llava-hf, such as llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
 }

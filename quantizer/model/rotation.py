@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from vlmq_export.errors import CheckpointError
+from vlmq_export.quantizer.model.architecture import untied_config
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.families import DECODER_GROUPS, DECODER_NORMS, Family
 from vlmq_export.quantizer.storage.tensors import DTYPES, TensorInfo
@@ -100,12 +101,12 @@ class RotatedCheckpoint(Checkpoint):
         self.family, self.seed, self.online = source.family, seed, online
         text = source.text
         self.hidden, self.inner = int(text["hidden_size"]), int(text["intermediate_size"])
-        self.head_dim = int(text.get("head_dim") or self.hidden // int(text["num_attention_heads"]))
+        self.head_dim = source.head_dim
         self._outside = self.family.layers.removesuffix("layers.")
         self._head = self.family.hub_name("lm_head.weight")
         self._residual = Rotation.of(self.hidden, seed, _RESIDUAL)
         self._refuse()
-        self.config = source.untied().config
+        self.config = untied_config(self.source.config)
         names = [*self.tensors, *({self._head} - self.tensors.keys())]
         self.tensors = {name: self._info(name) for name in names}
 

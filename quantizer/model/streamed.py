@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from vlmq_export.errors import CheckpointError
-from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.architecture import Architecture, pretrained_config
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.fit import misfit
 from vlmq_export.quantizer.storage.tensors import TensorInfo
 from vlmq_export.quantizer.storage.untrusted import third_party
 
@@ -32,6 +33,9 @@ class WeightFiles(Protocol):
 
     @property
     def architecture(self) -> Architecture: ...
+
+    @property
+    def written_config(self) -> dict: ...  # the content of config.json
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...  # by hub name
@@ -56,30 +60,9 @@ class StreamedModel:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
         self._family = checkpoint.architecture.family
-        self._source = self._match()
-
-    def _match(self) -> dict[str, str]:
-        """Parameter of the model → hub name of its tensor in the checkpoint.
-
-        Raises CheckpointError where they do not fit together.
-        """
-        path = self.checkpoint.path
-        source = {self._family.module_name(name): name for name in self.checkpoint.tensors}
-        wanted = dict(self.model.named_parameters(remove_duplicate=False))
-        # Without duplicates: a tied output matrix may be missing.
-        absent = [name for name, _ in self.model.named_parameters() if name not in source]
-        wrong = sorted([*absent, *(hub for name, hub in source.items() if name not in wanted)])
-        if wrong:
-            raise CheckpointError(
-                f"{path}: {len(wrong)} tensors do not fit the model, first {wrong[0]}"
-            )
-        for name, hub in source.items():
-            found, expected = self.checkpoint.info(hub).shape, tuple(wanted[name].shape)
-            if found != expected:
-                raise CheckpointError(
-                    f"{path}: {hub} has shape {found} where config.json asks for {expected}"
-                )
-        return source
+        _refuse_misfit(checkpoint, self.model)
+        # Parameter of the model → hub name of its tensor.
+        self._source = {self._family.module_name(name): name for name in checkpoint.tensors}
 
     def layer(self, index: int) -> nn.Module:
         """A decoder layer, which has no weights unless it is filled."""
@@ -130,10 +113,6 @@ class StreamedModel:
     @property
     def _head(self) -> str:
         """Hub name of the output matrix's tensor, which is the embedding where they are tied."""
-        # A rotated checkpoint has an output matrix of its own, although transformers made the model
-        # from the config.json of the source, where it may be tied.
-        if not self.checkpoint.architecture.tied and self._source.get("lm_head.weight"):
-            return self._source["lm_head.weight"]
         weight = self.model.get_output_embeddings().weight
         return self._source[next(n for n, p in self.model.named_parameters() if p is weight)]
 
@@ -191,25 +170,37 @@ def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     }
 
 
+def refuse_misfit(checkpoint: Checkpoint | WeightFiles) -> None:
+    """Raises CheckpointError for tensors that are not those of the model in config.json.
+
+    The message says which are missing, which are too many or of another shape, and what to do.
+    """
+    _refuse_misfit(checkpoint, _empty_model(checkpoint))
+
+
+def _refuse_misfit(checkpoint: Checkpoint | WeightFiles, model: PreTrainedModel) -> None:
+    """The same, against a model that is made already."""
+    family, own = checkpoint.architecture.family, {n for n, _ in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    problem = misfit(
+        {name: info.shape for name, info in checkpoint.tensors.items()},
+        {family.hub_name(name): tuple(p.shape) for name, p in every.items()},
+        head=f"{family.head}.weight",
+        tied={family.hub_name(name) for name in every if name not in own},
+    )
+    if problem:
+        raise CheckpointError(f"{checkpoint.path}: {problem}")
+
+
 def _empty_model(checkpoint: Checkpoint | WeightFiles) -> PreTrainedModel:
     """The model in float32, its parameters without storage. Raises CheckpointError."""
-    cls, config = _class_of(checkpoint)
+    config = pretrained_config(checkpoint.written_config)
     with (
         _parameters_on_meta(),
         third_party(f"{checkpoint.path}: transformers cannot make this model"),
     ):
+        cls = model_class(config)
         return cls._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-
-
-def _class_of(
-    checkpoint: Checkpoint | WeightFiles,
-) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """transformers' class and config of a checkpoint. Raises CheckpointError."""
-    import transformers
-
-    with third_party(f"{checkpoint.path}: transformers cannot load this model"):
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    return model_class(transformers, config.architectures), config
 
 
 @contextmanager
@@ -240,14 +231,15 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     """
     import transformers
 
-    cls, _ = _class_of(checkpoint)
+    config = pretrained_config(checkpoint.written_config)
     with (
         _no_progress_bar(transformers),
         third_party(f"{checkpoint.path}: transformers cannot load this model"),
     ):
         # With output_loading_info it returns a pair, which its annotation does not say.
-        loaded: Any = cls.from_pretrained(
+        loaded: Any = model_class(config).from_pretrained(
             checkpoint.path,
+            config=config,
             dtype=torch.float32,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -261,18 +253,20 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     return model.to(device).eval().requires_grad_(False)
 
 
-def model_class(transformers: Any, architectures: object) -> type[PreTrainedModel]:
-    """The class that config.json names in `architectures`.
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class of a family's whole model, with its output matrix.
 
-    Raises CheckpointError unless it is one of transformers' own models.
+    `model_type` decides. What stands in `architectures` is the class that somebody saved, which may
+    be one without an output matrix. Raises CheckpointError where transformers has no such class.
     """
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    try:
+        return cast(Any, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[type(config)]
+    except KeyError:
         raise CheckpointError(
-            f"config.json names no model class of transformers {transformers.__version__} ({name})"
-        )
-    return cls
+            f"transformers has no model with images and text for model_type {config.model_type}"
+        ) from None
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def quantize(
     folder: Path,
     *,
     name: str,
-    origin: tuple[str, str] = ("", ""),
+    hub: tuple[str, str] = ("", ""),
     calibration: dict,
     device: str = "auto",
     resume: bool = False,
@@ -82,7 +82,7 @@ def quantize(
 ) -> None:
     """Write the artifact of `checkpoint` into `folder`. A folder with a manifest is whole.
 
-    name, origin: of the model, for the manifest; origin is repository and revision on the hub.
+    name, hub: of the model, for the manifest; its repository on the hub and the revision.
     calibration: what the manifest says of the samples.
     resume: layers that are on disk are not solved again. The folder ends with the bytes of a run
         that was never stopped, given the same device and the same number of threads and of ranks.
@@ -123,7 +123,7 @@ def quantize(
             _solve_head(run, batches)
     progress("quantize", job.layers, job.layers)
     if ranks.first:
-        _publish(run, (name, *origin), _described(run, calibration, samples, lost), outer)
+        _publish(run, (name, *hub), _described(run, calibration, samples, lost), outer)
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ class Tile:
     def __init__(self, processor: Any, config: dict, newline: int):  # Family.newline
         vision = config["vision_config"]
         self.processor = processor  # transformers' image processor of the model
-        self.side = _first(vision.get("image_size", 384))  # pixels
-        patches = self.side // _first(vision.get("patch_size", 14))
+        self.side = _first(vision["image_size"])  # pixels
+        patches = self.side // _first(vision["patch_size"])
         self.each = round((patches * config.get("downsample_ratio", 1)) ** 2) + newline  # tokens
 
     def size(self, size: Size, most: int | None = None) -> Size:

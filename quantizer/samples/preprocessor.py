@@ -34,8 +34,8 @@ class Preprocessor:
     """
 
     def __init__(self, folder: Path):
-        self.config = read_json(folder / "config.json")
-        self.family = Architecture.of(self.config).family
+        architecture = Architecture.of(read_json(folder / "config.json"))
+        self.config, self.family = architecture.config, architecture.family
         self.tokenizer: Any = load_tokenizer(folder)
         self.image_processor = load_image_processor(folder)
         self.tokenizer.chat_template = _chat_template(folder, self.tokenizer)

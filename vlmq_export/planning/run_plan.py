@@ -97,8 +97,7 @@ def shapes_of(model: ModelPlan) -> Shapes:
     A matrix with a row for every token of the vocabulary does not count: it is never held whole.
     """
     family, text = model.architecture.family, model.architecture.text
-    layers, heads = model.architecture.layers, text.get("num_attention_heads")
-    rows = text.get("vocab_size")
+    layers, rows = model.architecture.layers, text["vocab_size"]
     vocabulary = (rows,)
     decoder = [x for x in model.linears if x.name.startswith(family.layers)]
     outside = [t for t in model.floats if not t.name.startswith(family.layers)]
@@ -106,7 +105,7 @@ def shapes_of(model: ModelPlan) -> Shapes:
     return Shapes(
         layers=layers,
         hidden=decoder[0].in_features,
-        heads=heads if isinstance(heads, int) else 1,
+        heads=text["num_attention_heads"],
         linears=tuple((x.out_features, x.in_features) for x in decoder[: len(decoder) // layers]),
         groups=tuple(len(group) for group in family.groups),
         prefix=sum(t.numel for t in outside if t.shape[:1] != vocabulary),
@@ -122,8 +121,8 @@ def _pixels(config: dict) -> int:
     They are the pixels, in three colours, of the patches that are merged into the token, each patch
     in all its frames.
     """
-    vision = config.get("vision_config", {})
-    patch, frames = vision.get("patch_size", 14), vision.get("temporal_patch_size", 1)
+    vision = config["vision_config"]
+    patch, frames = vision["patch_size"], vision.get("temporal_patch_size", 1)
     side = patch[0] if isinstance(patch, list) else patch
     merged = vision.get("spatial_merge_size", round(1 / config.get("downsample_ratio", 1)))
     return 3 * frames * (side * merged) ** 2

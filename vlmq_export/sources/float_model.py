@@ -17,6 +17,7 @@ from vlmq_export.quantizer.arithmetic import pick_device
 from vlmq_export.quantizer.host import free_memory
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.rotation import rotated
+from vlmq_export.quantizer.model.streamed import refuse_misfit
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.run.resume import RUN
@@ -50,6 +51,7 @@ class FloatModel(Source):
         return recipe.with_native_types()
 
     def plan(self, recipe: Recipe) -> RunPlan:
+        refuse_misfit(self.checkpoint)
         checkpoint = rotated(self.checkpoint, recipe.rotate, recipe.seed)
         model = model_plan(checkpoint, recipe.quant_config(), self.origin.name)
         if recipe.gguf_type is not None:
@@ -97,7 +99,7 @@ class FloatModel(Source):
             plan.model.config,
             folder,
             name=plan.model.name,
-            origin=(self.origin.repository, self.origin.revision),
+            hub=(self.origin.repository, self.origin.revision),
             calibration=filling.calibration.described,
             device=recipe.device,
             resume=filling.resume,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from vlmq_export import bundled
@@ -43,8 +44,10 @@ def locate_model(model: str | None, *, download: bool = True) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"{model}: no such model folder")
+    if path.exists():
+        raise CheckpointError(f"{model}: is a file, and a model is a folder; {_instead(path)}")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such model folder{_meant(model)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -58,8 +61,26 @@ def locate_model(model: str | None, *, download: bool = True) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         first = str(e).strip().splitlines()[0]
         raise CheckpointError(
-            f"{model}: neither a local folder nor to be had from the hub ({first})"
+            f"{model}: neither a local folder nor to be had from the hub ({first}){_meant(model)}"
         ) from None
+
+
+def _instead(file: Path) -> str:
+    """What to give in place of a single file."""
+    if file.suffix == ".gguf":
+        return "from GGUF there is no way back, give the float model that it was made of"
+    return f"give {file.parent}"
+
+
+def _meant(model: str) -> str:
+    """A guess at what a name that leads nowhere was meant to be; empty without one."""
+    if "huggingface.co/" in model:
+        name = "/".join(model.partition("huggingface.co/")[2].split("/")[:2])
+        return f"; a repository of the hub is given as {name}"
+    path = Path(model).expanduser()
+    there = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, there, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def same_source(model: str | None, artifact: Artifact) -> Path | None:

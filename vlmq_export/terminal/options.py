@@ -84,7 +84,7 @@ LongImages = Annotated[str | None, _option(_LONG_IMAGES, choices="long_images")]
 _SEED = "Draws the samples where the file has more rows.  [default: 0]"
 Seed = Annotated[int | None, _option(_SEED)]
 _SKIP_BAD_ROWS = "Leave bad rows out, up to this share of a file: 0.05.  [default: 0]"
-SkipBadRows = Annotated[float | None, _option(_SKIP_BAD_ROWS, panel="Calibration")]
+SkipBadRows = Annotated[float | None, _option(_SKIP_BAD_ROWS)]
 
 # -- the proof -------------------------------------------------------------------------------------
 _VERIFY = "Prove the files in their runtimes.  [default: verify]"

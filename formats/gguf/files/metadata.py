@@ -243,7 +243,8 @@ def _special(
     name = f"{key}_token_id"
     found = getattr(loaded, name, None)
     if found is None:
-        found = architecture.text.get(name, architecture.config.get(name))
+        nested, outer = architecture.text.get(name), architecture.config.get(name)
+        found = outer if nested is None else nested
     found = found[0] if isinstance(found, list) else found
     return found if found is not None and 0 <= found < rows else None
 

@@ -311,9 +311,9 @@ _LLAVA_ONEVISION = VisionGraph(
     _siglip_tower(),
     sizes=_VIT_SIZES,
     fixed={
+        "model_type": "siglip_vision_model",
         "hidden_act": "gelu_pytorch_tanh",
         "num_channels": 3,
-        "model_type": "siglip_vision_model",
     },
     top_fixed={
         "vision_feature_layer": -1,

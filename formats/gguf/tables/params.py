@@ -1,8 +1,7 @@
 """The hyperparameters that llama.cpp needs, from the config.json of a Hugging Face model.
 
-The settings of the language model may be nested, as transformers 5 saves them, or flat, as Qwen2-VL
-was published. Settings that llama.cpp's graphs of these families cannot express are refused here.
-llama.cpp would load the file, say nothing, and compute something else.
+Settings that llama.cpp's graphs of these families cannot express are refused here. llama.cpp would
+load the file, say nothing, and compute something else.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from vlmq_export.formats.gguf.tables.graphs import (
     VisionGraph,
     VisionParams,
 )
-from vlmq_export.formats.model_plan import decoder_attention, resolved_config
+from vlmq_export.formats.model_plan import decoder_attention
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.samples.companions import image_settings
 
@@ -46,7 +45,7 @@ def text_params(architecture: Architecture) -> TextParams:
             f"config.json: {min(other)} in layer_types; llama.cpp's {graph.arch} has only"
             " full_attention"
         )
-    rope = resolved_config(architecture).get_text_config().rope_parameters
+    rope = text["rope_parameters"]
     try:
         params = _text_params(architecture, graph, vision, rope)
     except KeyError as e:
@@ -61,22 +60,23 @@ def _text_params(
     architecture: Architecture, graph: TextGraph, vision: VisionGraph, rope: dict
 ) -> TextParams:
     """The sizes as config.json has them. Raises KeyError for one that is missing."""
-    config, text = architecture.config, architecture.text
+    text = architecture.text
     heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
+    head_dim = architecture.head_dim if graph.head_keys else hidden // heads
     return TextParams(
         graph,
-        head_dim=int((graph.head_keys and text.get("head_dim")) or hidden // heads),
+        head_dim=head_dim,
         sections=tuple(int(n) for n in rope["mrope_section"]) if graph.sections else (),
         layers=int(text["num_hidden_layers"]),
         hidden=hidden,
         feed_forward=int(text["intermediate_size"]),
         heads=heads,
-        kv_heads=int(text.get("num_key_value_heads") or heads),
+        kv_heads=int(text["num_key_value_heads"]),
         vocabulary=int(text["vocab_size"]),
         context=int(text["max_position_embeddings"]),
         rms_eps=float(text["rms_norm_eps"]),
         rope_theta=float(rope["rope_theta"]),
-        stacked=len((config.get("vision_config") or {}).get(vision.stacked) or ()),
+        stacked=len(architecture.vision.get(vision.stacked) or ()),
         tied=architecture.tied,
     )
 
@@ -108,8 +108,7 @@ def vision_params(architecture: Architecture) -> VisionParams:
     Raises FormatError for a setting that is missing or that llama.cpp cannot express.
     """
     _, graph = graphs_of(architecture)
-    config = architecture.config
-    vision = config.get("vision_config") or {}
+    config, vision = architecture.config, architecture.vision
     try:
         sizes = _vision_sizes(vision, graph)
         out = int(vision[graph.out]) if graph.out else int(architecture.text["hidden_size"])
@@ -133,8 +132,7 @@ def vision_params(architecture: Architecture) -> VisionParams:
         positions=positions,
         window_pattern=window,
         stacked=tuple(int(i) for i in vision.get(graph.stacked) or ()),
-        # 1e-6 is transformers' default.
-        eps=graph.eps if isinstance(graph.eps, float) else float(vision.get(graph.eps, 1e-6)),
+        eps=graph.eps if isinstance(graph.eps, float) else float(vision[graph.eps]),
     )
     if params.feed_forward == params.hidden and not graph.square_mlp:
         raise FormatError(

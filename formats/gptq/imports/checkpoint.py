@@ -292,7 +292,7 @@ def write_artifact(
     (folder / "source").mkdir(parents=True)
     for file in checkpoint.companions:
         shutil.copyfile(file, folder / "source" / file.name)
-    write_json(folder / "source" / "config.json", checkpoint.config)
+    write_json(folder / "source" / "config.json", checkpoint.written_config)
     config = checkpoint.quant_config
     taken = {f"{n}.{part}" for n in checkpoint.linears for part in ("weight", "bias")}
     write_floats(folder, checkpoint, [t for t in checkpoint.tensors if t not in taken])

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 import torch
 
 from vlmq_export.errors import CheckpointError, VlmqError
-from vlmq_export.formats.model_plan import decoder_attention, resolved_config
-from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.formats.model_plan import decoder_attention
+from vlmq_export.quantizer.model.architecture import Architecture, pretrained_config
 
 # Families whose graphs are traced by torch.onnx (traced.py). mobius makes those of the others.
 TRACED = ("qwen3_vl", "llava_onevision", "internvl")
@@ -34,7 +34,7 @@ def graph_refusals(architecture: Architecture) -> list[str]:
     from vlmq_export.formats.onnx.graphs.traced import Parts
 
     try:
-        Parts.of(resolved_config(architecture), torch.float32)
+        Parts.of(pretrained_config(architecture.config), torch.float32)
     except VlmqError as e:
         return [str(e)]
     return []

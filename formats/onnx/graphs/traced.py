@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from vlmq_export.errors import CheckpointError, FormatError
-from vlmq_export.formats.model_plan import resolved_config
 from vlmq_export.formats.onnx.graphs.edit import IR_VERSION, cast_output, rename
 from vlmq_export.formats.onnx.graphs.traced_text import OPSET, Embedding, Example, Text
 from vlmq_export.formats.onnx.graphs.traced_vision import InternVision, LlavaOnevision, Qwen3Vision
-from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.architecture import pretrained_config
+from vlmq_export.quantizer.model.families import FAMILIES
 from vlmq_export.quantizer.model.streamed import model_class
 from vlmq_export.quantizer.storage.untrusted import read_json
 
@@ -53,8 +53,7 @@ class Parts:
 
         Raises FormatError for what the modules cannot express.
         """
-        family = Architecture.of(config.to_dict()).family
-        whole = _model_class(config)
+        family, whole = FAMILIES[config.model_type], _model_class(config)
 
         def dtype_of(name: str) -> torch.dtype:
             return torch.float32 if family.is_vision(family.hub_name(name)) else dtype
@@ -79,10 +78,8 @@ class Parts:
 
 def _model_class(config: Any) -> Any:
     """The class of the whole model. Raises FormatError for one that transformers does not have."""
-    import transformers
-
     try:
-        return model_class(transformers, config.architectures)
+        return model_class(config)
     except CheckpointError as e:
         raise _unknown(config, e) from None
 
@@ -102,7 +99,7 @@ def float_graphs(
     source: Path, known: Collection[str], dtype: ir.DataType = ir.DataType.FLOAT
 ) -> dict[str, ir.Model]:
     """The three graphs of the model in `source`. Arguments, result and errors are build.py's."""
-    config = resolved_config(Architecture.of(read_json(source / "config.json")))
+    config = pretrained_config(read_json(source / "config.json"))
     half = dtype == ir.DataType.FLOAT16
     parts = Parts.of(config, torch.float16 if half else torch.float32)
     graphs = {

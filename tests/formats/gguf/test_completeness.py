@@ -22,7 +22,7 @@ from vlmq_export.formats.gguf.files.parse import ARRAY
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.quantizer.artifact.read import Artifact
-from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.architecture import Architecture, untied_config
 
 gguf = FORMATS["gguf"]
 # Beginnings of the keys whose absence need not be reported.
@@ -136,9 +136,10 @@ def test_completeness_sees_other_shapes_types_and_tensors_that_do_not_belong(ggu
     assert problems == [
         "tensor token_embd.weight has shape (256, 384) where config.json says (384, 256)"
     ]
-    untied = {**config, "tie_word_embeddings": False}
-    assert complete(text, layout_of(untied)) == ["tensor output.weight is missing"]
-    fewer = {**config, "text_config": {**config["text_config"], "num_hidden_layers": 5}}
+    own_head = layout_of(untied_config(config))
+    assert complete(text, own_head) == ["tensor output.weight is missing"]
+    five = {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
+    fewer = {**config, "text_config": {**config["text_config"], **five}}
     problems = complete(text, layout_of(fewer))
     assert any("blk.5.attn_q.bias belongs to no part" in p for p in problems)
     # the tower of Qwen2-VL has quick-GELU, for which neither clip.use_silu nor clip.use_gelu is set

@@ -233,7 +233,7 @@ REFUSED = {
     "a yes": (quantization(group_size=True), "group_size True is not"),
     "odd group": (quantization(group_size=96), "does not divide the 256 inputs"),
     "odd rules": (quantization(dynamic=[["+:x"]]), "a grid of their own"),
-    "no layers": (without_layer_count, "num_hidden_layers"),
+    "no layers": (without_layer_count, "model.layers.2.self_attn.q_proj"),
     "other group": (quantization(group_size=64), "its grid asks for"),
     "other version": (quantization(checkpoint_format="gptq_v2"), "v1 and v2 may be confused"),
     "a float linear": (without(f"{UP}.qweight"), "mlp.up_proj is not quantized"),
