@@ -93,14 +93,17 @@ def _with_pillow(auto: Any, folder: Path) -> Any:
 
     Without torchvision, some versions of transformers (5.17) export a stand-in under that name,
     which raises ImportError whatever it is asked. The module that defines the class has it all the
-    same.
+    same. Where that one finds no processor either (5.4), the first error names what is missing.
     """
     try:
         return auto.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except ImportError:
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    except ImportError as missing:
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor as Own
 
-        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        try:
+            return Own.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        except ValueError:
+            raise missing from None
 
 
 @dataclass(frozen=True)

@@ -181,3 +181,9 @@ class _StandIn(type):
 def test_the_processor_is_found_behind_a_stand_in_for_it(preprocessor):
     found = _with_pillow(_StandIn("AutoImageProcessor", (), {}), REFERENCE_VLM)
     assert type(found) is type(preprocessor.image_processor)
+
+
+def test_without_any_processor_the_missing_package_is_named(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "None"}')
+    with pytest.raises(ImportError, match="Torchvision"):
+        _with_pillow(_StandIn("AutoImageProcessor", (), {}), tmp_path)
