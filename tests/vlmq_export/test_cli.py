@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.artifacts import GRIDS, rtn_artifact
+from tests.artifacts import GRIDS, edit, rtn_artifact
 from vlmq_export import bundled
 from vlmq_export.cli import app
 from vlmq_export.recipes.recipe_file import load_recipe
@@ -80,8 +80,8 @@ def test_a_truncated_model_is_named(model, tmp_path):
 def test_a_missing_processor_file_is_named(model, tmp_path):
     (model / "preprocessor_config.json").unlink()
     flags = ("--format", "gguf", "--calibration", bundled.CALIBRATION, "--out", tmp_path / "out")
-    err = refused(model, *flags, code=1)
-    assert "preprocessor_config.json" in err
+    err = refused(model, *flags, code=2)
+    assert "preprocessor_config.json" in err and not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_that_exists_is_left_alone(tmp_path):
@@ -251,3 +251,14 @@ def test_a_full_disk_is_one_line_and_leaves_a_run_to_resume(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "replace", replace)
     code, _, err = call(*arguments, "--resume")
     assert code == 0, err
+
+
+def test_a_dry_run_says_what_a_writer_would_miss(model, tmp_path):
+    """The tokenizer is read for the plan, and not when the whole model is quantized."""
+    change = {"pre_tokenizer": {"type": "Whitespace"}}
+    edit(model / "tokenizer.json", lambda j: j.update(change))
+    _, out, err = call(model, "--format", "gguf", "--out", tmp_path / "out", "--dry-run")
+    assert "pre-tokenizer" in out + err and "Whitespace" in out + err
+    assert not (tmp_path / "out").exists()
+    err = refused(model, "--format", "gguf", "--out", tmp_path / "out", code=2)
+    assert "Whitespace" in err and not (tmp_path / "out").exists()
