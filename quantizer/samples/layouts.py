@@ -121,10 +121,13 @@ def _questions(raw: dict) -> list[Turn]:
         if isinstance(more, str) and more:
             question = f"{question}\n{more}"
         turns: list[Turn] = []
-        for pair in raw.get("history") or []:  # earlier questions and their answers
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise ValueError("a history that is no list of pairs")
-            turns += [("user", pair[0]), ("assistant", pair[1])]
+        history = raw.get("history") or []  # earlier questions and their answers
+        if not isinstance(history, list) or any(
+            not isinstance(pair, list) or len(pair) != 2 for pair in history
+        ):
+            raise ValueError("a history that is no list of pairs")
+        for earlier, said in history:
+            turns += [("user", earlier), ("assistant", said)]
         turns.append(("user", question))
         said = next((raw[key] for key in answers if raw.get(key) is not None), None)
         if (answer := _answer(said)) is not None:
@@ -139,7 +142,6 @@ def _answer(value: Any) -> str | None:
         value = value[0] if value else None
     if isinstance(value, dict):
         value = value.get("answer", value.get("text"))
-        return _answer(value)
     return str(value) if isinstance(value, int | float) else value
 
 

@@ -239,6 +239,7 @@ def test_a_video_is_its_frames_in_order(folder):
         ({"image": "a.png", "messages": turns("no placeholder")}, "0 image placeholders for 1"),
         ({"messages": turns({"type": "image"}, TEXT)}, "1 image placeholders for 0 images"),
         ({"image": 3, "question": "What?"}, "image 1 of row 0 is no path but 3 (int)"),
+        ({"query": "x", "history": 1}, "a history that is no list of pairs"),
         ({"text": "words", "label": 1}, "(its keys: text, label)"),
     ],
 )
