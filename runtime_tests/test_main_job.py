@@ -70,6 +70,11 @@ def test_the_bundled_model_is_proven_in_all_three_runtimes(out):
     assert shares and shares[0]["compared"] == 256
     for name in ("artifact", "gptq", "onnx", "gguf", "report.html", "README.md", "recipe.yaml"):
         assert (out / name).exists()
+    fidelity = json.loads((out / "fidelity.json").read_text())
+    assert fidelity["verdict"] == "close" and fidelity["rows"] == fidelity["answers"] == 32
+    assert 0 < fidelity["kl"] < 0.01 and len(fidelity["examples"]) == 6
+    report = (out / "report.html").read_text()
+    assert report.count("data:image/jpeg") == 6 and "close to the source" in report
     assert checksums.changed_files(out) == []
     assert not list(out.glob(".*"))
 

@@ -229,6 +229,7 @@ def _present(result: Result, as_json: bool) -> int:
                 "formats": formats,
                 "seconds": result.seconds,
                 "verified": None if result.parity is None else result.verified,
+                "fidelity": result.fidelity,
                 "parity": result.parity,
             }
         )

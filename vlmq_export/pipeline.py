@@ -70,8 +70,10 @@ def run(
             _write_formats(recipe, result, callbacks)
             if recipe.verify:
                 with result.timed("verify"):
-                    result.parity = prove(out, recipe, rows, source.floats, callbacks)
-            describe(out, recipe, result)
+                    result.parity, result.fidelity = prove(
+                        out, recipe, rows, source.floats, callbacks
+                    )
+            describe(out, recipe, result, rows)
     return result
 
 

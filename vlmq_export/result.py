@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmq_export.planning.run_plan import RunPlan
+    from vlmq_export.proving.fidelity import Fidelity
     from vlmq_export.proving.parity import Parity
 
 
@@ -21,6 +22,7 @@ class Result:
     out: Path  # the output folder
     plan: RunPlan  # what was to be done
     parity: Parity | None = None  # None: the files were not verified
+    fidelity: Fidelity | None = None  # None: the model was not compared with its source
     notes: dict[str, list[str]] = field(default_factory=dict)  # format → lines for log and card
     seconds: dict[str, float] = field(default_factory=dict)  # stage → wall time
 

@@ -30,6 +30,7 @@ from vlmq_export.quantizer.samples.sample import Sample
 # and in the model. It is held once more in the runtime. All three are float32.
 _WHOLE_MODEL_BYTES = 3 * 4
 
+ANSWER = 16  # most tokens of a greedy answer
 Verdict = Literal["same", "tie", "other"]  # of a greedy answer
 
 
@@ -157,28 +158,11 @@ class Reference:
         )
         return ids.numpy()
 
-    def answer(self, prompt: Sample, limit: int = 16) -> list[int]:
+    def answer(self, prompt: Sample, limit: int = ANSWER) -> list[int]:
         """Greedy token ids, at most `limit`, up to and without the stop token."""
         if prompt.id not in self._answers:
-            ids = self._generate(prompt, limit)
-            new = ids[0, len(prompt.input_ids) :].tolist()
-            end = next((i for i, t in enumerate(new) if t in self.stop_ids), len(new))
-            self._answers[prompt.id] = new[:end]
+            self._answers[prompt.id] = greedy_answer(self.model, prompt, self.stop_ids, limit)
         return self._answers[prompt.id]
-
-    @torch.no_grad()
-    def _generate(self, prompt: Sample, limit: int, **options: Any) -> Any:
-        """What transformers' greedy search returns after at most `limit` tokens."""
-        stop = sorted(self.stop_ids)
-        return self.model.generate(
-            **prompt.model_inputs(),
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=stop,
-            pad_token_id=stop[0],
-            **options,
-        )
 
     def judge(self, prompt: Sample, answer: list[int], gate: float, limit: int = 16) -> Verdict:
         """How a runtime's greedy answer compares with the reference's.
@@ -193,7 +177,8 @@ class Reference:
         if answer == own:
             return "same"
         at = next(i for i in count() if own[i : i + 1] != answer[i : i + 1])
-        out = self._generate(prompt, at + 1, output_logits=True, return_dict_in_generate=True)
+        told = {"output_logits": True, "return_dict_in_generate": True}
+        out = _generate(self.model, prompt, self.stop_ids, at + 1, **told)
         logits = out.logits[at][0].double()
         # An answer that is over at this place went on with a stop token.
         stop = sorted(self.stop_ids)
@@ -219,3 +204,30 @@ class Reference:
             for m, value in zip(norms, before):
                 m.variance_epsilon = value
             self._logits, self._answers = kept, answers
+
+
+def greedy_answer(
+    model: Any, prompt: Sample, stop_ids: frozenset[int], limit: int = ANSWER
+) -> list[int]:
+    """Greedy token ids of a transformers model, at most `limit`, without the stop token."""
+    ids = _generate(model, prompt, stop_ids, limit)
+    new = ids[0, len(prompt.input_ids) :].tolist()
+    end = next((i for i, t in enumerate(new) if t in stop_ids), len(new))
+    return new[:end]
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, prompt: Sample, stop_ids: frozenset[int], limit: int, **options: Any
+) -> Any:
+    """What transformers' greedy search returns after at most `limit` tokens."""
+    stop = sorted(stop_ids)
+    return model.generate(
+        **prompt.model_inputs(),
+        max_new_tokens=limit,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=stop,
+        pad_token_id=stop[0],
+        **options,
+    )

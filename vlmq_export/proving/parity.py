@@ -169,10 +169,14 @@ def forget_places(checks: list[Check], *folders: Path | None) -> None:
     Rows quote error messages. A report that is passed on should not say where on this machine the
     files were.
     """
+    for c in checks:
+        c.detail, c.worst = (without_places(text, *folders) for text in (c.detail, c.worst))
+
+
+def without_places(text: str, *folders: Path | None) -> str:
+    """The text without the paths of these folders, of the home folder and of the temporary one."""
     known = [f for f in (*folders, Path(tempfile.gettempdir()), Path.home()) if f is not None]
     places = {str(p) for f in known for p in (f.absolute(), f.resolve())} - {"/"}
-    for c in checks:
-        for place in sorted(places, key=len, reverse=True):
-            c.detail, c.worst = (
-                text.replace(f"{place}/", "").replace(place, "…") for text in (c.detail, c.worst)
-            )
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(f"{place}/", "").replace(place, "…")
+    return text

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from vlmq_export.callbacks import Callbacks
-from vlmq_export.errors import ArtifactError, UsageError
+from vlmq_export.errors import ArtifactError, UsageError, VlmqError
 from vlmq_export.formats.model_plan import artifact_plan
 from vlmq_export.formats.proof.checks import Check, CheckSettings
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.output import checksums
 from vlmq_export.planning.run_plan import plan_run
+from vlmq_export.proving.beside_source import float_source, measure
+from vlmq_export.proving.fidelity import FIDELITY_FILE, Fidelity
 from vlmq_export.proving.held_out import held_out_again
 from vlmq_export.proving.parity import PARITY_FILE, Parity, check_formats, forget_places
 from vlmq_export.quantizer.arithmetic import pick_device
@@ -25,11 +29,13 @@ from vlmq_export.report import page
 from vlmq_export.result import Result
 from vlmq_export.sources.locate import same_source
 
+SCRATCH = ".fidelity.tmp"  # folder of activations that rest on disk
+
 
 def verify_folder(
     out: Path, verify_data: Path | None, image_root: Path | None, callbacks: Callbacks
 ) -> Result:
-    """Run the parity checks again on what an earlier run wrote.
+    """Run the parity checks again on what an earlier run wrote, and measure fidelity again.
 
     Raises UsageError for a folder that no run of ours wrote.
     """
@@ -43,8 +49,8 @@ def verify_folder(
     floats = same_source(recipe.model, artifact)
     changed = checksums.changed_files(out)
     with result.timed("verify"):
-        result.parity = prove(out, recipe, rows, floats, callbacks, changed)
-    describe(out, recipe, result)
+        result.parity, result.fidelity = prove(out, recipe, rows, floats, callbacks, changed)
+    describe(out, recipe, result, rows)
     return result
 
 
@@ -55,8 +61,11 @@ def prove(
     floats: Path | None,  # the source's own float weights
     callbacks: Callbacks,
     changed: list[str] | None = None,  # files that are not as they were written; None: not known
-) -> Parity:
-    """Run every format's checks against the reference, and write parity.json."""
+) -> tuple[Parity, Fidelity]:
+    """Compare every format with the reference, and the reference with the source.
+
+    Writes parity.json and fidelity.json.
+    """
     artifact = Artifact(out / "artifact")
     options = recipe.format_options(artifact.manifest.name)
     settings = CheckSettings(threads=os.cpu_count() or 1)
@@ -80,12 +89,43 @@ def prove(
         parity.verified &= not changed
     forget_places(parity.checks, out, floats)
     parity.write(out / PARITY_FILE)
-    return parity
+    fidelity = _fidelity(out, recipe, reference, floats, callbacks, changed)
+    fidelity.write(out / FIDELITY_FILE)
+    return parity, fidelity
 
 
-def describe(out: Path, recipe: Recipe, result: Result) -> None:
-    """Write report and card, and the checksums of everything in the folder."""
-    page.write(out, recipe, Artifact(out / "artifact"), result)
+def _fidelity(
+    out: Path,
+    recipe: Recipe,
+    reference: Reference,
+    floats: Path | None,
+    callbacks: Callbacks,
+    changed: list[str] | None,
+) -> Fidelity:
+    """How much worse the reference is than the source.
+
+    Where the source is not at hand any more, the figures of an earlier measurement stay, as long as
+    the checksums say that they are of this artifact.
+    """
+    folder, why = float_source(recipe.model, floats, Artifact(out / "artifact"))
+    device = pick_device("cpu" if recipe.device == "cpu" else "auto")
+    found = measure(reference, folder, why, device, out / SCRATCH, callbacks)
+    about = ("artifact/", FIDELITY_FILE)
+    if found.measured or changed is None or any(name.startswith(about) for name in changed):
+        return found
+    with suppress(VlmqError):
+        earlier = Fidelity.read(out / FIDELITY_FILE)
+        if earlier.measured:
+            return replace(earlier, not_again=found.not_measured)
+    return found
+
+
+def describe(out: Path, recipe: Recipe, result: Result, rows: list[Row]) -> None:
+    """Write report and card, and the checksums of everything in the folder.
+
+    rows: the held-out rows, whose images the report shows.
+    """
+    page.write(out, recipe, Artifact(out / "artifact"), result, rows)
     checksums.write_sums(out)
 
 

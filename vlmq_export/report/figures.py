@@ -1,7 +1,8 @@
 """The figures of report.html, as inline SVG and images.
 
-They show errors by layer, shares of tokens of low importance, and the token weights of one image.
-Their numbers come from a manifest, which may be anybody's: what is not a number draws nothing.
+They show the answers of source and quantized model to a few images, errors by layer, shares of
+tokens of low importance, and the token weights of one image. Their numbers come from a manifest,
+which may be anybody's: what is not a number draws nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +12,20 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeGuard
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
+from vlmq_export.errors import CalibrationError
 from vlmq_export.quantizer.artifact.manifest import ModuleRecord
+from vlmq_export.quantizer.samples.images import load_image
+from vlmq_export.quantizer.samples.rows import Row
+
+if TYPE_CHECKING:
+    from vlmq_export.proving.fidelity import Fidelity
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 232, 132, 38, 18, 8  # of a chart and its margins, in pixels
@@ -25,7 +33,42 @@ RIGHT = 8
 LAYERS_PICTURED = 4
 # Colours of a map of token weights, from the smallest weight to the largest.
 RAMP = ((12, 20, 48), (38, 84, 124), (64, 158, 138), (250, 222, 96))
+THUMBNAIL = 320  # pixels of the longer side of a row's image
 Points = Sequence[tuple[float, float]]  # (layer, value)
+
+
+def answer_pairs(fidelity: Fidelity | None, rows: Sequence[Row]) -> list[dict]:
+    """The rows whose answers are shown, each with its first image and the number of the others.
+
+    A row that is no longer among `rows`, as in a report of an earlier measurement, has no image.
+    """
+    pairs = []
+    for example in fidelity.examples if fidelity is not None else ():
+        row = rows[example.row] if 0 <= example.row < len(rows) else None
+        # Rows of the same id were numbered: `7` became `7 (3)`.
+        same = row is not None and example.id in (row.id, f"{row.id} ({example.row})")
+        images = row.images if row is not None and same else ()
+        pairs.append({"row": example, "image": _thumbnail(images), "more": len(images) - 1})
+    return pairs
+
+
+def _thumbnail(images: Sequence[Path]) -> Markup | None:
+    """The first of these images, made small; None where there is none, or none that can be read."""
+    if not images:
+        return None
+    try:
+        image = load_image(images[0])
+    except CalibrationError:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return _data(buffer, "jpeg")
+
+
+def _data(buffer: io.BytesIO, kind: str) -> Markup:
+    """An image file as a URL that holds it."""
+    return Markup(f"data:image/{kind};base64,") + base64.b64encode(buffer.getvalue()).decode()
 
 
 def error_charts(records: Sequence[ModuleRecord]) -> list[dict]:
@@ -122,7 +165,7 @@ def _picture(levels: np.ndarray) -> Markup:
     colours = np.stack(channels, -1).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(colours).save(buffer, "PNG", optimize=True)
-    return Markup("data:image/png;base64,") + base64.b64encode(buffer.getvalue()).decode()
+    return _data(buffer, "png")
 
 
 def chart(lines: Mapping[str, Points], low: float, high: float, *, log: bool = False) -> Markup:

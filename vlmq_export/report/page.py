@@ -18,6 +18,7 @@ from vlmq_export.formats.proof.checks import Check
 from vlmq_export.quantizer.artifact.manifest import OUTER, TIMING, ModuleRecord
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.methods import METHODS
+from vlmq_export.quantizer.samples.rows import Row
 from vlmq_export.quantizer.storage.whole_files import write_atomic
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.report import figures
@@ -35,8 +36,13 @@ RUN_WITH = {
 }
 
 
-def write(out: Path, recipe: Recipe, artifact: Artifact, result: Result) -> None:
-    """Write report.html and README.md into `out`."""
+def write(
+    out: Path, recipe: Recipe, artifact: Artifact, result: Result, rows: Sequence[Row] = ()
+) -> None:
+    """Write report.html and README.md into `out`.
+
+    rows: the held-out rows that both models were given, for their images.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vlmq_export.report"),
         autoescape=jinja2.select_autoescape(["html", "html.j2"]),
@@ -67,6 +73,8 @@ def write(out: Path, recipe: Recipe, artifact: Artifact, result: Result) -> None
         "result": result,
         "timing": _timing(artifact),
         "parity": result.parity,
+        "fidelity": result.fidelity,
+        "pairs": figures.answer_pairs(result.fidelity, rows),
         "sizes": {f: _size(out / f) for f in recipe.format},
         "plans": result.plan.formats,
         "run_with": {f: _run_with(f, out) for f in recipe.format},

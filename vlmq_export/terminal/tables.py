@@ -10,6 +10,7 @@ from rich.table import Table
 from vlmq_export.errors import NOT_PROVEN, one_line
 from vlmq_export.formats.contract import Inspection
 from vlmq_export.planning.run_plan import RunPlan
+from vlmq_export.proving.fidelity import Fidelity
 from vlmq_export.proving.parity import Parity
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan
 from vlmq_export.report.page import table_rows
@@ -17,6 +18,7 @@ from vlmq_export.result import Result
 from vlmq_export.terminal.log import out
 
 _STATUS = {"passed": "green", "failed": "bold red", "not run": "yellow", "info": "dim"}
+_FIDELITY = {"close": "green", "worse": "yellow", "far": "bold red"}
 _LONGEST = 120  # characters of a value of metadata
 
 
@@ -26,8 +28,10 @@ def plain(text: object) -> str:
 
 
 def print_result(result: Result) -> None:
-    """The parity table, and one line of verdict."""
+    """How far the model is from its source, the parity table, and one line of verdict."""
     parity = result.parity
+    if result.fidelity is not None:
+        print_fidelity(result.fidelity)
     if parity is not None:
         print_parity(parity)
     checked = "verified" if result.verified else "UNVERIFIED"
@@ -99,6 +103,13 @@ def print_memory(memory: MemoryPlan) -> None:
             verdict = "" if need <= free else ", TOO LITTLE"
             amount = f"{need / 1e9:.1f} GB of {free / 1e9:.1f} GB{verdict}"
             out.print(f"peak on the {name}: {amount}", highlight=False)
+
+
+def print_fidelity(fidelity: Fidelity) -> None:
+    """One line: the verdict in its colour, and the figures."""
+    style = _FIDELITY.get(fidelity.verdict, "yellow")
+    line = f"[{style}]{fidelity.words}[/]: {plain(fidelity.short())}"
+    out.print(line, highlight=False)
 
 
 def print_parity(parity: Parity) -> None:

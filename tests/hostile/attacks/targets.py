@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.hostile.attacks import seeds
@@ -22,6 +22,7 @@ from vlmq_export.formats.onnx.read import OnnxFolder
 from vlmq_export.inspection import inspect_artifact, inspect_path
 from vlmq_export.output import checksums
 from vlmq_export.planning.run_plan import plan_run
+from vlmq_export.proving.fidelity import Example, Fidelity
 from vlmq_export.proving.parity import Parity
 from vlmq_export.quantizer.artifact.read import Artifact, read_layer, read_layer_records
 from vlmq_export.quantizer.config import QuantConfig
@@ -194,6 +195,16 @@ def _read_parity(folder: Path) -> None:
     Parity.read(folder / "parity.json")
 
 
+def _fidelity() -> bytes:
+    example = asdict(Example(0, "a", "What?", "x", 0.5, "x", "y", True))
+    figures = {"rows": 1, "tokens": 2, "kl": 0.5, "agreement": 0.5, "answers": 1, "changed": 1}
+    return json.dumps(asdict(Fidelity()) | figures | {"examples": [example]}).encode()
+
+
+def _read_fidelity(folder: Path) -> None:
+    Fidelity.read(folder / "fidelity.json").sentence()
+
+
 TARGETS = {
     "safetensors": Target("model.safetensors", _weights, _read_checkpoint),
     "index": Target("model.safetensors.index.json", seeds.checkpoint, _read_checkpoint),
@@ -219,5 +230,6 @@ TARGETS = {
     "onnx-vision": Target("vision.onnx", seeds.onnx_folder, _read_onnx),
     "gguf": Target("x.gguf", _alone("x.gguf", seeds.gguf), _read_gguf),
     "parity": Target("parity.json", _alone("parity.json", _parity), _read_parity),
+    "fidelity": Target("fidelity.json", _alone("fidelity.json", _fidelity), _read_fidelity),
     "sums": Target("SHA256SUMS", _sums, checksums.changed_files),
 }
