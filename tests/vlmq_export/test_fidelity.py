@@ -19,6 +19,7 @@ from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.proving import beside_source
 from vlmq_export.proving.beside_source import float_source, measure, shown
 from vlmq_export.proving.fidelity import Example, Fidelity, mean_over_tokens, verdict
+from vlmq_export.proving.verify import _fidelity as fidelity_of
 from vlmq_export.proving.verify import describe
 from vlmq_export.quantizer.samples.rows import Row, read_rows
 from vlmq_export.recipes.recipe import Recipe
@@ -227,6 +228,24 @@ def test_the_recipe_beside_an_artifact_leads_to_its_source(tmp_path):
     assert float_source(str(artifact.path), None, artifact) == (REFERENCE_VLM, "")
     recipe.write_text(Recipe(format=["gguf"], model=str(tmp_path)).to_yaml())  # another model
     assert float_source(str(artifact.path), None, artifact)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [([], True), (["gguf/x.gguf (changed)"], True), (["fidelity.json (changed)"], False),
+     (["artifact/layer-00000.safetensors (changed)"], False), (None, False)],
+)  # fmt: skip
+def test_earlier_figures_stay_where_the_source_is_gone_and_the_artifact_is_the_same(
+    artifacts, tmp_path, changed, kept
+):
+    artifact, recipe = artifacts("w4g128"), Recipe(format=[], model=str(tmp_path / "gone"))
+    (tmp_path / "artifact").symlink_to(artifact.path)
+    FAR.write(tmp_path / "fidelity.json")
+    reference = Reference(artifact.path, ROWS)
+    found = fidelity_of(tmp_path, recipe, reference, None, Callbacks(), changed)
+    assert found.measured == kept and "not at hand" in found.not_again + found.not_measured
+    if kept:
+        assert found == replace(FAR, not_again=found.not_again)
 
 
 # -- where it is said ------------------------------------------------------------------------------
