@@ -17,10 +17,11 @@ from vlmq_export.errors import FormatError, Interrupted
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.proving import beside_source
-from vlmq_export.proving.beside_source import float_source, measure, shown
+from vlmq_export.proving.beside_source import _examples, float_source, measure, shown
 from vlmq_export.proving.fidelity import Example, Fidelity, mean_over_tokens, verdict
 from vlmq_export.proving.verify import _fidelity as fidelity_of
 from vlmq_export.proving.verify import describe
+from vlmq_export.quantizer.calibration.divergence import Distance
 from vlmq_export.quantizer.samples.rows import Row, read_rows
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import RECIPE_FILE
@@ -200,10 +201,23 @@ def test_the_worse_of_two_figures_decides(agreement, equal, says):
     assert verdict(agreement, equal) == says
 
 
-def test_the_worst_rows_are_shown_and_others_down_to_the_best():
-    assert shown(4) == [0, 1, 2, 3] and shown(6) == list(range(6))
-    assert shown(32) == [0, 1, 2, 12, 22, 31]
-    assert all(len(set(shown(n))) == 6 and shown(n)[-1] == n - 1 for n in range(6, 99))
+def test_the_worst_rows_are_shown_whatever_they_are_and_others_down_to_the_best():
+    assert shown(3, 3) == [0, 1, 2] and shown(0, 3) == []
+    assert shown(29, 3) == [9, 19, 28]
+    assert all(len(set(shown(n, 3))) == 3 and shown(n, 3)[-1] == n - 1 for n in range(4, 99))
+    rows = [replace(row, images=()) if i % 2 else row for i, row in enumerate(ROWS * 4)]
+    reference = SimpleNamespace(
+        rows=rows,
+        preprocessor=SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda *_, **__: "x")),
+    )
+    worth = torch.rand(len(rows), generator=torch.Generator().manual_seed(0)).double()
+    distances = {i: Distance(worth[i : i + 1], torch.tensor([True])) for i in range(len(rows))}
+    answers = {i: ([1], [1]) for i in distances} | {5: ([1], [2])}
+    found = _examples(reference, distances, answers)  # pyright: ignore[reportArgumentType]
+    by_kl = [i for i in worth.argsort(descending=True).tolist() if i != 5]
+    assert [e.row for e in found[:3]] == [5, *by_kl[:2]]  # row 5 has no image, and changed
+    assert len(found) == 6 and all(rows[e.row].images for e in found[3:])
+    assert found[-1].row == [i for i in by_kl if rows[i].images][-1]
 
 
 # -- where the source is ---------------------------------------------------------------------------

@@ -229,20 +229,23 @@ def _examples(
     distances: dict[int, Distance],
     answers: dict[int, tuple[list[int], list[int]]],
 ) -> list[Example]:
-    """A few rows with both answers, the worst ones first. Rows with images are preferred."""
+    """A few rows with both answers, the worst ones first, whatever they are.
+
+    Of the others, rows with images are preferred.
+    """
     every = [_example(reference, i, d, answers.get(i)) for i, d in distances.items()]
-    pictured = [e for e in every if reference.rows[e.row].images]
-    ranked = sorted(pictured or every, key=lambda e: (not e.changed, -(e.kl or 0.0)))
-    return [ranked[place] for place in shown(len(ranked))]
+    ranked = sorted(every, key=lambda e: (not e.changed, -(e.kl or 0.0)))
+    worst, others = ranked[:WORST], ranked[WORST:]
+    pictured = [e for e in others if reference.rows[e.row].images]
+    others = pictured if len(pictured) >= EXAMPLES - WORST else others
+    return worst + [others[place] for place in shown(len(others), EXAMPLES - WORST)]
 
 
-def shown(count: int) -> list[int]:
-    """Which of `count` ranked rows are shown: the worst, then equal steps down to the best."""
-    if count <= EXAMPLES:
+def shown(count: int, most: int) -> list[int]:
+    """Which of `count` ranked rows are shown: at most `most`, in equal steps down to the last."""
+    if count <= most:
         return list(range(count))
-    rest = EXAMPLES - WORST
-    steps = [WORST + round((count - 1 - WORST) * (n + 1) / rest) for n in range(rest)]
-    return [*range(WORST), *steps]
+    return [round((count - 1) * (n + 1) / most) for n in range(most)]
 
 
 def _example(
