@@ -1,4 +1,4 @@
-"""Writes the two GGUF files of an artifact, and the importance matrix where it is asked for."""
+"""Writes the two GGUF files of an artifact, a Modelfile, and the importance matrix if asked for."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gguf.files import imatrix
-from vlmq_export.formats.gguf.files.metadata import file_stem
+from vlmq_export.formats.gguf.files.metadata import file_stem, read_tokenizer
 from vlmq_export.formats.gguf.files.mmproj import write_mmproj
+from vlmq_export.formats.gguf.files.modelfile import MODELFILE, modelfile, stop_tokens
 from vlmq_export.formats.gguf.files.text import choose_homes, dominant, parameters, write_text
 from vlmq_export.formats.gguf.plan import plan, plan_notes
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.gguf.tables.params import image_params
 from vlmq_export.formats.model_plan import artifact_plan
 from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.storage.whole_files import write_atomic
 
 LLAMA_CPP_TOKENS = 4096  # the most tokens of an image where an mmproj sets no limit
 
@@ -43,12 +45,27 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
         write_text(artifact, layout, text, options, homes=homes)
         if energies:
             imatrix.write_imatrix(matrix, energies, artifact.manifest.calibration)
+        _write_modelfile(artifact, layout, text, vision)
     except BaseException:
-        shards = folder.glob(f"{escape(text.stem)}-*-of-*.gguf")
-        for file in (text, vision, matrix, *shards):
+        for file in (*_written(text), vision, matrix, folder / MODELFILE):
             file.unlink(missing_ok=True)
         raise
     return [*plan_notes(model, homes), *_image_note(artifact, layout)]
+
+
+def _written(text: Path) -> list[Path]:
+    """The file of the text model, or those that it was split into."""
+    parts = sorted(text.parent.glob(f"{escape(text.stem)}-*-of-*.gguf"))
+    return parts or [text]
+
+
+def _write_modelfile(artifact: Artifact, layout: Layout, text: Path, vision: Path) -> None:
+    """Write the Modelfile beside the files that it names."""
+    rows = layout.text_params.vocabulary
+    tokenizer = read_tokenizer(artifact.source, layout.architecture, rows)
+    names = [file.name for file in (*_written(text), vision)]
+    content = modelfile(names, stop_tokens(artifact.source, tokenizer))
+    write_atomic(text.with_name(MODELFILE), lambda path: path.write_text(content, "utf-8"))
 
 
 def _image_note(artifact: Artifact, layout: Layout) -> list[str]:

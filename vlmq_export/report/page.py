@@ -21,7 +21,7 @@ from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.samples.rows import Row
 from vlmq_export.quantizer.storage.whole_files import write_atomic
 from vlmq_export.recipes.recipe import Recipe
-from vlmq_export.report import figures
+from vlmq_export.report import card, figures
 
 if TYPE_CHECKING:
     from vlmq_export.result import Result
@@ -46,6 +46,7 @@ def write(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vlmq_export.report"),
         autoescape=jinja2.select_autoescape(["html", "html.j2"]),
+        keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -78,6 +79,7 @@ def write(
         "sizes": {f: _size(out / f) for f in recipe.format},
         "plans": result.plan.formats,
         "run_with": {f: _run_with(f, out) for f in recipe.format},
+        **card.facts(out, recipe, artifact, result.plan),
     }
     for template, target in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
         text = environment.get_template(template).render(facts)

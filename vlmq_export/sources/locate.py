@@ -55,7 +55,7 @@ def locate_model(model: str | None, *, download: bool = True) -> Path:
         LocalEntryNotFoundError,
     )
 
-    kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]
+    kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*", "README.md"]
     try:
         return Path(snapshot_download(model, allow_patterns=kinds, local_files_only=not download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
