@@ -34,7 +34,7 @@ def _never() -> bool:
     return False
 
 
-def plan(recipe: Recipe) -> RunPlan:
+def plan(recipe: Recipe, *, push_to_hub: str | None = None) -> RunPlan:
     """What `export` would do: sizes, memory and refusals. Only headers are read.
 
     >>> from vlmq_export import Recipe, plan
@@ -43,10 +43,12 @@ def plan(recipe: Recipe) -> RunPlan:
     []
     >>> planned.formats["gguf"].bits_per_weight
     5.0
+
+    push_to_hub: as of `export`. UsageError is raised where nothing could be uploaded.
     """
     from vlmq_export.pipeline import dry_run
 
-    return dry_run(recipe)
+    return dry_run(recipe, push_to_hub)
 
 
 def export(
@@ -54,6 +56,7 @@ def export(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    push_to_hub: str | None = None,
     progress: Progress = _nothing,
     should_stop: Callable[[], bool] = _never,
 ) -> Result:
@@ -61,6 +64,8 @@ def export(
 
     overwrite: replace an output folder that an earlier run wrote.
     resume: go on with a run that was stopped. It ends with the bytes of one that was not.
+    push_to_hub: a repository, ORG/NAME, that the folder is uploaded to once it is verified, without
+        `artifact/`. A new repository is private.
     progress: is called with a stage, its steps done and its steps in all.
     should_stop: is asked between steps. Once it says yes, `Interrupted` is raised, and the run can
         be resumed.
@@ -70,7 +75,11 @@ def export(
     from vlmq_export.pipeline import run
 
     return run(
-        recipe, overwrite=overwrite, resume=resume, callbacks=Callbacks(progress, should_stop)
+        recipe,
+        overwrite=overwrite,
+        resume=resume,
+        push_to_hub=push_to_hub,
+        callbacks=Callbacks(progress, should_stop),
     )
 
 

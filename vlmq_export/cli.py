@@ -120,6 +120,7 @@ def export(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
+    push_to_hub: options.PushToHub = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -134,8 +135,8 @@ def export(
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other")
         if dry_run:
-            return _plan(asked, as_json)
-        return _export(asked, overwrite, resume, as_json, quiet)
+            return _plan(asked, push_to_hub, as_json)
+        return _export(asked, overwrite, resume, push_to_hub, as_json, quiet)
 
     run(job, as_json, quiet, verbose)
 
@@ -186,11 +187,11 @@ def inspect(path: options.InspectPath, as_json: options.AsJson = False) -> None:
     run(job, as_json, False, 0)
 
 
-def _plan(recipe: Recipe, as_json: bool) -> int:
+def _plan(recipe: Recipe, push_to_hub: str | None, as_json: bool) -> int:
     from vlmq_export import api
     from vlmq_export.terminal.tables import print_plan
 
-    plan = api.plan(recipe)
+    plan = api.plan(recipe, push_to_hub=push_to_hub)
     if as_json:
         print_json(
             {
@@ -206,15 +207,30 @@ def _plan(recipe: Recipe, as_json: bool) -> int:
     return UsageError.exit_code if plan.refusals else 0
 
 
-def _export(recipe: Recipe, overwrite: bool, resume: bool, as_json: bool, quiet: bool) -> int:
+def _export(
+    recipe: Recipe,
+    overwrite: bool,
+    resume: bool,
+    push_to_hub: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
     from vlmq_export import api
     from vlmq_export.terminal.progress import Stages
 
     with Stages(quiet or not speaks()) as stages, StopSignals() as stopped:
         result = api.export(
-            recipe, overwrite=overwrite, resume=resume, progress=stages, should_stop=stopped
+            recipe,
+            overwrite=overwrite,
+            resume=resume,
+            push_to_hub=push_to_hub,
+            progress=stages,
+            should_stop=stopped,
         )
-    return _present(result, as_json) if speaks() else 0
+    if not speaks():
+        return 0
+    not_uploaded = push_to_hub is not None and not result.verified
+    return _present(result, as_json) or int(not_uploaded)
 
 
 def _present(result: Result, as_json: bool) -> int:

@@ -11,6 +11,7 @@ from vlmq_export import formats
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.errors import NOT_PROVEN, FormatError, Interrupted, UsageError
 from vlmq_export.formats.contract import FORMATS
+from vlmq_export.output import hub
 from vlmq_export.output.folder import claimed, publish, refuse_output
 from vlmq_export.planning.proof_plan import not_provable
 from vlmq_export.planning.run_plan import RunPlan
@@ -35,6 +36,7 @@ def run(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    push_to_hub: str | None = None,
     callbacks: Callbacks | None = None,
 ) -> Result:
     """The whole job. Everything that can be refused is refused before the first weight is read."""
@@ -48,6 +50,8 @@ def run(
         raise UsageError("; ".join(plan.refusals))
     for name, why in plan.not_provable.items():
         log.warning("%s will be written and not proven, exit code %d: %s", name, NOT_PROVEN, why)
+    if push_to_hub:
+        hub.refuse_push(push_to_hub, recipe)
     device = source.device(recipe)
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{source.label(recipe)}")
     refuse_output(out, source.path, recipe, overwrite=overwrite, resume=resume)
@@ -74,17 +78,24 @@ def run(
                         out, recipe, rows, source.floats, callbacks
                     )
             describe(out, recipe, result, rows)
+    if push_to_hub and result.verified:
+        with result.timed("upload"):
+            log.info("uploaded: %s", hub.push(out, push_to_hub, recipe.format))
+    elif push_to_hub:
+        log.error("%s: not uploaded, because its files are not verified", push_to_hub)
     return result
 
 
-def dry_run(recipe: Recipe) -> RunPlan:
+def dry_run(recipe: Recipe, push_to_hub: str | None = None) -> RunPlan:
     """What `run` would do, from config and headers alone, and from the user's own rows.
 
     What would be refused is in the plan, and not raised. Raises CalibrationError for rows that
-    cannot be used.
+    cannot be used, and UsageError for an upload that cannot be.
     """
     source = open_source(recipe.model)
     recipe = source.recipe_for(recipe)
+    if push_to_hub:
+        hub.refuse_push(push_to_hub, recipe)
     if recipe.calibration is not None or recipe.verify_data is not None:
         data = CalibrationRows(recipe)
         _ = held_out(data) if recipe.verify else data.taken

@@ -102,6 +102,8 @@ Out = Annotated[Path | None, _option("Output folder.  [default: named after mode
 _OVERWRITE = typer.Option("--overwrite", help="Replace an output folder of ours.")
 Overwrite = Annotated[bool, _OVERWRITE]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")]
+_PUSH = "ORG/NAME to upload the verified folder to, without artifact/; a new repository is private."
+PushToHub = Annotated[str | None, typer.Option("--push-to-hub", help=_PUSH, show_default=False)]
 _DRY_RUN = typer.Option("--dry-run", help="Show what would be done; read headers only.")
 DryRun = Annotated[bool, _DRY_RUN]
 AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, log on stderr.")]
