@@ -72,7 +72,7 @@ _ACT_ORDER = "Column order of the solver.  [default: gar]"
 ActOrder = Annotated[str | None, _option(_ACT_ORDER, choices="act_order")]
 
 # -- calibration -----------------------------------------------------------------------------------
-_CALIBRATION = "LLaVA/ShareGPT4V JSON or messages JSONL.  [default: bundled]"
+_CALIBRATION = "Rows about images: JSON, JSONL, parquet or a saved dataset.  [default: bundled]"
 CalibrationFile = Annotated[Path | None, _option(_CALIBRATION, panel="Calibration")]
 _IMAGE_ROOT = "Folder that image paths of your rows start from.  [default: the file's own]"
 ImageRoot = Annotated[Path | None, _option(_IMAGE_ROOT)]
