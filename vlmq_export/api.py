@@ -35,7 +35,9 @@ def _never() -> bool:
 
 
 def plan(recipe: Recipe, *, push_to_hub: str | None = None) -> RunPlan:
-    """What `export` would do: sizes, memory and refusals. Only headers are read.
+    """What `export` would do: sizes, memory and refusals.
+
+    Of the model only headers are read; the rows of the user's own files are read as in a run.
 
     >>> from vlmq_export import Recipe, plan
     >>> planned = plan(Recipe(format=["gguf"], bits=4))
