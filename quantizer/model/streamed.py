@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -261,8 +261,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+    classes: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # its annotation says pairs of classes
     try:
-        return cast(Any, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[type(config)]
+        return classes[type(config)]
     except KeyError:
         raise CheckpointError(
             f"transformers has no model with images and text for model_type {config.model_type}"
