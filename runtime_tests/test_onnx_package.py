@@ -38,7 +38,7 @@ from vlmq_export.formats.onnx.proof.genai import (
 )
 from vlmq_export.formats.onnx.proof.runner import OnnxRunner, available
 from vlmq_export.formats.onnx.proof.whole_model import FORMAT_GATE, HALF_GATE
-from vlmq_export.formats.proof.checks import relative_error
+from vlmq_export.formats.proof.checks import Steps, relative_error
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.samples.rows import read_rows
@@ -257,7 +257,8 @@ def test_a_package_for_cuda_has_standard_attention_and_says_so_in_genai_config(t
 def genai_checks(folder, reference, questions):
     """The rows of onnxruntime-genai by their names."""
     settings = replace(SETTINGS, questions=questions)
-    return {r.name: r for r in genai_rows(folder, reference, settings, 0, FORMAT_GATE)}
+    steps = Steps(settings.tell, {"image files": 1})
+    return {r.name: r for r in genai_rows(folder, reference, settings, 0, FORMAT_GATE, steps)}
 
 
 @pytest.mark.parametrize(

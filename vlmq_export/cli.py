@@ -7,6 +7,7 @@ the functions of `vlmq_export.api`.
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -15,13 +16,14 @@ import typer
 from typer.core import TyperGroup
 
 from vlmq_export._version import __version__
-from vlmq_export.errors import EXIT_CODES, NOT_PROVEN, PARITY_FAILED, UsageError, one_line
+from vlmq_export.errors import CTRL_C, EXIT_CODES, NOT_PROVEN, PARITY_FAILED, UsageError, one_line
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import load_recipe
 from vlmq_export.result import Result
 from vlmq_export.terminal import options
 from vlmq_export.terminal.help import Command
-from vlmq_export.terminal.running import StopSignals, print_error, print_json, run, speaks
+from vlmq_export.terminal.running import print_error, print_json, run, speaks
+from vlmq_export.terminal.stopping import StopSignals
 
 EXPORT = "export"
 # Before torch is imported: threads that spin are 10 times slower on a busy machine.
@@ -136,7 +138,7 @@ def export(
             raise UsageError("--overwrite and --resume exclude each other")
         if dry_run:
             return _plan(asked, push_to_hub, as_json)
-        return _export(asked, overwrite, resume, push_to_hub, as_json, quiet)
+        return _export(asked, overwrite, resume, push_to_hub, as_json, quiet, verbose)
 
     run(job, as_json, quiet, verbose)
 
@@ -159,7 +161,7 @@ def verify(
         from vlmq_export import api
         from vlmq_export.terminal.progress import Stages
 
-        with Stages(quiet) as stages, StopSignals() as stopped:
+        with Stages(quiet) as stages, StopSignals(stages.doing) as stopped:
             result = api.verify(
                 out,
                 verify_data=verify_data,
@@ -167,7 +169,7 @@ def verify(
                 progress=stages,
                 should_stop=stopped,
             )
-        return _present(result, as_json)
+        return _present(result, as_json, verbose)
 
     run(job, as_json, quiet, verbose)
 
@@ -214,11 +216,13 @@ def _export(
     push_to_hub: str | None,
     as_json: bool,
     quiet: bool,
+    verbose: int,
 ) -> int:
     from vlmq_export import api
     from vlmq_export.terminal.progress import Stages
 
-    with Stages(quiet or not speaks()) as stages, StopSignals() as stopped:
+    stages = Stages(quiet or not speaks())
+    with stages, StopSignals(stages.doing, tells=speaks()) as stopped:
         result = api.export(
             recipe,
             overwrite=overwrite,
@@ -230,19 +234,22 @@ def _export(
     if not speaks():
         return 0
     not_uploaded = push_to_hub is not None and not result.verified
-    return _present(result, as_json) or int(not_uploaded)
+    return _present(result, as_json, verbose) or int(not_uploaded)
 
 
-def _present(result: Result, as_json: bool) -> int:
+def _present(result: Result, as_json: bool, verbose: int) -> int:
     """Print the outcome. Returns the exit code."""
-    from vlmq_export.terminal.tables import print_result
+    from vlmq_export.report.files import files_of
+    from vlmq_export.terminal.result import print_result
 
     if as_json:
-        formats = {name: str(result.out / name) for name in result.plan.formats}
+        names = result.plan.formats
         print_json(
             {
                 "out": str(result.out),
-                "formats": formats,
+                "formats": {name: str(result.out / name) for name in names},
+                "files": {name: files_of(result.out / name) for name in names},
+                "source_bytes": result.source_bytes,
                 "seconds": result.seconds,
                 "verified": None if result.parity is None else result.verified,
                 "fidelity": result.fidelity,
@@ -250,7 +257,7 @@ def _present(result: Result, as_json: bool) -> int:
             }
         )
     else:
-        print_result(result)
+        print_result(result, every_check=verbose > 0)
     if result.parity is None or result.verified:
         return 0
     return PARITY_FAILED if result.parity.failures() else NOT_PROVEN
@@ -258,4 +265,11 @@ def _present(result: Result, as_json: bool) -> int:
 
 def main() -> None:
     """Entry point of the `vlmq-export` script."""
-    app(prog_name="vlmq-export")
+    try:
+        app(prog_name="vlmq-export")
+    except KeyboardInterrupt:  # before a command has begun, or after its end
+        raise SystemExit(CTRL_C) from None
+    finally:
+        # The interpreter would look once more through all that torch and transformers made, which
+        # takes seconds that someone waits for who has stopped the command.
+        gc.freeze()

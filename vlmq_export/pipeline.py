@@ -23,6 +23,7 @@ from vlmq_export.quantizer.storage.untrusted import third_party
 from vlmq_export.quantizer.storage.whole_files import write_atomic
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import RECIPE_FILE, placed
+from vlmq_export.report.files import source_bytes
 from vlmq_export.result import Result
 from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.locate import open_source
@@ -59,7 +60,12 @@ def run(
     rows = held_out(data) if recipe.verify else []
     source.check_settings(verify=recipe.verify)
     calibration = source.calibration(data, callbacks)
-    result = Result(out, plan)
+    result = Result(
+        out,
+        plan,
+        source_bytes=source_bytes(source.floats),
+        module_names=recipe.gptq_names == "module",
+    )
     with joined(device) as ranks:
         filling = Filling(recipe, plan, calibration, ranks, resume, callbacks, result.timed)
         if not ranks.first:

@@ -24,6 +24,8 @@ class Result:
     parity: Parity | None = None  # None: the files were not verified
     fidelity: Fidelity | None = None  # None: the model was not compared with its source
     notes: dict[str, list[str]] = field(default_factory=dict)  # format → lines for log and card
+    source_bytes: int | None = None  # of the source's weights; None: the source is not at hand
+    module_names: bool = False  # the GPTQ folder has the names that GPTQModel.load wants
     seconds: dict[str, float] = field(default_factory=dict)  # stage → wall time
 
     @property

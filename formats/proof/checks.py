@@ -14,14 +14,39 @@ from typing import Any
 
 import numpy as np
 
+Tell = Callable[[str, int, int], None]  # what is running, shares of the work done, and in all
+
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """How much a check runs. The gates do not depend on it."""
+    """How much a check runs. The gates do not depend on it.
+
+    tell: is called between the steps of a check, and while a child process computes. It may raise
+        to stop.
+    """
 
     images: int = 32  # prompts whose logits and greedy answers are compared
     questions: int = 256  # prompts for the share of equal answers of a file that rounds activations
     threads: int = 2
+    tell: Tell = lambda *_: None
+
+
+class Steps:
+    """The steps of a format's proof, told as they come.
+
+    parts: what each step does, in words, and its share of the time, as measured on the reference
+        VLM. On another model the shares are others, so that the time left is an estimate.
+    """
+
+    def __init__(self, tell: Tell, parts: Mapping[str, int]):
+        self.tell, self.parts = tell, parts
+
+    def begin(self, part: str, done: int = 0, of: int = 1) -> None:
+        """A step begins, or has done so many of its own steps."""
+        names = list(self.parts)
+        before = sum(self.parts[name] for name in names[: names.index(part)])
+        share = int(self.parts[part] * min(done / max(of, 1), 1))
+        self.tell(part, before + share, sum(self.parts.values()))
 
 
 @dataclass

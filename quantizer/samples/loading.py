@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,8 @@ def _decoded(
     # Spawned and not forked, because this process has threads by now.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (folder,))
     try:
-        worked = pool.map(_work, rows, [limit] * len(rows), chunksize=4)
+        with _deaf_to_ctrl_c():
+            worked = pool.map(_work, rows, [limit] * len(rows), chunksize=4)
         for sample, length, error in worked:
             tensors = None if sample is None else _mapped(sample, np.ndarray, torch.from_numpy)
             yield tensors, length, error
@@ -128,6 +131,19 @@ def _decoded(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which a terminal sends to all of a session.
+
+    This process answers it. One that comes meanwhile is seen afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _decode(preprocessor: Preprocessor, row: Row, limit: Limit) -> _Decoded:
@@ -146,6 +162,7 @@ _preprocessor: Preprocessor  # of a worker process, made when it starts
 def _start(folder: Path) -> None:
     """Prepare a worker process."""
     global _preprocessor
+    logging.disable(logging.WARNING)  # of libraries: ours come back with the samples
     torch.set_num_threads(1)
     _preprocessor = Preprocessor(folder)
 

@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -89,22 +89,28 @@ def check_formats(
 ) -> Parity:
     """Run the checks of levels L1 to L3 of every format in `folders`.
 
-    A format whose checks break down counts as failed, by name. Raises Interrupted before a format
+    progress: is given `verify gguf: what is running`, shares of the work done, and in all.
+
+    A format whose checks break down counts as failed, by name. Raises Interrupted between two steps
     once `should_stop()` is true.
     """
     checks: list[Check] = []
     seconds: dict[str, float] = {}
-    for done, (name, folder) in enumerate(folders.items()):
-        progress("verify", done, len(folders))
-        if should_stop():
-            raise Interrupted(
-                f"stopped before verifying {name};"
-                " the files are written, --resume or verify proves them"
-            )
+    for name, folder in folders.items():
+
+        def tell(what: str, done: int, total: int, name: str = name) -> None:
+            progress(f"verify {name}: {what}", done, total)
+            if should_stop():
+                raise Interrupted(
+                    f"stopped while verifying {name};"
+                    " the files are written, --resume or verify proves them"
+                )
+
+        tell("reading", 0, 100)
         start = time.perf_counter()
-        checks += _checked(name, folder, reference, options, settings)
+        checks += _checked(name, folder, reference, options, replace(settings, tell=tell))
         seconds[name] = round(time.perf_counter() - start, 1)
-    progress("verify", len(folders), len(folders))
+        progress(f"verify {name}: done", 100, 100)
     passed = {(c.format, c.level) for c in checks if c.status == "passed"}
     complete = all((name, level) in passed for name in folders for level in LEVELS)
     verified = complete and not any(c.status == "failed" for c in checks)
@@ -132,6 +138,8 @@ def _checked(
     try:
         with third_party("the check broke down", FormatError):
             rows = FORMATS[name].check(folder, reference, options, settings)
+    except Interrupted:
+        raise
     except VlmqError as e:
         log.debug("%s: %s", name, e, exc_info=e)
         rows = [Check(name, "L1", "files read back", "failed", detail=str(e))]

@@ -26,6 +26,7 @@ from vlmq_export.quantizer.storage.untrusted import third_party
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import RECIPE_FILE, load_recipe
 from vlmq_export.report import page
+from vlmq_export.report.files import source_bytes
 from vlmq_export.result import Result
 from vlmq_export.sources.locate import same_source
 
@@ -47,6 +48,8 @@ def verify_folder(
     calibrated = artifact.manifest.calibration.get("sha256")
     rows = held_out_again(recipe, verify_data, image_root, calibrated)
     floats = same_source(recipe.model, artifact)
+    result.source_bytes = source_bytes(floats)
+    result.module_names = recipe.gptq_names == "module"
     changed = checksums.changed_files(out)
     with result.timed("verify"):
         result.parity, result.fidelity = prove(out, recipe, rows, floats, callbacks, changed)

@@ -13,7 +13,6 @@ import jinja2
 
 from vlmq_export._version import __version__
 from vlmq_export.errors import one_line
-from vlmq_export.formats.gguf.files.imatrix import IMATRIX
 from vlmq_export.formats.proof.checks import Check
 from vlmq_export.quantizer.artifact.manifest import OUTER, TIMING, ModuleRecord
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -22,18 +21,10 @@ from vlmq_export.quantizer.samples.rows import Row
 from vlmq_export.quantizer.storage.whole_files import write_atomic
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.report import card, figures
+from vlmq_export.report.files import files_of, run_with
 
 if TYPE_CHECKING:
     from vlmq_export.result import Result
-
-# How the files of each format are run.
-RUN_WITH = {
-    "gptq": 'AutoModelForImageTextToText.from_pretrained("gptq", device_map="auto")'
-    "  # transformers + optimum + gptqmodel",
-    "onnx": "vision.onnx → embedding.onnx → text.onnx in ONNX Runtime, in that order",
-    "gguf": "llama-mtmd-cli -m gguf/{text} --mmproj gguf/{mmproj}"
-    " --image photo.png -p 'What is shown?'",
-}
 
 
 def write(
@@ -76,9 +67,12 @@ def write(
         "parity": result.parity,
         "fidelity": result.fidelity,
         "pairs": figures.answer_pairs(result.fidelity, rows),
-        "sizes": {f: _size(out / f) for f in recipe.format},
+        "sizes": {f: sum(files_of(out / f).values()) for f in recipe.format},
         "plans": result.plan.formats,
-        "run_with": {f: _run_with(f, out) for f in recipe.format},
+        "run_with": {
+            f: run_with(f, out, module_names=recipe.gptq_names == "module")[0]
+            for f in recipe.format
+        },
         **card.facts(out, recipe, artifact, result.plan),
     }
     for template, target in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
@@ -221,11 +215,6 @@ def _timing(artifact: Artifact) -> str:
         return ""
 
 
-def _size(folder: Path) -> int:
-    """Bytes of all files in a folder and below it."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
 def _public_yaml(recipe: Recipe) -> str:
     """The recipe without the folders of whoever ran it."""
     public = {
@@ -234,16 +223,6 @@ def _public_yaml(recipe: Recipe) -> str:
         if (v := getattr(recipe, k))
     }
     return recipe.model_copy(update=public).to_yaml()
-
-
-def _run_with(name: str, out: Path) -> str:
-    """How the files of a format are run, with the names that they have in `out`."""
-    if name != "gguf":
-        return RUN_WITH[name]
-    models = [p.name for p in (out / "gguf").glob("*.gguf") if p.name != IMATRIX]
-    files = sorted(models, key=lambda name: (name.startswith("mmproj"), name))
-    text, mmproj = (files[0], files[-1]) if files else ("model.gguf", "mmproj.gguf")
-    return RUN_WITH[name].format(text=text, mmproj=mmproj)
 
 
 def markdown(text: object) -> str:

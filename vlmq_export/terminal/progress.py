@@ -6,7 +6,6 @@ import time
 
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -15,6 +14,7 @@ from rich.progress import (
 
 from vlmq_export.terminal.log import err
 
+_STEPS = {"quantize": "layer", "write": "format"}  # stage → what one of its steps is
 QUIET_SECONDS = 60  # between two lines of a stage that goes on, when piped
 
 
@@ -26,17 +26,19 @@ class Stages:
         self.bar: Progress | None = None
         if not quiet and err.is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description:<16}"),
-                BarColumn(24),
-                MofNCompleteColumn(),
+                TextColumn("{task.description:<14}"),
+                BarColumn(16),
+                TextColumn("{task.fields[count]:>7}"),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.fields[left]:<12}"),
+                TextColumn("{task.fields[what]}"),
                 console=err,
                 transient=True,
             )
         self.tasks: dict[str, TaskID] = {}
         self.stamps: dict[str, list[float]] = {}  # stage → when 0, 1, 2, … steps were done
         self.told = time.monotonic()
+        self.last = ("", 0, 0)
 
     def __enter__(self) -> Stages:
         if self.bar:
@@ -48,20 +50,43 @@ class Stages:
             self.bar.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """A stage has done so many of its steps."""
+        """A stage has done so many of its steps.
+
+        What a stage is at stands behind a colon. Its steps are shares of the work then.
+        """
+        self.last = (stage, done, total)
+        stage, _, what = stage.partition(": ")
         now = time.monotonic()
         stamps = self.stamps.setdefault(stage, [])
         stamps += [now] * (done + 1 - len(stamps))
-        left = _duration(time_left(stamps, total))
+        left = _duration(
+            share_left(now - stamps[0], done, total) if what else time_left(stamps, total)
+        )
+        count = f"{100 * done // total if total else 100}%" if what else f"{done}/{total}"
         if self.bar:
             if stage not in self.tasks:
-                self.tasks[stage] = self.bar.add_task(stage, total=total, left="")
-            self.bar.update(self.tasks[stage], completed=done, total=total, left=left)
+                self.tasks[stage] = self.bar.add_task(
+                    stage, total=total, count="", left="", what=""
+                )
+            left = "" if done == total else left
+            self.bar.update(
+                self.tasks[stage], completed=done, total=total, count=count, left=left, what=what
+            )
         elif not self.quiet and done == total and total:
-            err.print(f"{stage}: {total} in {now - stamps[0]:.1f} s", highlight=False)
+            seconds = now - stamps[0]
+            steps = "" if what else f"{total} in "
+            err.print(f"{stage}: {steps}{seconds:.1f} s", highlight=False)
         elif not self.quiet and done and now - self.told >= QUIET_SECONDS:
             self.told = now
-            err.print(f"{stage}: {done} of {total}, {left}", highlight=False)
+            said = f"{count}, {what}" if what else f"{done} of {total}"
+            err.print(f"{stage}: {said}, {left}", highlight=False)
+
+    def doing(self) -> str:
+        """What is in hand, for someone who asks for a stop: `finishing layer 3 of 8`."""
+        stage, done, total = self.last
+        if stage in _STEPS and done < total:
+            return f"finishing {_STEPS[stage]} {done + 1} of {total}"
+        return f"finishing this step ({stage})" if stage else "finishing this step"
 
 
 def time_left(stamps: list[float], total: int) -> float | None:
@@ -74,6 +99,11 @@ def time_left(stamps: list[float], total: int) -> float | None:
     if len(recent) < 2:
         return None
     return (recent[-1] - recent[0]) / (len(recent) - 1) * (total - len(stamps) + 1)
+
+
+def share_left(elapsed: float, done: int, total: int) -> float | None:
+    """Seconds to go of a stage whose steps are shares of its work."""
+    return elapsed / done * (total - done) if done else None
 
 
 def _duration(seconds: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Running one command: signals, errors of one line, and exit codes."""
+"""Running one command: errors of one line, and exit codes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -69,38 +68,6 @@ def _in_memory(job: Callable[[], int]) -> int:
     raise Interrupted(
         f"out of {where}; free some, lower --samples or --seq-len, or --resume on a larger machine"
     )
-
-
-class StopSignals:
-    """SIGTERM and Ctrl-C ask for a stop after the layer in hand. A second one stops at once.
-
-    Either way the run can be resumed.
-    """
-
-    def __enter__(self) -> StopSignals:
-        self.number: int | None = None
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __call__(self) -> bool:
-        """Whether a stop was asked for."""
-        return self.number is not None
-
-    def _ask(self, number: int, _frame: object) -> None:
-        """The handler of both signals."""
-        again, self.number = self.number is not None, number
-        if again:
-            raise KeyboardInterrupt
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if isinstance(error, KeyboardInterrupt):
-            error = Interrupted("stopped at once; continue with --resume")
-        if isinstance(error, Interrupted):
-            from_keyboard = self.number == signal.SIGINT
-            error.exit_code = CTRL_C if from_keyboard else Interrupted.exit_code
-            raise error from None
 
 
 def print_json(value: Any) -> None:

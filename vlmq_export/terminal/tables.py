@@ -10,37 +10,15 @@ from rich.table import Table
 from vlmq_export.errors import NOT_PROVEN, one_line
 from vlmq_export.formats.contract import Inspection
 from vlmq_export.planning.run_plan import RunPlan
-from vlmq_export.proving.fidelity import Fidelity
-from vlmq_export.proving.parity import Parity
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan
-from vlmq_export.report.page import table_rows
-from vlmq_export.result import Result
 from vlmq_export.terminal.log import out
 
-_STATUS = {"passed": "green", "failed": "bold red", "not run": "yellow", "info": "dim"}
-_FIDELITY = {"close": "green", "worse": "yellow", "far": "bold red"}
 _LONGEST = 120  # characters of a value of metadata
 
 
 def plain(text: object) -> str:
     """Text of a file for a table: no markup, no control characters."""
     return escape(one_line(text))
-
-
-def print_result(result: Result) -> None:
-    """How far the model is from its source, the parity table, and one line of verdict."""
-    parity = result.parity
-    if result.fidelity is not None:
-        print_fidelity(result.fidelity)
-    if parity is not None:
-        print_parity(parity)
-    checked = "verified" if result.verified else "UNVERIFIED"
-    verdict = "not verified" if parity is None else checked
-    out.print(
-        f"{result.out}: {verdict}; report: {result.out / 'report.html'}",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def print_plan(plan: RunPlan) -> None:
@@ -103,35 +81,6 @@ def print_memory(memory: MemoryPlan) -> None:
             verdict = "" if need <= free else ", TOO LITTLE"
             amount = f"{need / 1e9:.1f} GB of {free / 1e9:.1f} GB{verdict}"
             out.print(f"peak on the {name}: {amount}", highlight=False)
-
-
-def print_fidelity(fidelity: Fidelity) -> None:
-    """One line: the verdict in its colour, and the figures."""
-    style = _FIDELITY.get(fidelity.verdict, "yellow")
-    line = f"[{style}]{fidelity.words}[/]: {plain(fidelity.short())}"
-    out.print(line, highlight=False)
-
-
-def print_parity(parity: Parity) -> None:
-    """The parity table, and a line for each check that failed."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("format", "check"):
-        table.add_column(column, overflow="fold")
-    for column in ("figure", "gate"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    for row, check in zip(table_rows(parity.checks), parity.checks):
-        fmt, level, name, figure, gate, compared, status = row
-        what = f"{level} {name}" + (f", {compared}" if compared else "")
-        table.add_row(fmt, plain(what), figure, gate, f"[{_STATUS[check.status]}]{status}[/]")
-    out.print(table)
-    for c in parity.failures():
-        out.print(
-            one_line(f"failed: {c.format} {c.level} {c.name}: {c.worst or c.detail}"),
-            style="bold red",
-            highlight=False,
-            markup=False,
-        )
 
 
 def print_inspection(found: Inspection) -> None:

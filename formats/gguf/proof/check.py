@@ -44,6 +44,7 @@ def check(
         return [Check.not_run("gguf", level, name, why) for level, name in names]
     try:
         export = Exported.open(Path(folder), reference, settings)
+        export.steps.begin("weights")
         rows = [completeness(export), *weights_read_back(export)]
     except FormatError as e:
         return [failed("L1", "files", str(e))]

@@ -18,7 +18,8 @@ TEXT_PROMPTS = 8
 
 def float_twin(export: Exported, scratch: Path) -> Iterator[Check]:
     """Logits and greedy answers of the twin, on text and on the reference's vision features."""
-    reference, layout = export.reference, export.layout
+    reference, layout, steps = export.reference, export.layout, export.steps
+    steps.begin("float32 twin")
     twin, prompts = scratch / "twin.gguf", Prompts(reference, layout, scratch)
     write_twin(export.text, twin)
     images = export.pictured[: export.settings.images]
@@ -27,7 +28,11 @@ def float_twin(export: Exported, scratch: Path) -> Iterator[Check]:
     requests = [
         prompts.exact(s, f"p{i}", logits=True, answer=ANSWER) for i, s in enumerate(samples)
     ]
-    run = runner.run(scratch, twin, None, requests, reference, export.threads, ANSWER)
+
+    def told(done: int) -> None:
+        steps.begin("float32 twin", done, 2 * len(requests))
+
+    run = runner.run(scratch, twin, None, requests, reference, export.threads, ANSWER, told)
     answers = {s.id: result["answer"] for s, result in zip(samples, run.prompts)}
 
     def errors() -> dict[str, float]:

@@ -13,13 +13,16 @@ import torch
 from vlmq_export.formats.gguf.files.mmproj import CLASS_ROW
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
 from vlmq_export.formats.gguf.tables.layout import Layout
-from vlmq_export.formats.proof.checks import Check, CheckSettings, relative_error
+from vlmq_export.formats.proof.checks import Check, CheckSettings, Steps, relative_error
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.samples.sample import Sample
 
 ANSWER = 16  # most tokens of a greedy answer
 # Bytes of a model from which on several threads pay. llama.cpp's threads spin at every barrier.
 SMALL = 2**28
+
+# The steps of the proof, and their shares of the time.
+PARTS = {"weights": 10, "shipped files": 40, "products": 10, "reference": 10, "float32 twin": 30}
 
 gated = partial(Check.at_most, "gguf")
 
@@ -52,6 +55,11 @@ class Exported:
         class_row = str(tower.metadata.get(CLASS_ROW, "last"))
         layout = Layout.of(reference.architecture, class_row)
         return cls(text, mmproj, layout, types, dtype, reference, settings)
+
+    @property
+    def steps(self) -> Steps:
+        """Tells what is running."""
+        return Steps(self.settings.tell, PARTS)
 
     @property
     def threads(self) -> int:

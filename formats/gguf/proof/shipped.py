@@ -49,10 +49,21 @@ def shipped(export: Exported, scratch: Path) -> Iterator[Check]:
     last = prompts.mtmd(oblong, "oblong")
     last["length"] *= 2  # it may take more tokens there
     requests = [*watched, *asked, last]
+    steps = export.steps
+    steps.begin("shipped files")
     run = runner.run(
-        scratch, export.text, export.mmproj, requests, reference, export.threads, ANSWER
+        scratch,
+        export.text,
+        export.mmproj,
+        requests,
+        reference,
+        export.threads,
+        ANSWER,
+        lambda done: steps.begin("shipped files", done, len(requests)),
     )
+    steps.begin("products")
     yield from products(export, run)
+    steps.begin("reference")
     yield from _mtmd(export, run, samples, compared, offset=len(watched))
     yield deviations.resizing(reference, oblong, run.array(run.prompts[-1]["image"]))
     if export.mmproj_dtype == "q8_0":

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +19,8 @@ from vlmq_export.errors import MissingRuntime, VlmqError
 from vlmq_export.formats.proof.reference import Reference
 
 TIMEOUT = 3600  # seconds a child may take
+POLL = 0.5  # seconds between two looks at what it has done
+Told = Callable[[int], None]  # is given the number of prompts that are done
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -52,6 +58,7 @@ def run(
     reference: Reference,  # whose stop tokens end an answer
     threads: int,
     answer: int,  # the most tokens of any greedy answer
+    tell: Told = lambda _: None,  # is given the number of prompts that are done; may raise to stop
 ) -> Run:
     """One child that runs all prompts.
 
@@ -68,10 +75,10 @@ def run(
     }
     file = folder / "request.json"
     file.write_text(json.dumps(request), "utf-8")
-    done = _child(file)
+    code, said = _child(file, tell)
     result = _result(folder)
-    if done.returncode or "error" in result:
-        raise _failure(done, result, folder)
+    if code or "error" in result:
+        raise _failure(code, said, result, folder)
     if result["eps"] is None:
         raise RunFailed(
             "llama.cpp's load log prints no f_norm_rms_eps, so the reference cannot carry it"
@@ -79,23 +86,39 @@ def run(
     return Run(folder, **result)
 
 
-def _child(request: Path) -> subprocess.CompletedProcess:
-    """The finished child. Raises RunFailed where it takes too long."""
-    try:
-        return subprocess.run(
+def _child(request: Path, tell: Told) -> tuple[int, str]:
+    """(exit code, what it said on stderr) of the finished child.
+
+    Raises RunFailed where it takes too long, and what `tell` raises.
+    """
+    errors = request.with_name("stderr")
+    with errors.open("wb") as stderr:
+        process = subprocess.Popen(
             # With -P, the folder of the script does not come first on the path. A module of ours
             # cannot then stand in for one of the standard library.
             [sys.executable, "-P", str(WORKER), str(request)],
             # A backtrace would start a debugger.
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=TIMEOUT,
-            check=False,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            # Ctrl-C in a terminal reaches all of a session. It is for us to answer, and not for a
+            # check to fail by.
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        stage = _stage(request.parent)
-        raise RunFailed(f"llama.cpp did not finish in {TIMEOUT} s while {stage}") from None
+        try:
+            began = time.monotonic()
+            while time.monotonic() - began < TIMEOUT:
+                with suppress(subprocess.TimeoutExpired):
+                    code = process.wait(POLL)
+                    return code, errors.read_text("utf-8", errors="replace")
+                at = re.match(r"running prompt (\d+) ", _stage(request.parent))
+                tell(int(at[1]) if at else 0)
+        finally:
+            process.kill()  # also when we are interrupted
+            process.wait()
+    stage = _stage(request.parent)
+    raise RunFailed(f"llama.cpp did not finish in {TIMEOUT} s while {stage}")
 
 
 def _result(folder: Path) -> dict:
@@ -110,7 +133,7 @@ def _stage(folder: Path) -> str:
     return file.read_text("utf-8") if file.is_file() else "starting the child process"
 
 
-def _failure(done: subprocess.CompletedProcess, result: dict, folder: Path) -> VlmqError:
+def _failure(code: int, stderr: str, result: dict, folder: Path) -> VlmqError:
     """The error of a child that failed, in one line.
 
     It is the child's own, or the last words of the library that ended the process, with the stage.
@@ -119,10 +142,7 @@ def _failure(done: subprocess.CompletedProcess, result: dict, folder: Path) -> V
         return MissingRuntime(result["error"])
     if "error" in result:
         return RunFailed(f"{_stage(folder)}: {result['error']}")
-    lines = done.stderr.decode("utf-8", "replace").splitlines()
-    said = [line.strip() for line in lines if line.strip()]
+    said = [line.strip() for line in stderr.splitlines() if line.strip()]
     final = said[-1] if said else "no message"
     last = next((line for line in said if "GGML_ASSERT" in line), final)
-    return RunFailed(
-        f"{_stage(folder)}: llama.cpp ended the process (code {done.returncode}): {last[:300]}"
-    )
+    return RunFailed(f"{_stage(folder)}: llama.cpp ended the process (code {code}): {last[:300]}")

@@ -26,6 +26,7 @@ from vlmq_export.formats.gptq.requirements import missing
 from vlmq_export.formats.proof.checks import (
     Check,
     CheckSettings,
+    Steps,
     answers_row,
     compare_weights,
     relative_error,
@@ -44,6 +45,9 @@ ANSWER_TOKENS = 16
 # This includes compiling GPTQModel's C++ kernel, about 100 s on 2 cores, once on a machine.
 DEFAULT_KERNEL_SECONDS = 420.0
 
+# The steps, and their shares of the time.
+_PARTS = {"weights": 5, "whole model": 45, "reference": 10, "the loader's kernel": 40}
+
 _DECODED = "weights decoded by gptqmodel in the loaded model"
 _LINEARS = "one linear at a time, gptq_torch in float32"
 _LOGITS = "logits, transformers + gptqmodel, gptq_torch in float32"
@@ -58,6 +62,8 @@ def check(
 
     Raises FormatError when the folder cannot be opened.
     """
+    steps = Steps(settings.tell, _PARTS)
+    steps.begin("weights")
     opened = GptqFolder(folder)
     rows = [own_decoder(opened, reference), autogptq_decoder(opened, reference)]
     if lacking := missing():
@@ -80,15 +86,31 @@ def check(
             exact=True,
         )
         try:
-            rows += exact_rows(runtime.run(request), opened, reference)
+            rows += _exact(request, opened, reference, steps)
         except runtime.RuntimeFailed as e:
             said = str(e)
             rows += [
                 Check("gptq", level, name, "failed", detail=said) for level, name in _RUNTIME_ROWS
             ]
         picked = replace(request, out=f"{scratch}/default", backend=None, exact=False)
-        rows.append(default_kernel(picked, reference))
+        rows.append(default_kernel(picked, reference, steps))
     return rows
+
+
+def _exact(
+    request: runtime.Request, folder: GptqFolder, reference: Reference, steps: Steps
+) -> list[Check]:
+    """The rows of _RUNTIME_ROWS. Raises RuntimeFailed where the folder cannot be run."""
+    outcome = runtime.run(request, tell=_teller(steps, "whole model", request))
+    steps.begin("reference")
+    return [*exact_rows(outcome, folder, reference)]
+
+
+def _teller(steps: Steps, part: str, request: runtime.Request) -> runtime.Told:
+    """Tells how many prompts a worker has done. Until the first is, the model is being loaded."""
+    steps.begin(part)
+    loading = len(request.prompts)  # loading the reference VLM takes as long as all its prompts
+    return lambda done: steps.begin(part, done and loading + done, 2 * loading)
 
 
 # --- L1 without a runtime -------------------------------------------------------------------------
@@ -240,14 +262,15 @@ def worst_logits(outcome: runtime.Outcome, reference: Reference) -> tuple[float,
     return errors[at], prompts[at].id
 
 
-def default_kernel(request: runtime.Request, reference: Reference) -> Check:
+def default_kernel(request: runtime.Request, reference: Reference, steps: Steps) -> Check:
     """The kernel that transformers picks by itself, in float16.
 
     It has no gate, because its precision is its own.
     """
     request = replace(request, dtype="float16")
     try:
-        outcome = runtime.run(request, timeout=DEFAULT_KERNEL_SECONDS)
+        tell = _teller(steps, "the loader's kernel", request)
+        outcome = runtime.run(request, timeout=DEFAULT_KERNEL_SECONDS, tell=tell)
     except runtime.RuntimeFailed as e:
         name = f"logits, kernel that the loader picks: {e.kernel or 'none loaded'}"
         why = f'{e}; load with GPTQConfig(bits={request.bits}, backend="gptq_torch")'

@@ -10,6 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +21,13 @@ from safetensors.torch import save_file
 
 from vlmq_export.errors import VlmqError
 from vlmq_export.quantizer.samples.sample import Sample
+
+POLL = 0.5  # seconds between two looks at what the worker has done
+Told = Callable[[int], None]  # is given the number of prompts that are done
+
+
+def _untold(_done: int) -> None:
+    pass
 
 
 class RuntimeFailed(VlmqError):
@@ -90,17 +100,18 @@ def save_prompts(samples: list[Sample], folder: Path) -> list[str]:
     return files
 
 
-def run(request: Request, *, timeout: float | None = None) -> Outcome:
+def run(request: Request, *, timeout: float | None = None, tell: Told = _untold) -> Outcome:
     """Run the worker to its end.
 
     timeout: in seconds.
+    tell: is given the number of prompts that are done, again and again. It may raise to stop.
 
     Raises RuntimeFailed with one line if the worker fails, dies or takes too long.
     """
     out = Path(request.out)
     out.mkdir(parents=True)
     (out / "request.json").write_text(json.dumps(asdict(request)), "utf-8")
-    code = _exit_code(out, _environment(request), timeout)
+    code = _exit_code(out, _environment(request), timeout, tell)
     result = _result(out)
     if code:
         lines = (out / "stderr").read_text("utf-8", errors="replace").strip().splitlines()
@@ -131,10 +142,10 @@ def _environment(request: Request) -> dict[str, str]:
     return environment
 
 
-def _exit_code(out: Path, environment: dict[str, str], timeout: float | None) -> int:
+def _exit_code(out: Path, environment: dict[str, str], timeout: float | None, tell: Told) -> int:
     """Start the worker on out/request.json and wait for it.
 
-    Raises RuntimeFailed after `timeout` seconds.
+    Raises RuntimeFailed after `timeout` seconds, and what `tell` raises.
     """
     worker = "vlmq_export.formats.gptq.proof.worker"
     with (out / "stderr").open("wb") as stderr:
@@ -148,10 +159,13 @@ def _exit_code(out: Path, environment: dict[str, str], timeout: float | None) ->
             start_new_session=True,
         )
         try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired:
+            began = time.monotonic()
+            while timeout is None or time.monotonic() - began < timeout:
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(POLL)
+                tell(sum(1 for _ in out.glob("logits-*.npy")))
             kernel = _result(out).get("kernel", "")
-            raise RuntimeFailed(f"not done after {timeout:.0f} s", kernel) from None
+            raise RuntimeFailed(f"not done after {timeout:.0f} s", kernel)
         finally:
             # Also when we are interrupted. The compilers that it started must not outlive it.
             if process.poll() is None:

@@ -22,14 +22,18 @@ from vlmq_export.formats.onnx.proof.weights import own_reader, runtime_reader
 from vlmq_export.formats.onnx.proof.whole_model import FORMAT_GATE, whole_model_rows
 from vlmq_export.formats.onnx.read import OnnxFolder
 from vlmq_export.formats.onnx.requirements import missing
-from vlmq_export.formats.proof.checks import Check, CheckSettings
+from vlmq_export.formats.proof.checks import Check, CheckSettings, Steps
 from vlmq_export.formats.proof.reference import Reference
+
+# The steps, and their shares of the time. The last is onnxruntime-genai.
+_PARTS = {"weights": 5, "each linear": 5, "whole model": 20, "image files": 70}
 
 
 @dataclass(frozen=True)
 class _Stage:
     """A part of the proof."""
 
+    part: str  # of _PARTS
     level: str
     rows: Callable[[], list[Check]]
     whole: str = ""  # what needs the whole reference model, in words; empty if nothing does
@@ -47,7 +51,9 @@ def check(
         return [Check.not_run("onnx", f"L{n}", "ONNX Runtime", why) for n in (1, 2, 3)]
     rows: list[Check] = []
     provider = options.onnx_provider
-    for stage in _stages(folder, reference, settings, provider):
+    steps = Steps(settings.tell, _PARTS)
+    for stage in _stages(folder, reference, settings, provider, steps):
+        steps.begin(stage.part)
         if reference.too_large and stage.whole:
             rows.append(Check.not_run("onnx", stage.level, stage.whole, reference.too_large))
         elif stage.level != "L1" and not available(provider):
@@ -59,7 +65,7 @@ def check(
 
 
 def _stages(
-    folder: Path, reference: Reference, settings: CheckSettings, provider: str
+    folder: Path, reference: Reference, settings: CheckSettings, provider: str, steps: Steps
 ) -> list[_Stage]:
     """The proof from the weights to the whole model."""
     written = OnnxFolder(folder)
@@ -68,15 +74,15 @@ def _stages(
     runtime = partial(runtime_reader, written, reference, settings)
     tables = partial(rotary_tables, written, reference)
     nodes = partial(linear_rows, written, reference, settings, provider)
-    model = partial(whole_model_rows, folder, written, reference, settings, provider)
-    genai = partial(genai_rows, folder, reference, settings, level, FORMAT_GATE)
+    model = partial(whole_model_rows, folder, written, reference, settings, provider, steps)
+    genai = partial(genai_rows, folder, reference, settings, level, FORMAT_GATE, steps)
     return [
-        _Stage("L1", own),
-        _Stage("L1", runtime),
-        _Stage("L1", tables, whole="tables"),
-        _Stage("L2", nodes),
-        _Stage("L3", model, whole="whole model"),
-        _Stage("L3", genai, whole="whole model"),
+        _Stage("weights", "L1", own),
+        _Stage("weights", "L1", runtime),
+        _Stage("weights", "L1", tables, whole="tables"),
+        _Stage("each linear", "L2", nodes),
+        _Stage("whole model", "L3", model, whole="whole model"),
+        _Stage("image files", "L3", genai, whole="whole model"),
     ]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL.Image import Image
 
 from vlmq_export.formats.onnx.proof.runner import OnnxRunner
-from vlmq_export.formats.proof.checks import Check, CheckSettings, relative_error
+from vlmq_export.formats.proof.checks import Check, CheckSettings, Steps, relative_error
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.samples.sample import Sample
 
@@ -87,6 +87,7 @@ def genai_rows(
     settings: CheckSettings,
     level: int,  # the accuracy_level of the file
     tie: float,  # relative error of logits that may exchange two tokens
+    steps: Steps,
 ) -> list[Check]:
     """Pixels and answers, on images that keep their size and on others.
 
@@ -111,9 +112,17 @@ def genai_rows(
         positions = reference.position_ids(prompt)
         return answer != plain.answer(prompt, positions, stop=reference.stop_ids)
 
-    stop = reference.stop_ids
-    kept = _compare(model, differs, stop, [(p, p.images) for p in prompts])
-    resized = _compare(model, differs, stop, _odd_sizes(reference, prompts[:RESIZED]))
+    stop, few = reference.stop_ids, prompts[:RESIZED]
+    every = len(prompts) + len(few)
+
+    def told(pictured: Iterable[Pictured], before: int) -> Iterator[Pictured]:
+        for done, each in enumerate(pictured, before):
+            steps.begin("image files", done, every)
+            yield each
+
+    kept = _compare(model, differs, stop, told([(p, p.images) for p in prompts], 0))
+    odd = _odd_sizes(reference, few)
+    resized = _compare(model, differs, stop, told(odd, len(prompts)))
     return [*_gated_rows(kept, name), *_resized_rows(resized)]
 
 

@@ -14,7 +14,13 @@ import numpy as np
 
 from vlmq_export.formats.onnx.proof.runner import OnnxRunner
 from vlmq_export.formats.onnx.read import OnnxFolder
-from vlmq_export.formats.proof.checks import Check, CheckSettings, answers_row, relative_error
+from vlmq_export.formats.proof.checks import (
+    Check,
+    CheckSettings,
+    Steps,
+    answers_row,
+    relative_error,
+)
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.samples.sample import Sample
 
@@ -54,6 +60,7 @@ def whole_model_rows(
     reference: Reference,
     settings: CheckSettings,
     provider: str,
+    steps: Steps,
 ) -> list[Check]:
     """Image features, logits, cached decoding and greedy answers."""
     prompts = reference.prompts[: settings.images]
@@ -67,7 +74,7 @@ def whole_model_rows(
     if written.half:
         gate, allowed = HALF_GATE, math.floor(HALF_ANSWERS * len(prompts))
         kind = "float16 activations and cache"
-    compared = _compare(runner, reference, prompts)
+    compared = _compare(runner, reference, prompts, steps)
     rows = [
         _at_most("image features", compared.features, gate, "vision.onnx computes in float32"),
         _at_most("logits at accuracy_level 0", compared.logits, gate, kind),
@@ -82,10 +89,13 @@ def whole_model_rows(
     return rows
 
 
-def _compare(runner: OnnxRunner, reference: Reference, prompts: list[Sample]) -> _Compared:
+def _compare(
+    runner: OnnxRunner, reference: Reference, prompts: list[Sample], steps: Steps
+) -> _Compared:
     """Run every prompt at level 0."""
     compared = _Compared()
-    for p in prompts:
+    for done, p in enumerate(prompts):
+        steps.begin("whole model", done, len(prompts))
         positions = reference.position_ids(p)
         if p.pixel_values is not None:
             parts = [reference.vision_features(p), *reference.added_features(p)]

@@ -1,0 +1,48 @@
+"""The files that a run wrote: their names, sizes, and the command that runs them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from vlmq_export.formats.gguf.files.imatrix import IMATRIX
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Name → bytes of every file in a folder and below it, the largest first."""
+    sizes = {
+        p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()
+    }
+    return dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
+
+
+def run_with(name: str, out: Path, *, below: str = "", module_names: bool = False) -> list[str]:
+    """How the files of a format are run, a command or a line of Python each.
+
+    below: the path of the output folder as it shall stand in a command; empty: from inside it.
+    module_names: a GPTQ folder has the names that GPTQModel.load wants.
+    """
+    place = f"{below}/{name}" if below else name
+    if name == "gptq":
+        if module_names:
+            return [f'GPTQModel.load("{place}")  # Python, gptqmodel']
+        loads = f'AutoModelForImageTextToText.from_pretrained("{place}", device_map="auto")'
+        return [f"{loads}  # Python, transformers + optimum + gptqmodel"]
+    if name == "onnx":
+        if (out / "onnx" / "genai_config.json").is_file():
+            return [f'onnxruntime_genai.Model("{place}")  # Python, onnxruntime-genai']
+        return [f"{place}: vision.onnx → embedding.onnx → text.onnx in ONNX Runtime, in that order"]
+    models = [p.name for p in (out / "gguf").glob("*.gguf") if p.name != IMATRIX]
+    files = sorted(models, key=lambda file: (file.startswith("mmproj"), file))
+    text, mmproj = (files[0], files[-1]) if files else ("model.gguf", "mmproj.gguf")
+    both = f"-m {shlex.quote(f'{place}/{text}')} --mmproj {shlex.quote(f'{place}/{mmproj}')}"
+    return [
+        f"llama-mtmd-cli {both} --image photo.jpg -p 'What is shown?'",
+        f"llama-server {both}",
+    ]
+
+
+def source_bytes(folder: Path | None) -> int | None:
+    """Bytes of a source checkpoint's weights, or None where it is not at hand."""
+    sizes = [p.stat().st_size for p in folder.glob("*.safetensors")] if folder else []
+    return sum(sizes) or None
