@@ -103,9 +103,7 @@ def quantize(
     done = _layers_done(run, samples, calibration, resume)
     if done == WHOLE:
         return
-    with run.clock("floats"):
-        outer = solve_outer(checkpoint, job, folder, run.model.device, ranks)
-    _write_floats(run, outer)
+    outer = _outside_the_layers(run)
     with exact_arithmetic(), _shelf(run, place) as shelf:
         batches, lost = _first_batches(run, samples, outer, shelf)
         if drop_images:
@@ -188,6 +186,14 @@ def _layers_done(run: _Run, samples: Sequence[Sample], calibration: dict, resume
         )
         done = claim(run.folder, decides, resume)
     return run.ranks.same(done)
+
+
+def _outside_the_layers(run: _Run) -> list[BlockLinear]:
+    """Solve the matrices outside the decoder layers, and write all that is not quantized."""
+    with run.clock("floats"):
+        outer = solve_outer(run.checkpoint, run.job, run.folder, run.model.device, run.ranks)
+    _write_floats(run, outer)
+    return outer
 
 
 def _write_floats(run: _Run, outer: Sequence[BlockLinear]) -> None:

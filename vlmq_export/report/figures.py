@@ -21,7 +21,7 @@ from PIL import Image
 
 from vlmq_export.errors import CalibrationError
 from vlmq_export.quantizer.artifact.manifest import ModuleRecord
-from vlmq_export.quantizer.samples.images import load_image
+from vlmq_export.quantizer.samples.images import ImageBytes, load_image
 from vlmq_export.quantizer.samples.rows import Row
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def answer_pairs(fidelity: Fidelity | None, rows: Sequence[Row]) -> list[dict]:
     return pairs
 
 
-def _thumbnail(images: Sequence[Path]) -> Markup | None:
+def _thumbnail(images: Sequence[Path | ImageBytes]) -> Markup | None:
     """The first of these images, made small; None where there is none, or none that can be read."""
     if not images:
         return None
