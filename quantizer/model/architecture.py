@@ -113,7 +113,10 @@ class Architecture:
 
         A tied model becomes this once it is rotated, or once that matrix is quantized.
         """
-        return replace(self, config=untied_config(self.config), tied=False)
+        config = self.config | {"tie_word_embeddings": False}
+        if "tie_word_embeddings" in self.text:
+            config["text_config"] = self.text | {"tie_word_embeddings": False}
+        return replace(self, config=config, tied=False)
 
 
 def family_of(config: dict) -> Family:

@@ -102,7 +102,7 @@ def _child(recipe: dict, resume: bool, fault: Fault, notes: Path) -> None:
     code = 0
     try:
         values = cli.load_recipe(None, recipe)
-        job = functools.partial(cli._export, values, False, resume, False, True)
+        job = functools.partial(cli._export, values, False, resume, None, False, True, 0)
         running.run(job, False, True, 0)
     except typer.Exit as e:
         code = e.exit_code

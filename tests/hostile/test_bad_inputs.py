@@ -420,8 +420,8 @@ def test_names_in_a_file_cannot_drive_the_terminal(tmp_path):
         ("bits: " + "9" * 5000, "4300 digits"),
         ("out: !!python/object/apply:os.system ['touch pwned']", "not YAML"),
         ("x" * 70_000, "bytes"),
-        ("samples: 99999999999999999999", "--samples"),
-        ("seed: -1", "--seed"),
+        ("samples: 99999999999999999999", "samples"),
+        ("seed: -1", "seed"),
         ('out: "\\0"', "--out"),
     ],
 )

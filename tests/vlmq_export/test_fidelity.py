@@ -14,8 +14,10 @@ from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.cli import _present
 from vlmq_export.errors import FormatError, Interrupted
+from vlmq_export.formats.model_plan import artifact_plan
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.formats.proof.weights import Weights
+from vlmq_export.planning.run_plan import plan_run
 from vlmq_export.proving import beside_source
 from vlmq_export.proving.beside_source import _examples, float_source, measure, shown
 from vlmq_export.proving.fidelity import Example, Fidelity, mean_over_tokens, verdict
@@ -297,8 +299,7 @@ def result_with(fidelity, tmp_path, artifact):
     (out / "artifact").parent.mkdir(exist_ok=True)
     if not (out / "artifact").exists():
         (out / "artifact").symlink_to(artifact.path)
-    planned = SimpleNamespace(formats={}, model=None)
-    result = Result(out, planned, fidelity=fidelity)  # pyright: ignore[reportArgumentType]
+    result = Result(out, plan_run(artifact_plan(artifact), Recipe(format=[])), fidelity=fidelity)
     describe(out, Recipe(format=[]), result, ROWS)
     return result, (out / "report.html").read_text(), (out / "README.md").read_text()
 
@@ -312,11 +313,11 @@ def test_it_comes_first_in_report_card_and_json(artifacts, tmp_path, capsys):
     assert body.count("data:image/jpeg") == 1  # the other row is no longer at hand
     lines = card[card.index("\n# ") :].split("\n\n")
     assert lines[1].startswith("**Far from the source:** 81.0 % ± 4.0 of 9 answer tokens agree")
-    assert _present(result, True) == 0
+    assert _present(result, True, 0) == 0
     told = json.loads(capsys.readouterr().out)
     assert list(told).index("fidelity") + 1 == list(told).index("parity")
     assert told["fidelity"]["agreement"] == 0.81
-    assert _present(result, False) == 0
+    assert _present(result, False, 0) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith("far from the source: agreement 81.0 %, KL 0.4, 1 of 2")
 

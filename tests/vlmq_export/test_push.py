@@ -69,10 +69,10 @@ def proven(monkeypatch, verified: bool) -> None:
     check = Check("gguf", "L1", "every weight", status, 0.0 if verified else 1.0, 0.0, "differ")
     told = {"weights": 1, "images": 0}
 
-    def prove(out: Path, *_args: object) -> Parity:
+    def prove(out: Path, *_args: object) -> tuple[Parity, None]:
         parity = Parity(verified, [check], told, environment=environment())
         parity.write(out / PARITY_FILE)
-        return parity
+        return parity, None
 
     monkeypatch.setattr("vlmq_export.pipeline.prove", prove)
 

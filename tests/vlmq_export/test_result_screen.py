@@ -81,9 +81,12 @@ def test_the_table_of_checks_comes_with_v(capsys, written):
     assert "L3 check 3" in said and max(map(len, said.splitlines()[:8])) <= 80
 
 
-def test_a_line_of_fidelity_has_its_place(capsys, written):
-    said = screen(capsys, written, None, fidelity={"gguf": "0.98 of the answers"})
-    assert "  not verified\n  0.98 of the answers\n" in said
+def test_fidelity_comes_first(capsys, written):
+    figures = SimpleNamespace(
+        verdict="close", words="close to the source", short=lambda: "agreement 98.0 %"
+    )
+    said = screen(capsys, written, None, fidelity=figures)
+    assert said.startswith("close to the source: agreement 98.0 %\n")
 
 
 # --- while a proof runs -------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
 
-CONFIG = QuantConfig(method="vlmq", bits=3, group_size=64)
+CONFIG = QuantConfig(method="vlmq-paper", bits=3, group_size=64)
 
 
 def quantized(source, out) -> Artifact:
