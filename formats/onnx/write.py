@@ -60,7 +60,7 @@ def _mrope_section(text: dict) -> list[int] | None:
 
     None for a model whose tokens have one position each.
     """
-    section = (text.get("rope_parameters") or text.get("rope_scaling") or {}).get("mrope_section")
+    section = text["rope_parameters"].get("mrope_section")
     return None if section is None else [int(n) for n in section]
 
 

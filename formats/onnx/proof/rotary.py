@@ -8,7 +8,6 @@ a long prompt. Graphs that are traced by torch store the frequencies alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -91,9 +90,7 @@ def _axes(written: OnnxFolder, reference: Reference) -> list[Check]:
 
     No row where the graph does not say so in numbers.
     """
-    text = reference.architecture.text
-    rope: Any = text.get("rope_parameters") or text.get("rope_scaling")
-    sections = rope["mrope_section"]
+    sections = reference.architecture.text["rope_parameters"]["mrope_section"]
     graph = written.models["text"].graph
     found = {
         n.name: list(a.ints)
