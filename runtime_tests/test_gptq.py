@@ -6,6 +6,7 @@ They are transformers with gptqmodel, GPTQModel by itself, and the decoder of Au
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,7 +30,7 @@ from vlmq_export.formats.gptq.proof.check import (
     exact_rows,
     own_decoder,
 )
-from vlmq_export.formats.gptq.proof.runtime import Request, RuntimeFailed, run, save_prompts
+from vlmq_export.formats.gptq.proof.runtime import Request, RuntimeFailed, Worker, run, save_prompts
 from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.formats.gptq.requirements import missing
 from vlmq_export.formats.gptq.write import write
@@ -275,6 +276,18 @@ def test_a_runtime_that_dies_is_one_line(folder, reference, tmp_path):
     assert "could not place" in str(error.value) and "layers.6." in str(error.value)
     with pytest.raises(RuntimeFailed, match="not done after"):
         run(replace(request, out=str(tmp_path / "late")), timeout=0.05)
+
+
+def test_a_worker_that_dies_over_one_request_leaves_the_next_to_another(
+    folder, reference, tmp_path
+):
+    first = request_for(folder, tmp_path / "a", reference, reference.prompts[:1])
+    second = replace(first, out=str(tmp_path / "b"), exact=False)
+    with Worker([first, second]) as worker:
+        with pytest.raises(RuntimeFailed, match="killed by signal 9"):
+            worker.outcome(tell=lambda _: os.kill(worker.pid, signal.SIGKILL))
+        outcome = worker.outcome()
+    assert outcome.logits(0).shape == reference.logits(reference.prompts[0]).shape
 
 
 # --- other families, and checkpoints of others ----------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from vlmq_export.formats.proof.answers import generate, greedy_answers
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.model.architecture import Architecture, pretrained_config
 from vlmq_export.quantizer.model.streamed import model_class
@@ -30,7 +31,6 @@ from vlmq_export.quantizer.samples.sample import Sample
 # and in the model. It is held once more in the runtime. All three are float32.
 _WHOLE_MODEL_BYTES = 3 * 4
 
-ANSWER = 16  # most tokens of a greedy answer
 Verdict = Literal["same", "tie", "other"]  # of a greedy answer
 
 
@@ -158,13 +158,27 @@ class Reference:
         )
         return ids.numpy()
 
-    def answer(self, prompt: Sample, limit: int = ANSWER) -> list[int]:
-        """Greedy token ids, at most `limit`, up to and without the stop token."""
-        if prompt.id not in self._answers:
-            self._answers[prompt.id] = greedy_answer(self.model, prompt, self.stop_ids, limit)
+    def answer(self, prompt: Sample) -> list[int]:
+        """Greedy token ids, at most ANSWER, up to and without the stop token."""
+        self.answer_all([prompt])
         return self._answers[prompt.id]
 
-    def judge(self, prompt: Sample, answer: list[int], gate: float, limit: int = 16) -> Verdict:
+    def answer_all(
+        self, prompts: Sequence[Sample], tell: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Answer the prompts whose answers are not known yet, those that are alike together.
+
+        tell: is given the number of prompts that are done, and may raise to stop.
+        """
+        waiting = [prompt for prompt in prompts if prompt.id not in self._answers]
+        known = len(prompts) - len(waiting)
+        for done, (prompt, answer) in enumerate(
+            greedy_answers(self.model, waiting, self.stop_ids), known
+        ):
+            self._answers[prompt.id] = answer
+            tell(done)
+
+    def judge(self, prompt: Sample, answer: list[int], gate: float) -> Verdict:
         """How a runtime's greedy answer compares with the reference's.
 
         gate: the relative error that the runtime's logits are allowed.
@@ -173,12 +187,12 @@ class Reference:
         at most √2 · gate · ‖logits‖ apart. An error of gate · ‖logits‖ can exchange two such
         tokens, and no others. What follows there is another text, and is not compared.
         """
-        own = self.answer(prompt, limit)
+        own = self.answer(prompt)
         if answer == own:
             return "same"
         at = next(i for i in count() if own[i : i + 1] != answer[i : i + 1])
         told = {"output_logits": True, "return_dict_in_generate": True}
-        out = _generate(self.model, prompt, self.stop_ids, at + 1, **told)
+        out = generate(self.model, [prompt], self.stop_ids, at + 1, **told)
         logits = out.logits[at][0].double()
         # An answer that is over at this place went on with a stop token.
         stop = sorted(self.stop_ids)
@@ -204,30 +218,3 @@ class Reference:
             for m, value in zip(norms, before):
                 m.variance_epsilon = value
             self._logits, self._answers = kept, answers
-
-
-def greedy_answer(
-    model: Any, prompt: Sample, stop_ids: frozenset[int], limit: int = ANSWER
-) -> list[int]:
-    """Greedy token ids of a transformers model, at most `limit`, without the stop token."""
-    ids = _generate(model, prompt, stop_ids, limit)
-    new = ids[0, len(prompt.input_ids) :].tolist()
-    end = next((i for i, t in enumerate(new) if t in stop_ids), len(new))
-    return new[:end]
-
-
-@torch.no_grad()
-def _generate(
-    model: Any, prompt: Sample, stop_ids: frozenset[int], limit: int, **options: Any
-) -> Any:
-    """What transformers' greedy search returns after at most `limit` tokens."""
-    stop = sorted(stop_ids)
-    return model.generate(
-        **prompt.model_inputs(),
-        max_new_tokens=limit,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=stop,
-        pad_token_id=stop[0],
-        **options,
-    )

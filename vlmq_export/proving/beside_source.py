@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ import torch
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.errors import FormatError, Interrupted, VlmqError
 from vlmq_export.formats.gptq.imports.scheme import quantization_of
+from vlmq_export.formats.proof.answers import greedy_answers
 from vlmq_export.formats.proof.decoded import DecodedCheckpoint
-from vlmq_export.formats.proof.reference import Reference, greedy_answer
+from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.proving.fidelity import Example, Fidelity, mean_over_tokens, verdict
 from vlmq_export.proving.parity import without_places
 from vlmq_export.quantizer.artifact.manifest import MANIFEST
@@ -184,18 +185,19 @@ def _distances(
 
 
 def _answers(
-    reference: Reference, source: Checkpoint, places: Iterable[int], step: Callable[[], None]
+    reference: Reference, source: Checkpoint, places: Sequence[int], step: Callable[[], None]
 ) -> dict[int, tuple[list[int], list[int]]]:
     """Place of a row → the greedy answers of full precision and of the reference, as token ids."""
     # The reference comes first: its weights are decoded before those of the source are there.
-    quantized = {i: reference.answer(reference.prompts[i]) for i in places}
+    places_of = {reference.prompts[i].id: i for i in places}
+    asked = [reference.prompts[i] for i in places]
+    reference.answer_all(asked)
     model = load_model(source, torch.device("cpu"))
     # A repetition penalty in the source's own settings would hold for one of the two alone.
     model.generation_config = reference.model.generation_config
     found = {}
-    for i, answer in quantized.items():
-        full = greedy_answer(model, reference.prompts[i], reference.stop_ids)
-        found[i] = full, answer
+    for prompt, full in greedy_answers(model, asked, reference.stop_ids):
+        found[places_of[prompt.id]] = full, reference.answer(prompt)
         step()
     return found
 

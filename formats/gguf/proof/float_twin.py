@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlmq_export.formats.gguf.proof import deviations
-from vlmq_export.formats.gguf.proof.rows import ANSWER, Exported, error, gated, worst_of
+from vlmq_export.formats.gguf.proof.rows import Exported, error, gated, worst_of
 from vlmq_export.formats.gguf.proof.twin_file import write_twin
 from vlmq_export.formats.gguf.runtime import runner
 from vlmq_export.formats.gguf.runtime.prompts import Prompts, text_only
+from vlmq_export.formats.proof.answers import ANSWER
 from vlmq_export.formats.proof.checks import Check, answers_row
 
 TWIN = 5e-6  # most relative error of logits; a right file has 1e-6
@@ -41,7 +42,8 @@ def float_twin(export: Exported, scratch: Path) -> Iterator[Check]:
 
     with reference.language_norm_eps(run.eps):
         adjusted = errors()
-        verdicts = {s.id: reference.judge(s, answers[s.id], TWIN, ANSWER) for s in images}
+        reference.answer_all(images)
+        verdicts = {s.id: reference.judge(s, answers[s.id], TWIN) for s in images}
     said = f"reference with the RMS epsilon that llama.cpp's load log prints ({run.eps:g})"
     kinds = {"text prompts": texts, "image prompts, reference's vision features": images}
     for kind, some in kinds.items():
@@ -57,7 +59,8 @@ def float_twin(export: Exported, scratch: Path) -> Iterator[Check]:
             detail=said,
         )
     yield answers_row("gguf", "greedy answers of the twin", verdicts, unit="different", detail=said)
-    same = sum(answers[s.id] == reference.answer(s, ANSWER) for s in images)
+    reference.answer_all(images)
+    same = sum(answers[s.id] == reference.answer(s) for s in images)
     plain = deviations.rms_epsilon(layout, run.eps)
     name, value = worst_of(errors())
     yield Check(

@@ -17,7 +17,6 @@ from vlmq_export.formats.proof.checks import Check, CheckSettings, Steps, relati
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.samples.sample import Sample
 
-ANSWER = 16  # most tokens of a greedy answer
 # Bytes of a model from which on several threads pay. llama.cpp's threads spin at every barrier.
 SMALL = 2**28
 

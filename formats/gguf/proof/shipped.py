@@ -9,10 +9,11 @@ import numpy as np
 
 from vlmq_export.formats.gguf.proof import deviations, emulate
 from vlmq_export.formats.gguf.proof.products import products
-from vlmq_export.formats.gguf.proof.rows import ANSWER, Exported, error, gated, worst_of
+from vlmq_export.formats.gguf.proof.rows import Exported, error, gated, worst_of
 from vlmq_export.formats.gguf.proof.twin_file import decoded_tower, write_twin
 from vlmq_export.formats.gguf.runtime import runner
 from vlmq_export.formats.gguf.runtime.prompts import Prompts, image_rows, text_only
+from vlmq_export.formats.proof.answers import ANSWER
 from vlmq_export.formats.proof.checks import Check
 from vlmq_export.quantizer.samples.sample import Sample
 
@@ -102,7 +103,8 @@ def _mtmd(
         logits[sample.id] = error(got, reference.logits(sample)[~sample.vision.numpy()])
     yield shipped_row(export, compared, logits)
     answers = [(s, r["answer"]) for s, r in zip(samples, results)]
-    different = [s.id for s, answer in answers if answer != reference.answer(s, ANSWER)]
+    reference.answer_all(samples)
+    different = [s.id for s, answer in answers if answer != reference.answer(s)]
     yield Check(
         "gguf",
         "L3",

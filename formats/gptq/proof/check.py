@@ -23,6 +23,7 @@ from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gptq.proof import autogptq, runtime
 from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.formats.gptq.requirements import missing
+from vlmq_export.formats.proof.answers import ANSWER
 from vlmq_export.formats.proof.checks import (
     Check,
     CheckSettings,
@@ -32,6 +33,7 @@ from vlmq_export.formats.proof.checks import (
     relative_error,
 )
 from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.quantizer.samples.sample import Sample
 
 # Of logits, where both sides compute in float32 on the same weights. Measured was 5e-7.
 LOGITS_GATE = 1e-5
@@ -41,12 +43,11 @@ KERNEL_GATE = 5e-3
 # terms of one sign, each rounding by half an eps at most, loses 0.29·eps·√K; kernels add in several
 # sums. Measured were 0.03 of this gate at 512 columns, 0.04 at 4096 where all terms have one sign.
 LINEAR_GATE_PER_SQRT_K = float(np.finfo(np.float32).eps) / 4
-ANSWER_TOKENS = 16
 # This includes compiling GPTQModel's C++ kernel, about 100 s on 2 cores, once on a machine.
 DEFAULT_KERNEL_SECONDS = 420.0
 
 # The steps, and their shares of the time.
-_PARTS = {"weights": 5, "whole model": 45, "reference": 10, "the loader's kernel": 40}
+_PARTS = {"weights": 10, "reference": 45, "whole model": 30, "the loader's kernel": 15}
 
 _DECODED = "weights decoded by gptqmodel in the loaded model"
 _LINEARS = "one linear at a time, gptq_torch in float32"
@@ -73,37 +74,50 @@ def check(
     if why:
         return rows + [Check.not_run("gptq", level, name, why) for level, name in _RUNTIME_ROWS]
     with tempfile.TemporaryDirectory(prefix="vlmq-gptq-") as scratch:
-        request = runtime.Request(
-            folder=str(folder.resolve()),
-            out=f"{scratch}/exact",
-            bits=opened.bits,
-            threads=settings.threads,
-            prompts=runtime.save_prompts(reference.prompts[: settings.images], Path(scratch)),
-            vocabulary=reference.vocabulary,
-            limit=ANSWER_TOKENS,
-            stop_ids=sorted(reference.stop_ids),
-            backend="gptq_torch",
-            exact=True,
-        )
-        try:
-            rows += _exact(request, opened, reference, steps)
-        except runtime.RuntimeFailed as e:
-            said = str(e)
-            rows += [
-                Check("gptq", level, name, "failed", detail=said) for level, name in _RUNTIME_ROWS
-            ]
-        picked = replace(request, out=f"{scratch}/default", backend=None, exact=False)
-        rows.append(default_kernel(picked, reference, steps))
+        exact, picked = requests = _requests(opened, reference, settings, Path(scratch))
+        with runtime.Worker(requests) as worker:
+            steps.begin("reference")
+            _prepare(reference, reference.prompts[: settings.images], steps)
+            try:
+                outcome = worker.outcome(tell=_teller(steps, "whole model", exact))
+                rows += exact_rows(outcome, opened, reference)
+            except runtime.RuntimeFailed as e:
+                said = str(e)
+                rows += [
+                    Check("gptq", level, name, "failed", detail=said)
+                    for level, name in _RUNTIME_ROWS
+                ]
+            rows.append(default_kernel(worker, picked, reference, steps))
     return rows
 
 
-def _exact(
-    request: runtime.Request, folder: GptqFolder, reference: Reference, steps: Steps
-) -> list[Check]:
-    """The rows of _RUNTIME_ROWS. Raises RuntimeFailed where the folder cannot be run."""
-    outcome = runtime.run(request, tell=_teller(steps, "whole model", request))
-    steps.begin("reference")
-    return [*exact_rows(outcome, folder, reference)]
+def _requests(
+    folder: GptqFolder, reference: Reference, settings: CheckSettings, scratch: Path
+) -> tuple[runtime.Request, runtime.Request]:
+    """The exact run, and that of the kernel that the loader picks in float16."""
+    exact = runtime.Request(
+        folder=str(folder.path.resolve()),
+        out=str(scratch / "exact"),
+        bits=folder.bits,
+        threads=settings.threads,
+        prompts=runtime.save_prompts(reference.prompts[: settings.images], scratch),
+        vocabulary=reference.vocabulary,
+        limit=ANSWER,
+        stop_ids=sorted(reference.stop_ids),
+        backend="gptq_torch",
+        exact=True,
+    )
+    out = str(scratch / "default")
+    return exact, replace(exact, out=out, backend=None, exact=False, dtype="float16")
+
+
+def _prepare(reference: Reference, prompts: list[Sample], steps: Steps) -> None:
+    """Compute what the runtime's results are compared with, while the runtime works."""
+    for done, prompt in enumerate(prompts):
+        steps.begin("reference", done, 2 * len(prompts))
+        reference.logits(prompt)
+    count = len(prompts)
+    reference.answer_all(prompts, lambda done: steps.begin("reference", count + done, 2 * count))
 
 
 def _teller(steps: Steps, part: str, request: runtime.Request) -> runtime.Told:
@@ -178,10 +192,10 @@ def exact_rows(
     yield logits_row(outcome, reference)
     prompts = reference.prompts[: len(outcome.answers)]
     verdicts = {
-        p.id: reference.judge(p, got, LOGITS_GATE, ANSWER_TOKENS)
+        p.id: reference.judge(p, got, LOGITS_GATE)
         for p, got in zip(prompts, outcome.answers, strict=True)
     }
-    said = f"same tokens as the reference, at most {ANSWER_TOKENS}"
+    said = f"same tokens as the reference, at most {ANSWER}"
     yield answers_row("gptq", _ANSWERS, verdicts, unit="different", detail=said)
 
 
@@ -262,15 +276,16 @@ def worst_logits(outcome: runtime.Outcome, reference: Reference) -> tuple[float,
     return errors[at], prompts[at].id
 
 
-def default_kernel(request: runtime.Request, reference: Reference, steps: Steps) -> Check:
+def default_kernel(
+    worker: runtime.Worker, request: runtime.Request, reference: Reference, steps: Steps
+) -> Check:
     """The kernel that transformers picks by itself, in float16.
 
     It has no gate, because its precision is its own.
     """
-    request = replace(request, dtype="float16")
     try:
         tell = _teller(steps, "the loader's kernel", request)
-        outcome = runtime.run(request, timeout=DEFAULT_KERNEL_SECONDS, tell=tell)
+        outcome = worker.outcome(timeout=DEFAULT_KERNEL_SECONDS, tell=tell)
     except runtime.RuntimeFailed as e:
         name = f"logits, kernel that the loader picks: {e.kernel or 'none loaded'}"
         why = f'{e}; load with GPTQConfig(bits={request.bits}, backend="gptq_torch")'
@@ -278,9 +293,7 @@ def default_kernel(request: runtime.Request, reference: Reference, steps: Steps)
     error, worst = worst_logits(outcome, reference)
     side = "under" if error <= KERNEL_GATE else "OVER"
     prompts = reference.prompts[: len(outcome.answers)]
-    different = sum(
-        got != reference.answer(p, ANSWER_TOKENS) for p, got in zip(prompts, outcome.answers)
-    )
+    different = sum(got != reference.answer(p) for p, got in zip(prompts, outcome.answers))
     return Check(
         "gptq",
         "L3",

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from vlmq_export.errors import VlmqError
 from vlmq_export.quantizer.samples.sample import Sample
 
-POLL = 0.5  # seconds between two looks at what the worker has done
+POLL = 0.2  # seconds between two looks at what the worker has done
 Told = Callable[[int], None]  # is given the number of prompts that are done
 
 
@@ -100,28 +100,101 @@ def save_prompts(samples: list[Sample], folder: Path) -> list[str]:
     return files
 
 
-def run(request: Request, *, timeout: float | None = None, tell: Told = _untold) -> Outcome:
-    """Run the worker to its end.
+class Worker:
+    """A process that works on requests one after the other.
 
-    timeout: in seconds.
-    tell: is given the number of prompts that are done, again and again. It may raise to stop.
-
-    Raises RuntimeFailed with one line if the worker fails, dies or takes too long.
+    Importing gptqmodel takes longer than everything that a small model is asked, so that all
+    requests share a process. It works while the caller does something else, until `outcome` is
+    asked for. Where it dies over one request, another goes on with the next.
     """
-    out = Path(request.out)
-    out.mkdir(parents=True)
-    (out / "request.json").write_text(json.dumps(asdict(request)), "utf-8")
-    code = _exit_code(out, _environment(request), timeout, tell)
-    result = _result(out)
-    if code:
-        lines = (out / "stderr").read_text("utf-8", errors="replace").strip().splitlines()
+
+    def __init__(self, requests: Sequence[Request]):
+        for request in requests:
+            out = Path(request.out)
+            out.mkdir(parents=True)
+            (out / "request.json").write_text(json.dumps(asdict(request)), "utf-8")
+        self._waiting = list(requests)
+        self._process = self._start()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Also when we are interrupted. The compilers that it started must not outlive it.
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        """The process that works now, or worked last."""
+        return self._process.pid
+
+    def outcome(self, *, timeout: float | None = None, tell: Told = _untold) -> Outcome:
+        """What it left for the next request, waited for.
+
+        timeout: in seconds from now.
+        tell: is given the number of prompts that are done, again and again. It may raise to stop.
+
+        Raises RuntimeFailed with one line if the request fails, the worker dies over it, or it
+        takes too long.
+        """
+        request = self._waiting[0]
+        out = Path(request.out)
+        if self._process.poll() is not None and not _ended(_result(out)):
+            self._process = self._start()
+        self._waiting.pop(0)
+        self._wait(out, timeout, tell)
+        result = _result(out)
+        if not _ended(result):
+            raise RuntimeFailed(self._why_dead(), result.get("kernel", ""))
+        if "failed" in result:
+            raise RuntimeFailed(result["failed"], result.get("kernel", ""))
+        return Outcome(
+            out, result["kernel"], result["load_seconds"], result["seconds"], result["answers"]
+        )
+
+    def _start(self) -> subprocess.Popen:
+        """Start the process on the requests that wait."""
+        module = "vlmq_export.formats.gptq.proof.worker"
+        first = Path(self._waiting[0].out)
+        files = [str(Path(request.out) / "request.json") for request in self._waiting]
+        self._stderr = first / "stderr"
+        with self._stderr.open("wb") as stderr:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *files],
+                env=_environment(self._waiting[0]),
+                cwd=first,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+            )
+
+    def _wait(self, out: Path, timeout: float | None, tell: Told) -> None:
+        """Wait until a request has ended, or the process. Raises RuntimeFailed after `timeout`."""
+        began = time.monotonic()
+        while not _ended(_result(out)):
+            if timeout is not None and time.monotonic() - began > timeout:
+                kernel = _result(out).get("kernel", "")
+                raise RuntimeFailed(f"not done after {timeout:.0f} s", kernel)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(POLL)
+                return
+            tell(sum(1 for _ in out.glob("logits-*.npy")))
+
+    def _why_dead(self) -> str:
+        """The worker's last line, and the signal that killed it."""
+        lines = self._stderr.read_text("utf-8", errors="replace").strip().splitlines()
         why = lines[-1] if lines else "no message"
-        if code < 0:
-            why = f"killed by signal {-code} ({why})"
-        raise RuntimeFailed(why, result.get("kernel", ""))
-    return Outcome(
-        out, result["kernel"], result["load_seconds"], result["seconds"], result["answers"]
-    )
+        code = self._process.returncode
+        return f"killed by signal {-code} ({why})" if code < 0 else why
+
+
+def run(request: Request, *, timeout: float | None = None, tell: Told = _untold) -> Outcome:
+    """Run one request to its end, as `Worker.outcome` does."""
+    with Worker([request]) as worker:
+        return worker.outcome(timeout=timeout, tell=tell)
 
 
 def _environment(request: Request) -> dict[str, str]:
@@ -142,35 +215,9 @@ def _environment(request: Request) -> dict[str, str]:
     return environment
 
 
-def _exit_code(out: Path, environment: dict[str, str], timeout: float | None, tell: Told) -> int:
-    """Start the worker on out/request.json and wait for it.
-
-    Raises RuntimeFailed after `timeout` seconds, and what `tell` raises.
-    """
-    worker = "vlmq_export.formats.gptq.proof.worker"
-    with (out / "stderr").open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", worker, str(out / "request.json")],
-            env=environment,
-            cwd=out,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,
-        )
-        try:
-            began = time.monotonic()
-            while timeout is None or time.monotonic() - began < timeout:
-                with suppress(subprocess.TimeoutExpired):
-                    return process.wait(POLL)
-                tell(sum(1 for _ in out.glob("logits-*.npy")))
-            kernel = _result(out).get("kernel", "")
-            raise RuntimeFailed(f"not done after {timeout:.0f} s", kernel)
-        finally:
-            # Also when we are interrupted. The compilers that it started must not outlive it.
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+def _ended(result: dict) -> bool:
+    """Whether a request has been worked on to its end, or has failed."""
+    return "seconds" in result or "failed" in result
 
 
 def _result(out: Path) -> dict:

@@ -1,8 +1,8 @@
 """Runs a GPTQ folder in transformers with gptqmodel, and leaves what it computed in files.
 
 `runtime.py` starts it as a process of its own, because importing gptqmodel starts threads, patches
-safetensors and transformers, and redirects caches. Its one argument is a request file in JSON
-(`runtime.Request`).
+safetensors and transformers, and redirects caches. Its arguments are request files in JSON
+(`runtime.Request`), which it works on in turn.
 """
 
 from __future__ import annotations
@@ -128,51 +128,56 @@ def answer(
 
 
 @torch.no_grad()
-def work(request: dict) -> None:
-    """Load the model, run it on every prompt, and write the results into the request's `out`."""
+def work(request: dict, result: dict[str, Any]) -> None:
+    """Load the model, run it on every prompt, and write what it computes into the request's `out`.
+
+    result: is filled with what is known so far, so that a kernel that fails can be named.
+    """
     out = Path(request["out"])
     start = time.perf_counter()
     model = load(request)
-    gc.freeze()  # what is there now stays to the end
+    gc.freeze()  # what is there now stays to the end of the request
     gc.enable()
     kernels = sorted({type(m).__name__ for m in quantized_modules(model).values()})
-    answers: list[list[int]] = []
-    result: dict[str, Any] = {
-        "kernel": ", ".join(kernels),
-        "load_seconds": time.perf_counter() - start,
-        "answers": answers,
-    }
-    # Written already now, so that a kernel that fails can be named.
-    result_file = out / "result.json"
-    result_file.write_text(json.dumps(result), "utf-8")
+    result |= {"kernel": ", ".join(kernels), "load_seconds": time.perf_counter() - start}
+    write(result, out)
     prompts = [load_file(file) for file in request["prompts"]]
     if request["exact"]:
         upcast_scales(model)
         save_weights(model, out / "weights")
         save_linears(model, prompts[0], out / "linears")
+    answers: list[list[int]] = []
     for i, inputs in enumerate(prompts):
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         logits = model(**inputs, use_cache=False).logits[0, :, : request["vocabulary"]]
         np.save(out / f"logits-{i}.npy", logits.float().numpy())
         answers.append(answer(model, inputs, request["limit"], request["stop_ids"]))
-    result["seconds"] = time.perf_counter() - start
-    result_file.write_text(json.dumps(result), "utf-8")
+    result |= {"answers": answers, "seconds": time.perf_counter() - start}
 
 
-def main() -> int:
-    """Do what the request file says. A failure becomes one line on stderr, and exit code 1."""
-    request = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    torch.set_num_threads(request["threads"])
-    try:
-        work(request)
-    except Exception as e:  # a runtime may raise anything
-        sys.stderr.write(f"\n{type(e).__name__}: {' '.join(str(e).split())[:400]}\n")
-        return 1
-    finally:
-        gc.freeze()  # nor does the end of the process look for garbage
-    return 0
+def write(result: dict[str, Any], out: Path) -> None:
+    """Replace result.json, which whoever waits reads at any time."""
+    temporary = out / "result.json.tmp"
+    temporary.write_text(json.dumps(result), "utf-8")
+    temporary.replace(out / "result.json")
+
+
+def main() -> None:
+    """Do what the request files say. A failure becomes one line in the request's result."""
+    for file in sys.argv[1:]:
+        request = json.loads(Path(file).read_text("utf-8"))
+        torch.set_num_threads(request["threads"])
+        result: dict[str, Any] = {}
+        try:
+            work(request, result)
+        except Exception as e:  # a runtime may raise anything
+            result["failed"] = f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"
+        write(result, Path(request["out"]))
+        gc.unfreeze()  # the next request's model takes the place of this one's
+        gc.collect()
+    gc.freeze()  # the end of the process does not look for garbage either
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -114,6 +114,9 @@ def genai_rows(
 
     stop, few = reference.stop_ids, prompts[:RESIZED]
     every = len(prompts) + len(few)
+    odd = _odd_sizes(reference, few)
+    if not level:
+        reference.answer_all([*prompts, *(prompt for prompt, _ in odd)])
 
     def told(pictured: Iterable[Pictured], before: int) -> Iterator[Pictured]:
         for done, each in enumerate(pictured, before):
@@ -121,7 +124,6 @@ def genai_rows(
             yield each
 
     kept = _compare(model, differs, stop, told([(p, p.images) for p in prompts], 0))
-    odd = _odd_sizes(reference, few)
     resized = _compare(model, differs, stop, told(odd, len(prompts)))
     return [*_gated_rows(kept, name), *_resized_rows(resized)]
 

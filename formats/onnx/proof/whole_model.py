@@ -94,6 +94,7 @@ def _compare(
 ) -> _Compared:
     """Run every prompt at level 0."""
     compared = _Compared()
+    reference.answer_all(prompts)
     for done, p in enumerate(prompts):
         steps.begin("whole model", done, len(prompts))
         positions = reference.position_ids(p)

@@ -1,0 +1,28 @@
+"""Greedy answers of several prompts at once are those of each prompt alone."""
+
+import pytest
+
+from tools.reference_vlm.tiny_checkpoints import FAMILIES
+from vlmq_export.bundled import HELDOUT
+from vlmq_export.formats.proof import answers
+from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.quantizer.samples.rows import read_rows
+
+ROWS = 24
+
+
+@pytest.mark.parametrize("arch", ["reference", *FAMILIES])
+def test_prompts_of_one_shape_are_answered_together(arch, artifacts, tiny, monkeypatch):
+    source = [] if arch == "reference" else [tiny(arch)]
+    reference = Reference(artifacts("w4g128", *source).path, read_rows(HELDOUT)[:ROWS])
+    alone = {p.id: reference.answer(p) for p in reference.prompts}
+    sizes = []
+    generate = answers.generate
+    monkeypatch.setattr(
+        answers, "generate", lambda m, part, *a: sizes.append(len(part)) or generate(m, part, *a)
+    )
+    prompts = reference.prompts
+    answered = answers.greedy_answers(reference.model, prompts, reference.stop_ids)
+    together = {prompt.id: answer for prompt, answer in answered}
+    assert together == alone
+    assert sum(sizes) == ROWS and max(sizes) > 1
