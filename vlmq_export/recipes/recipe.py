@@ -114,8 +114,11 @@ class Recipe(BaseModel):
                 raise ValueError(f"--{key.replace('_', '-')}: a name with a null byte")
         if self.emit_imatrix and "gguf" not in self.format:
             raise ValueError("--emit-imatrix writes beside the GGUF; add --format gguf")
-        if self.tensor_type and self.block_types is None:
-            raise ValueError("--tensor-type changes a mix; give --gguf-type or --target-bpw too")
+        if self.tensor_type and self.block_types is None and self.asks_for_affine:
+            raise ValueError(
+                "--tensor-type changes a mix of GGUF's block types; give --gguf-type or"
+                " --target-bpw too, or --format gguf alone, which is a mix by itself"
+            )
         if self.gguf_type is not None and self.target_bpw is not None:
             raise ValueError(
                 "--gguf-type and --target-bpw exclude each other: both choose the types"

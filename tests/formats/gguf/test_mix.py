@@ -11,6 +11,7 @@ import pytest
 from tests.vlmq_export.test_cli import call, refused
 from tools.llama_cpp.quantize_types import shapes
 from vlmq_export.errors import UsageError
+from vlmq_export.formats import NATIVE_MIX
 from vlmq_export.formats.gguf.types.mix import (
     MIXES,
     Shape,
@@ -78,13 +79,19 @@ def test_fallback(columns, kind, wanted):
         ({"gguf_type": "Q4_K_M", "bits": 3}, "--bits and --gguf-type Q4_K_M exclude each other"),
         ({"gguf_type": "Q4_K_M", "act_order": "dynamic"}, "use gar or off"),
         ({"gguf_type": "Q4_K_M", "format": ["gptq"]}, "only GGUF holds these integers"),
-        ({"tensor_type": ["attn_v=Q8_0"]}, "give --gguf-type or --target-bpw too"),
+        ({"tensor_type": ["a=Q8_0"]}, "give --gguf-type or --target-bpw too"),
+        ({"tensor_type": ["a=Q8_0"], "format": ["gguf"], "bits": 4}, "--format gguf alone"),
     ],
 )
 def test_one_line_for_a_mix_that_cannot_be(flags, said):
     with pytest.raises(UsageError, match=r"^[^\n]*$") as raised:
         load_recipe(None, flags)
     assert said in str(raised.value)
+
+
+def test_gguf_alone_is_a_mix_that_may_be_changed():
+    recipe = load_recipe(None, {"tensor_type": ["attn_v=Q8_0"], "format": ["gguf"]})
+    assert recipe.with_native_types().gguf_type == NATIVE_MIX
 
 
 def test_one_line_for_names_that_are_none():
