@@ -15,6 +15,7 @@ gc.disable()
 import json  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+from collections import defaultdict  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -112,19 +113,29 @@ def save_linears(model: nn.Module, inputs: dict[str, torch.Tensor], out: Path) -
 
 
 def answer(
-    model: Any, inputs: dict[str, torch.Tensor], limit: int, stop_ids: list[int]
-) -> list[int]:
-    """Greedy token ids, at most `limit`, up to and without the stop token."""
-    ids = model.generate(
-        **inputs,
-        max_new_tokens=limit,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0],
-    )
-    new = ids[0, inputs["input_ids"].shape[1] :].tolist()
-    return new[: next((i for i, t in enumerate(new) if t in stop_ids), len(new))]
+    model: Any, prompts: list[dict[str, torch.Tensor]], limit: int, stop_ids: list[int]
+) -> list[list[int]]:
+    """Greedy token ids of every prompt, at most `limit`, up to and without the stop token.
+
+    Prompts whose inputs have the same shapes are answered together, so that nothing is padded.
+    """
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for place, inputs in enumerate(prompts):
+        groups[tuple((name, value.shape) for name, value in inputs.items())].append(place)
+    answers: list[list[int]] = [[]] * len(prompts)
+    for places in groups.values():
+        names = prompts[places[0]]
+        ids = model.generate(
+            **{name: torch.cat([prompts[place][name] for place in places]) for name in names},
+            max_new_tokens=limit,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+        )
+        for place, new in zip(places, ids[:, names["input_ids"].shape[1] :].tolist()):
+            answers[place] = new[: next((i for i, t in enumerate(new) if t in stop_ids), len(new))]
+    return answers
 
 
 @torch.no_grad()
@@ -146,13 +157,12 @@ def work(request: dict, result: dict[str, Any]) -> None:
         upcast_scales(model)
         save_weights(model, out / "weights")
         save_linears(model, prompts[0], out / "linears")
-    answers: list[list[int]] = []
     for i, inputs in enumerate(prompts):
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         logits = model(**inputs, use_cache=False).logits[0, :, : request["vocabulary"]]
         np.save(out / f"logits-{i}.npy", logits.float().numpy())
-        answers.append(answer(model, inputs, request["limit"], request["stop_ids"]))
+    answers = answer(model, prompts, request["limit"], request["stop_ids"])
     result |= {"answers": answers, "seconds": time.perf_counter() - start}
 
 
