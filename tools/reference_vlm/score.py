@@ -17,11 +17,12 @@ import typer
 from PIL import Image
 
 from tools.reference_vlm import model as qwen
-from tools.reference_vlm import onevision
+from tools.reference_vlm import onevision, smolvlm
 from tools.reference_vlm.model import BUNDLED, load_model, load_tokenizer
 
 Question = tuple[Image.Image, str]  # image, question
 Asked = tuple[str, Question, str]  # task, question, answer
+BATCHES = {"llava_onevision": onevision.make_batch, "idefics3": smolvlm.make_batch}
 HELDOUT = BUNDLED / "data" / "heldout.json"
 
 
@@ -42,8 +43,7 @@ def answer(model, tokenizer, questions: list[Question], *, batch_size: int = 32)
     Only prompts of one length and one image size share a batch. Nothing is padded then, and an
     answer does not depend on the other rows of its batch.
     """
-    is_onevision = model.config.model_type == "llava_onevision"
-    make_batch = onevision.make_batch if is_onevision else qwen.make_batch
+    make_batch = BATCHES.get(model.config.model_type, qwen.make_batch)
     groups = defaultdict(list)
     for place, (image, question) in enumerate(questions):
         groups[image.size, len(tokenizer(question)["input_ids"])].append(place)
@@ -58,7 +58,7 @@ def answer(model, tokenizer, questions: list[Question], *, batch_size: int = 32)
                 **inputs,
                 max_new_tokens=8,
                 do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=model.generation_config.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
             for place, row in zip(batch, tokens[:, length:]):

@@ -3,11 +3,14 @@
     python tools/reference_vlm/train.py OUT --arch qwen2_5_vl --minutes M [--resume]
     python tools/reference_vlm/train.py OUT --arch qwen2_vl --minutes M --init weights.safetensors
     python tools/reference_vlm/train.py OUT --arch llava_onevision --minutes M [--resume]
+    python tools/reference_vlm/train.py OUT --arch smolvlm --minutes M [--resume]
 
 The Qwen architectures start from scratch, or from the weights that --init names. LLaVA-OneVision
-starts from the bundled model, which also teaches it. OUT/hf is the model, a folder in the hub's
-layout; OUT/state.safetensors is what --resume continues from. Both are replaced every few hundred
-steps and at the end. The training of the bundled model took about four hours on two cores.
+starts from the bundled model, which also teaches it. SmolVLM trains a tower before a language model
+that stays as it is. OUT/hf is the model, a folder in the hub's layout (SmolVLM's is
+OUT/trained.safetensors, the part that was trained); OUT/state.safetensors is what --resume
+continues from. Both are replaced every few hundred steps and at the end. The training of the
+bundled model took about four hours on two cores.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, from anywhere
 
-from tools.reference_vlm import onevision
+from tools.reference_vlm import onevision, smolvlm
 from tools.reference_vlm.distillation import OneVisionTrainer
 from tools.reference_vlm.make_data import Split, draw_row
 from tools.reference_vlm.model import BUNDLED, load_tokenizer, save_model, train_tokenizer
 from tools.reference_vlm.score import exact_match
+from tools.reference_vlm.smolvlm_training import SmolVLMTrainer
 from tools.reference_vlm.training import BaseTrainer, Settings, Trainer, tokenizer_texts
 
 LOG_EVERY, SAVE_EVERY, SCORE_EVERY = 50, 200, 500  # steps
@@ -42,6 +46,7 @@ class Arch(StrEnum):
     qwen2_5_vl = "qwen2_5_vl"
     qwen2_vl = "qwen2_vl"
     llava_onevision = "llava_onevision"
+    smolvlm = "smolvlm"
 
 
 def main(
@@ -67,13 +72,13 @@ def main(
 ) -> None:
     """Train a reference VLM on drawn images."""
     torch.set_num_threads(threads)
-    distilled = arch is Arch.llava_onevision
     _check(out, resume)
-    if distilled and (init or new_tokenizer):
+    started = arch in (Arch.llava_onevision, Arch.smolvlm)
+    if started and (init or new_tokenizer):
         raise typer.BadParameter(
-            "llava_onevision starts from the bundled model and its tokenizer", param_hint="--arch"
+            f"{arch} has its own weights and tokenizer to start from", param_hint="--arch"
         )
-    if distilled:
+    if arch is Arch.llava_onevision:
         onevision.write_tokenizer(out / "tokenizer")
     elif new_tokenizer and not resume:
         train_tokenizer(tokenizer_texts(), out / "tokenizer")
@@ -90,6 +95,8 @@ def _trainer(settings: Settings, tokenizer, init: Path | None) -> BaseTrainer:
     """The trainer of an architecture; the Qwen architectures take the weights of `init`."""
     if settings.arch == Arch.llava_onevision:
         return OneVisionTrainer(settings, tokenizer)
+    if settings.arch == Arch.smolvlm:
+        return SmolVLMTrainer(settings)
     trainer = Trainer(settings, tokenizer, init=init)
     if trainer.taken:
         typer.echo("init: {} of {} tensors fit".format(*trainer.taken))
@@ -143,7 +150,9 @@ def train(trainer: BaseTrainer, out: Path, minutes: float, start: float) -> None
 def save(trainer: BaseTrainer, out: Path) -> None:
     """Replace the state and the model in `out`."""
     trainer.save(out / STATE)
-    if isinstance(trainer, OneVisionTrainer):
+    if isinstance(trainer, SmolVLMTrainer):
+        trainer.write_trained(out / smolvlm.TRAINED.name)
+    elif isinstance(trainer, OneVisionTrainer):
         onevision.save_model(trainer.model, out / "hf")
     else:
         save_model(trainer.model, out / "hf", tokenizer_dir=_tokenizer_dir(out))
@@ -152,10 +161,13 @@ def save(trainer: BaseTrainer, out: Path) -> None:
 def report(trainer: BaseTrainer, rows: int) -> None:
     """Print the exact match per task on drawings that training does not use."""
     drawn = [draw_row(Split.heldout, VALIDATION_SET, row) for row in range(rows)]
-    asked = [(task, (row.image, row.question), row.answer) for task, row in drawn]
-    trainer.model.eval()
-    scores = exact_match(trainer.model, trainer.tokenizer, asked)
-    trainer.model.train()
+    if isinstance(trainer, SmolVLMTrainer):
+        scores = trainer.exact_match(drawn)
+    else:
+        asked = [(task, (row.image, row.question), row.answer) for task, row in drawn]
+        trainer.model.eval()
+        scores = exact_match(trainer.model, trainer.tokenizer, asked)
+        trainer.model.train()
     typer.echo("exact match  " + "  ".join(f"{task} {share:.3f}" for task, share in scores.items()))
 
 
