@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 
 BITS = (2, 3, 4, 8)
+GROUP_SIZES = (128, 64, 32)  # the usual ones, which every runtime has kernels for
 ACT_ORDERS = {
     "off": "columns in their natural order",
     "static": "the largest diag(A) first, groups fixed before the columns are reordered",

@@ -205,9 +205,8 @@ class Reference:
 
         llama.cpp's qwen2vl computes with one of its own. Results that were kept are put aside.
         """
-        norms = [
-            m for m in self.model.model.language_model.modules() if hasattr(m, "variance_epsilon")
-        ]
+        decoder = self.model.get_decoder()
+        norms = [m for m in decoder.modules() if hasattr(m, "variance_epsilon")]
         before = [m.variance_epsilon for m in norms]
         kept, self._logits, answers, self._answers = self._logits, {}, self._answers, {}
         try:

@@ -186,7 +186,7 @@ def decoder_inputs(
     batches = []
     with (
         before(first_layer, catch),
-        before(model.model.language_model, lambda _args, kwargs: given.update(kwargs)),
+        before(model.get_decoder(), lambda _args, kwargs: given.update(kwargs)),
     ):
         for group, place in zip(ranks.share(groups), ranks.share(places)):
             with suppress(Stop):

@@ -37,6 +37,7 @@ _SIZES = frozenset(
         "num_key_value_heads",
         "out_hidden_size",
         "patch_size",
+        "scale_factor",
         "spatial_merge_size",
         "spatial_patch_size",
         "temporal_patch_size",

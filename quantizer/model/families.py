@@ -44,7 +44,7 @@ class Family:
     writers: tuple[str, ...] = ()
     seq_len: int = 512  # tokens to which the VLMQ paper cuts samples for this family
     # `grid`: an image takes as many tokens as its size asks for; `tile`: each image is one square
-    # tile (samples/image_rules.py).
+    # tile; `tiles`: it can be several, with words before each (samples/image_rules.py).
     images: str = "grid"
     # What to write before and after an image's tokens where the chat template does not.
     around: tuple[str, str] = ("", "")
@@ -145,6 +145,17 @@ _INTERNVL = Family(
     around=("<img>", "</img>"),
     mrope=False,
 )
+# The tower and the connector of SmolVLM have the names of transformers 5 on the hub as well.
+_IDEFICS3 = Family(
+    "idefics3",
+    layers="model.text_model.layers.",
+    vision=("model.vision_model.", "model.connector."),
+    prefixes=(),
+    writers=("model.connector.modality_projection.proj",),
+    images="tiles",
+    around=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+    mrope=False,
+)
 
 FAMILIES = {
     f.model_type: f
@@ -154,6 +165,8 @@ FAMILIES = {
         _QWEN3_VL,
         _LLAVA_ONEVISION,
         _INTERNVL,
+        _IDEFICS3,
+        replace(_IDEFICS3, model_type="smolvlm"),
     )
 }
 

@@ -36,9 +36,13 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises CheckpointError for files that are missing or damaged. Without the vocabulary's file,
     transformers would make a tokenizer of the special tokens alone.
+
+    SmolVLM's files name GPT2Tokenizer, which puts a pre-tokenizer of its own in the place of that
+    of tokenizer.json. For `smolvlm`, transformers goes by the file instead, as every runtime does;
+    here the same is done for SmolVLM's first generation.
     """
     with _importing():
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
     vocabulary = [("tokenizer.json",), ("vocab.json", "merges.txt")]
     if not any(all((folder / file).is_file() for file in files) for files in vocabulary):
         raise CheckpointError(
@@ -50,7 +54,17 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder}: tokenizer_config.json is missing; copy it from the original model"
         )
     with third_party(f"{folder}: transformers cannot read its tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if type(loaded).__name__ == "GPT2Tokenizer" and _splits_by_itself(folder):
+            loaded = PreTrainedTokenizerFast.from_pretrained(folder)
+        return loaded
+
+
+def _splits_by_itself(folder: Path) -> bool:
+    """Whether tokenizer.json has another pre-tokenizer than GPT-2."""
+    file = folder / "tokenizer.json"
+    pre = read_json(file).get("pre_tokenizer") if file.is_file() else None
+    return isinstance(pre, dict) and pre.get("type") != "ByteLevel"
 
 
 def chat_template(folder: Path, tokenizer: Any) -> str | None:

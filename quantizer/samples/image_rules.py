@@ -5,6 +5,7 @@ Each image is resized once, here, to a size that every runtime's own preprocessi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlmq_export.errors import CalibrationError, CheckpointError
+from vlmq_export.quantizer.model.families import Family
 from vlmq_export.quantizer.samples.companions import pixel_limits
 
 TOKENS = (8, 4096)  # the fewest and most tokens of an image, after merging, that llama.cpp allows
@@ -26,7 +29,7 @@ class Encoded:
     """What the images of one sample become."""
 
     inputs: dict[str, torch.Tensor]  # keyword arguments of the model: pixel_values and their layout
-    tokens: list[int]  # number of tokens of each image
+    written: list[str]  # what stands for each image in the prompt
 
 
 class ImageRule(Protocol):
@@ -40,11 +43,17 @@ class ImageRule(Protocol):
         ...
 
     def tokens(self, size: Size) -> int:
-        """The number of tokens of an image that has been resized to this size."""
+        """The number of tokens of an image that has been resized to this size.
+
+        Those that every image has around it are left out.
+        """
         ...
 
-    def encode(self, images: Sequence[Image.Image]) -> Encoded:
-        """The model's inputs for images that were fitted."""
+    def encode(self, images: Sequence[Image.Image], token: str) -> Encoded:
+        """The model's inputs for images that were fitted, and their text.
+
+        `token` is the placeholder of an image.
+        """
         ...
 
 
@@ -89,12 +98,13 @@ class Grid:
     def tokens(self, size: Size) -> int:
         return size[0] * size[1] // self.unit**2
 
-    def encode(self, images: Sequence[Image.Image]) -> Encoded:
+    def encode(self, images: Sequence[Image.Image], token: str) -> Encoded:
         """pixel_values [patches, channels·temporal·patch²], image_grid_thw [images, 3]."""
         features = self.processor(images=list(images), return_tensors="pt")
         grid = features["image_grid_thw"].long()
         inputs = {"pixel_values": features["pixel_values"].float(), "image_grid_thw": grid}
-        return Encoded(inputs, (grid.prod(-1) // self.processor.merge_size**2).tolist())
+        counts = (grid.prod(-1) // self.processor.merge_size**2).tolist()
+        return Encoded(inputs, [token * count for count in counts])
 
 
 class Tile:
@@ -105,8 +115,15 @@ class Tile:
     LLaVA-OneVision, an image takes 730 (27 · 27 patches and a newline), and 256 are left.
     """
 
-    def __init__(self, processor: Any, config: dict, newline: int):  # Family.newline
+    def __init__(
+        self,
+        processor: Any,
+        config: dict,
+        newline: int,  # Family.newline
+        around: tuple[str, str] = ("", ""),  # Family.around
+    ):
         vision = config["vision_config"]
+        self.before, self.after = around
         self.processor = processor  # transformers' image processor of the model
         self.side = _first(vision["image_size"])  # pixels
         patches = self.side // _first(vision["patch_size"])
@@ -119,7 +136,7 @@ class Tile:
     def tokens(self, size: Size) -> int:
         return self.each
 
-    def encode(self, images: Sequence[Image.Image]) -> Encoded:
+    def encode(self, images: Sequence[Image.Image], token: str) -> Encoded:
         """pixel_values [images, 3, side, side].
 
         For LLaVA-OneVision also image_sizes [images, 2] and batch_num_images [1].
@@ -133,12 +150,100 @@ class Tile:
             inputs["pixel_values"] = inputs["pixel_values"][:, 0].contiguous()
             inputs["image_sizes"] = features["image_sizes"].long()
             inputs["batch_num_images"] = torch.tensor([max(2, len(images))])
-        return Encoded(inputs, [self.each] * len(images))
+        return Encoded(inputs, [self.before + token * self.each + self.after] * len(images))
 
 
-def image_rule(kind: str, processor: Any, config: dict, newline: int) -> ImageRule:
-    """The rule of a family. `kind` is Family.images, `newline` Family.newline."""
-    return Grid(processor) if kind == "grid" else Tile(processor, config, newline)
+class Tiles:
+    """Idefics3, SmolVLM: an image is one square tile, or a grid of tiles and the whole as one more.
+
+    The processor's `do_image_splitting` says which. The grid is what covers the image once its
+    longer side is `size.longest_edge`. With fewer tokens to spend, that side is shorter. Before
+    each tile stands a word with its row and column, and before the whole image `<global-img>`.
+
+    Raises CheckpointError for tiles of another size than the tower's, or that cannot be shuffled.
+    """
+
+    def __init__(self, processor: Any, config: dict, around: tuple[str, str]):  # Family.around
+        self.processor = processor  # transformers' image processor of the model
+        self.side = int(processor.max_image_size["longest_edge"])  # of a tile, in pixels
+        self.longest = int(processor.size["longest_edge"]) if processor.do_image_splitting else 0
+        self.before, self.after = around
+        vision, shuffled = config["vision_config"], config["scale_factor"]
+        if self.side != _first(vision["image_size"]):
+            raise CheckpointError(
+                f"max_image_size of the image processor is {self.side} where config.json has"
+                f" image_size {vision['image_size']}; copy both from the original model"
+            )
+        patches = self.side // _first(vision["patch_size"])
+        if not patches or patches % shuffled:
+            raise CheckpointError(
+                f"scale_factor {shuffled} in config.json does not divide the {patches} patches along"
+                " a side of a tile; copy it from the original model"
+            )
+        self.each = (patches // shuffled) ** 2  # tokens of a tile
+
+    def size(self, size: Size, most: int | None = None) -> Size:
+        """A whole number of tiles along each side, or one tile."""
+        for longest in range(self.longest, self.side, -self.side):
+            fitted = self._covering(size, longest)
+            if most is None or self.tokens(fitted) <= most:
+                return fitted
+        return self.side, self.side
+
+    def tokens(self, size: Size) -> int:
+        """The words of the tiles are counted as one token each, and so are the line breaks."""
+        columns, rows = (side // self.side for side in size)
+        grid = rows * columns * (self.each + 2) + rows if rows * columns > 1 else 0
+        return grid + self.each
+
+    def encode(self, images: Sequence[Image.Image], token: str) -> Encoded:
+        """pixel_values [tiles, 1, 3, side, side], of all images in order.
+
+        The model takes any number of tiles for a sample, and the order is all that it needs. Raises
+        CalibrationError for a tile of zeros, which the model would take for padding.
+        """
+        tiles, written = [], []
+        for image in images:
+            features = self.processor(
+                images=[image],
+                do_resize=False,
+                do_image_splitting=image.size != (self.side, self.side),
+                return_row_col_info=True,
+                return_tensors="pt",
+            )
+            tiles.append(features["pixel_values"][0].float())
+            written.append(self._text(features["rows"][0][0], features["cols"][0][0], token))
+        pixels = torch.cat(tiles)[:, None]
+        if not bool(pixels.flatten(1).any(1).all()):
+            raise CalibrationError("a tile of an image is zero everywhere, once normalized")
+        return Encoded({"pixel_values": pixels}, written)
+
+    def _text(self, rows: int, columns: int, token: str) -> str:
+        """What Idefics3Processor writes for an image of so many tiles; 0 for one that is not cut."""
+        fake, text = self.after, ""
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                text += f"{fake}<row_{row}_col_{column}>{token * self.each}"
+            text += "\n"
+        return text + "\n" * bool(rows) + self.before + token * self.each + self.after
+
+    def _covering(self, size: Size, longest: int) -> Size:
+        """The tiles that cover an image whose longer side is `longest`, as the processor has it."""
+        width, height = size
+        long, short = max(size), min(size)
+        short = int(longest * short / long)
+        short = max(short + short % 2, 1)
+        across, along = (math.ceil(n / self.side) * self.side for n in (short, longest))
+        return (along, across) if width >= height else (across, along)
+
+
+def image_rule(family: Family, processor: Any, config: dict) -> ImageRule:
+    """The rule of a family, for transformers' image processor and the config of one model."""
+    if family.images == "grid":
+        return Grid(processor)
+    if family.images == "tile":
+        return Tile(processor, config, family.newline, family.around)
+    return Tiles(processor, config, family.around)
 
 
 def resized(image: Image.Image, size: Size) -> Image.Image:

@@ -40,9 +40,7 @@ class Preprocessor:
         self.image_processor = load_image_processor(folder)
         self.tokenizer.chat_template = _chat_template(folder, self.tokenizer)
         with third_party(f"{folder}: transformers cannot read its image processor"):
-            self.images = image_rule(
-                self.family.images, self.image_processor, self.config, self.family.newline
-            )
+            self.images = image_rule(self.family, self.image_processor, self.config)
             self.fit(Image.new("RGB", (64, 64)))  # raises where its settings are no numbers
         self.image_token_id, self.image_token = self._image_token(folder)
 
@@ -97,8 +95,8 @@ class Preprocessor:
                 f"{row.id}: the chat template kept {kept} of {len(row.images)} images"
             )
         images, scaled = self._images(row, text, seq_len)
-        encoded = self.images.encode(images) if images else Encoded({}, [])
-        ids = torch.tensor(self._ids(self._expanded(text, encoded.tokens)))
+        encoded = self.images.encode(images, self.image_token) if images else Encoded({}, [])
+        ids = torch.tensor(self._ids(self._expanded(text, encoded.written)))
         answer = torch.zeros(len(ids), dtype=torch.bool)
         if not prompt_only and messages[-1]["role"] == "assistant":
             tail = self._ids(text[self._answer_start(messages, text) :])
@@ -127,7 +125,8 @@ class Preprocessor:
         sizes = [image.size for image in images]
         fitted = wanted = fitted_sizes(self.images, sizes)
         if seq_len is not None and images:
-            ids = self._ids(self._expanded(text, [1] * len(images)))
+            alone = self.image_token.join(self.family.around)
+            ids = self._ids(self._expanded(text, [alone] * len(images)))
             last = len(ids) - ids[::-1].index(self.image_token_id)  # tokens up to the last image
             fitted = scaled_sizes(
                 self.images,
@@ -144,12 +143,10 @@ class Preprocessor:
             messages, tokenize=False, add_generation_prompt=open_turn
         )
 
-    def _expanded(self, text: str, tokens: Sequence[int]) -> str:
-        """`text` with as many placeholders for each image as it has tokens."""
-        counts, (before, after) = iter(tokens), self.family.around
-        return re.sub(
-            re.escape(self.image_token), lambda m: before + m.group() * next(counts) + after, text
-        )
+    def _expanded(self, text: str, written: Sequence[str]) -> str:
+        """`text` with what is written for each image in the place of its placeholder."""
+        texts = iter(written)
+        return re.sub(re.escape(self.image_token), lambda _: next(texts), text)
 
     def _answer_start(self, messages: list[dict], text: str) -> int:
         """Where in `text` the words of the last turn begin."""

@@ -19,8 +19,8 @@ class Sample:
     input_ids: torch.Tensor  # int64 [S]
     vision: torch.Tensor  # bool [S], true at image tokens
     answer: torch.Tensor  # bool [S], true at the last assistant turn, its end token included
-    # float32 [patches, channels·temporal·patch²] on a grid, [tiles, 3, side, side] for tiles; None
-    # for a sample without images.
+    # float32 [patches, channels·temporal·patch²] on a grid, [tiles, 3, side, side] for tiles, of
+    # which Idefics3 takes [tiles, 1, 3, side, side]; None for a sample without images.
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None  # int64 [images, 3]; None off a grid
     images: tuple[Image.Image, ...] = ()  # after resizing

@@ -25,6 +25,7 @@ HIDDEN, MLP, VISION, VISION_MLP = 256, 512, 256, 512
 # Like the published 384 = 27 · 14 + 6, this side is not a multiple of the patch: 104 = 7 · 14 + 6.
 SIGLIP_IMAGE = 104
 INTERNVL_IMAGE = 112
+SMOLVLM_IMAGE = 112  # 8 · 8 patches, of which 16 tokens are made
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Tiny:
     preprocessor: dict  # preprocessor_config.json
     processor: dict | None = None  # processor_config.json
     tokenizer: dict | None = None  # extra_special_tokens of tokenizer_config.json
+    pre_tokenizer: dict | None = None  # of tokenizer.json; None: that of Qwen2-VL
+    joined: tuple[str, ...] = ()  # pairs of characters that the vocabulary has as one token
+    end: str = "<|im_end|>"  # of a turn
     names: tuple[tuple[str, str], ...] = ()  # prefixes (module, hub) of tensors; the first counts
 
 
@@ -67,6 +71,14 @@ _LLAVA_TURN = (
     "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ '\n' + c['text'] }}{% endfor %}<|im_end|>"
+)
+# As published: no line break after the role, and no space between it and an image.
+_SMOLVLM_TURNS = (
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}"
+    "{% if m['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}"
+    "{% elif c['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
 # --- configs --------------------------------------------------------------------------------------
@@ -216,6 +228,58 @@ _QWEN3_VL = {
     "vision_start_token_id": Slot("<|vision_start|>"),
 }
 
+
+def _smolvlm(model_type: str, architecture: str) -> dict:
+    """HuggingFaceTB/SmolVLM-256M-Instruct and SmolVLM2-500M-Video-Instruct.
+
+    Both leave out most sizes of the vision tower, which are the defaults of its class.
+    """
+    left_out = ("attention_dropout", "hidden_act", "initializer_range")
+    text = {k: v for k, v in _TEXT.items() if k not in (*left_out, "bos_token_id", "eos_token_id")}
+    return {
+        "architectures": [architecture],
+        "image_token_id": Slot("<image>"),
+        "model_type": model_type,
+        "pad_token_id": 128002,
+        "scale_factor": 2,
+        "text_config": {
+            **text,
+            "architectures": ["VLlama3ForCausalLM"],
+            "head_dim": 64,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "model_type": "llama",
+            "neftune_noise_alpha": 0.0,
+            "pad_token_id": Slot("<|im_end|>"),
+            "pixel_shuffle_factor": 2,
+            "qk_layer_norms": False,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_theta": 100000,
+            "torch_dtype": "bfloat16",
+            "use_resampler": False,
+        },
+        "tie_word_embeddings": Slot("tied"),
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.47.1",
+        "use_cache": False,
+        "vision_config": {
+            "hidden_size": VISION,
+            "image_size": SMOLVLM_IMAGE,
+            "intermediate_size": VISION_MLP,
+            "max_image_size": {"longest_edge": SMOLVLM_IMAGE},
+            "model_type": "smolvlm_vision" if model_type == "smolvlm" else model_type,
+            "num_attention_heads": 4,
+            "num_hidden_layers": Slot("depth"),
+            "patch_size": 14,
+            "size": {"longest_edge": 2 * SMOLVLM_IMAGE},
+            "tie_word_embeddings": False,
+            "use_base_siglip": False,
+        },
+        "vocab_size": Slot("vocabulary"),
+    }
+
+
 # --- families -------------------------------------------------------------------------------------
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -234,7 +298,63 @@ _DECODER_NAMES = (
     ("model.", ""),
 )
 
+# SmolVLM's words: a place for each tile of a grid, and the tokens around an image.
+_SMOLVLM_WORDS = (
+    "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+    "<fake_token_around_image>",
+    "<image>",
+    "<end_of_utterance>",
+)
+_DIGITS_APART = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+
+
+def _smolvlm_tiny(config: dict, processor: str, *, splitting: bool) -> Tiny:
+    """SmolVLM, or SmolVLM2. `processor` is the start of the names of its processors."""
+    return Tiny(
+        tokens=_SMOLVLM_WORDS,
+        template=_SMOLVLM_TURNS,
+        config=config,
+        preprocessor={
+            **_IMAGE_STEPS,
+            **HALF,
+            "do_image_splitting": splitting,
+            "do_pad": True,
+            "image_processor_type": f"{processor}ImageProcessor",
+            "max_image_size": {"longest_edge": SMOLVLM_IMAGE},
+            "processor_class": f"{processor}Processor",
+            "resample": 1,
+            "size": {"longest_edge": 2 * SMOLVLM_IMAGE},
+        },
+        processor={
+            "image_seq_len": (SMOLVLM_IMAGE // 28) ** 2,
+            "processor_class": f"{processor}Processor",
+        },
+        tokenizer={
+            "end_of_utterance_token": "<end_of_utterance>",
+            "fake_image_token": "<fake_token_around_image>",
+            "global_image_token": "<global-img>",
+            "image_token": "<image>",
+        },
+        pre_tokenizer=_DIGITS_APART,
+        joined=("ĊĊ",),
+        end="<end_of_utterance>",
+    )
+
+
 FAMILIES = {
+    "idefics3": _smolvlm_tiny(
+        _smolvlm("idefics3", "Idefics3ForConditionalGeneration"), "Idefics3", splitting=True
+    ),
+    "smolvlm": _smolvlm_tiny(
+        _smolvlm("smolvlm", "SmolVLMForConditionalGeneration"), "SmolVLM", splitting=False
+    ),
     "llava_onevision": Tiny(
         tokens=("<image>", "<video>"),
         template=_TURNS % _LLAVA_TURN,
@@ -334,7 +454,7 @@ def make_tiny(
     generating = {
         "bos_token_id": ids["<|endoftext|>"],
         "do_sample": False,
-        "eos_token_id": ids["<|im_end|>"],
+        "eos_token_id": ids[family.end],
         "pad_token_id": ids["<|endoftext|>"],
     }
     _write(out_dir / "generation_config.json", generating)
@@ -392,13 +512,22 @@ def _write_tokenizer(family: Tiny, out_dir: Path) -> dict[str, int]:
     reference.copy_tokenizer(reference.BUNDLED, out_dir)
     tokenizer = json.loads((out_dir / "tokenizer.json").read_text("utf-8"))
     added = tokenizer["added_tokens"]
+    vocabulary = tokenizer["model"]["vocab"]
+    for pair in family.joined:
+        vocabulary[pair] = len(vocabulary)
+        tokenizer["model"]["merges"].append(list(pair))
+    tokenizer["pre_tokenizer"] = family.pre_tokenizer or tokenizer["pre_tokenizer"]
     for token in family.tokens:
-        added.append({**added[-1], "id": added[-1]["id"] + 1, "content": token})
+        added.append({**added[-1], "content": token})
+    for number, token in enumerate(added, start=len(vocabulary)):
+        token["id"] = number
     (out_dir / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
     config = json.loads((out_dir / "tokenizer_config.json").read_text("utf-8"))
     config["additional_special_tokens"] += family.tokens
     config["model_max_length"] = 32768
     config["extra_special_tokens"] = family.tokenizer or {}
+    if family.pre_tokenizer:  # the class of Qwen2-VL's tokenizer brings its own
+        config["tokenizer_class"] = "GPT2Tokenizer"
     _write(out_dir / "tokenizer_config.json", config)
     (out_dir / "chat_template.jinja").write_text(family.template, "utf-8")
     _write(out_dir / "chat_template.json", {"chat_template": family.template})

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from vlmq_export.errors import CheckpointError
 from vlmq_export.formats.contract import FORMATS, FormatOptions, FormatPlan
 from vlmq_export.formats.model_plan import ModelPlan
+from vlmq_export.quantizer.config import GROUP_SIZES
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan, Shapes, memory_plan
 from vlmq_export.recipes.recipe import Recipe
 
@@ -51,12 +52,24 @@ def group_refusals(model: ModelPlan) -> list[str]:
     if not bad:
         return []
     widths = ", ".join(map(str, sorted({x.in_features for x in bad})))
-    fit = [g for g in (128, 64, 32) if all(x.in_features % g == 0 for x in model.linears)]
+    fit = [g for g in GROUP_SIZES if all(x.in_features % g == 0 for x in model.linears)]
     choices = " or ".join(map(str, [*fit[:1], -1]))
     return [
         f"--group-size {size} does not divide {widths} input columns (first {bad[0].name});"
         f" use {choices}"
     ]
+
+
+def narrow_groups(model: ModelPlan, size: int | None) -> str:
+    """One line where groups of this size are smaller than usual because of the model's widths."""
+    usual = GROUP_SIZES[0]
+    widths = sorted({x.in_features for x in model.linears if x.in_features % usual})
+    if model.config.types or size is None or not (widths and 0 < size < usual):
+        return ""
+    return (
+        f"groups of {size} columns share a scale, because {usual} does not divide"
+        f" {', '.join(map(str, widths))} input columns"
+    )
 
 
 def memory_refusals(memory: MemoryPlan | None, limit: float | None) -> list[str]:
@@ -124,7 +137,8 @@ def _pixels(config: dict) -> int:
     vision = config["vision_config"]
     patch, frames = vision["patch_size"], vision.get("temporal_patch_size", 1)
     side = patch[0] if isinstance(patch, list) else patch
-    merged = vision.get("spatial_merge_size", round(1 / config.get("downsample_ratio", 1)))
+    shuffled = config.get("scale_factor", round(1 / config.get("downsample_ratio", 1)))
+    merged = vision.get("spatial_merge_size", shuffled)
     return 3 * frames * (side * merged) ** 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from pydantic import (
 
 from vlmq_export.formats import NATIVE_MIX
 from vlmq_export.formats.contract import FormatOptions
-from vlmq_export.quantizer.config import BITS, QuantConfig
+from vlmq_export.quantizer.config import BITS, GROUP_SIZES, QuantConfig
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.recipes.choices import CHOICES
 
@@ -37,7 +38,8 @@ class Recipe(BaseModel):
     model: str | None = None  # folder, artifact or hub id; None: the bundled reference VLM
     format: list[str] = Field(default_factory=list)
     bits: int = 4
-    group_size: Annotated[int, Field(le=2**20)] = 128  # columns per scale; −1: per output channel
+    # Columns per scale; −1: per output channel; None: the model's own, see `with_group_size`.
+    group_size: Annotated[int, Field(le=2**20)] | None = None
     sym: bool | None = None  # None: symmetric at 8 bits, asymmetric below
     method: str = "vlmq"
     act_order: str = "gar"
@@ -104,7 +106,7 @@ class Recipe(BaseModel):
             raise ValueError(f"--bits {self.bits}: {_WIDTHS}")
         if self.head_bits not in (None, *BITS):
             raise ValueError(f"--head-bits {self.head_bits}: {_WIDTHS}")
-        if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
+        if self.group_size not in (None, -1) and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(
                 f"--group-size {self.group_size}: a multiple of 16,"
                 " or -1 for one scale an output channel"
@@ -132,7 +134,9 @@ class Recipe(BaseModel):
     def _check_types(self, given: str) -> None:
         """Raises ValueError for what `given`, the flag that asks for block types, excludes."""
         for key in ("bits", "group_size", "sym"):
-            if getattr(self, key) != type(self).model_fields[key].default:
+            # A recipe of an earlier version names the group size that nobody asked for.
+            usual = (type(self).model_fields[key].default, GROUP_SIZES[0])
+            if getattr(self, key) not in (usual if key == "group_size" else usual[:1]):
                 flag = "--" + key.replace("_", "-")
                 raise ValueError(f"{flag} and {given} exclude each other: the type sets the grid")
         if self.act_order in ("static", "dynamic"):
@@ -179,6 +183,18 @@ class Recipe(BaseModel):
             return self
         return self.model_copy(update={"gguf_type": NATIVE_MIX})
 
+    def with_group_size(self, widths: Iterable[int]) -> Recipe:
+        """The recipe with a group size for linears of these numbers of inputs.
+
+        Where none is given, it is the largest usual one that divides all of them, and the usual one
+        where none does.
+        """
+        if self.group_size is not None or self.block_types is not None:
+            return self
+        widths = set(widths)
+        fit = (size for size in GROUP_SIZES if not any(width % size for width in widths))
+        return self.model_copy(update={"group_size": next(fit, GROUP_SIZES[0])})
+
     @property
     def grid(self) -> str:
         """The grid in words, for report and card."""
@@ -202,7 +218,7 @@ class Recipe(BaseModel):
         return QuantConfig(
             method=self.method,
             bits=self.bits,
-            group_size=self.group_size,
+            group_size=self.group_size or GROUP_SIZES[0],
             symmetric=self.symmetric,
             act_order=self.act_order,
             seed=self.seed,
@@ -233,7 +249,7 @@ class Recipe(BaseModel):
             return f"{self.gguf_type}-{method}"
         if self.target_bpw is not None:
             return f"{self.target_bpw:g}bpw-{method}"
-        group = "" if self.group_size == -1 else f"g{self.group_size}"
+        group = "" if self.group_size == -1 else f"g{self.quant_config().group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
         head = "" if self.head_bits is None else f"-head{self.head_bits}"
         return f"w{self.bits}{group}{sym}{head}-{method}"

@@ -119,8 +119,8 @@ def _grid(recipe: Recipe) -> str:
         by_cost = f"chosen by measured cost for {recipe.grid}"
         types = by_cost if recipe.target_bpw else recipe.gguf_type
         return f"on the block types of llama.cpp, {types}"
-    per_channel = recipe.group_size == -1
-    groups = "one scale an output channel" if per_channel else f"groups of {recipe.group_size}"
+    size = recipe.quant_config().group_size
+    groups = "one scale an output channel" if size == -1 else f"groups of {size}"
     symmetry = "symmetric" if recipe.symmetric else "asymmetric"
     return f"to {recipe.bits} bits, {groups}, {symmetry}"
 

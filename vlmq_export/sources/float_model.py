@@ -11,7 +11,7 @@ import torch
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.formats.gguf.types.mix import mix_named, module_types
 from vlmq_export.formats.model_plan import model_plan, with_types
-from vlmq_export.planning.run_plan import RunPlan, plan_memory, plan_run
+from vlmq_export.planning.run_plan import RunPlan, narrow_groups, plan_memory, plan_run
 from vlmq_export.planning.target_bpw import chosen_types, planned_types
 from vlmq_export.quantizer.arithmetic import pick_device
 from vlmq_export.quantizer.host import free_memory
@@ -48,7 +48,14 @@ class FloatModel(Source):
         return recipe.label()
 
     def recipe_for(self, recipe: Recipe) -> Recipe:
-        return recipe.with_native_types()
+        recipe = recipe.with_native_types()
+        model = model_plan(self.checkpoint, recipe.quant_config(), self.origin.name)
+        chosen = recipe.with_group_size(x.in_features for x in model.linears)
+        if why := chosen.group_size != recipe.group_size and narrow_groups(
+            model, chosen.group_size
+        ):
+            log.info("%s", why)
+        return chosen
 
     def plan(self, recipe: Recipe) -> RunPlan:
         refuse_misfit(self.checkpoint)

@@ -54,7 +54,7 @@ _FORMATS = "What is written. Repeat it for several, or list them: -f gptq,onnx,g
 _FORMAT = _option(_FORMATS, "--format", "-f", choices="format", several=True)
 Format = Annotated[list[str] | None, _FORMAT]
 Bits = Annotated[int | None, _option("2, 3, 4 or 8.  [default: 4]")]
-_GROUP_SIZE = "Columns a scale; -1 for one an output channel.  [default: 128]"
+_GROUP_SIZE = "Columns a scale; -1 for one an output channel.  [default: 128 if that fits]"
 GroupSize = Annotated[int | None, _option(_GROUP_SIZE)]
 _SYM = "Grid without or with zero-points.  [default: asym; 8 bits: sym]"
 Sym = Annotated[bool | None, _option(_SYM, "--sym/--asym")]

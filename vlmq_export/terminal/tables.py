@@ -9,7 +9,7 @@ from rich.table import Table
 
 from vlmq_export.errors import NOT_PROVEN, one_line
 from vlmq_export.formats.contract import Inspection
-from vlmq_export.planning.run_plan import RunPlan
+from vlmq_export.planning.run_plan import RunPlan, narrow_groups
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan
 from vlmq_export.terminal.log import out
 
@@ -30,6 +30,8 @@ def print_plan(plan: RunPlan) -> None:
     count = len(model.linears)
     out.print(f"{name}: {count} linears, {weights:,} weights to quantize", highlight=False)
     out.print(f"{len(model.floats)} tensors, {kept:,} weights stay in their dtype", highlight=False)
+    if why := narrow_groups(model, model.config.group_size):
+        out.print(why, highlight=False)
     out.print(_modules(plan))
     table = Table("format", "bits per weight", "size", box=None, pad_edge=False)
     for name, planned in plan.formats.items():

@@ -49,7 +49,8 @@ def oblong(export: Exported, sample: Sample) -> Sample:
     unit = p.graph.merge * p.patch
     size = (6 * unit, 4 * unit + unit // 3) if p.graph.any_size else (p.image, p.image * 2 // 3)
     images = tuple(image.resize(size, Image.Resampling.BICUBIC) for image in sample.images)
-    inputs = reference.preprocessor.images.encode(images).inputs
+    token = reference.preprocessor.image_token
+    inputs = reference.preprocessor.images.encode(images, token).inputs
     layout = {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")}
     return replace(
         sample,

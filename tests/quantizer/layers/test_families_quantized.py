@@ -99,7 +99,7 @@ def test_features_and_positions_are_those_of_the_models_own_pass(made):
     else:
         assert reference.added_features(prompt) == []
     positions = torch.from_numpy(reference.position_ids(prompt))
-    hidden = model.model.language_model(
+    hidden = model.get_decoder()(
         inputs_embeds=embeds, position_ids=positions, use_cache=False, **kwargs
     )
     logits = model.lm_head(hidden.last_hidden_state)[0, :, : reference.vocabulary].numpy()

@@ -79,13 +79,13 @@ def float64_logits(folder, checkpoint, exact, samples):
         None, config=config, state_dict=state, dtype=torch.float64, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    for norm in model.model.language_model.modules():
+    for norm in model.get_decoder().modules():
         if type(norm).__name__.endswith("RMSNorm"):
             norm.forward = lambda x, n=norm: (
                 n.weight * x * (x.square().mean(-1, keepdim=True) + n.variance_epsilon).rsqrt()
             )
     if getattr(checkpoint, "online", False):
-        rotate_inner(model.model.language_model.layers, checkpoint.inner_rotation())
+        rotate_inner(model.get_decoder().layers, checkpoint.inner_rotation())
     model.eval()
 
     def logits(sample):
@@ -209,7 +209,7 @@ def test_a_rotated_artifact_at_eight_bits_is_the_model(method, rotate, tmp_path)
     model = load_model(folder / "source", weights.items())
     if rotate == "online":
         rotation = RotatedCheckpoint(source, 0, online=True).inner_rotation()
-        rotate_inner(model.model.language_model.layers, rotation)
+        rotate_inner(model.get_decoder().layers, rotation)
     plain = load_model(source, ((name, source_array(name)) for name in checkpoint.tensors))
     with torch.no_grad():
         for sample in samples[:2]:
