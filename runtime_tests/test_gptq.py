@@ -138,7 +138,8 @@ def test_every_level_on_other_grids(tmp_path, tag):
     assert by_level(rows)[:6] == ALL_PASS, rows
 
 
-# The combined processor needs torchvision. The test is about weights, so it is not loaded.
+# The combined processor needs torchvision, and SmolVLM's num2words. The test is about weights, so
+# neither is loaded.
 LOAD_BY_GPTQMODEL = """
 import json, sys
 import numpy as np, torch
@@ -148,6 +149,7 @@ from gptqmodel.models.auto import MODEL_MAP
 folder, prompt, out = sys.argv[1:]
 kind = json.load(open(folder + "/config.json"))["model_type"]
 MODEL_MAP[kind].require_load_processor = False
+MODEL_MAP[kind].require_pkgs = None
 model = GPTQModel.load(folder, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
 inputs = load_file(prompt)
 inputs["pixel_values"] = inputs["pixel_values"].half()
@@ -161,7 +163,12 @@ def load_by_gptqmodel(folder: Path, prompt: str, logits: Path) -> subprocess.Com
     return in_its_own_process(command, logits.parent)
 
 
-FAMILY = [("qwen2_vl", "w4g128"), ("qwen3_vl", "w4g128"), ("internvl", "w4g128")]
+FAMILY = [
+    ("qwen2_vl", "w4g128"),
+    ("qwen3_vl", "w4g128"),
+    ("internvl", "w4g128"),
+    ("smolvlm", "w4g128"),
+]
 GRID = [("reference", tag) for tag in ("w2", "w3g128", "w3-sym", "w8g128")]
 OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in FAMILY + GRID]
 
@@ -293,7 +300,7 @@ def test_a_worker_that_dies_over_one_request_leaves_the_next_to_another(
 # --- other families, and checkpoints of others ----------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["llava_onevision", "internvl", "qwen3_vl"])
+@pytest.mark.parametrize("arch", ["llava_onevision", "internvl", "qwen3_vl", "idefics3", "smolvlm"])
 def test_every_weight_and_logit_of_the_other_families(arch, tiny, tmp_path):
     artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny(arch))
     out = exported(tmp_path / "gptq", artifact)

@@ -76,7 +76,7 @@ def _image_note(artifact: Artifact, layout: Layout) -> list[str]:
     """
     most = image_params(artifact.source).max_pixels or 0
     p = layout.vision_params
-    tokens = most // (p.graph.merge * p.patch) ** 2
+    tokens = most // (p.merge * p.patch) ** 2
     if tokens <= LLAMA_CPP_TOKENS:
         return []
     return [

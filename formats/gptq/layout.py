@@ -20,7 +20,10 @@ PACKED = ("qweight", "qzeros", "scales", "g_idx")  # the parts that a weight bec
 # version from 0.9 on. We therefore list it as a tag of the format.
 FORMAT_TAG = "gptqmodel:7.7.0"
 # Those of our families that are in GPTQModel's MODEL_MAP.
-GPTQMODEL_LOADS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
+GPTQMODEL_LOADS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm")
+# Where optimum, through which transformers loads these files, looks for decoder layers by itself
+# (BLOCK_PATTERNS in optimum/gptq/constants.py). Elsewhere the file must say where they are.
+OPTIMUM_FINDS = ("model.layers", "model.language_model.layers")
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,16 @@ def renamer(architecture: Architecture, options: FormatOptions) -> Callable[[str
     return architecture.family.module_name if options.gptq_names == "module" else str
 
 
-def quantization_config(config: QuantConfig, version: str, permuted: bool) -> dict:
+def quantization_config(
+    config: QuantConfig, version: str, permuted: bool, architecture: Architecture
+) -> dict:
     """The object that config.json and quantize_config.json hold.
 
     permuted: the g_idx of some linear is not monotone. Readers know this as `desc_act`.
     """
+    family = architecture.family
+    layers = family.module_name(family.layers).rstrip(".")
+    named = {} if layers in OPTIMUM_FINDS else {"block_name_to_quantize": layers}
     return {
         "quant_method": "gptq",
         "bits": config.bits,
@@ -93,7 +101,7 @@ def quantization_config(config: QuantConfig, version: str, permuted: bool) -> di
             "static_groups": config.act_order == "static",
             "act_group_aware": config.act_order == "gar",
         },
-    }
+    } | named
 
 
 def check_uniform(records: Iterable[ModuleRecord], config: QuantConfig) -> None:

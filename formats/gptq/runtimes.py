@@ -17,7 +17,8 @@ from vlmq_export.formats.model_plan import ModelPlan
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that GPTQModel loads
 MARLIN_GROUPS = (-1, 32, 64, 128)  # MARLIN_SUPPORTED_GROUP_SIZES of vLLM and SGLang
-ALL_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
+READ_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
+ALL_FAMILIES = (*READ_FAMILIES, "idefics3", "smolvlm")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ RUNTIMES = (
         group_sizes=MARLIN_GROUPS,
         zero_points=False,
         permuted=False,
+        families=READ_FAMILIES,
+        other_families="vLLM's code for it was not read",
     ),
     Runtime(
         "SGLang 0.5.23",

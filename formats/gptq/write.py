@@ -58,7 +58,9 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
     for file in sorted(artifact.source.iterdir()):
         if file.name != "config.json":
             write_atomic(folder / file.name, lambda path, file=file: shutil.copyfile(file, path))
-    quantization = quantization_config(artifact.config, options.gptq_version, permuted)
+    quantization = quantization_config(
+        artifact.config, options.gptq_version, permuted, artifact.architecture
+    )
     write_json(folder / "quantize_config.json", quantization)
     config = artifact.source_config | {"quantization_config": quantization}
     write_json(folder / "config.json", config)

@@ -177,8 +177,8 @@ class Tiles:
         patches = self.side // _first(vision["patch_size"])
         if not patches or patches % shuffled:
             raise CheckpointError(
-                f"scale_factor {shuffled} in config.json does not divide the {patches} patches along"
-                " a side of a tile; copy it from the original model"
+                f"scale_factor {shuffled} in config.json does not divide the {patches} patches on a"
+                " side of a tile; copy it from the original model"
             )
         self.each = (patches // shuffled) ** 2  # tokens of a tile
 
@@ -219,7 +219,7 @@ class Tiles:
         return Encoded({"pixel_values": pixels}, written)
 
     def _text(self, rows: int, columns: int, token: str) -> str:
-        """What Idefics3Processor writes for an image of so many tiles; 0 for one that is not cut."""
+        """What Idefics3Processor writes for a grid of tiles; 0 rows for an image not cut."""
         fake, text = self.after, ""
         for row in range(1, rows + 1):
             for column in range(1, columns + 1):

@@ -51,9 +51,7 @@ class FloatModel(Source):
         recipe = recipe.with_native_types()
         model = model_plan(self.checkpoint, recipe.quant_config(), self.origin.name)
         chosen = recipe.with_group_size(x.in_features for x in model.linears)
-        if why := chosen.group_size != recipe.group_size and narrow_groups(
-            model, chosen.group_size
-        ):
+        if recipe.group_size is None and (why := narrow_groups(model, chosen.group_size)):
             log.info("%s", why)
         return chosen
 

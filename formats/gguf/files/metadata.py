@@ -34,6 +34,10 @@ QWEN35_REGEX = QWEN2_REGEX.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
     r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
 )
 PRE_TOKENIZERS = {QWEN2_REGEX: "qwen2", QWEN35_REGEX: "qwen35"}
+# GPT-2's pattern is that of the step ByteLevel itself.
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_BY_STEPS = {"gpt-2": [_BYTE_LEVEL], "smollm": [_DIGITS, _BYTE_LEVEL]}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # values of tokenizer.ggml.token_type
 
 
@@ -257,6 +261,9 @@ def _pre_tokenizer(raw: dict, name: str) -> str:
     kind, pre = raw["model"].get("type"), raw.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
     found = " + ".join(str(s.get("type")) for s in steps)
+    for known, wanted in _BY_STEPS.items() if kind == "BPE" else ():
+        if len(steps) == len(wanted) and all(w.items() <= s.items() for w, s in zip(wanted, steps)):
+            return known
     if kind == "BPE" and found == "Split + ByteLevel":
         split, level = steps
         pattern = (split.get("pattern") or {}).get("Regex")
@@ -265,7 +272,7 @@ def _pre_tokenizer(raw: dict, name: str) -> str:
         if usual and pattern in PRE_TOKENIZERS:
             return PRE_TOKENIZERS[pattern]
         found += f" by {pattern}" if usual else " with other settings"
-    known = ", ".join(PRE_TOKENIZERS.values())
+    known = ", ".join([*PRE_TOKENIZERS.values(), *_BY_STEPS])
     raise FormatError(
         f"tokenizer.json: {name} has model {kind} and pre-tokenizer {found};"
         f" llama.cpp would split text differently with those known here: {known}"

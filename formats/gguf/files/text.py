@@ -23,7 +23,7 @@ from vlmq_export.formats.gguf.files.metadata import (
     add_tokenizer,
     read_tokenizer,
 )
-from vlmq_export.formats.gguf.tables.layout import Layout
+from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.gguf.types.exact import home_of, pack_linear
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -114,13 +114,13 @@ def _entries(artifact: Artifact, layout: Layout, homes: dict[str, str], twin: bo
         linear = hub.removesuffix(".weight")
         if linear in homes:
             kind = homes[linear]
-            data = _decoded(artifact, linear) if twin else _packed(artifact, linear, kind)
+            data = _decoded(artifact, place) if twin else _packed(artifact, place, kind)
         elif hub in biases:
-            kind, data = "F32", _bias(artifact, biases[hub])
+            kind, data = "F32", _bias(artifact, biases[hub], place)
         elif hub in dtypes:
             # llama.cpp wants vectors in F32.
             kind = "F32" if twin or len(shape) == 1 else source_type(dtypes[hub])
-            data = _float(artifact, hub, kind)
+            data = _float(artifact, place, kind)
         else:
             raise FormatError(
                 f"{artifact.path}: {hub} is missing from the artifact; the GGUF would lack {name}"
@@ -137,27 +137,29 @@ def _entries(artifact: Artifact, layout: Layout, homes: dict[str, str], twin: bo
 # The following return functions, so that a tensor is read when its turn in the file comes.
 
 
-def _packed(artifact: Artifact, linear: str, kind: str) -> Callable[[], np.ndarray]:
+def _packed(artifact: Artifact, place: Place, kind: str) -> Callable[[], np.ndarray]:
     """The blocks of a linear."""
-    return lambda: pack_linear(artifact.linear(linear), kind)
+    linear = place.hub.removesuffix(".weight")
+    return lambda: place.of_array(pack_linear(artifact.linear(linear), kind))
 
 
-def _decoded(artifact: Artifact, linear: str) -> Callable[[], np.ndarray]:
+def _decoded(artifact: Artifact, place: Place) -> Callable[[], np.ndarray]:
     """The weights of a linear, float32."""
-    return lambda: artifact.linear(linear).decode().numpy()
+    linear = place.hub.removesuffix(".weight")
+    return lambda: place.of_array(artifact.linear(linear).decode().numpy())
 
 
-def _bias(artifact: Artifact, linear: str) -> Callable[[], np.ndarray]:
+def _bias(artifact: Artifact, linear: str, place: Place) -> Callable[[], np.ndarray]:
     """The bias of a linear, float32."""
 
     def read() -> np.ndarray:
         bias = artifact.linear(linear).bias
         assert bias is not None, "the record says that there is a bias"
-        return float_bytes(bias, "F32")
+        return float_bytes(place.of(bias), "F32")
 
     return read
 
 
-def _float(artifact: Artifact, hub: str, kind: str) -> Callable[[], np.ndarray]:
+def _float(artifact: Artifact, place: Place, kind: str) -> Callable[[], np.ndarray]:
     """A tensor that is not quantized."""
-    return lambda: float_bytes(artifact.float_tensor(hub), kind)
+    return lambda: float_bytes(place.of(artifact.float_tensor(place.hub)), kind)

@@ -46,8 +46,9 @@ def rms_epsilon(layout: Layout, printed: float) -> str:
 def oblong(export: Exported, sample: Sample) -> Sample:
     """The sample with pictures of a shape that no tower takes as it is."""
     p, reference = export.layout.vision_params, export.reference
-    unit = p.graph.merge * p.patch
-    size = (6 * unit, 4 * unit + unit // 3) if p.graph.any_size else (p.image, p.image * 2 // 3)
+    unit = p.merge * p.patch
+    longest = getattr(reference.preprocessor.images, "longest", 0) or p.image
+    size = (6 * unit, 4 * unit + unit // 3) if p.graph.any_size else (longest, longest * 2 // 3)
     images = tuple(image.resize(size, Image.Resampling.BICUBIC) for image in sample.images)
     token = reference.preprocessor.image_token
     inputs = reference.preprocessor.images.encode(images, token).inputs

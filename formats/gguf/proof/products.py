@@ -21,7 +21,8 @@ def products(export: Exported, run: Run) -> Iterator[Check]:
     """A row for the language model, one for the vision tower, and one for what was not seen."""
     layout, weights = export.layout, export.reference.weights
     text = [name for name in run.captured if name in layout.text]
-    named = ((n, layout.text[n].hub, weights.array(layout.text[n].hub)) for n in text)
+    places = ((n, layout.text[n]) for n in text)
+    named = ((n, p.hub, p.of_array(weights.array(p.hub))) for n, p in places)
     yield _row_errors(export, run, "language model", named)
     vision = {n: array for n, array in export.tower() if layout.vision[n].linear}
     seen = ((n, n, vision[n]) for n in run.captured if n in vision)
@@ -56,7 +57,9 @@ def _row_errors(
         if rounding is None or weight.shape != (y.shape[1], x.shape[1]):
             errors[f"{said} ({type_}, {y.shape[1]} × {x.shape[1]})"] = float("nan")
             continue
-        offset = _offset(export.reference, said) if rounding == "Q8_1" else None
+        offset = None
+        if rounding == "Q8_1":
+            offset = export.layout.text[name].of_array(_offset(export.reference, said))
         e = emulate.row_error(y, emulate.product(x, weight, rounding, offset), x, weight)
         errors[f"{said} row {int(e.argmax())}"] = float(e.max())
     name, value = worst_of(errors)

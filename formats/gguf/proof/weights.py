@@ -85,7 +85,9 @@ class _Pairs:
             if name == "token_embd.weight" and "output.weight" not in layout.text:
                 hubs.append(layout.head)
             for hub in left.intersection(hubs):
-                yield from self._pair(hub, got, weights.array(hub))
+                want = weights.array(hub)
+                own = name in layout.text and layout.text[name].hub == hub
+                yield from self._pair(hub, got, layout.text[name].of_array(want) if own else want)
             left.difference_update(hubs)
         vision = dict(self.export.tower())
         for name, got in self.reader(self.export.mmproj):

@@ -7,6 +7,8 @@ the shape is given in names of the sizes of `graphs.TextParams` or `graphs.Visio
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from vlmq_export.errors import FormatError
@@ -73,28 +75,27 @@ def class_row_last(rows: torch.Tensor) -> torch.Tensor:
 
 # Tensors of the language models
 
-_EMBEDDING = _one(
-    "token_embd.weight", "model.language_model.embed_tokens.weight", "vocabulary hidden"
-)
-# A model whose output matrix is the embedding has no `output.weight`: see `Layout.text`.
-_HEAD = (
-    *_norm("output_norm", "model.language_model.norm", bias=False),
-    *_linear("output", "lm_head", "vocabulary hidden", bias=False),
-)
 
-
-def _decoder(*, bias: bool, head_norms: bool) -> tuple[Row, ...]:
-    """The Qwen2 and Qwen3 backbones.
+def _decoder(
+    *, bias: bool, head_norms: bool, model: str = "model.language_model.", pairs: bool = False
+) -> tuple[Row, ...]:
+    """The backbones of Qwen2, Qwen3 and Llama.
 
     bias: whether q, k and v have one.
     head_norms: whether the queries and keys of each head are normalized.
+    model: where the module is.
+    pairs: whether the two rows of a rotary pair stand next to each other in the file.
+
+    A model whose output matrix is the embedding has no `output.weight`: see `Layout.text`.
     """
-    at, layer = "blk.{i}.", "model.language_model.layers.{i}."
+    at, layer = "blk.{i}.", model + "layers.{i}."
     attention, mlp = layer + "self_attn.", layer + "mlp."
-    rows = _EMBEDDING + _norm(at + "attn_norm", layer + "input_layernorm", bias=False)
+    rows = _one("token_embd.weight", model + "embed_tokens.weight", "vocabulary hidden")
+    rows += _norm(at + "attn_norm", layer + "input_layernorm", bias=False)
     for letter, size in (("q", "query"), ("k", "key"), ("v", "key")):
         name, module = f"{at}attn_{letter}", f"{attention}{letter}"
-        rows += _linear(name, module + "_proj", f"{size} hidden", bias=bias)
+        linear = _linear(name, module + "_proj", f"{size} hidden", bias=bias)
+        rows += tuple(replace(row, pairs=pairs and letter != "v") for row in linear)
         if head_norms and letter != "v":
             rows += _norm(name + "_norm", module + "_norm", "head", bias=False)
     rows += _linear(at + "attn_output", attention + "o_proj", "hidden query", bias=False)
@@ -102,7 +103,8 @@ def _decoder(*, bias: bool, head_norms: bool) -> tuple[Row, ...]:
     for name in ("gate", "up"):
         rows += _linear(f"{at}ffn_{name}", f"{mlp}{name}_proj", "feed_forward hidden", bias=False)
     rows += _linear(at + "ffn_down", mlp + "down_proj", "hidden feed_forward", bias=False)
-    return rows + _HEAD
+    rows += _norm("output_norm", model + "norm", bias=False)
+    return rows + _linear("output", "lm_head", "vocabulary hidden", bias=False)
 
 
 # Tensors of the vision towers
@@ -182,9 +184,8 @@ def _internvl_tower() -> tuple[Row, ...]:
     return rows + _linear("mm.model.mlp.3", projector + "linear_2", "out out")
 
 
-def _siglip_tower() -> tuple[Row, ...]:
-    """SigLIP with LLaVA-OneVision's projector."""
-    tower, projector = "model.vision_tower.", "model.multi_modal_projector."
+def _siglip_tower(tower: str) -> tuple[Row, ...]:
+    """SigLIP, without its last norm and a projector. `tower` is where the module is."""
     block, embed = tower + "encoder.layers.{i}.", tower + "embeddings."
     rows = _one("v.patch_embd.weight", embed + "patch_embedding.weight", _PATCHES)
     rows += _one("v.patch_embd.bias", embed + "patch_embedding.bias", "hidden")
@@ -195,11 +196,24 @@ def _siglip_tower() -> tuple[Row, ...]:
         rows += _linear(f"{_BLOCK}attn_{letter}", f"{block}self_attn.{letter}_proj", _SQUARE)
     rows += _linear(_BLOCK + "attn_out", block + "self_attn.out_proj", _SQUARE)
     rows += _linear(_BLOCK + "ffn_up", block + "mlp.fc1", _WIDE)
-    rows += _linear(_BLOCK + "ffn_down", block + "mlp.fc2", _NARROW)
+    return rows + _linear(_BLOCK + "ffn_down", block + "mlp.fc2", _NARROW)
+
+
+def _onevision_tower() -> tuple[Row, ...]:
+    """SigLIP with LLaVA-OneVision's projector."""
+    projector = "model.multi_modal_projector."
+    rows = _siglip_tower("model.vision_tower.")
     rows += _linear("mm.0", projector + "linear_1", "out hidden")
     rows += _linear("mm.2", projector + "linear_2", "out out")
     # mtmd's graph has no use for this row. It is written for other readers.
     return rows + _one("v.image_newline", "model.image_newline", "out")
+
+
+def _smolvlm_tower() -> tuple[Row, ...]:
+    """SigLIP with Idefics3's connector, which is one matrix."""
+    tower, connector = "model.vision_model.", "model.connector.modality_projection.proj"
+    rows = _siglip_tower(tower) + _norm("v.post_ln", tower + "post_layernorm")
+    return rows + _linear("mm.model.fc", connector, "out merged", bias=False)
 
 
 # Families
@@ -225,6 +239,18 @@ _QWEN3VL_GRAPH = TextGraph(
     sections=True,
     head_keys=True,
     fixed={**_TEXT_FIXED, "attention_bias": False},
+)
+_LLAMA_GRAPH = TextGraph(
+    "llama",
+    _decoder(bias=False, head_norms=False, model="model.text_model.", pairs=True),
+    rope_types=("default",),
+    head_keys=True,
+    fixed={
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
 )
 _QWEN_SIZES = {"layers": "depth", "heads": "num_heads", "patch": "patch_size"}
 _NAMED_SIZES = {**_QWEN_SIZES, "hidden": "hidden_size", "feed_forward": "intermediate_size"}
@@ -308,7 +334,7 @@ _INTERNVL = VisionGraph(
 )
 _LLAVA_ONEVISION = VisionGraph(
     "mlp",
-    _siglip_tower(),
+    _onevision_tower(),
     sizes=_VIT_SIZES,
     fixed={
         "model_type": "siglip_vision_model",
@@ -331,6 +357,19 @@ _LLAVA_ONEVISION = VisionGraph(
     keys=lambda p: {"feature_layer": [p.layers]},
     unused=tuple(f"model.vision_tower.post_layernorm.{p}" for p in ("weight", "bias")),
 )
+_IDEFICS3 = VisionGraph(
+    "idefics3",
+    _smolvlm_tower(),
+    sizes=_VIT_SIZES,
+    fixed={"hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
+    activation="gelu",
+    eps="layer_norm_eps",
+    any_size=False,
+    merge="scale_factor",
+    image="<image>",
+    words=True,
+    keys=lambda p: {"projector.scale_factor": p.merge},
+)
 
 # model_type in config.json → the graphs.
 GRAPHS: dict[str, tuple[TextGraph, VisionGraph]] = {
@@ -339,6 +378,8 @@ GRAPHS: dict[str, tuple[TextGraph, VisionGraph]] = {
     "qwen3_vl": (_QWEN3VL_GRAPH, _QWEN3_VL),
     "internvl": (_QWEN2_GRAPH, _INTERNVL),
     "llava_onevision": (_QWEN2_GRAPH, _LLAVA_ONEVISION),
+    "idefics3": (_LLAMA_GRAPH, _IDEFICS3),
+    "smolvlm": (_LLAMA_GRAPH, _IDEFICS3),
 }
 
 

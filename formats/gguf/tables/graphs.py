@@ -26,6 +26,9 @@ class Row:
     shape: tuple[str, ...]  # names of sizes, or digits; in torch's order
     part: Part | None = None  # None: the source tensor as it is
     linear: bool = False  # a matrix that multiplies activations; all others are F32 in an mmproj
+    # Whether its rows are those of heads, and the two of a rotary pair stand next to each other in
+    # the file. In transformers the second of each pair is in the other half of the head.
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class VisionGraph:
     activation: str | None  # clip.use_…; None is quick-GELU
     out: str | None = None  # key of the projector's output; None: the language model's width
     eps: str | float = 1e-6  # key, or the constant in transformers' code
-    merge: int = 2  # patches along each side that become one token
+    # Patches along each side that become one token, or the key of config.json that says so.
+    merge: int | str = 2
     # Written where mtmd asks for a size that means nothing; None: the tower has one of its own.
     image_size: int | None = None
     any_size: bool = True  # whether images may have any shape, within limits of their pixels
@@ -72,6 +76,8 @@ class VisionGraph:
     top_fixed: dict[str, object] = field(default_factory=dict)
     # Regular expression of what stands for an image in a prompt. mtmd takes a marker in its place.
     image: str = r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>"
+    # Whether mtmd writes words before an image's tiles, and two line breaks before the whole image.
+    words: bool = False
     unused: tuple[str, ...] = ()  # tensors that transformers loads and never uses
     # GGUF name of a row that transformers appends to an image's tokens and mtmd does not.
     newline: str | None = None
@@ -141,6 +147,7 @@ class VisionParams:
     heads: int
     patch: int  # side of a patch, in pixels
     out: int  # width of the language model
+    merge: int  # patches along each side that become one token
     # Side of the square that the tower was trained on, in pixels. Without meaning where the tower
     # takes any size.
     image: int
@@ -158,7 +165,7 @@ class VisionParams:
             "patch": self.patch,
             "positions": self.positions,
             "fused": 3 * self.hidden,
-            "merged": self.graph.merge**2 * self.hidden,
+            "merged": self.merge**2 * self.hidden,
             "out": self.out,
         }
 

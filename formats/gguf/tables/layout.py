@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 
+import numpy as np
 import torch
 
 from vlmq_export.formats.gguf.tables.families import class_row_first, class_row_last
@@ -28,6 +29,19 @@ class Place:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of a source tensor that belongs here."""
         return self.part(tensor) if self.part else tensor
+
+    def of_array(self, array: np.ndarray) -> np.ndarray:
+        """The same for an array, such as packed rows or a column of numbers for each row."""
+        return np.ascontiguousarray(self.part(torch.from_numpy(array))) if self.part else array
+
+
+def pairs_together(rows: torch.Tensor, head: int) -> torch.Tensor:
+    """Rows of heads with the two of each rotary pair side by side, as llama.cpp's `llama` has them.
+
+    rows: [heads · head, ...], where a pair is rows i and i + head/2 of a head.
+    """
+    pairs = rows.reshape(-1, 2, head // 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,8 @@ class Layout:
                     name = row.gguf.replace(index, str(gguf)) if index else row.gguf
                     source = row.module.replace(index, str(module)) if index else row.module
                     hub = self.architecture.family.hub_name(source)
-                    places[name] = Place(hub, source, shape, row.part, row.linear)
+                    part = partial(pairs_together, head=sizes["head"]) if row.pairs else row.part
+                    places[name] = Place(hub, source, shape, part, row.linear)
         return places
 
     @property

@@ -113,6 +113,7 @@ def vision_params(architecture: Architecture) -> VisionParams:
         sizes = _vision_sizes(vision, graph)
         out = int(vision[graph.out]) if graph.out else int(architecture.text["hidden_size"])
         window = _every_nth(vision, graph.every_nth, sizes["layers"]) if graph.every_nth else None
+        merge = config[graph.merge] if isinstance(graph.merge, str) else graph.merge
     except KeyError as e:
         raise FormatError(
             f"config.json: vision_config.{e.args[0]} is missing; the mmproj cannot be written"
@@ -128,6 +129,7 @@ def vision_params(architecture: Architecture) -> VisionParams:
         graph,
         **sizes,
         out=out,
+        merge=int(merge),
         image=image or graph.image_size or isqrt(positions) * sizes["patch"],
         positions=positions,
         window_pattern=window,
@@ -204,6 +206,7 @@ class ImageParams:
     max_pixels: int | None = None
     min_tiles: int | None = None
     max_tiles: int | None = None
+    longest: int | None = None  # side of an image that is cut into tiles
 
     def keys(self) -> dict[str, object]:
         """The metadata of the mmproj."""
@@ -214,6 +217,7 @@ class ImageParams:
             "image_max_pixels": self.max_pixels,
             "preproc_min_tiles": self.min_tiles,
             "preproc_max_tiles": self.max_tiles,
+            "preproc_image_size": self.longest,
         }
         return {f"clip.vision.{key}": value for key, value in own.items() if value is not None}
 
@@ -235,4 +239,5 @@ def image_params(folder: Path) -> ImageParams:
         s.max_pixels,
         s.min_tiles,
         s.max_tiles,
+        s.longest,
     )
