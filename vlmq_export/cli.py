@@ -191,7 +191,7 @@ def inspect(path: options.InspectPath, as_json: options.AsJson = False) -> None:
 
 def _plan(recipe: Recipe, push_to_hub: str | None, as_json: bool) -> int:
     from vlmq_export import api
-    from vlmq_export.terminal.tables import print_plan
+    from vlmq_export.terminal.tables import print_plan, samples_of
 
     plan = api.plan(recipe, push_to_hub=push_to_hub)
     if as_json:
@@ -199,7 +199,9 @@ def _plan(recipe: Recipe, push_to_hub: str | None, as_json: bool) -> int:
             {
                 "model": plan.model.name,
                 "formats": plan.formats,
+                "samples": samples_of(plan),
                 "memory": plan.memory,
+                "time": plan.time,
                 "refused": plan.refusals,
                 "not_provable": plan.not_provable,
             }

@@ -59,6 +59,9 @@ def run(
     data = CalibrationRows(recipe)
     rows = held_out(data) if recipe.verify else []
     source.check_settings(verify=recipe.verify)
+    plan = source.foreseen(plan, recipe, data)
+    if plan.too_large:
+        raise UsageError("; ".join(plan.too_large))
     calibration = source.calibration(data, callbacks)
     result = Result(
         out,
@@ -93,7 +96,7 @@ def run(
 
 
 def dry_run(recipe: Recipe, push_to_hub: str | None = None) -> RunPlan:
-    """What `run` would do, from config and headers alone, and from the user's own rows.
+    """What `run` would do, from config and headers alone, and from the rows that it would take.
 
     What would be refused is in the plan, and not raised. Raises CalibrationError for rows that
     cannot be used, and UsageError for an upload that cannot be.
@@ -102,10 +105,11 @@ def dry_run(recipe: Recipe, push_to_hub: str | None = None) -> RunPlan:
     recipe = source.recipe_for(recipe)
     if push_to_hub:
         hub.refuse_push(push_to_hub, recipe)
+    data = CalibrationRows(recipe)
     if recipe.calibration is not None or recipe.verify_data is not None:
-        data = CalibrationRows(recipe)
         _ = held_out(data) if recipe.verify else data.taken
-    return _planned(source, recipe)
+    plan = source.foreseen(_planned(source, recipe), recipe, data)
+    return plan if plan.refusals else source.timed(plan, recipe, data)
 
 
 def _planned(source: Source, recipe: Recipe) -> RunPlan:

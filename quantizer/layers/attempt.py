@@ -95,7 +95,7 @@ def attempt(
         )
         solution = descend(solution, aim, known.hessian, sweeps=method.refine.sweeps)
     else:
-        fit, moves = None, _moves(method, grid)
+        fit, moves = None, moves_of(method, grid.bits, grid.symmetric)
         if method.ranges == "modality" and not known.hessian.fallback:
             fit, mixes = modality_fit(stack, grid, known.sums, moves)
             chosen = [{"mix": mix} for mix in mixes]
@@ -145,10 +145,9 @@ def _affine(
     return descend(solution, aim, hessian, grid, sweeps=refine.sweeps, refit=refine.refit)
 
 
-def _moves(method: Method, grid: Affine) -> Sequence[int]:
+def moves_of(method: Method, bits: int, symmetric: bool) -> Sequence[int]:
     """Moves of the zero-point that a search of ranges tries."""
-    few = grid.bits <= 3 and not grid.symmetric
-    return NEIGHBOURS if method.neighbours and few else (0,)
+    return NEIGHBOURS if method.neighbours and bits <= 3 and not symmetric else (0,)
 
 
 def _shares(

@@ -4,7 +4,7 @@ The plan is a pure function of shapes, tokens and what is free. Peak memory foll
 layer and the calibration set, and never the number of layers:
 
     fixed        Python, PyTorch, transformers
-    images       the pixels of all samples, dropped after the first pass
+    images       the pixels of all samples' images, dropped after the first pass
     first pass   vision tower and projector in float32, dropped before the first layer
     layer        a layer's weights in float32, and the group of linears that is being solved
     solver       statistics and factorization of the linear with the most inputs
@@ -26,8 +26,11 @@ from dataclasses import dataclass
 
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
 from vlmq_export.quantizer.calibration.offload import Place
-from vlmq_export.quantizer.methods import METHODS, Method
-from vlmq_export.quantizer.solver.ranges import AT_ONCE, NEIGHBOURS
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.layers.attempt import moves_of
+from vlmq_export.quantizer.methods import METHODS, Method, method_named
+from vlmq_export.quantizer.samples.sample import Lengths
+from vlmq_export.quantizer.solver.ranges import AT_ONCE
 
 FIXED = 600 * 10**6
 _FLOAT = 4  # bytes of a float32
@@ -55,6 +58,9 @@ class Shapes:
     groups: tuple[int, ...]  # how many of them share an input, in the same order
     prefix: int  # weights that run before the first decoder layer, embedding rows not counted
     pixels: int  # numbers of a preprocessed image for each of its tokens
+    patches: int  # patches of an image for each of its tokens
+    tower_layers: int  # of the vision tower
+    tower_width: int
     weights: int  # of the whole model
     vocabulary: int  # rows of the output matrix
 
@@ -99,10 +105,9 @@ class MemoryPlan:
 
 def memory_plan(
     shapes: Shapes,
-    method: Method,
+    config: QuantConfig,
+    lengths: Lengths,  # of the samples
     *,
-    tokens: int,  # of all samples
-    seq_len: int,  # of the longest sample
     host_free: int,
     device_free: int = 0,  # 0: everything runs on the host
 ) -> MemoryPlan:
@@ -111,8 +116,9 @@ def memory_plan(
     Activations rest on the device if everything fits there, else in host memory, else on disk.
     Where everything runs on the host, the host is the device.
     """
-    parts = _parts(shapes, method, tokens, seq_len)
-    activations = _activations(shapes, method, tokens)
+    method = method_named(config.method)
+    parts = _parts(shapes, config, lengths)
+    activations = _activations(shapes, method, lengths.tokens)
     images, first = parts["images"], parts["first pass"]
     solving = sum(parts[name] for name in ("layer", "solver", "ranges", "batch"))
     backward = shapes.layer * _FLOAT + parts["batch"] + parts["gradients"]
@@ -141,19 +147,21 @@ def memory_plan(
     )
 
 
-def _parts(shapes: Shapes, method: Method, tokens: int, seq_len: int) -> dict[str, int]:
+def _parts(shapes: Shapes, config: QuantConfig, lengths: Lengths) -> dict[str, int]:
     """Bytes of everything that a run adds to the fixed part, but for the activations."""
+    method = method_named(config.method)
     calibrated = method.calibrated
     solved = shapes.layer + _GROUP_COPIES * shapes.largest_group
-    at_once = min(AT_ONCE, _tries(method) * shapes.largest_group)
+    tries = 0 if config.types else tries_of(config)  # block types have ranges of their own
+    at_once = min(AT_ONCE, tries * shapes.largest_group)
     return {
-        "images": tokens * shapes.pixels * _FLOAT if calibrated else 0,
+        "images": lengths.images * shapes.pixels * _FLOAT if calibrated else 0,
         "first pass": shapes.prefix * _FLOAT if calibrated else 0,
         "layer": solved * _FLOAT,
         "solver": _solver(shapes, method) if calibrated else 0,
         "ranges": _RANGE_COPIES * at_once * _FLOAT,
-        "batch": _batch(shapes, method, tokens, seq_len) if calibrated else 0,
-        "gradients": _gradients(shapes, method, tokens, seq_len),
+        "batch": _batch(shapes, method, lengths) if calibrated else 0,
+        "gradients": _gradients(shapes, method, lengths),
     }
 
 
@@ -169,25 +177,20 @@ def _solver(shapes: Shapes, method: Method) -> int:
     return matrix * shapes.widest**2
 
 
-def _batch(shapes: Shapes, method: Method, tokens: int, seq_len: int) -> int:
-    """Bytes of what a layer makes of one batch."""
-    batch = _batch_tokens(tokens, seq_len)
+def _batch(shapes: Shapes, method: Method, lengths: Lengths) -> int:
+    """Bytes of what a layer makes of the batch that takes most."""
     width = _BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * shapes.widest
-    if method.importance != "none" or method.scaling == "mbq":
-        width += _BATCH_SCORES * seq_len * shapes.heads
-    return batch * width * _FLOAT
+    backward = method.importance != "none" or method.scaling == "mbq"
+    scores = _BATCH_SCORES * shapes.heads if backward else 0
+    batches = lengths.batches(BATCH_TOKENS)
+    return _FLOAT * max((n * each * (width + scores * each) for n, each in batches), default=0)
 
 
-def _batch_tokens(tokens: int, seq_len: int) -> int:
-    """The most tokens of a batch."""
-    return min(tokens, max(BATCH_TOKENS, seq_len))
-
-
-def _gradients(shapes: Shapes, method: Method, tokens: int, seq_len: int) -> int:
+def _gradients(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     """Bytes of the output matrix, and of what the loss makes of the logits of one batch."""
     if method.scaling != "mbq":
         return 0
-    logits = _LOGITS * _batch_tokens(tokens, seq_len)
+    logits = _LOGITS * max((n * each for n, each in lengths.batches(BATCH_TOKENS)), default=0)
     return shapes.vocabulary * (shapes.hidden + logits) * _FLOAT
 
 
@@ -203,10 +206,14 @@ def _activations(shapes: Shapes, method: Method, tokens: int) -> int:
     return tokens * shapes.hidden * copies * _FLOAT
 
 
-def _tries(method: Method) -> int:
-    """Ranges that are tried for each row, zero-points included; 0 where none are.
+def tries_of(config: QuantConfig) -> int:
+    """Ranges that are tried for each row of an affine grid, zero-points included; 0: none are.
 
     A method that chooses among others tries the ranges of all of them, one method after the other.
     """
-    methods = (method, *(METHODS[name] for name in method.candidates))
-    return max(len(m.refine.shrink) * (len(NEIGHBOURS) if m.neighbours else 1) for m in methods)
+    method = method_named(config.method)
+    found = []
+    for each in (method, *(METHODS[name] for name in method.candidates)):
+        moves = moves_of(each, config.bits, config.symmetric)
+        found.append(len(each.refine.shrink) * len(moves))
+    return max(found)

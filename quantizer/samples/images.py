@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from vlmq_export.errors import CalibrationError, one_line
 
@@ -17,6 +19,7 @@ MAX_IMAGE_BYTES = 256 * 2**20  # of a file
 MAX_RATIO = 200  # of an image's sides: what Qwen's own preprocessing allows
 # Pillow knows more formats, and starts programs for some of them.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 LONGEST_WHY = 300  # characters of a reason in a message
 
 
@@ -35,6 +38,29 @@ def load_image(image_file: Path | ImageBytes) -> Image.Image:
     """The first frame of an image file, in RGB on white, turned upright as its EXIF tag says.
 
     Raises CalibrationError for what cannot be decoded, is too large or too narrow.
+    """
+    with _opened(image_file) as image:
+        return _on_white(_eight_bits(ImageOps.exif_transpose(image)))
+
+
+def image_size(image_file: Path | ImageBytes) -> tuple[int, int]:
+    """Width and height in pixels of what `load_image` gives, from the file's header alone.
+
+    A PNG may have its EXIF tag behind its pixels, which are not read: it counts as upright then.
+    Raises CalibrationError as `load_image` does, but for damaged pixels.
+    """
+    with _opened(image_file) as image:
+        width, height = image.size
+        # Pillow turns a TIFF's size while it opens it, and asks a PNG's pixels for a tag.
+        turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        return (height, width) if turned else (width, height)
+
+
+@contextmanager
+def _opened(image_file: Path | ImageBytes) -> Iterator[Image.Image]:
+    """An image file whose header is read, and none of its pixels.
+
+    Raises CalibrationError for a size beyond the limits, and for what goes wrong inside the block.
     """
     try:
         if isinstance(image_file, ImageBytes):
@@ -55,7 +81,7 @@ def load_image(image_file: Path | ImageBytes) -> Image.Image:
                 raise ValueError(
                     f"{w}×{h} pixels; a side of {MAX_RATIO} times the other is the limit"
                 )
-            return _on_white(_eight_bits(ImageOps.exif_transpose(image)))
+            yield image
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise all kinds of errors on damaged files

@@ -20,11 +20,13 @@ import torch
 from vlmq_export.errors import CalibrationError
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import Row, allowed, leave_out
-from vlmq_export.quantizer.samples.sample import Sample, truncate
+from vlmq_export.quantizer.samples.sample import Lengths, Sample, truncate
 
 log = logging.getLogger("vlmq_export")
 MANY = 128  # number of rows from which on worker processes are worth the time to start them
 MAX_WORKERS = 8
+START = 6.0  # seconds until a worker process has imported PyTorch and transformers, measured
+COUNTED = 512  # rows that are counted for a plan, at most
 _SHOWN = 5  # bad rows that the error names; the log has the others
 
 
@@ -54,6 +56,7 @@ def read_samples(
     *,
     bad: float = 0.0,
     workers: int | None = None,
+    preprocessor: Preprocessor | None = None,  # the folder's own, where it was read already
     progress: Callable[[int], None],
 ) -> Loaded:
     """The samples of the rows, none of them longer than the limit.
@@ -66,7 +69,7 @@ def read_samples(
     samples: list[Sample] = []
     lengths: list[int] = []  # of dropped samples
     errors: list[str] = []
-    decoded = _decoded(folder, rows, limit, workers)
+    decoded = _decoded(preprocessor or Preprocessor(folder), folder, rows, limit, workers)
     for done, (row, (sample, length, error)) in enumerate(zip(rows, decoded), start=1):
         if error:
             errors.append(f"{row.where or row.id}: {error}")
@@ -75,23 +78,43 @@ def read_samples(
         else:
             samples.append(sample)
         progress(done)
-    if len(errors) <= allowed(len(rows), bad):
-        leave_out("of the samples", "bad rows", errors, len(rows), bad)
-    else:
-        _refuse(errors, len(rows))
+    if len(errors) > allowed(len(rows), bad):
+        raise CalibrationError(_refusal(errors, len(rows)))
+    leave_out("of the samples", "bad rows", errors, len(rows), bad)
     scaled = sum(sample.scaled for sample in samples)
     return Loaded(samples, scaled, len(lengths), max(lengths, default=0), len(errors))
 
 
-def _refuse(bad: Sequence[str], rows: int) -> None:
-    """Raises CalibrationError for the bad ones of so many rows, if there are any."""
-    if bad:
-        for line in bad[_SHOWN:]:
-            log.error("%s", line)
-        more = f" (and {len(bad) - _SHOWN} more, above)" if len(bad) > _SHOWN else ""
-        raise CalibrationError(
-            f"{len(bad)} of {rows} samples cannot be used: " + "; ".join(bad[:_SHOWN]) + more
-        )
+def count_samples(
+    preprocessor: Preprocessor, rows: Sequence[Row], limit: Limit, bad: float = 0.0
+) -> tuple[Lengths, str]:
+    """The lengths of the samples that `read_samples` would make of the rows, and why it would not.
+
+    Texts are tokenized, and the headers of images are read, but no pixel is. Of many rows a share
+    is counted, in equal steps. Rows are refused as `read_samples` refuses them, but for damaged
+    pixels; the refusal is empty where there is none.
+    """
+    counted = rows[:: -(-len(rows) // COUNTED) or 1]
+    found, errors = [], []
+    for row in counted:
+        try:
+            length = preprocessor.length(row, seq_len=limit.seq_len if limit.scale else None)
+        except CalibrationError as e:
+            errors.append(f"{row.where or row.id}: {e}")
+            continue
+        if (kept := length.cut(limit.seq_len)) is not None:
+            found.append(kept)
+    refused = len(errors) > allowed(len(rows), bad)
+    why = _refusal(errors, len(counted)) if refused else ""
+    return Lengths(tuple(found), len(counted) / max(1, len(rows))), why
+
+
+def _refusal(bad: Sequence[str], rows: int) -> str:
+    """What is said of the bad ones of so many rows. The log has those that are too many for it."""
+    for line in bad[_SHOWN:]:
+        log.error("%s", line)
+    more = f" (and {len(bad) - _SHOWN} more, above)" if len(bad) > _SHOWN else ""
+    return f"{len(bad)} of {rows} samples cannot be used: " + "; ".join(bad[:_SHOWN]) + more
 
 
 def worker_count(rows: int) -> int:
@@ -105,18 +128,19 @@ _Decoded = tuple[Sample | None, int, str]
 
 
 def _decoded(
-    folder: Path, rows: Sequence[Row], limit: Limit, workers: int | None
+    preprocessor: Preprocessor,
+    folder: Path,
+    rows: Sequence[Row],
+    limit: Limit,
+    workers: int | None,
 ) -> Iterator[_Decoded]:
     """The samples of the rows, in their order. Raises CalibrationError if a process was killed."""
     workers = workers or worker_count(len(rows))
     if workers == 1:
-        preprocessor = Preprocessor(folder)
         yield from (_decode(preprocessor, row, limit) for row in rows)
         return
-    # Made only to raise here what is wrong with the folder. A pool would only say that its
-    # processes died.
-    Preprocessor(folder)
-    # Spawned and not forked, because this process has threads by now.
+    # The folder is readable by now: a pool would only say that its processes died. They are
+    # spawned and not forked, because this process has threads.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (folder,))
     try:
         with _deaf_to_ctrl_c():

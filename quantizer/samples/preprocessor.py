@@ -17,10 +17,10 @@ from vlmq_export.quantizer.samples.companions import (
     load_image_processor,
     load_tokenizer,
 )
-from vlmq_export.quantizer.samples.image_rules import Encoded, image_rule, resized
-from vlmq_export.quantizer.samples.images import load_image
+from vlmq_export.quantizer.samples.image_rules import Encoded, Size, image_rule, resized
+from vlmq_export.quantizer.samples.images import image_size, load_image
 from vlmq_export.quantizer.samples.rows import Row
-from vlmq_export.quantizer.samples.sample import Sample
+from vlmq_export.quantizer.samples.sample import Length, Sample
 from vlmq_export.quantizer.samples.scaling import fitted_sizes, scaled_sizes
 from vlmq_export.quantizer.storage.untrusted import read_json, third_party
 
@@ -78,23 +78,27 @@ class Preprocessor:
         with third_party(f"{row.id}: cannot be made a sample of this model", CalibrationError):
             return self._sample(row, prompt_only, seq_len)
 
+    def length(self, row: Row, *, seq_len: int | None = None) -> Length:
+        """How long `sample` would be, from its text and the headers of its images.
+
+        No pixel is decoded. Raises CalibrationError as `sample` does, but for damaged pixels.
+        """
+        with third_party(f"{row.id}: cannot be made a sample of this model", CalibrationError):
+            text = self._text(row, list(row.messages), open_turn=False)
+            fitted, _ = self._sizes([image_size(image) for image in row.images], text, seq_len)
+            images = [self.images.tokens(size) for size in fitted]
+            ids = self._ids(self._counted(text, images))
+        return Length(len(ids), sum(images), self._image_end(ids))
+
     def _sample(self, row: Row, prompt_only: bool, seq_len: int | None) -> Sample:
         """`sample`, with the libraries' own errors."""
         messages = list(row.messages)
         if prompt_only and messages[-1]["role"] == "assistant":
             messages.pop()
-        for number, message in enumerate(messages, start=1):
-            if any(self.image_token in part.get("text", "") for part in message["content"]):
-                raise CalibrationError(
-                    f"{row.id}: the text of turn {number} has {self.image_token}, which stands for"
-                    " an image; take it out"
-                )
-        text = self._prompt(messages, open_turn=prompt_only)
-        if (kept := text.count(self.image_token)) != len(row.images):
-            raise CalibrationError(
-                f"{row.id}: the chat template kept {kept} of {len(row.images)} images"
-            )
-        images, scaled = self._images(row, text, seq_len)
+        text = self._text(row, messages, open_turn=prompt_only)
+        originals = [load_image(image) for image in row.images]
+        fitted, scaled = self._sizes([image.size for image in originals], text, seq_len)
+        images = tuple(map(resized, originals, fitted))
         encoded = self.images.encode(images, self.image_token) if images else Encoded({}, [])
         ids = torch.tensor(self._ids(self._expanded(text, encoded.written)))
         answer = torch.zeros(len(ids), dtype=torch.bool)
@@ -117,25 +121,45 @@ class Preprocessor:
             mrope=self.family.mrope,
         )
 
-    def _images(
-        self, row: Row, text: str, seq_len: int | None
-    ) -> tuple[tuple[Image.Image, ...], bool]:
-        """The row's images, resized, and whether `seq_len` made any of them smaller."""
-        images = [load_image(p) for p in row.images]
-        sizes = [image.size for image in images]
+    def _text(self, row: Row, messages: list[dict], *, open_turn: bool) -> str:
+        """The text of a row's conversation, with one placeholder for each of its images.
+
+        Raises CalibrationError where it has more or fewer of them.
+        """
+        for number, message in enumerate(messages, start=1):
+            if any(self.image_token in part.get("text", "") for part in message["content"]):
+                raise CalibrationError(
+                    f"{row.id}: the text of turn {number} has {self.image_token}, which stands for"
+                    " an image; take it out"
+                )
+        text = self._prompt(messages, open_turn=open_turn)
+        if (kept := text.count(self.image_token)) != len(row.images):
+            raise CalibrationError(
+                f"{row.id}: the chat template kept {kept} of {len(row.images)} images"
+            )
+        return text
+
+    def _sizes(
+        self, sizes: Sequence[Size], text: str, seq_len: int | None
+    ) -> tuple[list[Size], bool]:
+        """What images of these sizes are resized to, and whether `seq_len` made any smaller."""
         fitted = wanted = fitted_sizes(self.images, sizes)
-        if seq_len is not None and images:
-            alone = self.image_token.join(self.family.around)
-            ids = self._ids(self._expanded(text, [alone] * len(images)))
-            last = len(ids) - ids[::-1].index(self.image_token_id)  # tokens up to the last image
+        if seq_len is not None and sizes:
+            ids = self._ids(self._counted(text, [1] * len(sizes)))
+            last = self._image_end(ids)
             fitted = scaled_sizes(
                 self.images,
                 sizes,
                 seq_len=seq_len,
-                text=len(ids) - len(images),
-                before=last - len(images),
+                text=len(ids) - len(sizes),
+                before=last - len(sizes),
             )
-        return tuple(map(resized, images, fitted)), fitted != wanted
+        return fitted, fitted != wanted
+
+    def _image_end(self, ids: list[int]) -> int:
+        """The number of tokens up to the last one of an image; 0 without images."""
+        reverse = ids[::-1]
+        return len(ids) - reverse.index(self.image_token_id) if self.image_token_id in ids else 0
 
     def _prompt(self, messages: Sequence[dict], *, open_turn: bool) -> str:
         """The text of a conversation. `open_turn` adds the opening of the assistant's next turn."""
@@ -147,6 +171,11 @@ class Preprocessor:
         """`text` with what is written for each image in the place of its placeholder."""
         texts = iter(written)
         return re.sub(re.escape(self.image_token), lambda _: next(texts), text)
+
+    def _counted(self, text: str, tokens: Sequence[int]) -> str:
+        """`text` with so many tokens for each image, as if all of them were placeholders."""
+        before, after = self.family.around
+        return self._expanded(text, [before + self.image_token * n + after for n in tokens])
 
     def _answer_start(self, messages: list[dict], text: str) -> int:
         """Where in `text` the words of the last turn begin."""

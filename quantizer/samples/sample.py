@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -69,3 +70,60 @@ def truncate(sample: Sample, seq_len: int) -> Sample | None:
         return None
     cut = {name: getattr(sample, name)[:seq_len] for name in ("input_ids", "vision", "answer")}
     return replace(sample, **cut)
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a sample is, in tokens."""
+
+    tokens: int
+    images: int  # of these, the tokens of images
+    last: int = 0  # tokens up to the last one of an image; 0 without images
+
+    def cut(self, seq_len: int) -> Length | None:
+        """What `truncate` leaves of such a sample."""
+        if self.tokens <= seq_len:
+            return self
+        return None if self.last > seq_len else replace(self, tokens=seq_len)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long the samples of a run are: each of them, or a share that stands for all."""
+
+    each: tuple[Length, ...]
+    share: float = 1.0  # of all samples
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> Lengths:
+        """The lengths of samples that are there."""
+        each = ((len(s.input_ids), int(s.vision.sum())) for s in samples)
+        return cls(tuple(Length(*both) for both in each))
+
+    @property
+    def samples(self) -> int:
+        """The number of all samples."""
+        return round(len(self.each) / self.share)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples."""
+        return round(sum(length.tokens for length in self.each) / self.share)
+
+    @property
+    def images(self) -> int:
+        """Image tokens of all samples."""
+        return round(sum(length.images for length in self.each) / self.share)
+
+    def batches(self, most: int) -> list[tuple[int, int]]:
+        """(samples, tokens of each) of the batches of all samples.
+
+        A batch has samples of equal length, and at most `most` tokens or one sample. Where a share
+        stands for all, its lengths are taken to be the only ones.
+        """
+        found = []
+        for length, count in sorted(Counter(each.tokens for each in self.each).items()):
+            size, left = max(1, most // length), max(1, round(count / self.share))
+            found += [(size, length)] * (left // size)
+            found += [(left % size, length)] * (left % size > 0)
+        return found

@@ -1,10 +1,13 @@
-"""What a run would do: sizes, memory and refusals.
+"""What a run would do: sizes, memory, time and refusals.
 
-Only config.json and the headers of the safetensors files are read. No weight, image or sample is.
+Only config.json, the headers of the safetensors files, texts and the headers of images are read. No
+weight and no pixel is.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vlmq_export.errors import CheckpointError
@@ -12,6 +15,8 @@ from vlmq_export.formats.contract import FORMATS, FormatOptions, FormatPlan
 from vlmq_export.formats.model_plan import ModelPlan
 from vlmq_export.quantizer.config import GROUP_SIZES
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan, Shapes, memory_plan
+from vlmq_export.quantizer.run.time_plan import Linears, TimePlan
+from vlmq_export.quantizer.samples.sample import Lengths
 from vlmq_export.recipes.recipe import Recipe
 
 
@@ -21,7 +26,10 @@ class RunPlan:
 
     model: ModelPlan
     formats: dict[str, FormatPlan]
-    memory: MemoryPlan | None = None  # None: nothing is quantized
+    lengths: Lengths | None = None  # of the calibration samples; None: nothing is quantized
+    memory: MemoryPlan | None = None  # likewise
+    time: TimePlan | None = None  # None: nothing is quantized, or it was not asked for
+    unusable: list[str] = field(default_factory=list)  # refusals: rows that are no samples
     too_large: list[str] = field(default_factory=list)  # refusals: more memory than was allowed
     lacking: list[str] = field(default_factory=list)  # refusals: packages that writing needs
     not_provable: dict[str, str] = field(default_factory=dict)  # format → why it cannot be proven
@@ -31,17 +39,17 @@ class RunPlan:
         """Everything that cannot be, one line each: the grid's own limits first."""
         return [
             *group_refusals(self.model),
+            *self.unusable,
             *self.too_large,
             *self.lacking,
             *(f"{n}: {why}" for n, plan in self.formats.items() for why in plan.refusals),
         ]
 
 
-def plan_run(model: ModelPlan, recipe: Recipe, memory: MemoryPlan | None = None) -> RunPlan:
-    """The plan of a run. Raises CheckpointError for settings that a format cannot do without."""
+def plan_run(model: ModelPlan, recipe: Recipe) -> RunPlan:
+    """What would be written. Raises CheckpointError for settings that a format needs."""
     options = recipe.format_options(model.name)
-    plans = {f: _format_plan(f, model, options) for f in recipe.format}
-    return RunPlan(model, plans, memory, memory_refusals(memory, recipe.max_memory))
+    return RunPlan(model, {f: _format_plan(f, model, options) for f in recipe.format})
 
 
 def group_refusals(model: ModelPlan) -> list[str]:
@@ -87,21 +95,13 @@ def memory_refusals(memory: MemoryPlan | None, limit: float | None) -> list[str]
 
 def plan_memory(
     model: ModelPlan,
-    recipe: Recipe,
+    lengths: Lengths,  # of the samples
     host_free: int,  # bytes
     device_free: int,  # bytes; 0: there is no CUDA device
-    tokens: int | None = None,  # of all samples; None: as many as the recipe allows
 ) -> MemoryPlan:
     """The memory that quantizing this model takes."""
-    seq_len = recipe.seq_len or model.architecture.family.seq_len
-    return memory_plan(
-        shapes_of(model),
-        model.job.method,
-        tokens=tokens or recipe.samples * seq_len,
-        seq_len=seq_len,
-        host_free=host_free,
-        device_free=device_free,
-    )
+    free = {"host_free": host_free, "device_free": device_free}
+    return memory_plan(shapes_of(model), model.config, lengths, **free)
 
 
 def shapes_of(model: ModelPlan) -> Shapes:
@@ -110,6 +110,7 @@ def shapes_of(model: ModelPlan) -> Shapes:
     A matrix with a row for every token of the vocabulary does not count: it is never held whole.
     """
     family, text = model.architecture.family, model.architecture.text
+    vision = model.architecture.vision
     layers, rows = model.architecture.layers, text["vocab_size"]
     vocabulary = (rows,)
     decoder = [x for x in model.linears if x.name.startswith(family.layers)]
@@ -123,9 +124,50 @@ def shapes_of(model: ModelPlan) -> Shapes:
         groups=tuple(len(group) for group in family.groups),
         prefix=sum(t.numel for t in outside if t.shape[:1] != vocabulary),
         pixels=_pixels(model.architecture.config),
+        patches=_patches(model.architecture.config),
+        tower_layers=vision.get("depth") or vision["num_hidden_layers"],
+        tower_width=vision.get("embed_dim") or vision["hidden_size"],
         weights=quantized + sum(t.numel for t in model.floats),
         vocabulary=rows if isinstance(rows, int) else 0,
     )
+
+
+def linears_of(model: ModelPlan) -> list[list[Linears]]:
+    """The linears of each decoder layer, by the input that they share, for the plan of time.
+
+    An output matrix that is solved comes last, as a layer of its own.
+    """
+    types, job = model.config.types, model.job
+    sizes = {x.name: (x.out_features, x.in_features) for x in model.linears}
+    sizes |= {x.name.removesuffix(".weight"): (x.shape[0], x.shape[-1]) for x in model.floats}
+
+    def linears(names: Sequence[str]) -> Linears:
+        rows, columns = zip(*(sizes[name] for name in names))
+        return Linears(columns[0], rows, tuple(types.get(name, "") for name in names))
+
+    layers = [
+        [linears([job.prefix(index) + name for name in names]) for names in job.family.groups]
+        for index in range(job.layers)
+    ]
+    return layers + ([[linears([job.head])]] if job.head else [])
+
+
+def outside_of(model: ModelPlan) -> Counter[str]:
+    """Block type → weights outside the decoder layers that are rounded to it, uncalibrated."""
+    solved = {*(x.name for x in model.linears), model.job.head}
+    found: Counter[str] = Counter()
+    for tensor in model.floats:
+        name = tensor.name.removesuffix(".weight")
+        if name not in solved and (kind := model.config.types.get(name)):
+            found[kind] += tensor.numel
+    return found
+
+
+def _patches(config: dict) -> int:
+    """How many patches of an image are merged into one of its tokens."""
+    vision = config["vision_config"]
+    shuffled = config.get("scale_factor", round(1 / config.get("downsample_ratio", 1)))
+    return vision.get("spatial_merge_size", shuffled) ** 2
 
 
 def _pixels(config: dict) -> int:
@@ -137,9 +179,7 @@ def _pixels(config: dict) -> int:
     vision = config["vision_config"]
     patch, frames = vision["patch_size"], vision.get("temporal_patch_size", 1)
     side = patch[0] if isinstance(patch, list) else patch
-    shuffled = config.get("scale_factor", round(1 / config.get("downsample_ratio", 1)))
-    merged = vision.get("spatial_merge_size", shuffled)
-    return 3 * frames * (side * merged) ** 2
+    return 3 * frames * side**2 * _patches(config)
 
 
 def _format_plan(name: str, model: ModelPlan, options: FormatOptions) -> FormatPlan:

@@ -15,6 +15,7 @@ from vlmq_export.errors import Interrupted, UsageError
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.samples.loading import Limit, Loaded, read_samples
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import Row, usable_rows
 from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.storage.whole_files import sha256_file
@@ -82,8 +83,17 @@ class CalibrationRows:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def limit_of(recipe: Recipe, checkpoint: Checkpoint) -> Limit:
+    """How long the recipe's samples of a model may be."""
+    seq_len = recipe.seq_len or checkpoint.architecture.family.seq_len
+    return Limit(seq_len, scale=recipe.long_images == "scale")
+
+
 def calibration_samples(
-    data: CalibrationRows, checkpoint: Checkpoint, callbacks: Callbacks
+    data: CalibrationRows,
+    checkpoint: Checkpoint,
+    callbacks: Callbacks,
+    preprocessor: Preprocessor | None = None,  # the model's, where it was read already
 ) -> Calibration:
     """Raises CalibrationError for rows that cannot be used, UsageError where none are left."""
     recipe, path = data.recipe, data.path
@@ -102,16 +112,21 @@ def calibration_samples(
             path.name,
             recipe.samples,
         )
-    seq_len = recipe.seq_len or checkpoint.architecture.family.seq_len
 
     def progress(done: int) -> None:
         callbacks.progress("read samples", done, len(rows))
         if callbacks.should_stop():
             raise Interrupted("stopped while reading samples; nothing was written")
 
-    limit = Limit(seq_len, scale=recipe.long_images == "scale")
-    bad = recipe.skip_bad_rows
-    loaded = read_samples(checkpoint.path, rows, limit, bad=bad, progress=progress)
+    limit = limit_of(recipe, checkpoint)
+    loaded = read_samples(
+        checkpoint.path,
+        rows,
+        limit,
+        bad=recipe.skip_bad_rows,
+        preprocessor=preprocessor,
+        progress=progress,
+    )
     _tell_lengths(loaded, limit)
     samples = loaded.samples
     if all(s.pixel_values is None for s in samples):
@@ -123,7 +138,7 @@ def calibration_samples(
         "scaled": loaded.scaled,
         "dropped": loaded.dropped,
         "skipped": data.skipped + loaded.skipped,
-        "seq_len": seq_len,
+        "seq_len": limit.seq_len,
         "tokens": sum(len(s.input_ids) for s in samples),
         "vision_tokens": sum(int(s.vision.sum()) for s in samples),
     }

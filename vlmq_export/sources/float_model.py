@@ -11,7 +11,14 @@ import torch
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.formats.gguf.types.mix import mix_named, module_types
 from vlmq_export.formats.model_plan import model_plan, with_types
-from vlmq_export.planning.run_plan import RunPlan, narrow_groups, plan_memory, plan_run
+from vlmq_export.planning.run_plan import (
+    RunPlan,
+    memory_refusals,
+    narrow_groups,
+    plan_memory,
+    plan_run,
+)
+from vlmq_export.planning.run_time import Reading, plan_time, tell_time
 from vlmq_export.planning.target_bpw import chosen_types, planned_types
 from vlmq_export.quantizer.arithmetic import pick_device
 from vlmq_export.quantizer.host import free_memory
@@ -21,11 +28,14 @@ from vlmq_export.quantizer.model.streamed import refuse_misfit
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.run.resume import RUN
+from vlmq_export.quantizer.samples.loading import count_samples
+from vlmq_export.quantizer.samples.sample import Lengths
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.sources.calibration import (
     Calibration,
     CalibrationRows,
     calibration_samples,
+    limit_of,
 )
 from vlmq_export.sources.origin import Origin
 from vlmq_export.sources.source import Filling, Source
@@ -64,14 +74,36 @@ class FloatModel(Source):
             model = with_types(model, module_types(model, mix, recipe.tensor_type), mix)
         elif recipe.target_bpw is not None:
             model = with_types(model, planned_types(model, recipe))
+        return plan_run(model, recipe)
+
+    def foreseen(self, plan: RunPlan, recipe: Recipe, data: CalibrationRows) -> RunPlan:
+        lengths, unusable = Lengths(()), ""
+        if data.taken:
+            limit = limit_of(recipe, self.checkpoint)
+            lengths, unusable = count_samples(
+                self.preprocessor, data.taken, limit, recipe.skip_bad_rows
+            )
         free = free_memory(self.device(recipe), recipe.max_memory)
-        return plan_run(model, recipe, plan_memory(model, recipe, *free))
+        memory = plan_memory(plan.model, lengths, *free)
+        refused = memory_refusals(memory, recipe.max_memory)
+        return replace(
+            plan,
+            lengths=lengths,
+            memory=memory,
+            unusable=[unusable] if unusable else [],
+            too_large=refused,
+        )
+
+    def timed(self, plan: RunPlan, recipe: Recipe, data: CalibrationRows) -> RunPlan:
+        reading = Reading(self.preprocessor, data.taken, limit_of(recipe, self.checkpoint))
+        return replace(plan, time=plan_time(plan, reading, self.device(recipe)))
 
     def device(self, recipe: Recipe) -> torch.device:
         return pick_device(recipe.device)
 
     def calibration(self, data: CalibrationRows, callbacks: Callbacks) -> Calibration:
-        return calibration_samples(data, self.checkpoint, callbacks)
+        preprocessor = self.preprocessor if data.taken else None
+        return calibration_samples(data, self.checkpoint, callbacks, preprocessor)
 
     def fill(self, folder: Path, filling: Filling) -> RunPlan:
         recipe, plan, ranks, callbacks = (
@@ -95,9 +127,11 @@ class FloatModel(Source):
                     callbacks.progress,
                 )
             plan = replace(plan, model=with_types(plan.model, types))
-        tokens = sum(len(s.input_ids) for s in samples) // ranks.size
-        memory = plan_memory(plan.model, recipe, planned.host_free, planned.device_free, tokens)
+        own = Lengths.of(samples[:: ranks.size])  # of this rank: samples are shared out by length
+        memory = plan_memory(plan.model, own, planned.host_free, planned.device_free)
         _tell_memory(memory)
+        if ranks.first:
+            tell_time(plan.model, own, self.device(recipe))
         quantize(
             self.checkpoint,
             samples,

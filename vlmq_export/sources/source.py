@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ class Source(ABC):
         """The folder whose tokenizer and image processor the proof uses."""
         return self.path
 
+    @cached_property
+    def preprocessor(self) -> Preprocessor:
+        """That of the folder `processor`, which is read once.
+
+        Raises CheckpointError for files that are missing or damaged.
+        """
+        return Preprocessor(self.processor)
+
     @property
     def floats(self) -> Path | None:
         """The folder of the source's own float weights, for the proof; None where there is none."""
@@ -77,6 +86,14 @@ class Source(ABC):
     def plan(self, recipe: Recipe) -> RunPlan:
         """What a run would do, from headers alone. Refusals are in the plan."""
 
+    def foreseen(self, plan: RunPlan, recipe: Recipe, data: CalibrationRows) -> RunPlan:
+        """The plan, with the memory of a run on these rows; as it is if nothing is quantized."""
+        return plan
+
+    def timed(self, plan: RunPlan, recipe: Recipe, data: CalibrationRows) -> RunPlan:
+        """The plan, with the time of a run on these rows; as it is if nothing is quantized."""
+        return plan
+
     def check_settings(self, *, verify: bool) -> None:
         """Read what would otherwise be missed after all the work.
 
@@ -87,7 +104,7 @@ class Source(ABC):
             if file.suffix == ".json":
                 read_json(file)  # every writer reads some of them
         if verify:
-            Preprocessor(self.processor)
+            _ = self.preprocessor
 
     def device(self, recipe: Recipe) -> torch.device:
         """Where the artifact is made. Raises UsageError for a device that is not there."""

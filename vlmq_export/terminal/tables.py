@@ -10,7 +10,9 @@ from rich.table import Table
 from vlmq_export.errors import NOT_PROVEN, one_line
 from vlmq_export.formats.contract import Inspection
 from vlmq_export.planning.run_plan import RunPlan, narrow_groups
+from vlmq_export.planning.run_time import spoken
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan
+from vlmq_export.quantizer.run.time_plan import TimePlan
 from vlmq_export.terminal.log import out
 
 _LONGEST = 120  # characters of a value of metadata
@@ -41,8 +43,14 @@ def print_plan(plan: RunPlan) -> None:
             size = f"{planned.size_bytes / 2**20:,.1f} MiB"
             table.add_row(name, f"{planned.bits_per_weight:.3f}", size)
     out.print(table)
+    if found := samples_of(plan):
+        looked = "" if found["share"] == 1 else f", from a count of {found['share']:.0%} of them"
+        tokens = f"{found['tokens']:,} tokens, {found['image_tokens']:,} of images"
+        out.print(f"{found['samples']:,} samples: {tokens}{looked}", highlight=False)
     if plan.memory is not None:
         print_memory(plan.memory)
+    if plan.time is not None:
+        print_time(plan.time)
     for name, planned in plan.formats.items():
         for note in planned.notes:
             out.print(plain(f"{name}: {note}"), highlight=False)
@@ -83,6 +91,29 @@ def print_memory(memory: MemoryPlan) -> None:
             verdict = "" if need <= free else ", TOO LITTLE"
             amount = f"{need / 1e9:.1f} GB of {free / 1e9:.1f} GB{verdict}"
             out.print(f"peak on the {name}: {amount}", highlight=False)
+
+
+def samples_of(plan: RunPlan) -> dict | None:
+    """How much a run calibrates on, for JSON; None where it has no samples.
+
+    `share` is the part of the rows that was counted.
+    """
+    if plan.lengths is None or not plan.lengths.each:
+        return None
+    n = plan.lengths
+    known = {"samples": n.samples, "tokens": n.tokens, "image_tokens": n.images}
+    return known | {"share": round(n.share, 4)}
+
+
+def print_time(time: TimePlan) -> None:
+    """How long each phase takes, and all of them."""
+    table = Table("time", "", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for phase, seconds in time.phases.items():
+        table.add_row(phase, spoken(seconds) if seconds >= 1 else "< 1 s")
+    out.print(table)
+    without = f", without {', '.join(time.left_out)}" if time.left_out else ""
+    out.print(f"about {spoken(time.seconds)} on this machine{without}", highlight=False)
 
 
 def print_inspection(found: Inspection) -> None:

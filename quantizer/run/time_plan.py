@@ -1,0 +1,273 @@
+"""How long a run takes, phase by phase.
+
+The plan is a pure function of shapes, the lengths of the samples, the method, and what the machine
+does in a second (`machine.py`):
+
+    first pass     vision tower and embedding, once
+    walk           both streams through every layer
+    importance     one more pass through the attention of the quantized stream, and back, where
+                   the method weighs tokens
+    statistics     A and D of every group of linears
+    factorization  of A, in float64, and what is solved with it
+    column loop    the loop and its products, under all candidate ranges
+    ranges         the error that each candidate range leaves
+    descent        sweeps over the integers afterwards
+    block types    the search for the scales of GGUF's block types
+    metrics        the losses that the manifest records
+    weights        reading each layer, and writing its integers
+
+Products are counted as floating-point operations. Everything else moves tensors: its passes over
+them are counted, with the number of calls for small ones. The counts stand beside the constants, as
+read from the code that they are of. docs/scale.md has the plan beside measured runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.layers.vlm_ptq import MIXES
+from vlmq_export.quantizer.methods import METHODS, Method, method_named
+from vlmq_export.quantizer.run.machine import COLUMNS, LEAF, Machine
+from vlmq_export.quantizer.run.memory_plan import Shapes, tries_of
+from vlmq_export.quantizer.samples.sample import Lengths
+from vlmq_export.quantizer.solver.ranges import AT_ONCE, SHRINK
+
+# Passes over the hidden state while a stream goes through a layer: norms, each at every step that
+# needs it (20), rotary positions of queries and keys (6), the check for finite values (6), sums and
+# copies (6).
+_HIDDEN_PASSES = 38
+_MLP_PASSES = 4  # over what is as wide as the MLP: activation, product, copies
+_SCORE_PASSES = 4  # over the attention's scores: scale, largest, exponential, sum
+_LAYER_CALLS = 200  # small operations of one layer on one batch, with Python's own work
+_PIXEL_PASSES = 12  # over pixels: gathered, moved to the layout of the convolution, multiplied
+_WINDOW = 64  # patches that a layer of the tower attends over at once
+_WINDOW_CALLS = 40  # small operations of one of these windows
+_BACKWARD = 2.5  # products of the attention's backward pass, for one of the forward pass
+_INPUT_PASSES = 6  # over the inputs of a linear in its sums: weighted, squared, drift
+_SUM_PASSES = 4  # over a sum for each batch: it is float64, and the product float32
+_SQUARE_PASSES = 16  # over a Hessian: made, mirrored, to float32, ordered in float64, factor
+_WEIGHT_PASSES = 40  # over the weights of a linear: target, order, decoded, metrics, packed
+_JUDGE_PASSES = 6  # over the rows under all ranges: made, masked, ordered, decoded, error
+_SEARCH_PASSES = 8  # over weights for one range that is judged before the loop: codes, error, sum
+_ON_DISK = 4  # passes over a layer's weights that reading them takes
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The linears of one decoder layer that share an input."""
+
+    columns: int
+    rows: tuple[int, ...]  # of each
+    types: tuple[str, ...]  # block type of each; empty on an affine grid
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """How long a run takes."""
+
+    seconds: float
+    phases: Mapping[str, float]  # seconds of each
+    left_out: tuple[str, ...] = ()  # what a run does besides
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every phase is planned from."""
+
+    shapes: Shapes
+    method: Method
+    tries: int  # ranges of a row on an affine grid
+    lengths: Lengths
+    machine: Machine
+
+    @cached_property
+    def batches(self) -> list[tuple[int, int]]:
+        """(samples, tokens of each)."""
+        return self.lengths.batches(BATCH_TOKENS)
+
+    def through(self, rows: int, columns: int) -> float:
+        """Seconds that all tokens take through a linear."""
+        mean = self.lengths.tokens / max(1, len(self.batches))
+        return len(self.batches) * self.machine.product(mean, columns, rows)
+
+    def attention(self) -> float:
+        """Seconds of the scores and of the values of all tokens, in one layer."""
+        width, heads, m = self.shapes.linears[0][0], self.shapes.heads, self.machine
+        total = 0.0
+        for samples, each in self.batches:
+            scores = samples * heads * each**2
+            total += 2 * samples * heads * m.product(each, width // heads, each)
+            total += m.elementwise(_SCORE_PASSES * scores, scores)
+        return total
+
+    def moved(self, passes: float, width: int) -> float:
+        """Seconds of passes over all tokens' activations of a width."""
+        tokens = self.lengths.tokens
+        each = tokens * width / max(1, len(self.batches))
+        return self.machine.elementwise(passes * tokens * width, each)
+
+
+def plan_seconds(
+    shapes: Shapes,
+    layers: Sequence[Sequence[Linears]],  # groups of each layer; an output matrix comes last
+    outside: Mapping[str, int],  # block type → other weights that are fitted to it
+    config: QuantConfig,
+    lengths: Lengths,  # of the samples
+    machine: Machine,
+) -> dict[str, float]:
+    """Seconds of quantizing a model, phase by phase."""
+    method = method_named(config.method)
+    job = _Job(shapes, method, tries_of(config), lengths, machine)
+    found: Counter[str] = Counter()
+    if method.calibrated:
+        found["first pass"] = _first_pass(job)
+    for index, groups in enumerate(layers):
+        if method.calibrated and index < shapes.layers:
+            found["walk"] += _walk(job)
+            if method.importance != "none" and index:
+                found["importance"] += _importance(job)
+        for group in groups:
+            found.update(_solved(job, group))
+        found["weights"] += machine.elementwise(_ON_DISK * shapes.layer)
+    for kind, weights in outside.items():
+        found["block types"] += machine.fits[kind] * weights
+    return dict(found)
+
+
+def _first_pass(job: _Job) -> float:
+    """The vision tower, on every patch, and the embedding rows."""
+    s, m = job.shapes, job.machine
+    patches = job.lengths.images * s.patches
+    if not patches:
+        return 0.0
+    batches, each = len(job.batches), patches / len(job.batches)
+    passes = (_HIDDEN_PASSES + 4 * _MLP_PASSES) * s.tower_layers
+    windows = max(job.lengths.samples, patches / _WINDOW)
+    return (
+        batches * m.product(each, s.tower_width, s.prefix / max(1, s.tower_width))
+        + m.elementwise(passes * patches * s.tower_width, each * s.tower_width)
+        + m.elementwise(_PIXEL_PASSES * job.lengths.images * s.pixels)
+        + (batches * _LAYER_CALLS + windows * _WINDOW_CALLS) * s.tower_layers * m.call
+        + m.elementwise(_ON_DISK * s.prefix)
+    )
+
+
+def _walk(job: _Job) -> float:
+    """Both streams through a layer. The quantized one computes gate and up twice."""
+    streams = 2 if job.method.two_streams else 1
+    linears, m = job.shapes.linears, job.machine
+    twice = linears[4:6]
+    products = sum(job.through(*each) for each in linears) * streams
+    products += sum(job.through(*each) for each in twice)
+    moved = job.moved(_HIDDEN_PASSES, job.shapes.hidden) * streams
+    moved += job.moved(_MLP_PASSES, linears[-1][1]) * (streams + 1)
+    calls = len(job.batches) * _LAYER_CALLS * streams * m.call
+    return products + moved + calls + streams * job.attention()
+
+
+def _importance(job: _Job) -> float:
+    """The quantized stream's attention block forwards, and back to the outputs of q, k and v."""
+    *qkv, out = job.shapes.linears[:4]
+    products = sum(job.through(*each) for each in qkv) + 3 * job.through(*out)
+    attention = (1 + _BACKWARD) * job.attention()
+    moved = 2 * job.moved(_HIDDEN_PASSES, job.shapes.hidden)
+    return products + attention + moved + 3 * len(job.batches) * _LAYER_CALLS * job.machine.call
+
+
+def _solved(job: _Job, group: Linears) -> dict[str, float]:
+    """The linears of a group, from their inputs to integers."""
+    found: Counter[str] = Counter()
+    for names in _units(job, group):
+        if job.method.calibrated:
+            found["statistics"] += _statistics(job, group.columns)
+        # Linears of one type are solved as one matrix.
+        stacks: Counter[str] = Counter()
+        for i in names:
+            stacks[group.types[i]] += group.rows[i]
+        for kind, rows in stacks.items():
+            for method in _attempts(job.method):
+                found.update(_stack(job, method, rows, group.columns, kind))
+    return found
+
+
+def _attempts(method: Method) -> list[Method]:
+    """The methods that a stack is solved by: candidates, and the last of them once more."""
+    tried = [METHODS[name] for name in method.candidates]
+    return [*tried, *tried[-1:]] or [method]
+
+
+def _units(job: _Job, group: Linears) -> list[list[int]]:
+    """Linears that share their statistics. Those whose tokens are weighed have their own."""
+    every = list(range(len(group.rows)))
+    attention = len(every) == len(job.shapes.linears[:3])  # q, k and v
+    weighs = job.method.importance != "none" and (attention or job.method.weighs == "all")
+    return [[i] for i in every] if weighs else [every]
+
+
+def _statistics(job: _Job, columns: int) -> float:
+    """A, of which little more than half is computed, and D."""
+    m, batches = job.machine, len(job.batches)
+    band = min(1.0, 0.5 + 512 / columns)
+    sums = band + (job.method.drift != "plain")
+    mean = job.lengths.tokens / max(1, batches)
+    return (
+        batches * m.product(columns, mean, columns * sums)
+        + job.moved(_INPUT_PASSES, columns)
+        + batches * m.elementwise(_SUM_PASSES * sums * columns**2, columns**2)
+    )
+
+
+def _stack(job: _Job, method: Method, rows: int, columns: int, kind: str) -> dict[str, float]:
+    """Linears that are solved as one matrix [rows, columns]."""
+    m, found = job.machine, Counter[str]()
+    found["metrics"] += m.elementwise(_WEIGHT_PASSES * rows * columns)
+    if kind:
+        # For the solution, and for what rounding to nearest would have left.
+        times = 2 if method.calibrated else 1
+        found["block types"] += times * m.fits[kind] * rows * columns
+    if not method.calibrated or method.scaling:
+        return found
+    square = m.product(rows, columns, columns)  # W·A
+    found["metrics"] += 3 * square
+    found["factorization"] += m.factorization(columns)
+    found["factorization"] += m.elementwise(_SQUARE_PASSES * columns**2)
+    if method.drift != "plain":
+        found["factorization"] += 2 * square  # W·D, and two triangular solves of half as much
+    if method.drift == "columns":  # two triangular solves for each row, from the row's place on
+        found["factorization"] += m.product(columns, columns, columns) / 3
+    if method.ranges == "modality":
+        searched = len(SHRINK) * (1 + len(MIXES)) * _SEARCH_PASSES
+        found["ranges"] += m.elementwise(searched * rows * columns, COLUMNS * rows)
+    many = max(1, job.tries) if method.refine.shrink and not kind else 1
+    found["column loop"] += _loop(job, method, rows * many, columns)
+    if many > 1:
+        found["ranges"] += many * square
+        found["ranges"] += m.elementwise(_JUDGE_PASSES * many * rows * columns, AT_ONCE)
+    if method.refine.sweeps:
+        found["descent"] += _descent(job, method, rows, columns)
+    return found
+
+
+def _loop(job: _Job, method: Method, rows: int, columns: int) -> float:
+    """The column loop on [rows, columns], as many rows at once as the search of ranges takes."""
+    m = job.machine
+    at_once = min(rows, max(1, AT_ONCE // columns))
+    own = columns * m.column(at_once) * rows / at_once
+    products, half = 0.0, columns / 2
+    while half >= COLUMNS:
+        products += columns / half / 2 * m.product(rows, half, half)
+        half /= 2
+    return own + products * (2 if method.drift == "columns" else 1)
+
+
+def _descent(job: _Job, method: Method, rows: int, columns: int) -> float:
+    """Sweeps over [rows, columns], each of which moves the gradient of every column along."""
+    m, sweeps = job.machine, method.refine.sweeps
+    each = columns * m.sweep(rows)
+    moved = columns / LEAF * m.product(rows, LEAF, columns)
+    return sweeps * (each + moved) + m.product(rows, columns, columns)

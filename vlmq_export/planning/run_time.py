@@ -1,0 +1,101 @@
+"""How long a run would take on this machine: measured rates, counted samples, planned phases."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from vlmq_export.errors import CalibrationError
+from vlmq_export.formats.model_plan import ModelPlan
+from vlmq_export.planning.run_plan import RunPlan, linears_of, outside_of, shapes_of
+from vlmq_export.quantizer.run.machine import Machine, measured
+from vlmq_export.quantizer.run.time_plan import TimePlan, plan_seconds
+from vlmq_export.quantizer.samples.loading import START, Limit, worker_count
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import Row
+from vlmq_export.quantizer.samples.sample import Lengths
+
+log = logging.getLogger("vlmq_export")
+PROOF = "proof and fidelity"
+_READ = 3  # rows that are read whole, to know what one costs
+_WRITE_PASSES = 4  # over all weights, for each format: decoded or copied, packed, written
+# Operations from which on a run is told beforehand: well over the two seconds that measuring takes.
+_LONG = 2e12
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a run become samples."""
+
+    preprocessor: Preprocessor
+    rows: Sequence[Row]
+    limit: Limit
+
+
+def plan_time(plan: RunPlan, reading: Reading, device: torch.device) -> TimePlan | None:
+    """Seconds of a run by phase, but for its proof; None where its method is not planned for.
+
+    The machine is measured for about two seconds, once in a process.
+    """
+    assert plan.lengths is not None, "samples are counted before their time is planned"
+    if plan.model.job.method.scaling:
+        return None
+    machine = _machine(device, frozenset(plan.model.config.types.values()))
+    seconds = {"read samples": read_seconds(reading)}
+    seconds |= quantize_seconds(plan.model, plan.lengths, machine)
+    passes = _WRITE_PASSES * len(plan.formats)
+    seconds["write"] = machine.elementwise(passes * shapes_of(plan.model).weights)
+    phases = {phase: taken for phase, taken in seconds.items() if taken}
+    return TimePlan(sum(phases.values()), phases, (PROOF,))
+
+
+def quantize_seconds(model: ModelPlan, lengths: Lengths, machine: Machine) -> dict[str, float]:
+    """Seconds of quantizing a model, by phase."""
+    return plan_seconds(
+        shapes_of(model), linears_of(model), outside_of(model), model.config, lengths, machine
+    )
+
+
+def tell_time(model: ModelPlan, lengths: Lengths, device: torch.device) -> None:
+    """Log how long quantizing takes, where that is so long that a user may want to know."""
+    work = 6 * lengths.tokens * sum(x.out_features * x.in_features for x in model.linears)
+    if work > _LONG and not model.job.method.scaling:
+        machine = _machine(device, frozenset(model.config.types.values()))
+        total = sum(quantize_seconds(model, lengths, machine).values())
+        log.info("quantizing takes about %s on this machine", spoken(total))
+
+
+def read_seconds(reading: Reading) -> float:
+    """Seconds in which the samples are read, from a few rows that are read now."""
+    rows, limit = reading.rows, reading.limit
+    tried = rows[:: max(1, len(rows) // _READ)][:_READ]
+    start = time.perf_counter()
+    for row in tried:
+        try:
+            reading.preprocessor.sample(row, seq_len=limit.seq_len if limit.scale else None)
+        except CalibrationError:
+            continue  # the run says what is wrong with it
+    each = (time.perf_counter() - start) / max(1, len(tried))
+    workers = worker_count(len(rows))
+    return each * len(rows) / workers + (START if workers > 1 else 0)
+
+
+def spoken(seconds: float) -> str:
+    """A time as one says it: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 99.5:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(round(minutes, -1), 60)
+    return f"{hours} h {minutes} min" if minutes and hours < 24 else f"{hours} h"
+
+
+@cache
+def _machine(device: torch.device, types: frozenset[str]) -> Machine:
+    return measured(device, types)
