@@ -13,7 +13,7 @@ import torch
 from vlmq_export.errors import CalibrationError
 from vlmq_export.formats.model_plan import ModelPlan
 from vlmq_export.planning.run_plan import RunPlan, linears_of, outside_of, shapes_of
-from vlmq_export.quantizer.run.machine import Machine, measured
+from vlmq_export.quantizer.run.machine import Clock, Machine, measured
 from vlmq_export.quantizer.run.time_plan import TimePlan, plan_seconds
 from vlmq_export.quantizer.samples.loading import START, Limit, worker_count
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
@@ -35,6 +35,8 @@ class Reading:
     preprocessor: Preprocessor
     rows: Sequence[Row]
     limit: Limit
+    workers: int | None = None  # as of read_samples
+    clock: Clock = time.perf_counter
 
 
 def plan_time(plan: RunPlan, reading: Reading, device: torch.device) -> TimePlan | None:
@@ -42,16 +44,22 @@ def plan_time(plan: RunPlan, reading: Reading, device: torch.device) -> TimePlan
 
     The machine is measured for about two seconds, once in a process.
     """
-    assert plan.lengths is not None, "samples are counted before their time is planned"
     if plan.model.job.method.scaling:
         return None
     machine = _machine(device, frozenset(plan.model.config.types.values()))
-    seconds = {"read samples": read_seconds(reading)}
-    seconds |= quantize_seconds(plan.model, plan.lengths, machine)
-    passes = _WRITE_PASSES * len(plan.formats)
-    seconds["write"] = machine.elementwise(passes * shapes_of(plan.model).weights)
-    phases = {phase: taken for phase, taken in seconds.items() if taken}
+    phases = {phase: taken for phase, taken in phases_of(plan, reading, machine).items() if taken}
     return TimePlan(sum(phases.values()), phases, (PROOF,))
+
+
+def phases_of(plan: RunPlan, reading: Reading, machine: Machine) -> dict[str, float]:
+    """Seconds of each phase, in order, from the first row to the last file."""
+    assert plan.lengths is not None, "samples are counted before their time is planned"
+    passes = _WRITE_PASSES * len(plan.formats)
+    return {
+        "read samples": read_seconds(reading),
+        **quantize_seconds(plan.model, plan.lengths, machine),
+        "write": machine.elementwise(passes * shapes_of(plan.model).weights),
+    }
 
 
 def quantize_seconds(model: ModelPlan, lengths: Lengths, machine: Machine) -> dict[str, float]:
@@ -74,14 +82,14 @@ def read_seconds(reading: Reading) -> float:
     """Seconds in which the samples are read, from a few rows that are read now."""
     rows, limit = reading.rows, reading.limit
     tried = rows[:: max(1, len(rows) // _READ)][:_READ]
-    start = time.perf_counter()
+    start = reading.clock()
     for row in tried:
         try:
             reading.preprocessor.sample(row, seq_len=limit.seq_len if limit.scale else None)
         except CalibrationError:
             continue  # the run says what is wrong with it
-    each = (time.perf_counter() - start) / max(1, len(tried))
-    workers = worker_count(len(rows))
+    each = (reading.clock() - start) / max(1, len(tried))
+    workers = reading.workers or worker_count(len(rows))
     return each * len(rows) / workers + (START if workers > 1 else 0)
 
 

@@ -104,7 +104,7 @@ Overwrite = Annotated[bool, _OVERWRITE]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")]
 _PUSH = "ORG/NAME to upload the verified folder to, without artifact/; a new repository is private."
 PushToHub = Annotated[str | None, typer.Option("--push-to-hub", help=_PUSH, show_default=False)]
-_DRY_RUN = typer.Option("--dry-run", help="Show what would be done; read headers only.")
+_DRY_RUN = typer.Option("--dry-run", help="Show sizes, memory, time and refusals; read no weight.")
 DryRun = Annotated[bool, _DRY_RUN]
 AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout, log on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]

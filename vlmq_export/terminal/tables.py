@@ -113,7 +113,8 @@ def print_time(time: TimePlan) -> None:
         table.add_row(phase, spoken(seconds) if seconds >= 1 else "< 1 s")
     out.print(table)
     without = f", without {', '.join(time.left_out)}" if time.left_out else ""
-    out.print(f"about {spoken(time.seconds)} on this machine{without}", highlight=False)
+    said = f"about {spoken(time.seconds)} on this machine with nothing else to do{without}"
+    out.print(said, highlight=False)
 
 
 def print_inspection(found: Inspection) -> None:

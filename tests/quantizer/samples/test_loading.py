@@ -7,11 +7,23 @@ from itertools import accumulate
 
 import pytest
 import torch
+from PIL import ExifTags, Image, ImageFile
 
 from vlmq_export import bundled
 from vlmq_export.errors import CalibrationError
-from vlmq_export.quantizer.samples.loading import MANY, Limit, read_samples, worker_count
+from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS, _equal_lengths
+from vlmq_export.quantizer.samples import loading
+from vlmq_export.quantizer.samples.images import image_size, load_image
+from vlmq_export.quantizer.samples.loading import (
+    MANY,
+    Limit,
+    count_samples,
+    read_samples,
+    worker_count,
+)
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
+from vlmq_export.quantizer.samples.sample import Lengths
 from vlmq_export.terminal.progress import time_left
 
 
@@ -36,6 +48,54 @@ def test_workers_give_the_same_samples_in_order(rows):
         for name in ("input_ids", "vision", "answer", "pixel_values", "image_grid_thw"):
             x, y = getattr(a, name), getattr(b, name)
             assert (x is None and y is None) or (x.dtype == y.dtype and torch.equal(x, y))
+
+
+@pytest.mark.parametrize(("seq_len", "scale"), [(512, True), (24, True), (30, False)])
+def test_samples_are_counted_without_their_pixels(seq_len, scale, rows, monkeypatch):
+    limit = Limit(seq_len, scale)
+    loaded = read_samples(
+        bundled.REFERENCE_VLM, rows, limit, workers=1, progress=lambda _: None
+    ).samples
+
+    preprocessor = Preprocessor(bundled.REFERENCE_VLM)
+
+    def refuse(*_):
+        raise AssertionError("a pixel was asked for")
+
+    monkeypatch.setattr(Image.Image, "load", refuse)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    counted, why = count_samples(preprocessor, rows, limit)
+    assert why == "" and counted.share == 1
+    found = [(each.tokens, each.images) for each in counted.each]
+    assert found == [(len(s.input_ids), int(s.vision.sum())) for s in loaded]
+    assert counted.tokens == sum(len(s.input_ids) for s in loaded)
+
+
+def test_of_many_rows_a_share_is_counted(rows, monkeypatch):
+    preprocessor, limit = Preprocessor(bundled.REFERENCE_VLM), Limit(512)
+    whole, _ = count_samples(preprocessor, rows * 4, limit)
+    monkeypatch.setattr(loading, "COUNTED", 20)
+    share, _ = count_samples(preprocessor, rows * 4, limit)
+    assert len(share.each) == 19 and share.samples == whole.samples == 56
+    assert share.tokens == pytest.approx(whole.tokens, rel=0.2)
+
+
+def test_batches_of_counted_samples_are_those_of_the_run(rows):
+    samples = read_samples(
+        bundled.REFERENCE_VLM, rows * 9, Limit(512), workers=1, progress=lambda _: None
+    ).samples
+    planned = Lengths.of(samples).batches(BATCH_TOKENS)
+    run = [(len(group), len(group[0].input_ids)) for group in _equal_lengths(samples)]
+    assert planned == run
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
+def test_the_size_of_an_image_is_in_its_header(kind, orientation, tmp_path):
+    file, exif = tmp_path / f"image.{kind.lower()}", Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (31, 17)).save(file, kind, exif=exif)
+    assert image_size(file) == load_image(file).size
 
 
 @pytest.mark.parametrize("workers", [1, 2])

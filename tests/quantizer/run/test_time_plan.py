@@ -1,0 +1,197 @@
+"""The plan of time: known figures on a machine that is made up, and what grows with what.
+
+`tools/checks/time_plan.py` holds the plan beside real runs.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.quantizer.run.test_memory_plan import QWEN_3B
+from vlmq_export import Recipe
+from vlmq_export.errors import CalibrationError
+from vlmq_export.pipeline import dry_run, run
+from vlmq_export.planning.run_time import spoken
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.methods import METHODS
+from vlmq_export.quantizer.run.machine import Machine, at, measured
+from vlmq_export.quantizer.run.time_plan import Linears, plan_seconds
+from vlmq_export.quantizer.samples.sample import Length, Lengths
+
+FREE = {1: 1e-30}  # a table of what costs nothing
+QUICK = Machine(
+    products={1: 1e30},
+    factors={1: 1e30},
+    passes=FREE,
+    call=0.0,
+    columns=FREE,
+    sweeps=FREE,
+    fits={"Q4_K": 0.0},
+)
+AVERAGE = Machine(
+    products={32: 5e10, 2048: 2e11},
+    factors={128: 5e9, 2048: 2e10},
+    passes={2**14: 5e-10, 2**24: 2e-9},
+    call=1e-6,
+    columns={64: 4e-7, 16384: 3e-8},
+    sweeps={64: 8e-7, 8192: 5e-8},
+    fits={"Q4_K": 1e-6},
+)
+LENGTHS = Lengths((Length(512, 256),) * 64)
+
+
+def layers(count, kind=""):
+    """The groups of so many layers of the 3B."""
+    groups, rest = [], list(QWEN_3B.linears)
+    for size in QWEN_3B.groups:
+        own, rest = rest[:size], rest[size:]
+        groups.append(Linears(own[0][1], tuple(r for r, _ in own), (kind,) * size))
+    return [groups] * count
+
+
+def phases(machine=AVERAGE, lengths=LENGTHS, count=4, kind="", outside=None, **config):
+    shapes = dataclasses.replace(QWEN_3B, layers=count)
+    given = QuantConfig(**config)
+    return plan_seconds(shapes, layers(count, kind), outside or {}, given, lengths, machine)
+
+
+def test_products_are_counted_in_operations():
+    """On a machine whose products alone take time, 1 FLOP/s: the walk of `gptq` by hand."""
+    slow = dataclasses.replace(QUICK, products={1: 1.0})
+    found = phases(slow, count=1, method="gptq")
+    tokens, twice = 64 * 512, QWEN_3B.linears[4:6]
+    weights = QWEN_3B.layer + sum(r * c for r, c in twice)
+    scores = 2 * 2 * 64 * 512**2 * 2048  # queries by keys, and weights by values
+    assert found["walk"] == pytest.approx(2 * tokens * weights + scores, rel=1e-6)
+    band = {c: 0.5 + 512 / c for c in (2048, 11008)}
+    sums = 3 * 2048**2 * band[2048] + 11008**2 * band[11008]  # q k v share an A; gate and up too
+    assert found["statistics"] == pytest.approx(2 * tokens * sums, rel=1e-6)
+    losses = sum(3 * 2 * r * c * c for r, c in QWEN_3B.linears)
+    assert found["metrics"] == pytest.approx(losses, rel=1e-6)
+
+
+def test_the_factorization_is_counted_once_for_linears_that_share_an_input():
+    slow = dataclasses.replace(QUICK, factors={1: 1.0})
+    one = phases(slow, count=1, method="gptq")["factorization"]
+    assert one == pytest.approx((3 * 2048**3 + 11008**3) / 3)
+    weighed = phases(slow, count=1, method="vlmq")["factorization"]
+    assert weighed - one == pytest.approx(2 * 2048**3 / 3)  # q, k and v have one each
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_time_grows_with_layers_and_samples(method):
+    if METHODS[method].scaling:
+        pytest.skip("the plan says nothing of methods that scale")
+    more = Lengths(LENGTHS.each * 2)
+    longer = Lengths((Length(1024, 512),) * 64)
+    base, deep, many, long = (
+        sum(phases(method=method, **change).values())
+        for change in ({}, {"count": 8}, {"lengths": more}, {"lengths": longer})
+    )
+    assert base < deep <= 2.5 * base
+    assert base <= many <= long <= 4.5 * base
+    if METHODS[method].calibrated:
+        assert many < long
+
+
+def test_importance_costs_nothing_in_the_first_layer():
+    assert "importance" not in phases(method="vlmq", count=1)
+    two, three = (phases(method="vlmq", count=n)["importance"] for n in (2, 3))
+    assert three == pytest.approx(2 * two)
+
+
+def test_ranges_are_solved_as_often_as_they_are_tried():
+    slow = dataclasses.replace(QUICK, columns={1: 1.0})
+    one, ten, thirty = (
+        phases(slow, method=method, bits=bits)["column loop"]
+        for method, bits in (("gptq", 4), ("exact", 4), ("exact", 2))
+    )
+    assert ten == pytest.approx(10 * one) and thirty == pytest.approx(30 * one)
+
+
+def test_block_types_are_fitted_for_the_solution_and_for_its_measure():
+    slow = dataclasses.replace(QUICK, fits={"Q4_K": 1.0})
+    found = phases(slow, count=2, kind="Q4_K", outside={"Q4_K": 7}, types={"x": "Q4_K"})
+    assert found["block types"] == 2 * 2 * QWEN_3B.layer + 7
+    assert "ranges" not in found  # block types have ranges of their own
+
+
+def test_without_samples_only_weights_are_moved():
+    found = phases(lengths=Lengths(()), method="rtn")
+    assert set(found) == {"metrics", "weights"}
+
+
+def test_a_share_of_the_rows_stands_for_all():
+    quarter = Lengths(LENGTHS.each[:16], share=0.25)
+    assert phases(lengths=quarter) == pytest.approx(phases())
+
+
+def test_a_table_is_read_between_its_sizes_and_level_outside():
+    table = {10: 1.0, 1000: 4.0}
+    assert at(table, 100) == pytest.approx(2.0)
+    assert at(table, 1) == 1.0 and at(table, 10**6) == 4.0
+
+
+def test_the_clock_decides_what_the_machine_is():
+    """With a clock that ticks once at each look, every probe takes one second."""
+    ticks = iter(range(10**6))
+    found = measured(torch.device("cpu"), ["Q4_K"], clock=lambda: float(next(ticks)))
+    assert found.products[128] == pytest.approx(2 * 1024 * 128**2 * 32)
+    assert found.factors[512] == pytest.approx(512**3 / 3)
+    assert found.call == pytest.approx(1 / 200)
+    assert set(found.fits) == {"Q4_K"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "1 s"),
+        (42.4, "42 s"),
+        (99.6, "2 min"),
+        (720, "12 min"),
+        (5999, "1 h 40 min"),
+        (12_010, "3 h 20 min"),
+        (7200, "2 h"),
+        (100 * 3600, "100 h"),
+    ],
+)
+def test_a_time_is_said_in_two_figures(seconds, said):
+    assert spoken(seconds) == said
+
+
+def test_a_dry_run_says_how_long_a_run_takes(monkeypatch):
+    monkeypatch.setattr("vlmq_export.planning.run_time._machine", lambda *_: AVERAGE)
+    few, many = (dry_run(Recipe(format=["gptq"], samples=n)).time for n in (16, 96))
+    assert few is not None and many is not None
+    assert few.seconds == pytest.approx(sum(few.phases.values()))
+    assert few.seconds < many.seconds
+    assert {"read samples", "walk", "column loop", "write"} <= few.phases.keys()
+    assert dry_run(Recipe(format=["gptq"], samples=4, method="awq")).time is None
+
+
+def test_a_long_run_says_it_in_the_log(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("vlmq_export.planning.run_time._machine", lambda *_: AVERAGE)
+    recipe = Recipe(format=["gptq"], samples=4, method="gptq", verify=False, out=tmp_path / "o")
+    with caplog.at_level("INFO", logger="vlmq_export"):
+        run(recipe)
+    assert "on this machine" not in caplog.text  # it would take longer to measure than to wait
+    monkeypatch.setattr("vlmq_export.planning.run_time._LONG", 0)
+    with caplog.at_level("INFO", logger="vlmq_export"):
+        run(recipe, overwrite=True)
+    assert "quantizing takes about 1 s on this machine" in caplog.text
+
+
+def test_an_unusable_row_is_refused_by_the_dry_run(tmp_path):
+    rows = tmp_path / "rows.json"
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    rows.write_text(
+        '[{"image": "bad.png", "conversations": [{"from": "human", "value": "<image> What?"},'
+        ' {"from": "gpt", "value": "This."}]}]'
+    )
+    recipe = Recipe(format=["gptq"], calibration=rows, verify=False)
+    refused = dry_run(recipe)
+    assert len(refused.refusals) == 1 and refused.time is None
+    assert refused.refusals[0].startswith("1 of 1 samples cannot be used: ")
+    with pytest.raises(CalibrationError, match="1 of 1 samples cannot be used: "):
+        run(recipe.model_copy(update={"out": tmp_path / "o"}))
