@@ -138,7 +138,7 @@ class ImageSettings:
     patch: int | None = None  # side of a patch in pixels; None: the tower alone knows it
     merge: int | None = None  # patches along each side that become one token
     frames: int | None = None  # of a patch
-    longest: int | None = None  # longer side of an image that is cut; None: it is not cut so
+    longest: int | None = None  # longer side of an image before it is cut; None: it is not cut so
 
 
 def image_settings(folder: Path) -> ImageSettings:
@@ -175,9 +175,17 @@ def _settings(processor: Any) -> ImageSettings:
         whole("patch_size"),
         whole("merge_size"),
         whole("temporal_patch_size"),
-        int(processor.size["longest_edge"])
-        if getattr(processor, "do_image_splitting", 0)
-        else None,
+        _longest(processor),
+    )
+
+
+def _longest(processor: Any) -> int | None:
+    """To how many pixels the processor makes the longer side of an image that it cuts into tiles.
+
+    None where it cuts none.
+    """
+    return (
+        int(processor.size["longest_edge"]) if getattr(processor, "do_image_splitting", 0) else None
     )
 
 

@@ -212,13 +212,13 @@ class Tiles:
                 return_tensors="pt",
             )
             tiles.append(features["pixel_values"][0].float())
-            written.append(self._text(features["rows"][0][0], features["cols"][0][0], token))
+            written.append(self.text(features["rows"][0][0], features["cols"][0][0], token))
         pixels = torch.cat(tiles)[:, None]
         if not bool(pixels.flatten(1).any(1).all()):
             raise CalibrationError("a tile of an image is zero everywhere, once normalized")
         return Encoded({"pixel_values": pixels}, written)
 
-    def _text(self, rows: int, columns: int, token: str) -> str:
+    def text(self, rows: int, columns: int, token: str) -> str:
         """What Idefics3Processor writes for a grid of tiles; 0 rows for an image not cut."""
         fake, text = self.after, ""
         for row in range(1, rows + 1):

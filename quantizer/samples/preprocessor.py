@@ -87,7 +87,7 @@ class Preprocessor:
             text = self._text(row, list(row.messages), open_turn=False)
             fitted, _ = self._sizes([image_size(image) for image in row.images], text, seq_len)
             images = [self.images.tokens(size) for size in fitted]
-            ids = self._ids(self._counted(text, images))
+            ids = self._counted(text, images)
         return Length(len(ids), sum(images), self._image_end(ids))
 
     def _sample(self, row: Row, prompt_only: bool, seq_len: int | None) -> Sample:
@@ -100,7 +100,7 @@ class Preprocessor:
         fitted, scaled = self._sizes([image.size for image in originals], text, seq_len)
         images = tuple(map(resized, originals, fitted))
         encoded = self.images.encode(images, self.image_token) if images else Encoded({}, [])
-        ids = torch.tensor(self._ids(self._expanded(text, encoded.written)))
+        ids = torch.tensor(self.ids(text, encoded.written))
         answer = torch.zeros(len(ids), dtype=torch.bool)
         if not prompt_only and messages[-1]["role"] == "assistant":
             tail = self._ids(text[self._answer_start(messages, text) :])
@@ -145,7 +145,7 @@ class Preprocessor:
         """What images of these sizes are resized to, and whether `seq_len` made any smaller."""
         fitted = wanted = fitted_sizes(self.images, sizes)
         if seq_len is not None and sizes:
-            ids = self._ids(self._counted(text, [1] * len(sizes)))
+            ids = self._counted(text, [1] * len(sizes))
             last = self._image_end(ids)
             fitted = scaled_sizes(
                 self.images,
@@ -167,15 +167,15 @@ class Preprocessor:
             messages, tokenize=False, add_generation_prompt=open_turn
         )
 
-    def _expanded(self, text: str, written: Sequence[str]) -> str:
-        """`text` with what is written for each image in the place of its placeholder."""
+    def ids(self, text: str, written: Sequence[str]) -> list[int]:
+        """The tokens of a prompt, with what is written for each image in place of its token."""
         texts = iter(written)
-        return re.sub(re.escape(self.image_token), lambda _: next(texts), text)
+        return self._ids(re.sub(re.escape(self.image_token), lambda _: next(texts), text))
 
-    def _counted(self, text: str, tokens: Sequence[int]) -> str:
+    def _counted(self, text: str, tokens: Sequence[int]) -> list[int]:
         """`text` with so many tokens for each image, as if all of them were placeholders."""
         before, after = self.family.around
-        return self._expanded(text, [before + self.image_token * n + after for n in tokens])
+        return self.ids(text, [before + self.image_token * n + after for n in tokens])
 
     def _answer_start(self, messages: list[dict], text: str) -> int:
         """Where in `text` the words of the last turn begin."""

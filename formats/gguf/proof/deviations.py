@@ -28,6 +28,7 @@ from vlmq_export.formats.proof.checks import Check, relative_error
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.samples.sample import Sample
 
+CUT = 4  # most prompts through mtmd where it cuts each image into many tiles, and encodes them all
 _STRETCHED = 0.05  # most error of embeddings where mtmd resizes as transformers does
 
 
@@ -43,6 +44,54 @@ def rms_epsilon(layout: Layout, printed: float) -> str:
     return f"llama.cpp computes with the RMS epsilon {printed:g} where config.json says {own:g}"
 
 
+def many_tiles(export: Exported) -> bool:
+    """Whether mtmd cuts every image into a grid of tiles."""
+    images = export.reference.preprocessor.images
+    return export.layout.vision_params.graph.words and images.longest > images.side
+
+
+def as_mtmd_cuts(export: Exported, sample: Sample) -> Sample:
+    """The sample with its images cut as mtmd will cut them.
+
+    mtmd enlarges an image as the processor does, whatever the limit on a sample's length. Where the
+    processor gives one tile, mtmd gives a grid of that one tile and then the whole image, so that
+    the model sees the same pixels twice.
+    """
+    preprocessor = export.reference.preprocessor
+    if not export.layout.vision_params.graph.words or not sample.images:
+        return sample
+    assert sample.row is not None and sample.pixel_values is not None, "it has images"
+    if many_tiles(export):
+        whole = preprocessor.sample(sample.row, prompt_only=True)
+        return whole if whole.images[0].size != sample.images[0].size else sample
+    token = preprocessor.image_token
+    ids = preprocessor.ids(
+        sample.text, [preprocessor.images.text(1, 1, token)] * len(sample.images)
+    )
+    return replace(
+        sample,
+        input_ids=torch.tensor(ids),
+        vision=torch.tensor(ids) == preprocessor.image_token_id,
+        answer=torch.zeros(len(ids), dtype=torch.bool),
+        pixel_values=sample.pixel_values.repeat_interleave(2, dim=0),
+        id=f"{sample.id}, twice",
+    )
+
+
+def seen_twice(export: Exported, sample: Sample, cut: Sample) -> Iterator[Check]:
+    """What it costs that mtmd cuts an image which the processor leaves whole."""
+    if cut.id == sample.id:
+        return
+    before, after = (export.reference.logits(s)[-1] for s in (sample, cut))
+    yield _info(
+        "an image of one tile, which mtmd gives twice",
+        relative_error(after, before),
+        f"{int(cut.vision.sum())} image tokens where the processor makes"
+        f" {int(sample.vision.sum())}; the reference's own logits of the next token for both",
+        sample.id,
+    )
+
+
 def oblong(export: Exported, sample: Sample) -> Sample:
     """The sample with pictures of a shape that no tower takes as it is."""
     p, reference = export.layout.vision_params, export.reference
@@ -52,6 +101,8 @@ def oblong(export: Exported, sample: Sample) -> Sample:
     images = tuple(image.resize(size, Image.Resampling.BICUBIC) for image in sample.images)
     token = reference.preprocessor.image_token
     inputs = reference.preprocessor.images.encode(images, token).inputs
+    if p.graph.words and len(inputs["pixel_values"]) < len(sample.pixel_values):
+        inputs["pixel_values"] = inputs["pixel_values"].repeat_interleave(2, dim=0)
     layout = {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")}
     return replace(
         sample,

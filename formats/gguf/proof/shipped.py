@@ -35,7 +35,10 @@ def shipped(export: Exported, scratch: Path) -> Iterator[Check]:
     """Products, image embeddings, logits, answers, and where this build deviates."""
     reference, settings = export.reference, export.settings
     prompts = Prompts(reference, export.layout, scratch)
-    samples = export.pictured[: max(settings.questions, settings.images)]
+    asked_of = export.pictured[: max(settings.questions, settings.images)]
+    if deviations.many_tiles(export):
+        asked_of = asked_of[: deviations.CUT]
+    samples = [deviations.as_mtmd_cuts(export, sample) for sample in asked_of]
     compared = samples[: settings.images]
     first, oblong = samples[0], deviations.oblong(export, samples[0])
     watched = [
@@ -66,6 +69,7 @@ def shipped(export: Exported, scratch: Path) -> Iterator[Check]:
     yield from products(export, run)
     steps.begin("reference")
     yield from _mtmd(export, run, samples, compared, offset=len(watched))
+    yield from deviations.seen_twice(export, asked_of[0], first)
     yield deviations.resizing(reference, oblong, run.array(run.prompts[-1]["image"]))
     if export.mmproj_dtype == "q8_0":
         yield _mmproj_twin(export, compared, scratch)

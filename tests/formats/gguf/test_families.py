@@ -1,4 +1,4 @@
-"""The GGUF tables of the five families: names of tensors, metadata keys and refusals."""
+"""The GGUF tables of the families: names of tensors, metadata keys and refusals."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vlmq_export.formats.gguf import read
 from vlmq_export.formats.gguf.files.mmproj import stored_type
 from vlmq_export.formats.gguf.tables.families import GRAPHS, graphs_of
 from vlmq_export.formats.gguf.tables.layout import Layout, Place, shapes
+from vlmq_export.formats.gguf.tables.params import image_params
 from vlmq_export.formats.model_plan import artifact_plan
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -23,8 +24,8 @@ gguf = FORMATS["gguf"]
 # llama.cpp wants every n-th block of Qwen2.5-VL's tower to have full attention, and of Qwen3-VL a
 # layer after the last one that takes DeepStack features.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
-ARCHES = {"qwen2vl": "QWEN2VL", "qwen3vl": "QWEN3VL", "qwen2": "QWEN2"}
-NEW = ("qwen3_vl", "internvl", "llava_onevision")
+ARCHES = {"qwen2vl": "QWEN2VL", "qwen3vl": "QWEN3VL", "qwen2": "QWEN2", "llama": "LLAMA"}
+NEW = ("qwen3_vl", "internvl", "llava_onevision", "idefics3", "smolvlm")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,7 @@ def test_names_are_llama_cpps_own(arch, artifact):
     suffixes, unknown = (".weight", ".bias"), []
     for name, place in layout.text.items():
         module = place.module.replace("model.language_model.", "model.")
+        module = module.replace("model.text_model.", "model.")
         assert text.get_name(module, try_suffixes=suffixes) == name
     for name, place in layout.vision.items():
         # The map has no name for the second time slice of the patch convolution, and it numbers
@@ -157,6 +159,30 @@ def test_metadata_that_only_one_family_has(artifact):
     assert switches == wanted
 
 
+def test_what_smolvlm_says_of_its_tiles(artifact):
+    cut, whole = artifact("idefics3"), artifact("smolvlm")
+    params = Layout.of(cut.architecture).vision_params
+    assert params.keys()["clip.vision.projector.scale_factor"] == params.merge == 2
+    assert params.keys()["clip.projector_type"] == "idefics3"
+    assert image_params(cut.source).keys()["clip.vision.preproc_image_size"] == 224
+    assert "clip.vision.preproc_image_size" not in image_params(whole.source).keys()
+
+
+def test_rows_of_a_rotary_pair_stand_side_by_side(artifact):
+    """llama.cpp's `llama` turns neighbours. transformers turns the halves of a head."""
+    a = artifact("idefics3")
+    layout, weights = Layout.of(a.architecture), Weights(a.path)
+    for letter, moved in (("q", True), ("k", True), ("v", False)):
+        place = layout.text[f"blk.1.attn_{letter}.weight"]
+        source = weights.array(place.hub)
+        rows = place.of_array(source)
+        heads = source.reshape(-1, 64, source.shape[1])
+        for head, own in zip(rows.reshape(heads.shape), heads):
+            assert np.array_equal(head[0::2], own[:32]) == moved
+            assert np.array_equal(head[1::2], own[32:]) == moved
+        assert np.array_equal(rows, source) != moved
+
+
 def test_where_the_class_row_goes(artifact):
     a = artifact("internvl")
     rows = Weights(a.path).array("vision_tower.embeddings.position_embeddings")[0]
@@ -185,6 +211,12 @@ YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [1
         ("internvl", VISION, {"image_size": [448, 224]}, "only squares"),
         ("internvl", None, {"vision_feature_layer": -2}, "vision_feature_layer"),
         ("internvl", TEXT, {"head_dim": 32}, "head_dim 32"),
+        ("idefics3", TEXT, {"attention_bias": True}, "attention_bias"),
+        ("idefics3", TEXT, {"mlp_bias": True}, "mlp_bias"),
+        ("idefics3", TEXT, {"model_type": "mistral"}, "llama.cpp's llama knows only llama"),
+        ("smolvlm", TEXT, YARN, "rope type yarn"),
+        ("smolvlm", VISION, {"hidden_act": "gelu"}, "idefics3 knows only gelu_pytorch_tanh"),
+        ("smolvlm", VISION, {"intermediate_size": 256}, "as wide as the tower"),
         ("llava_onevision", TEXT, {"use_sliding_window": True}, "use_sliding_window"),
         ("llava_onevision", VISION, {"model_type": "clip_vision_model"}, "siglip_vision_model"),
         ("llava_onevision", VISION, {"intermediate_size": 256}, "as wide as the tower"),
@@ -200,6 +232,6 @@ def test_what_llama_cpp_cannot_express_is_refused_by_name(tiny, arch, where, cha
 
 
 def test_a_family_that_llama_cpp_lacks_is_refused_by_name():
-    said = "model_type idefics3 is not written to GGUF; known are qwen2_vl"
+    said = "model_type paligemma is not written to GGUF; known are qwen2_vl"
     with pytest.raises(FormatError, match=said):
-        graphs_of(Architecture({}, Family("idefics3", "", (), ()), tied=False))
+        graphs_of(Architecture({}, Family("paligemma", "", (), ()), tied=False))

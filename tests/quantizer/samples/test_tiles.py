@@ -70,7 +70,7 @@ def test_a_fitted_image_is_left_alone_by_the_real_processor(arch, tiny, tmp_path
 def test_text_is_that_of_smolvlm2s_processor_too(rows, columns):
     words = ("<fake_token_around_image>", "<image>", "<global-img>")
     theirs = get_image_prompt_string(rows, columns, 64, *words)
-    assert published()._text(rows, columns, "<image>") == theirs
+    assert published().text(rows, columns, "<image>") == theirs
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_a_sample_is_as_long_as_the_rule_says(tiny):
     preprocessor = Preprocessor(tiny("idefics3"))
     for row in read_rows(bundled.CALIBRATION)[:4]:
         sample = preprocessor.sample(row)
-        bare = preprocessor._expanded(sample.text, ["<image>".join(AROUND)] * len(sample.images))
-        text = len(preprocessor._ids(bare)) - len(sample.images)
+        bare = preprocessor.ids(sample.text, ["<image>".join(AROUND)] * len(sample.images))
+        text = len(bare) - len(sample.images)
         tokens = sum(preprocessor.images.tokens(image.size) for image in sample.images)
         assert len(sample.input_ids) == text + tokens
         assert len(preprocessor.sample(row, seq_len=100).input_ids) <= 100
