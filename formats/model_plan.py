@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from vlmq_export.errors import CheckpointError
+import torch
+
+from vlmq_export.errors import CheckpointError, FormatError
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.job import Job
@@ -65,6 +67,24 @@ def decoder_attention(architecture: Architecture) -> tuple[str, set[str]]:
     text = architecture.text
     layers = set(text.get("layer_types") or ["full_attention"])
     return str((text.get("rope_parameters") or {}).get("rope_type", "default")), layers
+
+
+def require_even_positions(side: int) -> None:
+    """Raises FormatError where Idefics3 gives two neighbouring patches the same learned position.
+
+    side: the number of patches along a side of a tile.
+
+    transformers rounds i/side in float32 before it looks the position up, and for some sides a
+    quotient falls short. No published model has such a side, and no runtime rounds so.
+    """
+    parts = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor([side]))
+    bounds = torch.arange(1 / side, 1.0, 1 / side)
+    found = torch.bucketize(parts.clamp(max=1.0 - 1e-6), bounds, right=True)
+    if not torch.equal(found, torch.arange(side)):
+        raise FormatError(
+            f"config.json: {side} patches along a side of a tile, whose positions transformers"
+            " rounds to fewer; no runtime does, so only --format gptq holds this model"
+        )
 
 
 def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelPlan:

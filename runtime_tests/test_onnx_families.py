@@ -1,4 +1,4 @@
-"""Qwen3-VL, LLaVA-OneVision and InternVL3 in ONNX Runtime.
+"""Qwen3-VL, LLaVA-OneVision, InternVL3 and SmolVLM in ONNX Runtime.
 
 The models are small and random. The second reference VLM is a trained LLaVA-OneVision.
 """
@@ -34,7 +34,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-FAMILIES = ("qwen3_vl", "llava_onevision", "internvl")
+FAMILIES = ("qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm")
 SECOND = "second"  # in the place of a family: the second reference VLM
 
 
@@ -131,7 +131,13 @@ def test_level_4_has_a_gate_of_its_own(exported, tmp_path, arch):
 
 
 @pytest.mark.parametrize(
-    ("arch", "generation"), [slow("qwen3_vl", "hub"), slow("llava_onevision", "modules")]
+    ("arch", "generation"),
+    [
+        slow("qwen3_vl", "hub"),
+        slow("llava_onevision", "modules"),
+        slow("idefics3", "hub"),
+        slow("smolvlm", "modules"),
+    ],
 )
 def test_a_tied_head_and_names_of_transformers_5(exported, arch, generation):
     reference, folder = exported(arch, tied=True, generation=generation)
@@ -226,6 +232,18 @@ def test_internvl_tiles_of_an_image(exported):
     assert relative_error(OnnxRunner(folder).features(pixels.numpy()), want) <= FORMAT_GATE
 
 
+def test_smolvlm_tiles_of_two_prompts(exported):
+    """The order of the tiles is all that counts, as the processor stacks them and as we do."""
+    reference, folder = exported("idefics3")
+    pixels = torch.randn(2, 5, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        parts = reference.model.model.get_image_features(pixels).pooler_output
+    want, runner = torch.cat(list(parts)).numpy(), OnnxRunner(folder)
+    assert relative_error(runner.features(pixels.numpy()), want) <= FORMAT_GATE
+    one_by_one = pixels.flatten(0, 1)[:, None].numpy()
+    assert relative_error(runner.features(one_by_one), want) <= FORMAT_GATE
+
+
 # Images cut into tiles of 104 pixels, with 7 × 7 patches each. Some keep all features of their
 # tiles. Those of more than nine tiles lose some: for 520 × 520 this computes 35 // 1.666…, whose
 # quotient rounds up to a whole number. Others have a single column, or odd sides.
@@ -309,7 +327,7 @@ def test_genai_answers_about_images_as_qwen3_vl(exported, tmp_path, genai):
         assert answer == reference.answer(prompt)[:8], prompt.id
 
 
-@pytest.mark.parametrize("arch", ["llava_onevision", "internvl"])
+@pytest.mark.parametrize("arch", ["llava_onevision", "internvl", "idefics3", "smolvlm"])
 def test_what_genai_does_not_know_is_said_and_not_half_written(exported, arch, tmp_path):
     reference, folder = exported(arch)
     assert not (folder / "genai_config.json").exists()

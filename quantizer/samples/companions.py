@@ -138,7 +138,7 @@ class ImageSettings:
     patch: int | None = None  # side of a patch in pixels; None: the tower alone knows it
     merge: int | None = None  # patches along each side that become one token
     frames: int | None = None  # of a patch
-    longest: int | None = None  # longer side of an image before it is cut; None: it is not cut so
+    longest: int | None = None  # longer side of an image, where tiles of one size are cut from it
 
 
 def image_settings(folder: Path) -> ImageSettings:
@@ -180,13 +180,14 @@ def _settings(processor: Any) -> ImageSettings:
 
 
 def _longest(processor: Any) -> int | None:
-    """To how many pixels the processor makes the longer side of an image that it cuts into tiles.
+    """To how many pixels the processor makes the longer side of an image, before it cuts tiles.
 
-    None where it cuts none.
+    It is the side of a tile where it is told to cut none. None where it cannot cut so.
     """
-    return (
-        int(processor.size["longest_edge"]) if getattr(processor, "do_image_splitting", 0) else None
-    )
+    cuts = getattr(processor, "do_image_splitting", None)
+    if cuts is None:
+        return None
+    return int((processor.size if cuts else processor.max_image_size)["longest_edge"])
 
 
 def _channels(values: Sequence[float] | float) -> tuple[float, ...]:

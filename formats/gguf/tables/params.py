@@ -20,7 +20,7 @@ from vlmq_export.formats.gguf.tables.graphs import (
     VisionGraph,
     VisionParams,
 )
-from vlmq_export.formats.model_plan import decoder_attention
+from vlmq_export.formats.model_plan import decoder_attention, require_even_positions
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.samples.companions import image_settings
 
@@ -136,6 +136,8 @@ def vision_params(architecture: Architecture) -> VisionParams:
         stacked=tuple(int(i) for i in vision.get(graph.stacked) or ()),
         eps=graph.eps if isinstance(graph.eps, float) else float(vision[graph.eps]),
     )
+    if graph.words:
+        require_even_positions(params.image // params.patch)
     if params.feed_forward == params.hidden and not graph.square_mlp:
         raise FormatError(
             f"config.json: a vision MLP as wide as the tower ({params.hidden}) is misread by"

@@ -15,7 +15,7 @@ from vlmq_export.formats.model_plan import decoder_attention
 from vlmq_export.quantizer.model.architecture import Architecture, pretrained_config
 
 # Families whose graphs are traced by torch.onnx (traced.py). mobius makes those of the others.
-TRACED = ("qwen3_vl", "llava_onevision", "internvl")
+TRACED = ("qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm")
 
 
 def graph_refusals(architecture: Architecture) -> list[str]:

@@ -22,7 +22,12 @@ from torch import nn
 from vlmq_export.errors import CheckpointError, FormatError
 from vlmq_export.formats.onnx.graphs.edit import IR_VERSION, cast_output, rename
 from vlmq_export.formats.onnx.graphs.traced_text import OPSET, Embedding, Example, Text
-from vlmq_export.formats.onnx.graphs.traced_vision import InternVision, LlavaOnevision, Qwen3Vision
+from vlmq_export.formats.onnx.graphs.traced_vision import (
+    InternVision,
+    LlavaOnevision,
+    Qwen3Vision,
+    SmolVision,
+)
 from vlmq_export.quantizer.model.architecture import pretrained_config
 from vlmq_export.quantizer.model.families import FAMILIES
 from vlmq_export.quantizer.model.streamed import model_class
@@ -32,9 +37,11 @@ VISION = {  # one entry for each family of kinds.TRACED
     "qwen3_vl": Qwen3Vision,
     "llava_onevision": LlavaOnevision,
     "internvl": InternVision,
+    "idefics3": SmolVision,
+    "smolvlm": SmolVision,
 }
 
-Traceable = Qwen3Vision | LlavaOnevision | InternVision | Embedding | Text
+Traceable = Qwen3Vision | LlavaOnevision | InternVision | SmolVision | Embedding | Text
 
 
 @dataclass(frozen=True)

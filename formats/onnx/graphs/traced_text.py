@@ -42,7 +42,7 @@ class Text(nn.Module):
 
     def __init__(self, model: Any, deepstack: int = 0):
         super().__init__()
-        language: Any = model.model.language_model
+        language: Any = model.get_decoder()
         self.config: Any = language.config
         self.deepstack = deepstack  # how many layers the vision tower feeds
         self.layers: Any = language.layers

@@ -15,6 +15,7 @@ from torch import nn
 from torch.onnx.ops import symbolic
 
 from vlmq_export.errors import FormatError
+from vlmq_export.formats.model_plan import require_even_positions
 from vlmq_export.formats.onnx.graphs.traced_text import OPSET, Example
 
 OUTPUTS = ("image_features",)
@@ -196,6 +197,40 @@ class InternVision(nn.Module):
             x.unflatten(1, (side, side)), scale_factor=self.config.downsample_ratio
         )
         return self.projector(x.flatten(1, 2)).flatten(0, 1)
+
+
+class SmolVision(nn.Module):
+    """Tiles of any number of images → their features, of Idefics3 and SmolVLM.
+
+    Every tile is taken whole: where transformers' processor pads a batch of prompts with tiles of
+    zeros, these must be left out.
+
+    Raises FormatError for tiles whose positions transformers rounds.
+    """
+
+    deepstack = 0  # no decoder layer is fed
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.tower: Any = model.model.vision_model
+        self.connector: Any = model.model.connector
+        self.config: Any = model.config.vision_config
+        require_even_positions(self.config.image_size // self.config.patch_size)
+
+    def example(self) -> Example:
+        """Two prompts with three tiles each."""
+        size = self.config.image_size
+        pixels = torch.zeros(2, 3, self.config.num_channels, size, size)
+        return Example((pixels,), {"pixel_values": {0: "prompts", 1: "tiles"}}, OUTPUTS)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[prompts, tiles, channels, size, size] → [image tokens, hidden]."""
+        embeddings = self.tower.embeddings
+        patches = embeddings.patch_embedding(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
+        x = patches + embeddings.position_embedding.weight
+        for layer in self.tower.encoder.layers:
+            x = layer(x, None)
+        return self.connector(self.tower.post_layernorm(x)).flatten(0, 1)
 
 
 class LlavaOnevision(nn.Module):

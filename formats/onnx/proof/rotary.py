@@ -19,11 +19,6 @@ from vlmq_export.formats.proof.reference import Reference
 # each rounded to float32; measured was 1.5. A wrong exponent, sign or row is off by thousands of
 # units. A wrong last bit cannot be told from rounding.
 TABLE_GATE = 4.0
-# Frequencies of a traced graph → module of the reference whose `inv_freq` they must be.
-_FREQUENCIES = {
-    "text.rotary.inv_freq": "language_model.rotary_emb",
-    "vision.inv_freq": "visual.rotary_pos_emb",
-}
 # Table of a graph of mobius → what it holds of each angle.
 _TABLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "decoder.model.rotary_emb.cos_cache": np.cos,
@@ -124,12 +119,12 @@ def _axes(written: OnnxFolder, reference: Reference) -> list[Check]:
 
 def _frequencies(written: OnnxFolder, reference: Reference) -> Check:
     """The frequencies of a traced graph, bit for bit those of the reference."""
-    model = reference.model.model
+    modules = {"text.rotary.inv_freq": reference.model.get_decoder().rotary_emb}
+    if visual := getattr(reference.model.model, "visual", None):
+        modules["vision.inv_freq"] = visual.rotary_pos_emb  # other towers have learned positions
     wrong, compared = [], 0
-    for name, module in _FREQUENCIES.items():
-        if name.startswith("vision") and not hasattr(model, "visual"):
-            continue  # a tower with learned positions
-        want, got = model.get_submodule(module).inv_freq.numpy(), written.weight(name)
+    for name, module in modules.items():
+        want, got = module.inv_freq.numpy(), written.weight(name)
         compared += want.size
         if got is None or not np.array_equal(got, want):
             wrong.append(name)

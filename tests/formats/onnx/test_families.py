@@ -215,7 +215,7 @@ def test_sliding_windows_are_refused():
         Text(language(use_sliding_window=True, sliding_window=8, max_window_layers=0))
 
 
-@pytest.mark.parametrize("arch", ["qwen3_vl", "llava_onevision", "internvl"])
+@pytest.mark.parametrize("arch", ["qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm"])
 def test_every_weight_of_the_checkpoint_is_a_parameter_of_a_graph(tiny, arch, capfd):
     source = tiny(arch)
     known = set(Checkpoint(source).tensors)
@@ -257,8 +257,12 @@ PHI = {"text_config": {"model_type": "phi"}}
         ("qwen3_vl", {"text_config": scaled("longrope")}, "longrope"),
         ("qwen3_vl", {"text_config": scaled("yarn")}, None),  # traced, with scaled frequencies
         ("internvl", {"text_config": scaled("dynamic")}, None),  # as it was published
+        ("idefics3", {"text_config": {"model_type": "phi"}}, "do not know this idefics3"),
+        ("idefics3", {"vision_config": {"image_size": 350}}, "25 patches along a side"),
+        ("smolvlm", {"text_config": scaled("yarn")}, None),
         ("qwen2_vl", {}, None),
         ("qwen3_vl", {}, None),
+        ("smolvlm", {}, None),
     ],
 )
 def test_what_the_graphs_lack_is_refused_before_anything_is_quantized(tiny, arch, change, words):
