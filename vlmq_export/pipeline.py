@@ -14,7 +14,7 @@ from vlmq_export.formats.contract import FORMATS
 from vlmq_export.output import hub
 from vlmq_export.output.folder import claimed, publish, refuse_output
 from vlmq_export.planning.proof_plan import not_provable
-from vlmq_export.planning.run_plan import RunPlan
+from vlmq_export.planning.run_plan import RunPlan, narrow_groups
 from vlmq_export.proving.held_out import held_out
 from vlmq_export.proving.verify import describe, prove
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -49,6 +49,8 @@ def run(
     plan = _planned(source, recipe)
     if plan.refusals:
         raise UsageError("; ".join(plan.refusals))
+    if why := narrow_groups(plan.model):
+        log.info("%s", why)
     for name, why in plan.not_provable.items():
         log.warning("%s will be written and not proven, exit code %d: %s", name, NOT_PROVEN, why)
     if push_to_hub:

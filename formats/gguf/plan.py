@@ -208,7 +208,7 @@ def _costs(
             "2-bit linears whose zero-points are all 1 or 2 need only TQ2_0's 2.0625 bits per"
             " weight and are stored so"
         )
-    if "Q5_0" in counts and config.bits == 4:
+    if "Q5_0" in counts and config.bits == 4 and not config.types:
         yield (
             f"{counts['Q5_0']} linears have scales whose product with the zero-point is not exact"
             " in float16 and take Q5_0's 5.5 bits"

@@ -49,6 +49,8 @@ class Family:
     # What to write before and after an image's tokens where the chat template does not.
     around: tuple[str, str] = ("", "")
     newline: int = 0  # tokens that the model appends to each image
+    # Packages that transformers' processor of the family asks for, beside torchvision.
+    processor_needs: tuple[str, ...] = ()
     # Whether positions have three axes, for which the model must be told its image tokens.
     mrope: bool = True
     # Keyword arguments of the language model: the mask of the image tokens, and the features to add
@@ -166,7 +168,7 @@ FAMILIES = {
         _LLAVA_ONEVISION,
         _INTERNVL,
         _IDEFICS3,
-        replace(_IDEFICS3, model_type="smolvlm"),
+        replace(_IDEFICS3, model_type="smolvlm", processor_needs=("num2words",)),
     )
 }
 

@@ -420,6 +420,40 @@ FAMILIES = {
     ),
 }
 
+# --- published sizes ------------------------------------------------------------------------------
+
+
+def _smolvlm_sizes(hidden: int, mlp: int, heads: int) -> dict:
+    """What `shape` of make_tiny is for a SmolVLM of these widths. Its layers are 64 columns a head.
+
+    The tower is that of both sizes: SigLIP of 12 blocks, and 64 tokens for a tile of 512 pixels.
+    """
+    return {
+        "scale_factor": 4,
+        "text_config": {
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 3,
+            "pixel_shuffle_factor": 4,
+            "vocab_size": 49280,
+        },
+        "vision_config": {
+            "hidden_size": 768,
+            "image_size": 512,
+            "intermediate_size": 3072,
+            "max_image_size": {"longest_edge": 512},
+            "num_attention_heads": 12,
+            "patch_size": 16,
+            "size": {"longest_edge": 2048},
+        },
+        "vocab_size": 49280,
+    }
+
+
+SMOLVLM_256M = _smolvlm_sizes(576, 1536, 9)  # 30 layers
+SMOLVLM_500M = _smolvlm_sizes(960, 2560, 15)  # 32 layers
+
 # --- writing --------------------------------------------------------------------------------------
 
 
@@ -432,6 +466,7 @@ def make_tiny(
     depth: int = 3,  # vision blocks
     tied: bool = False,  # whether the output matrix is the embedding
     generation: str = "hub",  # hub | modules, as the module's text says
+    shape: dict | None = None,  # other values of config.json, such as SMOLVLM_256M
 ) -> Path:
     """Write a random checkpoint of a family. The same arguments give the same bytes.
 
@@ -446,9 +481,12 @@ def make_tiny(
     out_dir.mkdir(parents=True, exist_ok=True)
     ids = _write_tokenizer(family, out_dir)
     config = published_config(arch, ids, layers=layers, depth=depth, tied=tied)
+    for key, value in (shape or {}).items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
     _write(out_dir / "config.json", config)
     _write_weights(family, out_dir, seed, generation)
-    _write(out_dir / "preprocessor_config.json", family.preprocessor)
+    images = {k: v for k, v in config["vision_config"].items() if k in family.preprocessor}
+    _write(out_dir / "preprocessor_config.json", family.preprocessor | images)
     if family.processor:
         _write(out_dir / "processor_config.json", family.processor)
     generating = {

@@ -60,20 +60,25 @@ def group_refusals(model: ModelPlan) -> list[str]:
     if not bad:
         return []
     widths = ", ".join(map(str, sorted({x.in_features for x in bad})))
-    fit = [g for g in GROUP_SIZES if all(x.in_features % g == 0 for x in model.linears)]
-    choices = " or ".join(map(str, [*fit[:1], -1]))
+    choices = " or ".join(str(g) for g in (largest_group(model), -1) if g is not None)
     return [
         f"--group-size {size} does not divide {widths} input columns (first {bad[0].name});"
         f" use {choices}"
     ]
 
 
-def narrow_groups(model: ModelPlan, size: int | None) -> str:
-    """One line where groups of this size are smaller than usual because of the model's widths."""
-    usual = GROUP_SIZES[0]
-    widths = sorted({x.in_features for x in model.linears if x.in_features % usual})
-    if model.config.types or size is None or not (widths and 0 < size < usual):
+def largest_group(model: ModelPlan) -> int | None:
+    """The largest usual group size that divides the inputs of every linear, or None."""
+    widths = {x.in_features for x in model.linears}
+    return next((g for g in GROUP_SIZES if not any(width % g for width in widths)), None)
+
+
+def narrow_groups(model: ModelPlan) -> str:
+    """One line where groups are smaller than usual because of the model's widths; else nothing."""
+    usual, size = GROUP_SIZES[0], model.config.group_size
+    if model.config.types or size == usual or size != largest_group(model):
         return ""
+    widths = sorted({x.in_features for x in model.linears if x.in_features % usual})
     return (
         f"groups of {size} columns share a scale, because {usual} does not divide"
         f" {', '.join(map(str, widths))} input columns"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +37,8 @@ class Recipe(BaseModel):
     model: str | None = None  # folder, artifact or hub id; None: the bundled reference VLM
     format: list[str] = Field(default_factory=list)
     bits: int = 4
-    # Columns per scale; −1: per output channel; None: the model's own, see `with_group_size`.
+    # Columns per scale; −1: per output channel; None: the largest of 128, 64 and 32 that divides
+    # the inputs of every linear.
     group_size: Annotated[int, Field(le=2**20)] | None = None
     sym: bool | None = None  # None: symmetric at 8 bits, asymmetric below
     method: str = "vlmq"
@@ -182,18 +182,6 @@ class Recipe(BaseModel):
         if self.block_types is not None or self.asks_for_affine:
             return self
         return self.model_copy(update={"gguf_type": NATIVE_MIX})
-
-    def with_group_size(self, widths: Iterable[int]) -> Recipe:
-        """The recipe with a group size for linears of these numbers of inputs.
-
-        Where none is given, it is the largest usual one that divides all of them, and the usual one
-        where none does.
-        """
-        if self.group_size is not None or self.block_types is not None:
-            return self
-        widths = set(widths)
-        fit = (size for size in GROUP_SIZES if not any(width % size for width in widths))
-        return self.model_copy(update={"group_size": next(fit, GROUP_SIZES[0])})
 
     @property
     def grid(self) -> str:

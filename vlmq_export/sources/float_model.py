@@ -13,14 +13,15 @@ from vlmq_export.formats.gguf.types.mix import mix_named, module_types
 from vlmq_export.formats.model_plan import model_plan, with_types
 from vlmq_export.planning.run_plan import (
     RunPlan,
+    largest_group,
     memory_refusals,
-    narrow_groups,
     plan_memory,
     plan_run,
 )
 from vlmq_export.planning.run_time import Reading, plan_time, tell_time
 from vlmq_export.planning.target_bpw import chosen_types, planned_types
 from vlmq_export.quantizer.arithmetic import pick_device
+from vlmq_export.quantizer.config import GROUP_SIZES
 from vlmq_export.quantizer.host import free_memory
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.rotation import rotated
@@ -59,11 +60,10 @@ class FloatModel(Source):
 
     def recipe_for(self, recipe: Recipe) -> Recipe:
         recipe = recipe.with_native_types()
+        if recipe.group_size is not None or recipe.block_types is not None:
+            return recipe
         model = model_plan(self.checkpoint, recipe.quant_config(), self.origin.name)
-        chosen = recipe.with_group_size(x.in_features for x in model.linears)
-        if recipe.group_size is None and (why := narrow_groups(model, chosen.group_size)):
-            log.info("%s", why)
-        return chosen
+        return recipe.model_copy(update={"group_size": largest_group(model) or GROUP_SIZES[0]})
 
     def plan(self, recipe: Recipe) -> RunPlan:
         refuse_misfit(self.checkpoint)

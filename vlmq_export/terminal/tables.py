@@ -32,7 +32,7 @@ def print_plan(plan: RunPlan) -> None:
     count = len(model.linears)
     out.print(f"{name}: {count} linears, {weights:,} weights to quantize", highlight=False)
     out.print(f"{len(model.floats)} tensors, {kept:,} weights stay in their dtype", highlight=False)
-    if why := narrow_groups(model, model.config.group_size):
+    if why := narrow_groups(model):
         out.print(why, highlight=False)
     out.print(_modules(plan))
     table = Table("format", "bits per weight", "size", box=None, pad_edge=False)
