@@ -8,15 +8,16 @@ layer and the calibration set, and never the number of layers:
     first pass   vision tower and projector in float32, dropped before the first layer
     layer        a layer's weights in float32, and the group of linears that is being solved
     solver       statistics and factorization of the linear with the most inputs
-    ranges       rows that are solved under all candidate ranges at once, where the method chooses
-                 ranges by the outcome
+    ranges       rows that are solved under all candidate ranges at once, and the matrices that
+                 this needs, where the method chooses ranges by the outcome
     batch        what a layer makes of BATCH_TOKENS tokens, with the attention scores of the
                  backward pass where there is one
     gradients    the output matrix and the logits of one batch, where a method starts from the
                  answers' loss (mbq). This is before the first layer is solved
     activations  both streams, and within a layer what attention made of them
 
-Only the activations can rest in host memory or on disk. The constants are measured
+Of solver, ranges and batch one is there at a time; beside a batch stand the sums that it is added
+to. Only the activations can rest in host memory or on disk. The constants are measured
 (docs/scale.md), and a test holds the plan against the peak of a real run.
 """
 
@@ -75,13 +76,15 @@ class Shapes:
         return sum(rows * columns for rows, columns in self.linears)
 
     @property
-    def largest_group(self) -> int:
-        """The most weights of linears that share an input, and so are solved together."""
+    def sharing(self) -> list[tuple[tuple[int, int], ...]]:
+        """The linears of a layer in groups that share an input, and so are solved together."""
         starts = [sum(self.groups[:i]) for i in range(len(self.groups))]
-        return max(
-            sum(rows * columns for rows, columns in self.linears[start : start + size])
-            for start, size in zip(starts, self.groups)
-        )
+        return [self.linears[start : start + size] for start, size in zip(starts, self.groups)]
+
+    @property
+    def largest_group(self) -> int:
+        """The most weights of linears that are solved together."""
+        return max(sum(rows * columns for rows, columns in group) for group in self.sharing)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ def memory_plan(
     parts = _parts(shapes, config, lengths)
     activations = _activations(shapes, method, lengths.tokens)
     images, first = parts["images"], parts["first pass"]
-    solving = sum(parts[name] for name in ("layer", "solver", "ranges", "batch"))
+    solving = parts["layer"] + max(
+        parts["solver"], parts["ranges"], _summing(shapes, method) + parts["batch"]
+    )
     backward = shapes.layer * _FLOAT + parts["batch"] + parts["gradients"]
     work = max(solving, backward) if parts["gradients"] else solving
     on_cuda = device_free > 0
@@ -153,13 +158,12 @@ def _parts(shapes: Shapes, config: QuantConfig, lengths: Lengths) -> dict[str, i
     calibrated = method.calibrated
     solved = shapes.layer + _GROUP_COPIES * shapes.largest_group
     tries = 0 if config.types else tries_of(config)  # block types have ranges of their own
-    at_once = min(AT_ONCE, tries * shapes.largest_group)
     return {
         "images": lengths.images * shapes.pixels * _FLOAT if calibrated else 0,
         "first pass": shapes.prefix * _FLOAT if calibrated else 0,
         "layer": solved * _FLOAT,
         "solver": _solver(shapes, method) if calibrated else 0,
-        "ranges": _RANGE_COPIES * at_once * _FLOAT,
+        "ranges": _ranges(shapes, method, tries) if tries else 0,
         "batch": _batch(shapes, method, lengths) if calibrated else 0,
         "gradients": _gradients(shapes, method, lengths),
     }
@@ -175,6 +179,24 @@ def _solver(shapes: Shapes, method: Method) -> int:
     # The factorization itself holds two matrices in float64.
     matrix = (sums + damped + factor) * _FLOAT + 2 * _DOUBLE
     return matrix * shapes.widest**2
+
+
+def _summing(shapes: Shapes, method: Method) -> int:
+    """Bytes of the sums of the widest linear's inputs, while batches are added to them."""
+    if not method.calibrated or method.scaling:
+        return 0
+    sums = (1 + (method.drift != "plain")) * (1 + method.holds_out)
+    return sums * _DOUBLE * shapes.widest**2
+
+
+def _ranges(shapes: Shapes, method: Method, tries: int) -> int:
+    """Bytes of rows under all their ranges, and of the square matrices beside them."""
+    matrices = 4 * (1 + method.holds_out)  # A, D, its factor, and A damped for the descent
+    return _FLOAT * max(
+        _RANGE_COPIES * min(AT_ONCE, tries * sum(rows for rows, _ in group) * group[0][1])
+        + matrices * group[0][1] ** 2
+        for group in shapes.sharing
+    )
 
 
 def _batch(shapes: Shapes, method: Method, lengths: Lengths) -> int:
