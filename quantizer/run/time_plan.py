@@ -23,7 +23,7 @@ read from the code that they are of. docs/scale.md has the plan beside measured 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +75,9 @@ class TimePlan:
     left_out: tuple[str, ...] = ()  # what a run does besides
 
 
+_Seconds = defaultdict[str, float]  # by phase
+
+
 @dataclass(frozen=True)
 class _Job:
     """What every phase is planned from."""
@@ -123,7 +126,7 @@ def plan_seconds(
     """Seconds of quantizing a model, phase by phase."""
     method = method_named(config.method)
     job = _Job(shapes, method, tries_of(config), lengths, machine)
-    found: Counter[str] = Counter()
+    found = _Seconds(float)
     if method.calibrated:
         found["first pass"] = _first_pass(job)
     for index, groups in enumerate(layers):
@@ -132,11 +135,16 @@ def plan_seconds(
             if method.importance != "none" and index:
                 found["importance"] += _importance(job)
         for group in groups:
-            found.update(_solved(job, group))
+            _add(found, _solved(job, group))
         found["weights"] += machine.elementwise(_ON_DISK * shapes.layer)
     for kind, weights in outside.items():
         found["block types"] += machine.fits[kind] * weights
     return dict(found)
+
+
+def _add(found: _Seconds, more: Mapping[str, float]) -> None:
+    for phase, seconds in more.items():
+        found[phase] += seconds
 
 
 def _first_pass(job: _Job) -> float:
@@ -181,7 +189,7 @@ def _importance(job: _Job) -> float:
 
 def _solved(job: _Job, group: Linears) -> dict[str, float]:
     """The linears of a group, from their inputs to integers."""
-    found: Counter[str] = Counter()
+    found = _Seconds(float)
     for names in _units(job, group):
         if job.method.calibrated:
             found["statistics"] += _statistics(job, group.columns)
@@ -191,7 +199,7 @@ def _solved(job: _Job, group: Linears) -> dict[str, float]:
             stacks[group.types[i]] += group.rows[i]
         for kind, rows in stacks.items():
             for method in _attempts(job.method):
-                found.update(_stack(job, method, rows, group.columns, kind))
+                _add(found, _stack(job, method, rows, group.columns, kind))
     return found
 
 
@@ -224,7 +232,7 @@ def _statistics(job: _Job, columns: int) -> float:
 
 def _stack(job: _Job, method: Method, rows: int, columns: int, kind: str) -> dict[str, float]:
     """Linears that are solved as one matrix [rows, columns]."""
-    m, found = job.machine, Counter[str]()
+    m, found = job.machine, _Seconds(float)
     found["metrics"] += m.elementwise(_WEIGHT_PASSES * rows * columns)
     if kind:
         # For the solution, and for what rounding to nearest would have left.
