@@ -47,8 +47,7 @@ def run(
     source = open_source(recipe.model)
     recipe = source.recipe_for(recipe)
     plan = _planned(source, recipe)
-    if plan.refusals:
-        raise UsageError("; ".join(plan.refusals))
+    _refuse(plan.refusals)
     if why := narrow_groups(plan.model):
         log.info("%s", why)
     for name, why in plan.not_provable.items():
@@ -62,8 +61,7 @@ def run(
     rows = held_out(data) if recipe.verify else []
     source.check_settings(verify=recipe.verify)
     plan = source.foreseen(plan, recipe, data)
-    if plan.too_large:
-        raise UsageError("; ".join(plan.too_large))
+    _refuse(plan.too_large)  # bad rows are refused with those of damaged pixels, as they are read
     calibration = source.calibration(data, callbacks)
     result = Result(
         out,
@@ -112,6 +110,12 @@ def dry_run(recipe: Recipe, push_to_hub: str | None = None) -> RunPlan:
         _ = held_out(data) if recipe.verify else data.taken
     plan = source.foreseen(_planned(source, recipe), recipe, data)
     return plan if plan.refusals else source.timed(plan, recipe, data)
+
+
+def _refuse(lines: list[str]) -> None:
+    """Raises UsageError with these lines, if there are any."""
+    if lines:
+        raise UsageError("; ".join(lines))
 
 
 def _planned(source: Source, recipe: Recipe) -> RunPlan:

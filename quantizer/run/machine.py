@@ -18,10 +18,10 @@ from vlmq_export.quantizer.arithmetic import exact_arithmetic
 from vlmq_export.quantizer.grids.affine import Affine
 from vlmq_export.quantizer.grids.block_fit import fit_blocks
 from vlmq_export.quantizer.grids.blocks import GRIDS, BlockGrid, Params
-from vlmq_export.quantizer.grids.solutions import BlockSolution
+from vlmq_export.quantizer.grids.solutions import BlockSolution, Solution
 from vlmq_export.quantizer.solver.column_loop import solve
 from vlmq_export.quantizer.solver.descent import Descent
-from vlmq_export.quantizer.solver.hessian import prepare
+from vlmq_export.quantizer.solver.hessian import Hessian, prepare
 from vlmq_export.quantizer.solver.nearest import round_to_nearest
 
 Clock = Callable[[], float]
@@ -86,94 +86,108 @@ def measured(
     clock: Clock = time.perf_counter,
 ) -> Machine:
     """The rates of this machine where nothing else runs: of equal probes the shortest counts."""
-
-    def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-        taken = []
-        for _ in range(repeats):
-            _wait(device)
-            start = clock()
-            work()
-            _wait(device)
-            taken.append(clock() - start)
-        return max(min(taken), 1e-9)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device)
-
-    def several(*shape: int) -> list[torch.Tensor]:
-        """So many tensors that they do not fit into caches together."""
-        return [drawn(*shape) for _ in range(max(1, 2**22 // math.prod(shape)))]
-
-    def product(side: int) -> float:
-        weight, inputs = drawn(side, side), several(_TOKENS, side)
-        taken = seconds(lambda: [torch.nn.functional.linear(x, weight) for x in inputs])
-        return 2 * _TOKENS * side**2 * len(inputs) / taken
-
-    def factor(size: int) -> float:
-        x = drawn(size, size)
-        a = (x @ x.T / size + torch.eye(size, device=device)).double()
-        return size**3 / 3 / seconds(lambda: torch.linalg.cholesky_ex(a))
-
-    def each(elements: int) -> float:
-        # What layers do: a product, a function, a sum. All results live until the last is there.
-        inputs = several(elements)
-        taken = seconds(lambda: [(x * x, torch.sigmoid(x), x.square().sum()) for x in inputs])
-        return taken / 4 / elements / len(inputs)
-
+    probe = _Probe(device, clock)
     grid = GRIDS[min(types)] if types else Affine(4)
-    few = drawn(1, 8)
-    calls = 200
-    call = seconds(lambda: [few.mul(few) for _ in range(calls)]) / calls
     return Machine(
-        products={side: product(side) for side in (32, 128, 512, 2048)},
-        factors={size: factor(size) for size in (128, 512, 1536)},
-        passes={elements: each(elements) for elements in (2**14, 2**18, 2**24)},
-        call=call,
-        columns={rows: _column(rows, drawn, seconds) for rows in (64, 1024, 16384, 65536)},
-        sweeps={rows: _sweep(rows, grid, drawn, seconds) for rows in (64, 1024, 8192)},
-        fits={kind: _fit(kind, drawn, seconds) for kind in sorted(types)},
+        products={side: probe.product(side) for side in (32, 128, 512, 2048)},
+        factors={size: probe.factor(size) for size in (128, 512, 1536)},
+        passes={elements: probe.elementwise(elements) for elements in (2**14, 2**18, 2**24)},
+        call=probe.call(),
+        columns={rows: probe.column(rows) for rows in (64, 1024, 16384, 65536)},
+        sweeps={rows: probe.sweep(rows, grid) for rows in (64, 1024, 8192)},
+        fits={kind: probe.fit(GRIDS[kind]) for kind in sorted(types)},
     )
 
 
-def _column(rows: int, drawn: Callable, seconds: Callable) -> float:
-    """Seconds for one weight of the loop on an affine grid, from one group of columns."""
-    grid, weights = Affine(4), drawn(rows, COLUMNS)
-    hessian = _hessian(COLUMNS, drawn)
-    options = {"group": COLUMNS, "act_order": "off", "block": COLUMNS}
-    repeats = 3 if rows < 2**14 else 2
-    return seconds(lambda: solve(weights, hessian, grid, **options), repeats) / weights.numel()
+@dataclass(frozen=True)
+class _Probe:
+    """Small pieces of a run's work on one device, and how long they take."""
 
+    device: torch.device
+    clock: Clock
 
-def _sweep(rows: int, grid: Affine | BlockGrid, drawn: Callable, seconds: Callable) -> float:
-    """Seconds for one weight of a sweep, from one leaf of columns or one block of them."""
-    columns = grid.block if isinstance(grid, BlockGrid) else LEAF
-    weights, hessian = drawn(rows, columns), _hessian(columns, drawn)
-    if isinstance(grid, BlockGrid):
-        sub = torch.ones(rows, columns // grid.sub_block, dtype=torch.int16)
-        ones = torch.ones(rows, 1).half()
-        affine = (ones, sub) if grid.affine else ()
-        params = Params(ones, sub, *affine).each(lambda p: p.to(weights.device))
-        codes = torch.zeros(rows, columns, dtype=torch.uint8, device=weights.device)
-        state = Descent(BlockSolution(grid, codes, params), weights, hessian.matrix, None)
-    else:
-        start = round_to_nearest(weights, grid, group=LEAF)
-        state = Descent(start, weights, hessian.matrix, grid)
-    return seconds(state.sweep, 2) / weights.numel()
+    def seconds(self, work: Callable[[], object], repeats: int = 3) -> float:
+        """The shortest of several runs of `work`."""
+        taken = []
+        for _ in range(repeats):
+            _wait(self.device)
+            start = self.clock()
+            work()
+            _wait(self.device)
+            taken.append(self.clock() - start)
+        return max(min(taken), 1e-9)
 
+    def drawn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self.device)
 
-def _hessian(size: int, drawn: Callable):
-    x = drawn(2 * size, size)
-    matrix = x.T @ x
-    options = {"group": size, "act_order": "off", "damp": 0.01}
-    return prepare(matrix, matrix.diagonal(), **options)
+    def several(self, *shape: int) -> list[torch.Tensor]:
+        """So many tensors that they do not fit into caches together."""
+        return [self.drawn(*shape) for _ in range(max(1, 2**22 // math.prod(shape)))]
 
+    def hessian(self, size: int) -> Hessian:
+        x = self.drawn(2 * size, size)
+        matrix = x.T @ x
+        return prepare(matrix, matrix.diagonal(), group=size, act_order="off", damp=0.01)
 
-def _fit(kind: str, drawn: Callable, seconds: Callable) -> float:
-    """Seconds to fit the scales of one weight on a block type."""
-    grid = GRIDS[kind]
-    weights = drawn(2**15 // grid.block, grid.block)
-    importance = torch.ones(grid.block, device=weights.device)
-    return seconds(lambda: fit_blocks(grid, weights, importance)) / weights.numel()
+    def product(self, side: int) -> float:
+        """FLOP/s of a linear with so many inputs and outputs."""
+        weight, inputs = self.drawn(side, side), self.several(_TOKENS, side)
+        taken = self.seconds(lambda: [torch.nn.functional.linear(x, weight) for x in inputs])
+        return 2 * _TOKENS * side**2 * len(inputs) / taken
+
+    def factor(self, size: int) -> float:
+        """FLOP/s of a factorization."""
+        x = self.drawn(size, size)
+        matrix = (x @ x.T / size + torch.eye(size, device=self.device)).double()
+        return size**3 / 3 / self.seconds(lambda: torch.linalg.cholesky_ex(matrix))
+
+    def elementwise(self, elements: int) -> float:
+        """Seconds an element of what layers do: a product, a function, and a sum of squares.
+
+        All results live until the last is there.
+        """
+        inputs = self.several(elements)
+        taken = self.seconds(lambda: [(x * x, x.sigmoid(), x.square().sum()) for x in inputs])
+        return taken / 4 / elements / len(inputs)
+
+    def call(self) -> float:
+        """Seconds of one small operation."""
+        few, calls = self.drawn(1, 8), 200
+        return self.seconds(lambda: [few.mul(few) for _ in range(calls)]) / calls
+
+    def column(self, rows: int) -> float:
+        """Seconds for one weight of the loop on an affine grid, from one group of columns."""
+        weights, hessian = self.drawn(rows, COLUMNS), self.hessian(COLUMNS)
+
+        def work() -> Solution:
+            options = {"group": COLUMNS, "block": COLUMNS}
+            return solve(weights, hessian, Affine(4), act_order="off", **options)
+
+        return self.seconds(work, 3 if rows < 2**14 else 2) / weights.numel()
+
+    def sweep(self, rows: int, grid: Affine | BlockGrid) -> float:
+        """Seconds for one weight of a sweep, from one leaf of columns or one block of them."""
+        columns = grid.block if isinstance(grid, BlockGrid) else LEAF
+        weights, matrix = self.drawn(rows, columns), self.hessian(columns).matrix
+        if isinstance(grid, BlockGrid):
+            state = Descent(self.ones(rows, grid), weights, matrix, None)
+        else:
+            state = Descent(round_to_nearest(weights, grid, group=LEAF), weights, matrix, grid)
+        return self.seconds(state.sweep, 2) / weights.numel()
+
+    def ones(self, rows: int, grid: BlockGrid) -> BlockSolution:
+        """One block a row, whose scales are ones."""
+        unit = torch.ones(rows, 1, device=self.device).half()
+        scales = torch.ones(rows, grid.block // grid.sub_block, device=self.device).to(torch.int16)
+        params = Params(unit, scales, *((unit, scales) if grid.affine else ()))
+        codes = torch.zeros(rows, grid.block, dtype=torch.uint8, device=self.device)
+        return BlockSolution(grid, codes, params)
+
+    def fit(self, grid: BlockGrid) -> float:
+        """Seconds to fit the scales of one weight on a block type."""
+        weights = self.drawn(2**15 // grid.block, grid.block)
+        importance = torch.ones(grid.block, device=self.device)
+        return self.seconds(lambda: fit_blocks(grid, weights, importance)) / weights.numel()
 
 
 def _wait(device: torch.device) -> None:
