@@ -45,13 +45,18 @@ def greedy_answers(
 def generate(
     model: Any, prompts: Sequence[Sample], stop_ids: frozenset[int], limit: int, **options: Any
 ) -> Any:
-    """What transformers' greedy search returns after at most `limit` tokens."""
+    """What transformers' greedy search returns after at most `limit` tokens.
+
+    It goes by the cache whatever config.json says (that of SmolVLM2 says no). Without one, each
+    step would see the images again, and a model that writes an image token would have too few.
+    """
     stop = sorted(stop_ids)
     return model.generate(
         **batch_inputs(prompts),
         max_new_tokens=limit,
         do_sample=False,
         num_beams=1,
+        use_cache=True,
         eos_token_id=stop,
         pad_token_id=stop[0],
         **options,

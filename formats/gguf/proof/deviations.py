@@ -26,6 +26,7 @@ from vlmq_export.formats.gguf.runtime.prompts import Prompts, image_rows
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.proof.checks import Check, relative_error
 from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.quantizer.samples.image_rules import Tiles
 from vlmq_export.quantizer.samples.sample import Sample
 
 CUT = 4  # most prompts through mtmd where it cuts each image into many tiles, and encodes them all
@@ -46,8 +47,8 @@ def rms_epsilon(layout: Layout, printed: float) -> str:
 
 def many_tiles(export: Exported) -> bool:
     """Whether mtmd cuts every image into a grid of tiles."""
-    images = export.reference.preprocessor.images
-    return export.layout.vision_params.graph.words and images.longest > images.side
+    rule = export.reference.preprocessor.images
+    return isinstance(rule, Tiles) and rule.longest > rule.side
 
 
 def as_mtmd_cuts(export: Exported, sample: Sample) -> Sample:
@@ -58,16 +59,15 @@ def as_mtmd_cuts(export: Exported, sample: Sample) -> Sample:
     the model sees the same pixels twice.
     """
     preprocessor = export.reference.preprocessor
-    if not export.layout.vision_params.graph.words or not sample.images:
+    rule = preprocessor.images
+    if not isinstance(rule, Tiles) or not sample.images:
         return sample
     assert sample.row is not None and sample.pixel_values is not None, "it has images"
     if many_tiles(export):
         whole = preprocessor.sample(sample.row, prompt_only=True)
         return whole if whole.images[0].size != sample.images[0].size else sample
     token = preprocessor.image_token
-    ids = preprocessor.ids(
-        sample.text, [preprocessor.images.text(1, 1, token)] * len(sample.images)
-    )
+    ids = preprocessor.ids(sample.text, [rule.text(1, 1, token)] * len(sample.images))
     return replace(
         sample,
         input_ids=torch.tensor(ids),
@@ -95,13 +95,14 @@ def seen_twice(export: Exported, sample: Sample, cut: Sample) -> Iterator[Check]
 def oblong(export: Exported, sample: Sample) -> Sample:
     """The sample with pictures of a shape that no tower takes as it is."""
     p, reference = export.layout.vision_params, export.reference
+    rule, pixels = reference.preprocessor.images, sample.pixel_values
     unit = p.merge * p.patch
-    longest = getattr(reference.preprocessor.images, "longest", 0) or p.image
+    longest = rule.longest if many_tiles(export) and isinstance(rule, Tiles) else p.image
     size = (6 * unit, 4 * unit + unit // 3) if p.graph.any_size else (longest, longest * 2 // 3)
     images = tuple(image.resize(size, Image.Resampling.BICUBIC) for image in sample.images)
     token = reference.preprocessor.image_token
-    inputs = reference.preprocessor.images.encode(images, token).inputs
-    if p.graph.words and len(inputs["pixel_values"]) < len(sample.pixel_values):
+    inputs = rule.encode(images, token).inputs
+    if isinstance(rule, Tiles) and pixels is not None and len(inputs["pixel_values"]) < len(pixels):
         inputs["pixel_values"] = inputs["pixel_values"].repeat_interleave(2, dim=0)
     layout = {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")}
     return replace(

@@ -130,6 +130,7 @@ def answer(
             max_new_tokens=limit,
             do_sample=False,
             num_beams=1,
+            use_cache=True,
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],
         )
