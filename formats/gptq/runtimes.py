@@ -80,7 +80,7 @@ class Runtime:
         return f"| {self.name} | {self.flags} | {families} | {how} | {self.source} |"
 
 
-_GPTQMODEL = "transformers 5.23, gptqmodel 7.7, optimum 2.3"
+_GPTQMODEL = "transformers 5.24, gptqmodel 7.7, optimum 2.3"
 RUNTIMES = (
     Runtime(
         "transformers + gptqmodel",

@@ -25,7 +25,7 @@ from vlmq_export.quantizer.samples.sample import Lengths, Sample, truncate
 log = logging.getLogger("vlmq_export")
 MANY = 128  # number of rows from which on worker processes are worth the time to start them
 MAX_WORKERS = 8
-START = 6.0  # seconds until a worker process has imported PyTorch and transformers, measured
+START = 6.0  # seconds until a worker process has imported PyTorch and transformers, roughly
 COUNTED = 512  # rows that are counted for a plan, at most
 _SHOWN = 5  # bad rows that the error names; the log has the others
 
