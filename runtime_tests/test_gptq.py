@@ -313,6 +313,21 @@ def test_every_weight_and_logit_of_the_other_families(arch, tiny, tmp_path):
     assert rows[0].compared == rows[2].compared == reference.weights.count
 
 
+def test_decoder_layers_that_the_file_does_not_name_are_not_found(tiny, tmp_path):
+    """optimum looks under `model.language_model`, and SmolVLM has `model.text_model`."""
+    artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny("idefics3"))
+    out = exported(tmp_path / "gptq", artifact)
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    named = config["quantization_config"].pop("block_name_to_quantize")
+    assert named == "model.text_model.layers"
+    (out / "config.json").write_text(json.dumps(config), "utf-8")
+    reference = Reference(artifact.path, read_rows(bundled.HELDOUT)[:1])
+    rows = check(out, reference, FormatOptions(), SETTINGS)
+    failed = [r for r in rows if r.status == "failed"]
+    assert {r.level for r in failed} == {"L1", "L2", "L3"}, rows
+    assert all("block_name_to_quantize" in r.detail for r in failed), rows
+
+
 QUANTIZER = Path(__file__).resolve().parents[1] / "tools" / "bench" / "peers" / "run_gptqmodel.py"
 
 

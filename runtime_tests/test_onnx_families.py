@@ -290,8 +290,9 @@ def test_the_plan_tells_the_size_before(exported, arch):
     assert plan.refusals == [] and plan.size_bytes == pytest.approx(size, rel=0.05)
 
 
-def test_a_changed_frequency_is_caught(exported, tmp_path):
-    reference, folder = exported("internvl")
+@pytest.mark.parametrize("arch", ["internvl", "idefics3"])
+def test_a_changed_frequency_is_caught(exported, tmp_path, arch):
+    reference, folder = exported(arch)
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     model = onnx.load(tmp_path / "text.onnx", load_external_data=False)
@@ -302,6 +303,24 @@ def test_a_changed_frequency_is_caught(exported, tmp_path):
     (tmp_path / "text.onnx").write_bytes(model.SerializeToString())
     rows = run_check(reference, tmp_path, settings=SETTINGS, images=1)
     assert [c.worst for c in rows if c.status == "failed"] == ["text.rotary.inv_freq"]
+
+
+def test_a_changed_connector_of_smolvlm_is_caught(exported, tmp_path):
+    """One bit of the matrix behind the pixel shuffle, which the wrong reader might not look at."""
+    reference, folder = exported("smolvlm")
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model = onnx.load(tmp_path / "vision.onnx", load_external_data=False)
+    name = "model.connector.modality_projection.proj.weight"
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    with (tmp_path / where["location"]).open("r+b") as data:
+        data.seek(int(where["offset"]) + 4 * 77)
+        byte = data.read(1)[0]
+        data.seek(-1, 1)
+        data.write(bytes([byte ^ 1]))
+    rows = run_check(reference, tmp_path, settings=SETTINGS, images=1)
+    assert {c.worst.split(" ")[0] for c in rows if c.status == "failed"} == {name}
 
 
 def test_genai_answers_about_images_as_qwen3_vl(exported, tmp_path, genai):

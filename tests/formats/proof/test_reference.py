@@ -122,6 +122,20 @@ def test_a_model_too_large_for_the_memory_is_compared_weight_by_weight_and_said_
     assert "model" not in vars(reference)  # the cached property: it was never loaded
 
 
+def test_a_model_that_writes_its_image_token_goes_on(tiny, tmp_path):
+    """SmolVLM2's config.json switches the cache off. Each step would then see the images again."""
+    made = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny("smolvlm"))
+    reference = Reference(made.path, read_rows(HELDOUT)[:1])
+    assert reference.model.config.use_cache is False
+    token = reference.preprocessor.image_token_id
+    reference.model.lm_head.register_forward_hook(
+        lambda _module, _inputs, logits: torch.zeros_like(logits).index_fill(
+            -1, torch.tensor(token), 1
+        )
+    )
+    assert reference.answer(reference.prompts[0], 4) == [token] * 4
+
+
 @pytest.mark.parametrize("names", [None, ["Qwen2_5_VLModel"], ["AutoModel"]])
 def test_the_reference_has_an_output_matrix_whichever_class_was_saved(tmp_path, names):
     artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"])
