@@ -117,7 +117,8 @@ def environment() -> jinja2.Environment:
 def test_a_block_is_python_in_every_kind_of_export(file, yes):
     kinds = {"onnx_provider": "cuda", "onnx_dtype": "float16"} if yes else {}
     names = dict.fromkeys(("mrope", "several_tiles", "ends_in_config"), yes)
-    facts = {"recipe": RECIPE.model_copy(update=kinds), **names}
+    needs = "torchvision num2words" if yes else "torchvision"
+    facts = {"recipe": RECIPE.model_copy(update=kinds), "needs": needs, **names}
     code = environment().get_template(file).render(facts)
     ast.parse(code)
     assert code.endswith("\n") and "{%" not in code and "\n\n\n" not in code
