@@ -60,7 +60,7 @@ def attach(model: Any, online: RotatedCheckpoint | None = None) -> nn.Module:
 
     online: the checkpoint of the weights, where these expect the rotation's online part.
     """
-    decoder = model.model.language_model
+    decoder = model.get_decoder()
     if online is not None:
         rotate_inner(decoder.layers, online.inner_rotation())
     for layer in decoder.layers:

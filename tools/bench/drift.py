@@ -63,7 +63,7 @@ class Drift:
 @torch.no_grad()
 def layer_outputs(model: Any, samples: list[Sample]) -> dict[str, list[torch.Tensor]]:
     """`image` and `text` → each decoder layer's output at all such tokens, [tokens, hidden]."""
-    layers = model.model.language_model.layers
+    layers = model.get_decoder().layers
     recorder, found = Recorder(layers), {kind: [[] for _ in layers] for kind in TOKENS}
     for part, inputs in batches(samples):
         model(**inputs, use_cache=False)

@@ -103,9 +103,10 @@ def energies(model: Any, samples: list[Sample]) -> dict[str, np.ndarray]:
         sums[name] = sums.get(name, 0) + square
 
     hooks = []
-    for name, module in model.model.language_model.named_modules():
+    decoder = family.module_name(family.layers).removesuffix("layers.")
+    for name, module in model.get_decoder().named_modules():
         if isinstance(module, torch.nn.Linear):
-            hub = family.hub_name(f"model.language_model.{name}")
+            hub = family.hub_name(decoder + name)
             hooks.append(module.register_forward_pre_hook(partial(add, hub)))
     with torch.no_grad():
         for _, inputs in batches(samples):
