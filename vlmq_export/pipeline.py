@@ -48,10 +48,7 @@ def run(
     recipe = source.recipe_for(recipe)
     plan = _planned(source, recipe)
     _refuse(plan.refusals)
-    if why := narrow_groups(plan.model):
-        log.info("%s", why)
-    for name, why in plan.not_provable.items():
-        log.warning("%s will be written and not proven, exit code %d: %s", name, NOT_PROVEN, why)
+    _tell(plan)
     if push_to_hub:
         hub.refuse_push(push_to_hub, recipe)
     device = source.device(recipe)
@@ -93,6 +90,14 @@ def run(
     elif push_to_hub:
         log.error("%s: not uploaded, because its files are not verified", push_to_hub)
     return result
+
+
+def _tell(plan: RunPlan) -> None:
+    """Log what a user may not expect of the run."""
+    if why := narrow_groups(plan.model):
+        log.info("%s", why)
+    for name, why in plan.not_provable.items():
+        log.warning("%s will be written and not proven, exit code %d: %s", name, NOT_PROVEN, why)
 
 
 def dry_run(recipe: Recipe, push_to_hub: str | None = None) -> RunPlan:

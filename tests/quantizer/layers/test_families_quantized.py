@@ -76,7 +76,7 @@ def test_the_reference_is_the_model_with_decoded_weights(made):
         # The model also computes logits for the padding rows of the embedding.
         assert np.array_equal(reference.logits(prompt), logits[:, : reference.vocabulary].numpy())
         first = int(logits[-1].argmax())
-        assert reference.answer(prompt, 6)[:1] == ([] if first in reference.stop_ids else [first])
+        assert reference.answer(prompt)[:1] == ([] if first in reference.stop_ids else [first])
 
 
 @torch.no_grad()
