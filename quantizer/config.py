@@ -41,6 +41,7 @@ class QuantConfig:
     block_size: int = 128  # columns of a lazy block of the column loop
     seed: int = 0
     rotate: str = "off"  # a key of ROTATIONS
+    tune: int = 0  # steps of gradient descent on each solved decoder layer; 0: none
     head_bits: int = 0  # of the output head's codes, in the same groups; 0: the head stays float
     gguf_type: str = ""  # the mix that `types` came from: Q4_K_M
     types: dict[str, str] = field(default_factory=dict)  # hub module → GGUF block type

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.choice import GridChoice, grid_choice
@@ -29,7 +29,8 @@ class Job:
         """
         head = architecture.family.head
         own = config.head_bits or (head in config.types and not architecture.tied)
-        return cls(config, method_named(config.method), architecture, head if own else "")
+        method = replace(method_named(config.method), tuned=config.tune > 0)
+        return cls(config, method, architecture, head if own else "")
 
     @property
     def family(self) -> Family:

@@ -48,6 +48,7 @@ class Method:
     neighbours: bool = False  # up to 3 bits, zero-points next to a range's own are tried too
     scaling: Literal["", "awq", "mbq"] = ""  # rounding to nearest after scaling input channels
     refine: Refinement = field(default=Refinement())
+    tuned: bool = False  # by gradients after the solve; the recipe asks for it, and no row does
     candidates: tuple[str, ...] = ()  # other rows, the best of which is taken for each linear
 
     @property
@@ -63,7 +64,15 @@ class Method:
     @property
     def holds_out(self) -> bool:
         """Whether some samples are kept out of the statistics, to judge choices by."""
-        return bool(self.candidates) or self.alpha == "held-out"
+        return bool(self.candidates) or self.alpha == "held-out" or self.tuned
+
+    @property
+    def tunable(self) -> bool:
+        """Whether gradients can go on from its integers: `--tune` (docs/methods.md §5.7).
+
+        They need both streams, and samples that no solve has seen.
+        """
+        return self.two_streams and not self.candidates
 
 
 _OURS = Refinement(sweeps=3, shrink=tuple(0.9**i for i in range(10)))

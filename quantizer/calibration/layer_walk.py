@@ -107,6 +107,15 @@ class LayerWalk:
             self._pass_full(OUT, index)
             self._pass_full(DOWN, index)
 
+    def rewind(self, entering: Sequence[Callable[[], torch.Tensor]]) -> None:
+        """Put the quantized stream back to the layer's input, X of each batch.
+
+        `advance` then takes it through whatever weights the layer has.
+        """
+        for batch, hidden in zip(self.batches, entering):
+            batch.quantized = hidden()
+        self._reached = -1
+
     @torch.no_grad()
     @tensor_cores()
     def advance(self) -> int:

@@ -15,7 +15,7 @@ from vlmq_export.quantizer.calibration.collect import (
     importance_factors,
     summed_on,
 )
-from vlmq_export.quantizer.calibration.layer_walk import RESIDUAL, LayerWalk
+from vlmq_export.quantizer.calibration.layer_walk import RESIDUAL, LayerWalk, put
 from vlmq_export.quantizer.calibration.token_weights import importance_facts
 from vlmq_export.quantizer.grids.affine import Affine
 from vlmq_export.quantizer.host import give_back
@@ -24,6 +24,7 @@ from vlmq_export.quantizer.layers.awq_mbq import scaled_layer
 from vlmq_export.quantizer.layers.broadcast import broadcast
 from vlmq_export.quantizer.layers.measures import weight_error
 from vlmq_export.quantizer.layers.stack import Matrix, Solved, linear_of, nearest
+from vlmq_export.quantizer.layers.tuning import tune_layer
 from vlmq_export.quantizer.layers.unit import solve_unit
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 
@@ -38,7 +39,11 @@ def quantize_layer(
 
     Step by step, so that each linear is calibrated on inputs that the linears before it have
     already disturbed. Of several ranks each solves its share of a step, from the sums of all.
+    Tuning then looks at the layer as a whole.
     """
+    names = [name for group in job.family.groups for name in group] if job.method.tuned else []
+    source = {f"{n}.weight": walk.layer.get_submodule(n).weight.detach().clone() for n in names}
+    entering = [b.aside(b.quantized) for b in walk.batches] if job.method.tuned else []
     factors = importance_factors(walk, job.method, ranks)
     facts = importance_facts(factors, walk.batches, ranks)
     solved: list[Solved] = []
@@ -51,6 +56,11 @@ def quantize_layer(
             walk.put(name, linear)
             metrics |= {"importance": facts[name]} if name in facts else {}
             solved.append((linear, metrics))
+    if job.method.tuned:
+        solved = tune_layer(walk, entering, source, solved, prefix, job)
+        for linear, _ in solved:
+            put(walk.layer, linear.name.removeprefix(prefix), linear)
+        walk.rewind(entering)
     return solved
 
 

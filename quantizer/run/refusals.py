@@ -8,6 +8,7 @@ from typing import Protocol
 from vlmq_export.errors import CalibrationError, UsageError
 from vlmq_export.quantizer.config import ACT_ORDERS, BITS
 from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.methods import METHODS
 
 MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
 
@@ -33,6 +34,7 @@ def check_shapes(linears: Iterable[Shape], job: Job) -> None:
             f"method {config.method} fits the ranges of affine grids;"
             " choose another method for GGUF's block types"
         )
+    _check_tuning(job)
     if config.bits not in BITS:
         raise UsageError(
             f"bits {config.bits} is not supported; choose one of {', '.join(map(str, BITS))}"
@@ -53,6 +55,18 @@ def check_shapes(linears: Iterable[Shape], job: Job) -> None:
             f"group size {config.group_size} does not divide the {odd[0].in_features} inputs of"
             f" {odd[0].name} ({len(odd)} linears); choose a divisor, or -1 for per-channel"
         )
+
+
+def _check_tuning(job: Job) -> None:
+    """Raises UsageError where gradients cannot go on from what the recipe solves."""
+    config = job.config
+    if config.tune and not job.method.tunable:
+        able = ", ".join(name for name, method in METHODS.items() if method.tunable)
+        raise UsageError(f"--tune goes on from {able}; method {config.method} leaves it no target")
+    if config.tune and config.types:
+        raise UsageError("--tune moves codes and scales of affine grids, and no GGUF block types")
+    if config.tune and config.act_order == "dynamic":
+        raise UsageError("--tune needs groups of neighbouring columns; --act-order gar has them")
 
 
 def refuse_many_lost(lost: int, samples: int) -> None:
