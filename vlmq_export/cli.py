@@ -94,6 +94,7 @@ def export(
     rotate: options.Rotate = None,
     head_bits: options.HeadBits = None,
     act_order: options.ActOrder = None,
+    tune: options.Tune = None,
     calibration: options.CalibrationFile = None,
     image_root: options.ImageRoot = None,
     samples: options.Samples = None,

@@ -160,6 +160,7 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
         problems.append("model_type, source, calibration or phases of another type")
     known = config.head_bits in (0, *BITS) and isinstance(config.method, str)
     known = known and isinstance(config.act_order, str) and config.act_order in ACT_ORDERS
+    known = known and type(config.tune) is int and config.tune >= 0
     if not known or not _is_grid(config):
         problems.append(
             f"a recipe of {config.bits} bits in groups of {config.group_size},"

@@ -10,6 +10,8 @@ layer and the calibration set, and never the number of layers:
     solver       statistics and factorization of the linear with the most inputs
     ranges       rows that are solved under all candidate ranges at once, and the matrices that
                  this needs, where the method chooses ranges by the outcome
+    tuning       codes and scales as real numbers, with what the optimizer and the backward pass
+                 keep of each, where the recipe asks for it
     batch        what a layer makes of BATCH_TOKENS tokens, with the attention scores of the
                  backward pass where there is one
     gradients    the output matrix and the logits of one batch, where a method starts from the
@@ -23,7 +25,7 @@ to. Only the activations can rest in host memory or on disk. The constants are m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
 from vlmq_export.quantizer.calibration.offload import Place
@@ -45,6 +47,9 @@ _RANGE_COPIES = 6
 _BATCH_HIDDEN = 10
 _BATCH_MLP = 4
 _BATCH_SCORES = 5
+# Copies of a layer's weights while it is tuned: source, latents, two moments, gradient, steps,
+# decoded weights, their gradient, and two temporaries of the optimizer.
+_TUNED_COPIES = 10
 _LOGITS = 3  # copies of a batch's logits in the backward pass of the loss, measured
 
 
@@ -119,12 +124,15 @@ def memory_plan(
     Activations rest on the device if everything fits there, else in host memory, else on disk.
     Where everything runs on the host, the host is the device.
     """
-    method = method_named(config.method)
+    method = replace(method_named(config.method), tuned=config.tune > 0)
     parts = _parts(shapes, config, lengths)
     activations = _activations(shapes, method, lengths.tokens)
     images, first = parts["images"], parts["first pass"]
     solving = parts["layer"] + max(
-        parts["solver"], parts["ranges"], _summing(shapes, method) + parts["batch"]
+        parts["solver"],
+        parts["ranges"],
+        _summing(shapes, method) + parts["batch"],
+        parts["tuning"] + parts["batch"],
     )
     backward = shapes.layer * _FLOAT + parts["batch"] + parts["gradients"]
     work = max(solving, backward) if parts["gradients"] else solving
@@ -164,6 +172,7 @@ def _parts(shapes: Shapes, config: QuantConfig, lengths: Lengths) -> dict[str, i
         "layer": solved * _FLOAT,
         "solver": _solver(shapes, method) if calibrated else 0,
         "ranges": _ranges(shapes, method, tries) if tries else 0,
+        "tuning": _TUNED_COPIES * shapes.layer * _FLOAT if config.tune else 0,
         "batch": _batch(shapes, method, lengths) if calibrated else 0,
         "gradients": _gradients(shapes, method, lengths),
     }
@@ -223,6 +232,7 @@ def _activations(shapes: Shapes, method: Method, tokens: int) -> int:
     precision. MBQ first keeps the input of every layer, for the gradients.
     """
     copies = (4 if method.two_streams else 2) if method.calibrated else 0
+    copies += method.tuned  # the layer's input is kept
     if method.scaling:
         copies = max(3, shapes.layers + 1 if method.scaling == "mbq" else 0)
     return tokens * shapes.hidden * copies * _FLOAT

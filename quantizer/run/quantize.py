@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from vlmq_export._version import __version__
-from vlmq_export.errors import CalibrationError, Interrupted
+from vlmq_export.errors import CalibrationError, Interrupted, UsageError
 from vlmq_export.quantizer.arithmetic import exact_arithmetic, pick_device
 from vlmq_export.quantizer.artifact.manifest import (
     OUTER,
@@ -34,7 +34,7 @@ from vlmq_export.quantizer.artifact.write import (
     write_source,
 )
 from vlmq_export.quantizer.calibration.answer_loss import MBQ_TYPES, modality_ratios
-from vlmq_export.quantizer.calibration.batches import Batch
+from vlmq_export.quantizer.calibration.batches import HELD_OUT, Batch
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk, restore
 from vlmq_export.quantizer.calibration.offload import Place, Shelf
 from vlmq_export.quantizer.calibration.token_weights import image_shape
@@ -98,7 +98,7 @@ def quantize(
     """
     checkpoint = rotated(checkpoint, config.rotate, config.seed)
     job = Job.of(checkpoint.architecture, config)
-    _refuse(checkpoint, job, samples)
+    _refuse(checkpoint, job, samples, ranks)
     run = _begun(checkpoint, job, samples, folder, pick_device(device), ranks)
     done = _layers_done(run, samples, calibration, resume)
     if done == WHOLE:
@@ -144,10 +144,17 @@ class _LinearShape:
     in_features: int
 
 
-def _refuse(checkpoint: Checkpoint, job: Job, samples: Sequence[Sample]) -> None:
+def _refuse(checkpoint: Checkpoint, job: Job, samples: Sequence[Sample], ranks: Ranks) -> None:
     """Raises UsageError for a recipe that cannot be solved, CalibrationError without samples."""
     shapes = [(n, checkpoint.info(f"{n}.weight").shape) for n in job.linears]
     check_shapes([_LinearShape(n, shape[1]) for n, shape in shapes], job)
+    if job.method.tuned and ranks.size > 1:
+        raise UsageError("--tune works in one process; start without torchrun, or leave --tune out")
+    if job.method.tuned and len(samples) <= HELD_OUT // 2:
+        raise CalibrationError(
+            f"--tune puts one sample of {HELD_OUT} aside, and {len(samples)} are too few;"
+            f" give {HELD_OUT} or more"
+        )
     if job.method.calibrated and not samples:
         raise CalibrationError(
             f"method {job.config.method} needs calibration samples; give some, or use --method rtn"

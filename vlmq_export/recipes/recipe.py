@@ -43,6 +43,8 @@ class Recipe(BaseModel):
     sym: bool | None = None  # None: symmetric at 8 bits, asymmetric below
     method: str = "vlmq"
     act_order: str = "gar"
+    # Steps of gradient descent on each solved decoder layer; 0: none.
+    tune: Annotated[int, Field(ge=0, le=10**5)] = 0
     rotate: str = "off"
     calibration: Path | None = None  # None: the bundled set
     image_root: Path | None = None  # folder that image paths start from; None: the file's own
@@ -106,6 +108,8 @@ class Recipe(BaseModel):
             raise ValueError(f"--bits {self.bits}: {_WIDTHS}")
         if self.head_bits not in (None, *BITS):
             raise ValueError(f"--head-bits {self.head_bits}: {_WIDTHS}")
+        if self.tune:
+            self._check_tuning()
         if self.group_size not in (None, -1) and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(
                 f"--group-size {self.group_size}: a multiple of 16,"
@@ -130,6 +134,18 @@ class Recipe(BaseModel):
         if len(set(self.format)) != len(self.format):
             raise ValueError("--format is given twice with the same value")
         return self
+
+    def _check_tuning(self) -> None:
+        """Raises ValueError where gradients cannot go on from what the recipe solves."""
+        if not METHODS[self.method].tunable:
+            able = ", ".join(name for name, method in METHODS.items() if method.tunable)
+            raise ValueError(f"--tune goes on from the integers of {able}, not of {self.method}")
+        if self.block_types is not None:
+            raise ValueError(
+                f"--tune and {self.block_types} exclude each other: affine grids alone are tuned"
+            )
+        if self.act_order == "dynamic":
+            raise ValueError("--tune needs groups of neighbouring columns; use --act-order gar")
 
     def _check_types(self, given: str) -> None:
         """Raises ValueError for what `given`, the flag that asks for block types, excludes."""
@@ -169,7 +185,7 @@ class Recipe(BaseModel):
     @property
     def asks_for_affine(self) -> bool:
         """Whether it names anything that only an affine grid has, or a second format."""
-        named = {"bits", "group_size", "sym", "head_bits"} & self.model_fields_set
+        named = {"bits", "group_size", "sym", "head_bits", "tune"} & self.model_fields_set
         ordered = self.act_order in ("static", "dynamic")
         return bool(named or ordered or METHODS[self.method].affine_only or self.format != ["gguf"])
 
@@ -211,6 +227,7 @@ class Recipe(BaseModel):
             act_order=self.act_order,
             seed=self.seed,
             rotate=self.rotate,
+            tune=self.tune,
             head_bits=self.head_bits or 0,
         )
 
@@ -233,6 +250,7 @@ class Recipe(BaseModel):
     def label(self) -> str:
         """A short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
         method = self.method if self.rotate == "off" else f"{self.method}-rotated"
+        method += f"-tuned{self.tune}" if self.tune else ""
         if self.gguf_type is not None:
             return f"{self.gguf_type}-{method}"
         if self.target_bpw is not None:

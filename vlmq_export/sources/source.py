@@ -133,6 +133,7 @@ def fixed_grid(recipe: Recipe, config: QuantConfig, what: str) -> Recipe:
         "sym": config.symmetric,
         "act_order": config.act_order,
         "rotate": config.rotate,
+        "tune": config.tune,
         "head_bits": config.head_bits or None,
     }
     for key, value in fixed.items():

@@ -68,6 +68,8 @@ _HEAD_BITS = (
     "  [default: as it is]"
 )
 HeadBits = Annotated[int | None, _option(_HEAD_BITS)]
+_TUNE = "Steps of gradient descent on a solved layer, kept if held-out samples gain.  [default: 0]"
+Tune = Annotated[int | None, _option(_TUNE)]
 _ACT_ORDER = "Column order of the solver.  [default: gar]"
 ActOrder = Annotated[str | None, _option(_ACT_ORDER, choices="act_order")]
 
