@@ -4,10 +4,13 @@ The solver sees one linear at a time. What a layer puts out also depends on the 
 activation between its linears. From the solved integers on, latents of the codes and of the scales
 take N steps of Adam down the gradient of
 
-    L = mean over tokens of ‖Layer(X) − Layer(X̃)‖² / ‖Layer(X̃)‖²  +  κ·Σ ‖Ŵ − W‖²/‖W‖²
+    E/E₀ + κ·R/R₀
+
+    E = mean over tokens of ‖Layer(X) − Layer(X̃)‖² / ‖Layer(X̃)‖²        R = Σ ‖Ŵ − W‖²/‖W‖²
 
     X, X̃   the layer's input in the quantized and in the full-precision stream
     W, Ŵ   the source weights of a linear and those of its latents
+    E₀, R₀ of the solved layer, E₀ on the samples put aside
 
 The first term is divided by the token's own norm because the next layer's norm does the same. The
 second one keeps few samples from being fitted by heart. Samples that neither the solver nor a step
@@ -41,7 +44,7 @@ log = logging.getLogger("vlmq_export")
 STEP_TOKENS = 1024  # of a step: as many whole samples of one length as fit, and one at least
 CODE_RATE, SCALE_RATE = 0.02, 0.003  # of Adam, at the first step; they fall to 0 along a line
 BETAS = (0.9, 0.95)
-PULL = 0.005  # κ
+PULL = 0.3  # κ
 CHECKS = 3  # times that the samples put aside are looked at, evenly spread
 TINY = torch.finfo(torch.float32).tiny
 Weights = Mapping[str, torch.Tensor]  # by name in the layer
@@ -121,13 +124,15 @@ def _descended(
     falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     kept = {name: x.start for name, x in found.items()}
     first = least = _held_error(layer, kept, pieces[True])
+    shares = 1 / max(first, TINY), PULL / max(_distance(_decoded(kept), source).item(), TINY)
     drawn = _drawn(pieces[False], job.config.seed)
     looks = {steps * (i + 1) // CHECKS for i in range(CHECKS)}
     for step in range(steps):
         piece = next(drawn)
         weights = {f"{name}.weight": x.weights() for name, x in found.items()}
         with _repeatable():
-            loss = piece.error(layer, weights) / piece.tokens + PULL * _distance(weights, source)
+            error = piece.error(layer, weights) / piece.tokens
+            loss = shares[0] * error + shares[1] * _distance(weights, source)
             gradients = torch.autograd.grad(loss, codes + scales)
         for latent, gradient in zip(codes + scales, gradients):
             latent.grad = gradient
@@ -135,8 +140,8 @@ def _descended(
         falling.step()
         if step + 1 in looks:
             tried = {name: x.solution() for name, x in found.items()}
-            if (error := _held_error(layer, tried, pieces[True])) < least:
-                kept, least = tried, error
+            if (now := _held_error(layer, tried, pieces[True])) < least:
+                kept, least = tried, now
     return kept, first, least
 
 
@@ -149,10 +154,15 @@ def _distance(weights: Weights, source: Weights) -> torch.Tensor:
     return torch.stack(each).sum()
 
 
+def _decoded(solutions: Mapping[str, Solution]) -> Weights:
+    """The weights that solutions decode to."""
+    return {f"{name}.weight": solution.decode() for name, solution in solutions.items()}
+
+
 @torch.no_grad()
 def _held_error(layer: Any, solutions: Mapping[str, Solution], pieces: Sequence[Piece]) -> float:
     """The mean error of the samples put aside, with these solutions in the layer."""
-    weights = {f"{name}.weight": solution.decode() for name, solution in solutions.items()}
+    weights = _decoded(solutions)
     total = sum(float(piece.error(layer, weights)) for piece in pieces)
     return total / sum(piece.tokens for piece in pieces)
 
