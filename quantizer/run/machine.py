@@ -160,8 +160,7 @@ class _Probe:
         weights, hessian = self.drawn(rows, COLUMNS), self.hessian(COLUMNS)
 
         def work() -> Solution:
-            options = {"group": COLUMNS, "block": COLUMNS}
-            return solve(weights, hessian, Affine(4), act_order="off", **options)
+            return solve(weights, hessian, Affine(4), group=COLUMNS, block=COLUMNS, act_order="off")
 
         return self.seconds(work, 3 if rows < 2**14 else 2) / weights.numel()
 
