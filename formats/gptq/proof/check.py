@@ -124,7 +124,8 @@ def _teller(steps: Steps, part: str, request: runtime.Request) -> runtime.Told:
     """Tells how many prompts a worker has done. Until the first is, the model is being loaded."""
     steps.begin(part)
     loading = len(request.prompts)  # loading the reference VLM takes as long as all its prompts
-    return lambda done: steps.begin(part, done and loading + done, 2 * loading)
+    # One share is left for the answers, which come after the last prompt's logits.
+    return lambda done: steps.begin(part, done and loading + done, 2 * loading + 1)
 
 
 # --- L1 without a runtime -------------------------------------------------------------------------
