@@ -29,8 +29,7 @@ class Job:
         """
         head = architecture.family.head
         own = config.head_bits or (head in config.types and not architecture.tied)
-        method = replace(method_named(config.method), tuned=config.tune > 0)
-        return cls(config, method, architecture, head if own else "")
+        return cls(config, method_of(config), architecture, head if own else "")
 
     @property
     def family(self) -> Family:
@@ -54,3 +53,11 @@ class Job:
     def grid(self, name: str, in_features: int) -> GridChoice:
         """The grid of one matrix, by its hub name."""
         return grid_choice(self.config, name, in_features)
+
+
+def method_of(config: QuantConfig) -> Method:
+    """The method that a recipe names, tuned where it asks for that.
+
+    Raises UsageError for an unknown name.
+    """
+    return replace(method_named(config.method), tuned=config.tune > 0)

@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
-from vlmq_export.quantizer.samples.sample import Sample, alike, batch_inputs
 
 ANSWER = 16  # most tokens of a greedy answer
 AT_ONCE = 16  # most prompts that are answered together
+Inputs = Mapping[str, torch.Tensor]  # keyword arguments of the model, as a batch of one prompt
 
 
 def greedy_answers(
     model: Any,  # a PreTrainedModel
-    prompts: Sequence[Sample],
+    prompts: Sequence[Inputs],
     stop_ids: frozenset[int],
     limit: int = ANSWER,
-) -> Iterator[tuple[Sample, list[int]]]:
-    """Each prompt with its greedy token ids, at most `limit`, up to and without the stop token.
+) -> Iterator[tuple[int, list[int]]]:
+    """Each prompt's place with its greedy token ids, at most `limit`, without the stop token.
 
-    Only prompts that are `alike` share a batch, so that nothing is padded. An answer is then that
-    of the prompt alone, but for the order in which products are summed. The prompts do not come in
-    the order in which they were given.
+    Only prompts whose inputs have the same shapes share a batch, so that nothing is padded. An
+    answer is then that of the prompt alone, but for the order in which products are summed. The
+    prompts do not come in the order in which they were given.
     """
-    groups: dict[tuple, list[Sample]] = defaultdict(list)
-    for prompt in prompts:
-        groups[alike(prompt)].append(prompt)
-    for group in groups.values():
-        length = len(group[0].input_ids)
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for place, inputs in enumerate(prompts):
+        groups[tuple((name, tuple(value.shape)) for name, value in inputs.items())].append(place)
+    for places in groups.values():
+        names = prompts[places[0]]
+        length = names["input_ids"].shape[1]
         size = max(1, min(AT_ONCE, BATCH_TOKENS // length))
-        for start in range(0, len(group), size):
-            part = group[start : start + size]
-            for prompt, ids in zip(part, generate(model, part, stop_ids, limit)[:, length:]):
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
+            batch = {name: torch.cat([prompts[place][name] for place in part]) for name in names}
+            for place, ids in zip(part, generate(model, batch, stop_ids, limit)[:, length:]):
                 answer = ids.tolist()
                 end = next((i for i, t in enumerate(answer) if t in stop_ids), len(answer))
-                yield prompt, answer[:end]
+                yield place, answer[:end]
 
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: Sequence[Sample], stop_ids: frozenset[int], limit: int, **options: Any
+    model: Any, inputs: Inputs, stop_ids: frozenset[int], limit: int, **options: Any
 ) -> Any:
     """What transformers' greedy search returns after at most `limit` tokens.
 
@@ -52,7 +54,7 @@ def generate(
     """
     stop = sorted(stop_ids)
     return model.generate(
-        **batch_inputs(prompts),
+        **inputs,
         max_new_tokens=limit,
         do_sample=False,
         num_beams=1,

@@ -166,16 +166,18 @@ class Reference:
     def answer_all(
         self, prompts: Sequence[Sample], tell: Callable[[int], None] = lambda _: None
     ) -> None:
-        """Answer the prompts whose answers are not known yet, those that are alike together.
+        """Answer the prompts whose answers are not known yet, those of one shape together.
 
         tell: is given the number of prompts that are done, and may raise to stop.
         """
         waiting = [prompt for prompt in prompts if prompt.id not in self._answers]
         known = len(prompts) - len(waiting)
-        for done, (prompt, answer) in enumerate(
-            greedy_answers(self.model, waiting, self.stop_ids), known
-        ):
-            self._answers[prompt.id] = answer
+        if not waiting:
+            return  # the model need not be loaded
+        inputs = [prompt.model_inputs() for prompt in waiting]
+        answers = greedy_answers(self.model, inputs, self.stop_ids)
+        for done, (place, answer) in enumerate(answers, known):
+            self._answers[waiting[place].id] = answer
             tell(done)
 
     def judge(self, prompt: Sample, answer: list[int], gate: float) -> Verdict:
@@ -192,7 +194,7 @@ class Reference:
             return "same"
         at = next(i for i in count() if own[i : i + 1] != answer[i : i + 1])
         told = {"output_logits": True, "return_dict_in_generate": True}
-        out = generate(self.model, [prompt], self.stop_ids, at + 1, **told)
+        out = generate(self.model, prompt.model_inputs(), self.stop_ids, at + 1, **told)
         logits = out.logits[at][0].double()
         # An answer that is over at this place went on with a stop token.
         stop = sorted(self.stop_ids)

@@ -25,13 +25,14 @@ to. Only the activations can rest in host memory or on disk. The constants are m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
 from vlmq_export.quantizer.calibration.offload import Place
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.job import method_of
 from vlmq_export.quantizer.layers.attempt import moves_of
-from vlmq_export.quantizer.methods import METHODS, Method, method_named
+from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.samples.sample import Lengths
 from vlmq_export.quantizer.solver.ranges import AT_ONCE
 
@@ -124,7 +125,7 @@ def memory_plan(
     Activations rest on the device if everything fits there, else in host memory, else on disk.
     Where everything runs on the host, the host is the device.
     """
-    method = replace(method_named(config.method), tuned=config.tune > 0)
+    method = method_of(config)
     parts = _parts(shapes, config, lengths)
     activations = _activations(shapes, method, lengths.tokens)
     images, first = parts["images"], parts["first pass"]
@@ -162,7 +163,7 @@ def memory_plan(
 
 def _parts(shapes: Shapes, config: QuantConfig, lengths: Lengths) -> dict[str, int]:
     """Bytes of everything that a run adds to the fixed part, but for the activations."""
-    method = method_named(config.method)
+    method = method_of(config)
     calibrated = method.calibrated
     solved = shapes.layer + _GROUP_COPIES * shapes.largest_group
     tries = 0 if config.types else tries_of(config)  # block types have ranges of their own
@@ -172,7 +173,7 @@ def _parts(shapes: Shapes, config: QuantConfig, lengths: Lengths) -> dict[str, i
         "layer": solved * _FLOAT,
         "solver": _solver(shapes, method) if calibrated else 0,
         "ranges": _ranges(shapes, method, tries) if tries else 0,
-        "tuning": _TUNED_COPIES * shapes.layer * _FLOAT if config.tune else 0,
+        "tuning": _TUNED_COPIES * shapes.layer * _FLOAT if method.tuned else 0,
         "batch": _batch(shapes, method, lengths) if calibrated else 0,
         "gradients": _gradients(shapes, method, lengths),
     }
@@ -243,7 +244,7 @@ def tries_of(config: QuantConfig) -> int:
 
     A method that chooses among others tries the ranges of all of them, one method after the other.
     """
-    method = method_named(config.method)
+    method = method_of(config)
     found = []
     for each in (method, *(METHODS[name] for name in method.candidates)):
         moves = moves_of(each, config.bits, config.symmetric)

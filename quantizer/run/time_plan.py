@@ -30,8 +30,9 @@ from functools import cached_property
 
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.job import method_of
 from vlmq_export.quantizer.layers.vlm_ptq import MIXES
-from vlmq_export.quantizer.methods import METHODS, Method, method_named
+from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.run.machine import COLUMNS, LEAF, Machine
 from vlmq_export.quantizer.run.memory_plan import Shapes, tries_of
 from vlmq_export.quantizer.samples.sample import Lengths
@@ -124,7 +125,7 @@ def plan_seconds(
     machine: Machine,
 ) -> dict[str, float]:
     """Seconds of quantizing a model, phase by phase."""
-    method = method_named(config.method)
+    method = method_of(config)
     job = _Job(shapes, method, tries_of(config), lengths, machine)
     found = _Seconds(float)
     if method.calibrated:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -46,17 +46,6 @@ class Sample:
         if self.mrope:
             kwargs["mm_token_type_ids"] = self.vision[None].long()
         return {k: v.to(device) for k, v in kwargs.items()}
-
-
-def batch_inputs(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """Keyword arguments of the model in transformers for samples that are `alike`, as one batch."""
-    each = [sample.model_inputs() for sample in samples]
-    return {name: torch.cat([inputs[name] for inputs in each]) for name in each[0]}
-
-
-def alike(sample: Sample) -> tuple:
-    """What samples must have in common to be one batch that nothing pads: the inputs' shapes."""
-    return tuple((name, tuple(value.shape)) for name, value in sample.model_inputs().items())
 
 
 def truncate(sample: Sample, seq_len: int) -> Sample | None:

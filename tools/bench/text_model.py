@@ -16,7 +16,6 @@ import argparse
 import json
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +28,7 @@ from vlmq_export.quantizer.calibration.hooks import Stop, before
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.choice import grid_choice
+from vlmq_export.quantizer.job import method_of
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.families import DECODER_GROUPS
@@ -79,7 +79,7 @@ def log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def quantize(model: Any, samples: torch.Tensor, config: QuantConfig, layers: int) -> None:
     """Give the first layers the decoded weights that a recipe leaves."""
-    method = replace(METHODS[config.method], tuned=config.tune > 0)
+    method = method_of(config)
     job: Any = SimpleNamespace(
         config=config,
         method=method,

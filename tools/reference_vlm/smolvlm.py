@@ -151,17 +151,6 @@ def make_model(language):
     return model
 
 
-def trained_part(model) -> dict[str, torch.Tensor]:
-    """Everything that is not the language model's: tower, connector, and the added tokens' rows."""
-    parts = {
-        name: value
-        for name, value in model.state_dict().items()
-        if name.startswith(("model.vision_model.", "model.connector."))
-    }
-    rows = model.model.text_model.embed_tokens.weight[LANGUAGE_ROWS:]
-    return parts | {"added_tokens": rows}
-
-
 @torch.no_grad()
 def load_trained(model, parts: dict[str, torch.Tensor]) -> None:
     """Put a trained part into a model that `make_model` made."""

@@ -186,7 +186,7 @@ def make_batch(tokenizer, rows: Iterable[tuple[Drawing, list[Turn]]]) -> Batch:
 class SmolVLMTrainer(BaseTrainer):
     """The training of the third reference VLM."""
 
-    def __init__(self, settings: Settings, fit: bool = True):
+    def __init__(self, settings: Settings):
         torch.manual_seed(settings.seed)
         language, tokenizer = smolvlm.language_model()
         smolvlm.add_tokens(tokenizer)
@@ -199,8 +199,7 @@ class SmolVLMTrainer(BaseTrainer):
         _run_fast(core.text_model)
         self.head = torch.nn.Linear(core.text_model.config.hidden_size, len(NAMES))
         start_tower(self.tower)
-        if fit:
-            self._fit_connector()
+        self._fit_connector()
         for module in (self.tower, self.connector):
             module.requires_grad_(True)
         self.optimizers = self._optimizers()

@@ -22,6 +22,7 @@ from vlmq_export.quantizer.samples.sample import Lengths
 
 log = logging.getLogger("vlmq_export")
 PROOF = "proof and fidelity"
+TUNING = "the steps of --tune"
 _READ = 3  # rows that are read whole, to know what one costs
 _WRITE_PASSES = 4  # over all weights, for each format: decoded or copied, packed, written
 # Operations from which on a run is told beforehand: well over the two seconds that measuring takes.
@@ -40,7 +41,7 @@ class Reading:
 
 
 def plan_time(plan: RunPlan, reading: Reading, device: torch.device) -> TimePlan | None:
-    """Seconds of a run by phase, but for its proof; None where its method is not planned for.
+    """Seconds of a run by phase, but for `left_out`; None where its method is not planned for.
 
     The machine is measured for about two seconds, once in a process.
     """
@@ -48,7 +49,8 @@ def plan_time(plan: RunPlan, reading: Reading, device: torch.device) -> TimePlan
         return None
     machine = _machine(device, frozenset(plan.model.config.types.values()))
     phases = {phase: taken for phase, taken in phases_of(plan, reading, machine).items() if taken}
-    return TimePlan(sum(phases.values()), phases, (PROOF,))
+    tuning = (TUNING,) if plan.model.job.method.tuned else ()
+    return TimePlan(sum(phases.values()), phases, (*tuning, PROOF))
 
 
 def phases_of(plan: RunPlan, reading: Reading, machine: Machine) -> dict[str, float]:

@@ -189,15 +189,15 @@ def _answers(
 ) -> dict[int, tuple[list[int], list[int]]]:
     """Place of a row → the greedy answers of full precision and of the reference, as token ids."""
     # The reference comes first: its weights are decoded before those of the source are there.
-    places_of = {reference.prompts[i].id: i for i in places}
     asked = [reference.prompts[i] for i in places]
     reference.answer_all(asked)
     model = load_model(source, torch.device("cpu"))
     # A repetition penalty in the source's own settings would hold for one of the two alone.
     model.generation_config = reference.model.generation_config
     found = {}
-    for prompt, full in greedy_answers(model, asked, reference.stop_ids):
-        found[places_of[prompt.id]] = full, reference.answer(prompt)
+    inputs = [prompt.model_inputs() for prompt in asked]
+    for place, full in greedy_answers(model, inputs, reference.stop_ids):
+        found[places[place]] = full, reference.answer(asked[place])
         step()
     return found
 

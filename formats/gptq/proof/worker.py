@@ -15,7 +15,6 @@ gc.disable()
 import json  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
-from collections import defaultdict  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -23,6 +22,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import nn  # noqa: E402
+
+from vlmq_export.formats.proof.answers import greedy_answers  # noqa: E402
 
 ROWS = 32  # input rows of each kind that a linear is tried on
 
@@ -112,33 +113,6 @@ def save_linears(model: nn.Module, inputs: dict[str, torch.Tensor], out: Path) -
         np.savez(out / f"{name}.npz", x=x.numpy(), y=module(x).numpy())
 
 
-def answer(
-    model: Any, prompts: list[dict[str, torch.Tensor]], limit: int, stop_ids: list[int]
-) -> list[list[int]]:
-    """Greedy token ids of every prompt, at most `limit`, up to and without the stop token.
-
-    Prompts whose inputs have the same shapes are answered together, so that nothing is padded.
-    """
-    groups: dict[tuple, list[int]] = defaultdict(list)
-    for place, inputs in enumerate(prompts):
-        groups[tuple((name, value.shape) for name, value in inputs.items())].append(place)
-    answers: list[list[int]] = [[]] * len(prompts)
-    for places in groups.values():
-        names = prompts[places[0]]
-        ids = model.generate(
-            **{name: torch.cat([prompts[place][name] for place in places]) for name in names},
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
-        )
-        for place, new in zip(places, ids[:, names["input_ids"].shape[1] :].tolist()):
-            answers[place] = new[: next((i for i, t in enumerate(new) if t in stop_ids), len(new))]
-    return answers
-
-
 @torch.no_grad()
 def work(request: dict, result: dict[str, Any]) -> None:
     """Load the model, run it on every prompt, and write what it computes into the request's `out`.
@@ -163,8 +137,12 @@ def work(request: dict, result: dict[str, Any]) -> None:
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         logits = model(**inputs, use_cache=False).logits[0, :, : request["vocabulary"]]
         np.save(out / f"logits-{i}.npy", logits.float().numpy())
-    answers = answer(model, prompts, request["limit"], request["stop_ids"])
-    result |= {"answers": answers, "seconds": time.perf_counter() - start}
+    stop_ids = frozenset(request["stop_ids"])
+    answers = dict(greedy_answers(model, prompts, stop_ids, request["limit"]))
+    result |= {
+        "answers": [answers[i] for i in range(len(prompts))],
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def write(result: dict[str, Any], out: Path) -> None:

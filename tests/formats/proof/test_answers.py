@@ -8,7 +8,7 @@ from vlmq_export.formats.proof import answers
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.samples.rows import read_rows
 
-ROWS = 24
+ROWS = 8
 
 
 @pytest.mark.parametrize("arch", ["reference", *FAMILIES])
@@ -19,10 +19,13 @@ def test_prompts_of_one_shape_are_answered_together(arch, artifacts, tiny, monke
     sizes = []
     generate = answers.generate
     monkeypatch.setattr(
-        answers, "generate", lambda m, part, *a: sizes.append(len(part)) or generate(m, part, *a)
+        answers,
+        "generate",
+        lambda m, batch, *a: sizes.append(len(batch["input_ids"])) or generate(m, batch, *a),
     )
     prompts = reference.prompts
-    answered = answers.greedy_answers(reference.model, prompts, reference.stop_ids)
-    together = {prompt.id: answer for prompt, answer in answered}
+    inputs = [prompt.model_inputs() for prompt in prompts]
+    answered = answers.greedy_answers(reference.model, inputs, reference.stop_ids)
+    together = {prompts[place].id: answer for place, answer in answered}
     assert together == alone
     assert sum(sizes) == ROWS and max(sizes) > 1

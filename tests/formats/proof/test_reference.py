@@ -10,6 +10,7 @@ import transformers
 from tests.artifacts import GRIDS, edit, rtn_artifact
 from vlmq_export.bundled import HELDOUT, REFERENCE_VLM
 from vlmq_export.formats.contract import FORMATS, FormatOptions
+from vlmq_export.formats.proof.answers import ANSWER
 from vlmq_export.formats.proof.checks import CheckSettings
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.formats.proof.weights import Weights
@@ -133,7 +134,7 @@ def test_a_model_that_writes_its_image_token_goes_on(tiny, tmp_path):
             -1, torch.tensor(token), 1
         )
     )
-    assert reference.answer(reference.prompts[0], 4) == [token] * 4
+    assert reference.answer(reference.prompts[0]) == [token] * ANSWER
 
 
 @pytest.mark.parametrize("names", [None, ["Qwen2_5_VLModel"], ["AutoModel"]])
