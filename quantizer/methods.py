@@ -48,6 +48,8 @@ class Method:
     neighbours: bool = False  # up to 3 bits, zero-points next to a range's own are tried too
     scaling: Literal["", "awq", "mbq"] = ""  # rounding to nearest after scaling input channels
     refine: Refinement = field(default=Refinement())
+    # `held-out`: each stack finds its own, on samples that were put aside (layers/damping.py).
+    damping: Literal["recipe", "held-out"] = "recipe"
     tuned: bool = False  # by gradients after the solve; the recipe asks for it, and no row does
     candidates: tuple[str, ...] = ()  # other rows, the best of which is taken for each linear
 
@@ -64,7 +66,8 @@ class Method:
     @property
     def holds_out(self) -> bool:
         """Whether some samples are kept out of the statistics, to judge choices by."""
-        return bool(self.candidates) or self.alpha == "held-out" or self.tuned
+        chooses = self.candidates or "held-out" in (self.alpha, self.damping)
+        return bool(chooses) or self.tuned
 
     @property
     def tunable(self) -> bool:
@@ -87,6 +90,7 @@ METHODS = {
         clip=10.0,
         alpha=1.0,
         neighbours=True,
+        damping="held-out",
         refine=_OURS,
     ),
     "vlmq-paper": Method(
@@ -114,10 +118,11 @@ METHODS = {
         "vlmq-paper with the exact target", drift="exact", importance="l1", alpha=1.0
     ),
     "exact": Method(
-        "ours: exact target, ranges by outcome, coordinate descent",
+        "ours: exact target, ranges and damping by outcome, coordinate descent",
         drift="exact",
         alpha=1.0,
         neighbours=True,
+        damping="held-out",
         refine=_OURS,
     ),
     "exact-held": Method(

@@ -20,7 +20,7 @@ from vlmq_export.recipes.recipe import Recipe
     ],
     ids=["shared", "mix", "budget"],
 )
-@pytest.mark.parametrize("arch", ["idefics3", "smolvlm"])
+@pytest.mark.parametrize("arch", [pytest.param("idefics3", marks=pytest.mark.slow), "smolvlm"])
 def test_a_default_run_is_proven(arch, formats, given, tmp_path):
     model = make_tiny(tmp_path / "model", arch, shape=narrow(SMOLVLM_256M), tied=arch == "smolvlm")
     rows = tmp_path / "rows.json"

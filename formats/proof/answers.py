@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,17 @@ from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
 ANSWER = 16  # most tokens of a greedy answer
 AT_ONCE = 16  # most prompts that are answered together
 Inputs = Mapping[str, torch.Tensor]  # keyword arguments of the model, as a batch of one prompt
+
+
+def stop_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer of the model in a folder.
+
+    A chat model has its own in generation_config.json. The tokenizer may name another.
+    """
+    file = folder / "generation_config.json"
+    eos = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+    eos = tokenizer.eos_token_id if eos is None else eos
+    return frozenset(eos if isinstance(eos, list) else [eos])
 
 
 def greedy_answers(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vlmq_export.formats.proof.answers import generate, greedy_answers
+from vlmq_export.formats.proof.answers import generate, greedy_answers, stop_ids
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.model.architecture import Architecture, pretrained_config
 from vlmq_export.quantizer.model.streamed import model_class
@@ -93,10 +93,7 @@ class Reference:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
-        file = self.folder / "generation_config.json"
-        eos = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
-        eos = self.preprocessor.tokenizer.eos_token_id if eos is None else eos
-        return frozenset(eos if isinstance(eos, list) else [eos])
+        return stop_ids(self.folder, self.preprocessor.tokenizer)
 
     @cached_property
     def model(self) -> Any:  # a PreTrainedModel, whose parts torch types as Tensor | Module

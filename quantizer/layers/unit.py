@@ -10,6 +10,7 @@ from vlmq_export.quantizer.calibration.collect import Evidence
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers import measures
 from vlmq_export.quantizer.layers.attempt import Attempt, Prepared, attempt, prepared
+from vlmq_export.quantizer.layers.damping import damped_best
 from vlmq_export.quantizer.layers.hold_out import best_of
 from vlmq_export.quantizer.layers.stack import Matrix, Solved, Stack, linear_of, nearest
 
@@ -54,6 +55,8 @@ def _attempts(
         return None, [Attempt(part, {}) for part in plain]
     if job.method.candidates:
         return best_of(job.method.candidates, stack, evidence, job.config)
+    if job.method.damping == "held-out":
+        return damped_best(stack, evidence, job.method, job.config)
     known = prepared(stack, evidence.fitted, job.config)
     return known, attempt(stack, known, evidence.held, job.method, job.config)
 

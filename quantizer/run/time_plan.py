@@ -31,6 +31,7 @@ from functools import cached_property
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.job import method_of
+from vlmq_export.quantizer.layers.damping import ROWS
 from vlmq_export.quantizer.layers.vlm_ptq import MIXES
 from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.run.machine import COLUMNS, LEAF, Machine
@@ -54,6 +55,7 @@ _SUM_PASSES = 4  # over a sum for each batch: it is float64, and the product flo
 _SQUARE_PASSES = 16  # over a Hessian: made, mirrored, to float32, ordered in float64, factor
 _WEIGHT_PASSES = 40  # over the weights of a linear: target, order, decoded, metrics, packed
 _JUDGE_PASSES = 6  # over the rows under all ranges: made, masked, ordered, decoded, error
+_DAMPINGS = 10 / 3  # that a stack tries: three if the recipe's is the best, four beside it
 _SEARCH_PASSES = 8  # over weights for one range that is judged before the loop: codes, error, sum
 _ON_DISK = 4  # passes over a layer's weights that reading them takes
 
@@ -235,14 +237,24 @@ def _stack(job: _Job, method: Method, rows: int, columns: int, kind: str) -> dic
     """Linears that are solved as one matrix [rows, columns]."""
     m, found = job.machine, _Seconds(float)
     found["metrics"] += m.elementwise(_WEIGHT_PASSES * rows * columns)
-    if kind:
-        # For the solution, and for what rounding to nearest would have left.
-        times = 2 if method.calibrated else 1
-        found["block types"] += times * m.fits[kind] * rows * columns
+    if kind:  # what rounding to nearest would have left
+        found["block types"] += m.fits[kind] * rows * columns
     if not method.calibrated or method.scaling:
         return found
+    found["metrics"] += 3 * m.product(rows, columns, columns)
+    _add(found, _solve(job, method, rows, columns, kind))
+    if method.damping == "held-out":
+        some = _solve(job, method, min(rows, ROWS), columns, kind)
+        _add(found, {phase: _DAMPINGS * seconds for phase, seconds in some.items()})
+    return found
+
+
+def _solve(job: _Job, method: Method, rows: int, columns: int, kind: str) -> dict[str, float]:
+    """One solve of a matrix [rows, columns], from the sums to its codes."""
+    m, found = job.machine, _Seconds(float)
     square = m.product(rows, columns, columns)  # W·A
-    found["metrics"] += 3 * square
+    if kind:
+        found["block types"] += m.fits[kind] * rows * columns
     found["factorization"] += m.factorization(columns)
     found["factorization"] += m.elementwise(_SQUARE_PASSES * columns**2)
     if method.drift != "plain":

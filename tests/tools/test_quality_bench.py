@@ -100,7 +100,7 @@ def test_names_of_rows_may_have_commas_and_a_rotation():
     ]
     every = quality._rows("ablations", ["off"])
     assert len(every) == len(set(every))
-    bases = {"exact", "gptq", "gptaq-exact", "gptaq"}
+    bases = {"exact", "vlmq", "gptq", "gptaq-exact", "gptaq"}
     bases |= {"vlmq-paper", "vlmq-exact", "vlmq-gptq", "vlmq-l2", "vlmq-qkv"}
     assert {method for method, _ in every} == {*ablations.ABLATIONS} | bases
 

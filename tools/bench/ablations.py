@@ -15,9 +15,11 @@ from dataclasses import dataclass, field, replace
 from vlmq_export.quantizer.methods import METHODS, Method, Refinement
 
 VLMQ, GPTQ = METHODS["vlmq-paper"], METHODS["gptq"]
+# Ours with the recipe's damping for every linear.
+EXACT, OURS = (replace(METHODS[name], damping="recipe") for name in ("exact", "vlmq"))
 # `exact` without its search of ranges.
 BASE = Method(drift="exact", alpha=1.0, refine=Refinement(sweeps=3))
-SEARCHED = Refinement(shrink=METHODS["exact"].refine.shrink)
+SEARCHED = Refinement(shrink=EXACT.refine.shrink)
 EFFECTIVE = 16.0  # effective tokens per input that the floored importance leaves
 CLIP = 10.0  # limit of the clipped importance, in means of g²
 
@@ -32,8 +34,10 @@ class Ablation:
 
 
 ABLATIONS = {
+    "exact, damping 1 %": Ablation(EXACT),
+    "vlmq, damping 1 %": Ablation(OURS),
     "exact min-max": Ablation(BASE),
-    "exact, own zero-points": Ablation(replace(METHODS["exact"], neighbours=False)),
+    "exact, own zero-points": Ablation(replace(EXACT, neighbours=False)),
     "exact, ranges by modality": Ablation(replace(BASE, ranges="modality")),
     "exact, ranges by modality, zero-points": Ablation(
         replace(BASE, ranges="modality", neighbours=True)
@@ -54,11 +58,11 @@ ABLATIONS = {
     "exact min-max, ℓ1 on all 7": Ablation(replace(BASE, importance="l1", weighs="all")),
     "vlmq-paper, all 7": Ablation(replace(VLMQ, weighs="all")),
     "exact min-max, LoaQ residual": Ablation(replace(BASE, residual=True)),
-    "exact, LoaQ residual": Ablation(replace(METHODS["exact"], residual=True)),
+    "exact, LoaQ residual": Ablation(replace(EXACT, residual=True)),
     "exact min-max, dynamic order": Ablation(BASE, {"act_order": "dynamic"}, grouped=True),
     "exact min-max, static order": Ablation(BASE, {"act_order": "static"}, grouped=True),
     "exact min-max, natural order": Ablation(BASE, {"act_order": "off"}),
-    "exact, static order": Ablation(METHODS["exact"], {"act_order": "static"}, grouped=True),
+    "exact, static order": Ablation(EXACT, {"act_order": "static"}, grouped=True),
     "vlmq-paper, dynamic order": Ablation(VLMQ, {"act_order": "dynamic"}, grouped=True),
     "exact min-max, scales refitted": Ablation(
         replace(BASE, refine=Refinement(sweeps=4, refit=True))
@@ -71,7 +75,7 @@ ABLATIONS = {
 EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
     "1 ranges": {
         "exact min-max": (
-            "exact", "exact, own zero-points", "exact, ranges by modality",
+            "exact, damping 1 %", "exact, own zero-points", "exact, ranges by modality",
             "exact, ranges by modality, zero-points",
         ),
         "vlmq-paper": ("vlmq-paper, ranges by modality", "vlmq-paper, ranges by outcome"),
@@ -96,21 +100,25 @@ EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "5 residual": {
         "exact min-max": ("exact min-max, LoaQ residual",),
-        "exact": ("exact, LoaQ residual",),
+        "exact, damping 1 %": ("exact, LoaQ residual",),
     },
     "6 order": {
         "exact min-max": (
             "exact min-max, dynamic order", "exact min-max, static order",
             "exact min-max, natural order",
         ),
-        "exact": ("exact, static order",),
+        "exact, damping 1 %": ("exact, static order",),
         "vlmq-paper": ("vlmq-paper, dynamic order",),
     },
     "7 after the loop": {"exact min-max": ("gptaq-exact", "exact min-max, scales refitted")},
     "8 rotation": {
         "exact min-max": ("exact min-max, rotated",), "vlmq-paper": ("vlmq-paper, rotated",),
     },
-    "damping": {"exact min-max": ("exact min-max, damping .1 %", "exact min-max, damping 5 %")},
+    "damping": {
+        "exact min-max": ("exact min-max, damping .1 %", "exact min-max, damping 5 %"),
+        "exact, damping 1 %": ("exact",),
+        "vlmq, damping 1 %": ("vlmq",),
+    },
 }  # fmt: skip
 
 

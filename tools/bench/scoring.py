@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlmq_export.formats.proof.answers import stop_ids
 from vlmq_export.quantizer.calibration.divergence import distance_of
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
@@ -79,7 +80,7 @@ class Scorer:
         self.samples = [self.preprocessor.sample(r) for r in rows]
         self.prompts = [self.preprocessor.sample(r, prompt_only=True) for r in rows]
         self.tasks = sorted({row.task for row in rows} - {""})
-        self.eos = self.preprocessor.tokenizer.eos_token_id
+        self.stop_ids = sorted(stop_ids(folder, self.preprocessor.tokenizer))
         self.full = self._log_probabilities(model)
         self.baseline = self.score(model)
 
@@ -118,8 +119,8 @@ class Scorer:
                 **inputs,
                 max_new_tokens=12,
                 do_sample=False,
-                eos_token_id=self.eos,
-                pad_token_id=self.eos,
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.stop_ids[0],
             )
             answers = ids[:, inputs["input_ids"].shape[1] :]
             texts = self.preprocessor.tokenizer.batch_decode(answers, skip_special_tokens=True)

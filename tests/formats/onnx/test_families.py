@@ -215,7 +215,17 @@ def test_sliding_windows_are_refused():
         Text(language(use_sliding_window=True, sliding_window=8, max_window_layers=0))
 
 
-@pytest.mark.parametrize("arch", ["qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "internvl",
+        "smolvlm",
+        *(
+            pytest.param(arch, marks=pytest.mark.slow)
+            for arch in ("qwen3_vl", "llava_onevision", "idefics3")
+        ),
+    ],
+)
 def test_every_weight_of_the_checkpoint_is_a_parameter_of_a_graph(tiny, arch, capfd):
     source = tiny(arch)
     known = set(Checkpoint(source).tensors)

@@ -1,5 +1,8 @@
 """Greedy answers of several prompts at once are those of each prompt alone."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
 from tools.reference_vlm.tiny_checkpoints import FAMILIES
@@ -29,3 +32,14 @@ def test_prompts_of_one_shape_are_answered_together(arch, artifacts, tiny, monke
     together = {prompts[place].id: answer for place, answer in answered}
     assert together == alone
     assert sum(sizes) == ROWS and max(sizes) > 1
+
+
+@pytest.mark.parametrize(
+    ("told", "want"),
+    [(None, {2}), ({}, {2}), ({"eos_token_id": 7}, {7}), ({"eos_token_id": [7, 9]}, {7, 9})],
+)
+def test_an_answer_ends_where_the_models_own_settings_say(told, want, tmp_path):
+    """SmolVLM's answers end with a token of the chat. Its tokenizer may name another."""
+    if told is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    assert answers.stop_ids(tmp_path, SimpleNamespace(eos_token_id=2)) == want

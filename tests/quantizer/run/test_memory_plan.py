@@ -92,8 +92,8 @@ def test_what_a_method_does_not_need_is_not_counted():
 
 
 def test_rows_under_all_ranges_count_where_ranges_are_chosen_by_the_outcome():
-    parts = {m: plan(method=m).parts["ranges"] for m in ("gptq", "vlmq-paper", "exact", "auto")}
-    assert parts["gptq"] == parts["vlmq-paper"] == 0 < parts["exact"] < parts["auto"]
+    parts = {m: plan(method=m).parts["ranges"] for m in ("gptq", "vlmq-paper", "exact")}
+    assert parts["gptq"] == parts["vlmq-paper"] == 0 < parts["exact"]
     small = dataclasses.replace(QWEN_3B, linears=((8, 16),), groups=(1,))
     assert plan(small, "exact").parts["ranges"] < parts["exact"] / 1000
     # At 4 bits the zero-points beside a range's own are not tried.

@@ -75,7 +75,7 @@ def test_the_factorization_is_counted_once_for_linears_that_share_an_input():
     slow = dataclasses.replace(QUICK, factors={1: 1.0})
     one = phases(slow, count=1, method="gptq")["factorization"]
     assert one == pytest.approx((3 * 2048**3 + 11008**3) / 3)
-    weighed = phases(slow, count=1, method="vlmq")["factorization"]
+    weighed = phases(slow, count=1, method="vlmq-gptq")["factorization"]
     assert weighed - one == pytest.approx(2 * 2048**3 / 3)  # q, k and v have one each
 
 
@@ -104,14 +104,25 @@ def test_ranges_are_solved_as_often_as_they_are_tried():
     slow = dataclasses.replace(QUICK, columns={1: 1.0})
     one, ten, thirty = (
         phases(slow, method=method, bits=bits)["column loop"]
-        for method, bits in (("gptq", 4), ("exact", 4), ("exact", 2))
+        for method, bits in (("gptq", 4), ("exact-held", 4), ("exact-held", 2))
     )
     assert ten == pytest.approx(10 * one) and thirty == pytest.approx(30 * one)
 
 
+def test_dampings_are_tried_on_some_rows():
+    slow = dataclasses.replace(QUICK, factors={1: 1.0})
+    once, more = (phases(slow, method=m)["factorization"] for m in ("exact-held", "exact"))
+    assert 3 * once < more - once < 4 * once
+    slow = dataclasses.replace(QUICK, columns={1: 1.0})
+    once, more = (phases(slow, method=m)["column loop"] for m in ("exact-held", "exact"))
+    assert 0 < more - once < once
+
+
 def test_block_types_are_fitted_for_the_solution_and_for_its_measure():
     slow = dataclasses.replace(QUICK, fits={"Q4_K": 1.0})
-    found = phases(slow, count=2, kind="Q4_K", outside={"Q4_K": 7}, types={"x": "Q4_K"})
+    found = phases(
+        slow, count=2, method="exact-held", kind="Q4_K", outside={"Q4_K": 7}, types={"x": "Q4_K"}
+    )
     assert found["block types"] == 2 * 2 * QWEN_3B.layer + 7
     assert "ranges" not in found  # block types have ranges of their own
 
