@@ -218,3 +218,19 @@ def test_batches_give_what_single_samples_give():
             logits = model(**preprocessor.sample(row).model_inputs()).logits[0]
         alone = logits.log_softmax(-1)
         assert torch.allclose(alone, together, atol=2e-4)
+
+
+def test_the_first_table_has_ten_methods_on_all_references():
+    def made(reference, grid, method):
+        more = {"reference": reference, "rows": 64, "samples": 64, "calibration": "c.json"}
+        return cell(method, grid, 0.1, kl_text=0.1, exact=0.5, bits=2, user=1, **more)
+
+    cells = [
+        made(reference, grid, method)
+        for reference, grids in quality.SUMMARY_GRIDS.items()
+        for grid in (*grids, "W4 g128")
+        for method in (*quality.SUMMARY, "awq")
+    ]
+    head, _, *rows = quality.all_tables(cells)["summary"].splitlines()
+    assert head.count("|") == 8 and "third, W2 g64" in head
+    assert [row.split(" | ")[0][2:] for row in rows] == [*quality.SUMMARY]

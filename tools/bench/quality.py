@@ -72,6 +72,16 @@ GRIDS = {
     "W2 g64": (2, 64),
     "W2": (2, -1),
 }
+# The table that a user reads first: its rows, and the grids of each reference.
+SUMMARY = (
+    "rtn", "gptq", "gptaq", "vlmq-paper", "vlmq", "exact", "auto",
+    "GPTQModel GPTQ", "llm-compressor GPTQ", "AutoRound",
+)  # fmt: skip
+SUMMARY_GRIDS = {
+    "qwen2_5_vl": {"W3": "first, W3", "W2 g128": "first, W2 g128"},
+    "llava_onevision": {"W3": "second, W3", "W2 g128": "second, W2 g128"},
+    "smolvlm": {"W3 g64": "third, W3 g64", "W2 g64": "third, W2 g64"},
+}
 ACTIVATIONS = "W4A4KV8"  # the grid of 4-bit weights per channel with activations.py
 ACTIVATIONS_GRID = (4, -1)
 OURS = tuple(METHODS)
@@ -201,6 +211,7 @@ def write_cells(file: Path, cells: dict[Cell, dict]) -> None:
 def all_tables(cells: list[dict]) -> dict[str, str]:
     """Name of a table → markdown.
 
+        summary                     KL of ten methods on all references
         FIELD REFERENCE             our methods and the peers', without the ablations
         tasks GRID REFERENCE        exact match by task
         W4A4KV8 FIELD REFERENCE     methods by rotation
@@ -210,6 +221,7 @@ def all_tables(cells: list[dict]) -> dict[str, str]:
     the ones with most samples.
     """
     tables, order = {}, (*GRIDS, FULL, *OURS, *peers.PEERS)
+    summary: list[dict] = []
     for reference in REFERENCES:
         every = [c for c in cells if c["reference"] == reference]
         every = [c | {"rotate": c.get("rotate", "off")} for c in every]
@@ -224,6 +236,9 @@ def all_tables(cells: list[dict]) -> dict[str, str]:
             found = ablations.ratios([c for c in own if c["method"] != FULL], field)
             tables[f"ablations {field} {reference}"] = table(found, "row", "grid", "ratio", order)
         own = [c for c in own if c["rotate"] == "off" and c["method"] not in ablations.ABLATIONS]
+        titles = SUMMARY_GRIDS[reference]
+        chosen = [c for c in own if c["method"] in SUMMARY and c["grid"] in titles]
+        summary += [c | {"grid": titles[c["grid"]]} for c in chosen]
         grids = dict.fromkeys(c["grid"] for c in own)
         own += [c | {"grid": grid} for c in every if c["method"] == FULL for grid in grids]
         for field in FIELDS:
@@ -231,6 +246,8 @@ def all_tables(cells: list[dict]) -> dict[str, str]:
         for grid in GRIDS:
             alike = [c for c in own if c["grid"] == grid]
             tables[f"tasks {grid} {reference}"] = table(alike, "method", "grid", "tasks", order)
+    columns = [title for grids in SUMMARY_GRIDS.values() for title in grids.values()]
+    tables["summary"] = table(summary, "method", "grid", "kl", (*columns, *SUMMARY))
     return tables
 
 
