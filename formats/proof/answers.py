@@ -44,8 +44,8 @@ def greedy_answers(
     for place, inputs in enumerate(prompts):
         groups[tuple((name, tuple(value.shape)) for name, value in inputs.items())].append(place)
     for places in groups.values():
-        names = prompts[places[0]]
-        length = names["input_ids"].shape[1]
+        names = list(prompts[places[0]])
+        length = prompts[places[0]]["input_ids"].shape[1]
         size = max(1, min(AT_ONCE, BATCH_TOKENS // length))
         for start in range(0, len(places), size):
             part = places[start : start + size]

@@ -5,9 +5,9 @@ that believes all of it does better on these samples than on any others. Damping
 is not believed, and no one share serves every linear: docs/methods.md §5.8 has figures. So each
 stack looks for its own, from the recipe's damping up or down for as long as that helps:
 
-1. The column loop alone solves some rows, from the samples that were not put aside.
+1. The method solves some rows, from the samples that were not put aside.
 2. The damping that errs least on those that were is kept.
-3. The method solves all rows with it, from all samples.
+3. All rows are solved with it, from all samples.
 """
 
 from __future__ import annotations

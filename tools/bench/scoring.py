@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlmq_export.formats.proof.answers import stop_ids
+from vlmq_export.formats.proof.answers import greedy_answers, stop_ids
 from vlmq_export.quantizer.calibration.divergence import distance_of
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import Row
 from vlmq_export.quantizer.samples.sample import Sample
+
+_ANSWER = 12  # most tokens of an answer
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Scorer:
         self.samples = [self.preprocessor.sample(r) for r in rows]
         self.prompts = [self.preprocessor.sample(r, prompt_only=True) for r in rows]
         self.tasks = sorted({row.task for row in rows} - {""})
-        self.stop_ids = sorted(stop_ids(folder, self.preprocessor.tokenizer))
+        self.stop_ids = stop_ids(folder, self.preprocessor.tokenizer)
         self.full = self._log_probabilities(model)
         self.baseline = self.score(model)
 
@@ -107,25 +109,16 @@ class Scorer:
         exact, tasks = self.exact(model)
         return Score(means[0], means[1], means[2], exact, tasks)
 
-    @torch.no_grad()
     def exact(self, model: Any) -> tuple[float, dict[str, float]]:
         """The share of rows whose greedy answer is the expected one, over all rows and by task.
 
         Answers are compared character by character.
         """
         right = [False] * len(self.rows)
-        for part, inputs in batches(self.prompts):
-            ids = model.generate(
-                **inputs,
-                max_new_tokens=12,
-                do_sample=False,
-                eos_token_id=self.stop_ids,
-                pad_token_id=self.stop_ids[0],
-            )
-            answers = ids[:, inputs["input_ids"].shape[1] :]
-            texts = self.preprocessor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            for i, text in zip(part, texts):
-                right[i] = text.strip() == self.rows[i].answer
+        inputs = [prompt.model_inputs() for prompt in self.prompts]
+        for i, ids in greedy_answers(model, inputs, self.stop_ids, _ANSWER):
+            text = self.preprocessor.tokenizer.decode(ids, skip_special_tokens=True)
+            right[i] = text.strip() == self.rows[i].answer
         tasks = {
             task: _share([r for r, row in zip(right, self.rows) if row.task == task])
             for task in self.tasks
