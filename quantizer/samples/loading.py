@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 
 from vlmq_export.errors import CalibrationError
@@ -27,6 +26,7 @@ MANY = 128  # number of rows from which on worker processes are worth the time t
 MAX_WORKERS = 8
 START = 6.0  # seconds until a worker process has imported PyTorch and transformers, roughly
 COUNTED = 512  # rows that are counted for a plan, at most
+CHUNK = 4  # rows that a worker process takes at once
 _SHOWN = 5  # bad rows that the error names; the log has the others
 
 
@@ -139,22 +139,27 @@ def _decoded(
     if workers == 1:
         yield from (_decode(preprocessor, row, limit) for row in rows)
         return
-    # The folder is readable by now: a pool would only say that its processes died. They are
-    # spawned and not forked, because this process has threads.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (folder,))
-    try:
-        with _deaf_to_ctrl_c():
-            worked = pool.map(_work, rows, [limit] * len(rows), chunksize=4)
-        for sample, length, error in worked:
-            tensors = None if sample is None else _mapped(sample, np.ndarray, torch.from_numpy)
-            yield tensors, length, error
-    except BrokenProcessPool:
-        raise CalibrationError(
-            "a process that decodes images was killed, most likely for its memory;"
-            " free some, or take smaller images"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with TemporaryDirectory(prefix="vlmq-samples-") as made:
+        # The model's folder is readable by now: a pool would only say that its processes died. They
+        # are spawned and not forked, because this process has threads.
+        spawned = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, spawned, _start, (folder, Path(made)))
+        try:
+            with _deaf_to_ctrl_c():
+                places = range(len(rows))
+                worked = pool.map(_work, places, rows, [limit] * len(rows), chunksize=CHUNK)
+            for place in worked:
+                file = Path(made) / str(place)
+                found = torch.load(file, weights_only=False)  # of our own process
+                file.unlink()
+                yield found
+        except BrokenProcessPool:
+            raise CalibrationError(
+                "a process that decodes images was killed, most likely for its memory;"
+                " free some, or take smaller images"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
@@ -180,34 +185,24 @@ def _decode(preprocessor: Preprocessor, row: Row, limit: Limit) -> _Decoded:
     return sample, len(whole.input_ids), ""
 
 
-_preprocessor: Preprocessor  # of a worker process, made when it starts
+# Of a worker process, since it started.
+_preprocessor: Preprocessor
+_folder: Path  # where its samples are put
 
 
-def _start(folder: Path) -> None:
+def _start(model: Path, folder: Path) -> None:
     """Prepare a worker process."""
-    global _preprocessor
+    global _preprocessor, _folder
     logging.disable(logging.WARNING)  # of libraries: ours come back with the samples
     torch.set_num_threads(1)
-    _preprocessor = Preprocessor(folder)
+    _preprocessor, _folder = Preprocessor(model), folder
 
 
-def _work(row: Row, limit: Limit) -> _Decoded:
-    """`_decode` in a worker process. The sample has arrays in place of tensors.
+def _work(place: int, row: Row, limit: Limit) -> int:
+    """`_decode` in a worker process. What it gives is in the file of that place.
 
-    Each tensor would need a file descriptor on its way back.
+    A sample does not go through the pool's pipe. A process that is killed there would leave half a
+    message, for the rest of which the pool waits for ever.
     """
-    sample, length, error = _decode(_preprocessor, row, limit)
-    arrays = None if sample is None else _mapped(sample, torch.Tensor, lambda t: t.numpy())
-    return arrays, length, error
-
-
-def _mapped(sample: Sample, kind: type, change: Callable[[Any], object]) -> Sample:
-    """The sample with `change` applied to each value of this kind in its fields."""
-
-    def one(value: object) -> object:
-        if isinstance(value, dict):
-            return {k: one(v) for k, v in value.items()}
-        return change(value) if isinstance(value, kind) else value
-
-    changed: dict[str, Any] = {f.name: one(getattr(sample, f.name)) for f in fields(sample)}
-    return replace(sample, **changed)
+    torch.save(_decode(_preprocessor, row, limit), _folder / str(place))
+    return place

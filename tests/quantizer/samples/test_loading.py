@@ -1,7 +1,9 @@
 """Samples from rows, in worker processes and in this one, and the estimate of the time left."""
 
 import multiprocessing
+import pickle
 import random
+import select
 from dataclasses import replace
 from itertools import accumulate
 
@@ -15,6 +17,7 @@ from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS, _equal_lengt
 from vlmq_export.quantizer.samples import loading
 from vlmq_export.quantizer.samples.images import image_size, load_image
 from vlmq_export.quantizer.samples.loading import (
+    CHUNK,
     MANY,
     Limit,
     count_samples,
@@ -158,6 +161,19 @@ def test_layers_that_were_only_walked_do_not_count_for_long():
     """A resumed run passes each solved layer in a second, then takes a minute for each layer."""
     stamps = list(accumulate([1.0] * 20 + [60.0] * 5, initial=0.0))
     assert time_left(stamps, 36) == pytest.approx(11 * 60, rel=0.3)
+
+
+def test_what_a_worker_sends_cannot_be_cut_in_two(rows, tmp_path, monkeypatch):
+    """A worker that is killed within a message leaves a pool that waits for the rest for ever.
+
+    The kernel writes what is smaller than PIPE_BUF at once.
+    """
+    monkeypatch.setattr(
+        loading, "_preprocessor", Preprocessor(bundled.REFERENCE_VLM), raising=False
+    )
+    monkeypatch.setattr(loading, "_folder", tmp_path, raising=False)
+    sent = [loading._work(place, row, Limit(512)) for place, row in enumerate(rows[:CHUNK])]
+    assert len(pickle.dumps(sent)) < select.PIPE_BUF / 4
 
 
 def test_a_killed_worker_is_one_line(rows):
