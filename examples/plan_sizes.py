@@ -7,7 +7,7 @@ import sys
 
 from vlmq_export import Recipe, plan
 
-FORMATS = ["gptq", "onnx", "gguf"]
+FORMATS = ["gptq", "compressed-tensors", "onnx", "gguf"]
 
 
 def main(model: str | None = None) -> None:

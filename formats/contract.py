@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ from vlmq_export.formats import NAMES
 
 if TYPE_CHECKING:
     from vlmq_export.formats.model_plan import ModelPlan
+    from vlmq_export.formats.proof.answers import Answerer
     from vlmq_export.formats.proof.checks import Check, CheckSettings
     from vlmq_export.formats.proof.reference import Reference
     from vlmq_export.quantizer.artifact.read import Artifact
@@ -36,7 +38,8 @@ class FormatOptions:
     name: str = "model"  # base of file names
     gptq_version: str = "v1"  # a key of GPTQ_VERSIONS
     gptq_names: str = "hub"  # a key of GPTQ_NAMES
-    gptq_shard_bytes: int = 5 * 10**9  # transformers' own default
+    # Most bytes in a file of a folder that transformers loads; this is its own default.
+    shard_bytes: int = 5 * 10**9
     onnx_accuracy_level: int = 0  # attribute of MatMulNBits
     onnx_graph: str = "fused"  # a key of ONNX_GRAPHS
     onnx_dtype: str = "float32"  # a key of ONNX_DTYPES
@@ -78,7 +81,7 @@ class TensorRow:
 class Inspection:
     """What `vlmq-export inspect` prints."""
 
-    kind: str  # "GGUF v3", "GPTQ v1 safetensors", "ONNX IR 10", "artifact"
+    kind: str  # "GGUF v3", "GPTQ v1 safetensors", "ONNX IR 10", "artifact", …
     metadata: dict[str, str]
     tensors: list[TensorRow]
     bits_per_weight: float  # over the tensors that look quantized
@@ -92,15 +95,22 @@ class Format:
         plan.py            plan(model, options)
         write.py           write(artifact, folder, options)
         inspect.py         inspect(path)
-        proof/check.py     check(folder, reference, options, settings)
+        proof/check.py     check(folder, reference, options, settings); at_work(folder, reference,
+                           settings) too where the runtime has a process of its own
+        proof/answer.py    answerer(folder, reference, options, threads)
         requirements.py    WRITES_WITH and missing()
     """
 
     def __init__(self, name: str):
         self.name = name
 
+    @property
+    def folder(self) -> str:
+        """The package that it is. Python's names have no hyphen."""
+        return self.name.replace("-", "_")
+
     def _module(self, part: str) -> Any:
-        return import_module(f"vlmq_export.formats.{self.name}.{part}")
+        return import_module(f"vlmq_export.formats.{self.folder}.{part}")
 
     @property
     def writes_with(self) -> tuple[str, ...]:
@@ -119,11 +129,30 @@ class Format:
         """Write the files into an empty folder. Returns notes for the log and the card."""
         return self._module("write").write(artifact, folder, options)
 
+    def at_work(
+        self, folder: Path, reference: Reference, settings: CheckSettings
+    ) -> AbstractContextManager | None:
+        """The runtime at work in a process of its own, for `check`; None if it has no process."""
+        begin = getattr(self._module("proof.check"), "at_work", None)
+        return begin and begin(folder, reference, settings)
+
     def check(
-        self, folder: Path, reference: Reference, options: FormatOptions, settings: CheckSettings
+        self,
+        folder: Path,
+        reference: Reference,
+        options: FormatOptions,
+        settings: CheckSettings,
+        begun: Any = None,
     ) -> list[Check]:
-        """Levels L1 to L3 in the real runtime."""
-        return self._module("proof.check").check(folder, reference, options, settings)
+        """Levels L1 to L3 in the real runtime. `begun` is what the context `at_work` gave."""
+        given = (folder, reference, options, settings, *([] if begun is None else [begun]))
+        return self._module("proof.check").check(*given)
+
+    def answerer(
+        self, folder: Path, reference: Reference, options: FormatOptions, threads: int
+    ) -> Answerer:
+        """What answers prompts in the real runtime, with images as that runtime prepares them."""
+        return self._module("proof.answer").answerer(folder, reference, options, threads)
 
     def inspect(self, path: Path) -> Inspection:
         """What is in a file or folder of this format."""

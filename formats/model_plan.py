@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from vlmq_export.errors import CheckpointError, FormatError
+from vlmq_export.quantizer.artifact.manifest import VISION
 from vlmq_export.quantizer.artifact.read import Artifact
-from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.config import VISION_GROUP, QuantConfig
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.vision.stage import tower_names
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,13 @@ class LinearSpec:
     out_features: int
     in_features: int
     bias: bool
+    # Of the source's weight, in safetensors' spelling; empty where it is not known.
+    dtype: str = field(default="", compare=False)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,36 @@ class ModelPlan:
     floats: list[TensorSpec]  # everything else, but for the biases of these linears
     config: QuantConfig
     folder: Path  # with config.json, tokenizer and image processor, as the writers will find them
+    # The linears of the vision tower and the projector that are to be quantized, if the recipe asks
+    # for that. They are not among `linears`.
+    tower: list[LinearSpec] = field(default_factory=list)
 
     @cached_property
     def job(self) -> Job:
         """The same with its method looked up. Raises UsageError for one that is not known."""
         return Job.of(self.architecture, self.config)
+
+
+def tower_note(model: ModelPlan, kind: str, now: int, before: int | None) -> list[str]:
+    """What becomes of a quantized vision tower and its projector in a format; else nothing.
+
+    kind: how a quantized linear is stored.
+    now, before: bytes of all their tensors, with and without the option; None: not known.
+    """
+    if not model.tower:
+        return []
+    size = f"{now / 2**20:,.1f} MiB"
+    size += f" ({before / 2**20:,.1f} MiB without --vision-bits)" if before else ""
+    said = f"vision tower and projector: {len(model.tower)} linears {kind}, {size}"
+    vision = [t for t in model.floats if model.architecture.family.is_vision(t.name)]
+    odd = [t for t in vision if len(t.shape) == 2 and t.shape[1] % VISION_GROUP]
+    if odd:
+        columns = ", ".join(str(n) for n in sorted({t.shape[1] for t in odd}))
+        said += (
+            f"; {len(odd)} linears have rows of {columns} columns, which no blocks of"
+            f" {VISION_GROUP} fill, and stay float"
+        )
+    return [said]
 
 
 def decoder_attention(architecture: Architecture) -> tuple[str, set[str]]:
@@ -94,17 +129,24 @@ def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelP
     """
     architecture = checkpoint.architecture
     linears = [_linear(checkpoint, linear) for linear in architecture.linears]
+    head, embedding = architecture.family.head, architecture.family.embedding
+    taken = set()
+    if config.embedding_bits:
+        linears.insert(0, _linear(checkpoint, embedding))
+        taken = {f"{head}.weight"} if architecture.tied else set()
     if config.head_bits:
-        head = architecture.family.head
         own = f"{head}.weight"
-        tied = f"{architecture.family.embedding}.weight"
+        tied = f"{embedding}.weight"
         shape = checkpoint.info(own if own in checkpoint.tensors else tied).shape
         linears.append(LinearSpec(head, shape[0], shape[1], False))
         architecture = architecture.untied()
-    taken = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
+    names = tower_names(checkpoint) if config.vision_bits else []
+    tower = [_linear(checkpoint, linear) for linear in names]
+    solved = [*linears, *tower]
+    taken |= {f"{linear.name}.{part}" for linear in solved for part in ("weight", "bias")}
     infos = [t for t in checkpoint.tensors.values() if t.name not in taken]
     floats = [TensorSpec(t.name, t.shape, t.dtype) for t in infos]
-    return ModelPlan(name, architecture, linears, floats, config, checkpoint.path)
+    return ModelPlan(name, architecture, linears, floats, config, checkpoint.path, tower)
 
 
 def _linear(checkpoint: Checkpoint, name: str) -> LinearSpec:
@@ -113,7 +155,24 @@ def _linear(checkpoint: Checkpoint, name: str) -> LinearSpec:
         raise CheckpointError(
             f"{name}.weight has shape {list(shape)}, which is no linear's; copy the file again"
         )
-    return LinearSpec(name, shape[0], shape[1], f"{name}.bias" in checkpoint.tensors)
+    bias = f"{name}.bias" in checkpoint.tensors
+    return LinearSpec(name, shape[0], shape[1], bias, checkpoint.info(f"{name}.weight").dtype)
+
+
+def embedding_note(model: ModelPlan, size_of: Callable[[LinearSpec], int]) -> list[str]:
+    """What a quantized embedding takes, beside 16 bits; nothing where it stays float.
+
+    size_of: gives the bytes of a matrix in the format.
+    """
+    family, tied = model.architecture.family, model.architecture.tied
+    found = [x for x in model.linears if x.name == family.embedding]
+    return [
+        f"the embedding takes {size_of(x) / 1e6:,.1f} MB, in 16 bits"
+        f" {2 * x.out_features * x.in_features / 1e6:,.1f} MB"
+        + ("; it is the output matrix too" if tied else "")
+        for x in found
+        if model.config.embedding_bits
+    ]
 
 
 def with_types(model: ModelPlan, types: dict[str, str], mix: str = "") -> ModelPlan:
@@ -128,8 +187,11 @@ def with_types(model: ModelPlan, types: dict[str, str], mix: str = "") -> ModelP
 def artifact_plan(artifact: Artifact) -> ModelPlan:
     """The plan of an export of a model that is quantized already."""
     m = artifact.manifest
-    linears = [LinearSpec(r.name, r.out_features, r.in_features, r.bias) for r in m.modules]
+    parts: tuple[list[LinearSpec], list[LinearSpec]] = [], []
+    for r in m.modules:
+        parts[r.layer == VISION].append(LinearSpec(r.name, r.out_features, r.in_features, r.bias))
+    linears, tower = parts
     floats = [TensorSpec(*info) for info in artifact.float_info()]
     return ModelPlan(
-        m.name, artifact.architecture, linears, floats, artifact.config, artifact.source
+        m.name, artifact.architecture, linears, floats, artifact.config, artifact.source, tower
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 
 BITS = (2, 3, 4, 8)
+# Width of the embedding's codes → the GGUF block type that has the same numbers.
+EMBEDDING_TYPES = {4: "Q4_0", 8: "Q8_0"}
+EMBEDDING_GROUP = 32  # columns of the embedding that share a scale: a block of these types
 GROUP_SIZES = (128, 64, 32)  # the usual ones, which every runtime has kernels for
 ACT_ORDERS = {
     "off": "columns in their natural order",
@@ -17,6 +20,7 @@ ROTATIONS = {
     "folded": "Hadamard rotations folded into the weights",
     "online": "further rotations between linears, which no format can hold; for evaluation",
 }
+VISION_GROUP = 32  # columns per scale of the vision tower: Q8_0, Q4_0 and MatMulNBits have these
 # What is done with a sample that is too long because of its images.
 LONG_IMAGES = {
     "scale": "images are scaled down to what the text leaves them",
@@ -43,6 +47,8 @@ class QuantConfig:
     rotate: str = "off"  # a key of ROTATIONS
     tune: int = 0  # steps of gradient descent on each solved decoder layer; 0: none
     head_bits: int = 0  # of the output head's codes, in the same groups; 0: the head stays float
+    embedding_bits: int = 0  # of the token embedding's codes; 0: the embedding stays float
+    vision_bits: int = 0  # of the vision tower's and the projector's linears; 0: they stay float
     gguf_type: str = ""  # the mix that `types` came from: Q4_K_M
     types: dict[str, str] = field(default_factory=dict)  # hub module → GGUF block type
 
@@ -55,9 +61,34 @@ class QuantConfig:
         symmetric = self.head_bits == 8 or (self.symmetric and self.bits != 8)
         return replace(self, bits=self.head_bits, symmetric=symmetric)
 
+    @property
+    def embedding(self) -> QuantConfig:
+        """The recipe of the embedding: a symmetric grid, which GGUF and ONNX hold alike."""
+        bits, group = self.embedding_bits, EMBEDDING_GROUP
+        return replace(self, bits=bits, group_size=group, symmetric=True, act_order="off")
+
+    @property
+    def vision(self) -> QuantConfig:
+        """The recipe of the vision tower and the projector.
+
+        Symmetric groups of 32 are the one grid that GGUF and ONNX hold alike at every width.
+        """
+        order = "off" if self.act_order == "off" else "gar"
+        return replace(
+            self,
+            bits=self.vision_bits,
+            group_size=VISION_GROUP,
+            symmetric=True,
+            act_order=order,
+            types={},
+        )
+
     def of(self, name: str) -> QuantConfig:
-        """The recipe of one linear, by its hub name."""
-        return self.head if self.head_bits and name.rpartition(".")[2] == "lm_head" else self
+        """The recipe of one matrix, by its hub name."""
+        module = name.rpartition(".")[2]
+        if self.head_bits and module == "lm_head":
+            return self.head
+        return self.embedding if self.embedding_bits and module == "embed_tokens" else self
 
     def groups(self, in_features: int) -> int:
         """The number of groups in a row of `in_features` columns."""
@@ -68,5 +99,9 @@ class QuantConfig:
         return in_features if self.group_size == -1 else self.group_size
 
     def to_dict(self) -> dict:
-        """The recipe as manifest.json stores it."""
-        return asdict(self)
+        """The recipe as manifest.json stores it.
+
+        What stays float, embedding or tower, has no key, as in earlier versions.
+        """
+        later = ("embedding_bits", "vision_bits")
+        return {key: value for key, value in asdict(self).items() if key not in later or value}

@@ -37,6 +37,14 @@ class Job:
         return self.architecture.family
 
     @property
+    def outer(self) -> list[str]:
+        """Hub names of the matrices outside the layers that are quantized, uncalibrated."""
+        calibrated = {*self.linears, self.head}
+        if self.config.embedding_bits:
+            return [self.family.embedding]
+        return [name for name in self.config.types if name not in calibrated]
+
+    @property
     def layers(self) -> int:
         """Decoder layers."""
         return self.architecture.layers
@@ -52,7 +60,8 @@ class Job:
 
     def grid(self, name: str, in_features: int) -> GridChoice:
         """The grid of one matrix, by its hub name."""
-        return grid_choice(self.config, name, in_features)
+        config = self.config.vision if self.family.is_vision(name) else self.config
+        return grid_choice(config, name, in_features)
 
 
 def method_of(config: QuantConfig) -> Method:

@@ -35,7 +35,10 @@ class Method:
     about: str = ""  # one line for the command's help
     calibrated: bool = True  # whether it looks at samples
     drift: Literal["plain", "columns", "exact"] = "plain"
-    importance: Literal["none", "l1", "l2"] = "none"  # norm of the gradient that weighs a token
+    # The gradient that weighs a token: VLMQ's local one, by its norm, or that of the answers' loss.
+    importance: Literal["none", "l1", "l2", "answers"] = "none"
+    power: float = 1.0  # of g; with .5 a token counts g times where it would count g² times
+    per_sample: bool = False  # whether every sample weighs the same (D2)
     weighs: Literal["qkvo", "qkv", "all"] = "qkvo"  # the projections that importance is for
     effective: float = 0.0  # effective tokens that must be left, as a multiple of `in`; 0: any (D5)
     clip: float = 0.0  # g² is cut off at this multiple of its mean; 0: nowhere
@@ -57,6 +60,11 @@ class Method:
     def two_streams(self) -> bool:
         """Whether the full-precision stream is needed at all."""
         return self.drift != "plain" or self.importance != "none"
+
+    @property
+    def asks_answers(self) -> bool:
+        """Whether it starts from gradients of the answers' loss (calibration/answer_loss.py)."""
+        return self.importance == "answers" or self.scaling == "mbq"
 
     @property
     def affine_only(self) -> bool:
@@ -84,9 +92,11 @@ METHODS = {
     "gptq": Method("GPTQ"),
     "gptaq": Method("GPTAQ: GPTQ with a term for the drift between the streams", drift="columns"),
     "vlmq": Method(
-        "VLMQ's objective solved exactly: exact, with tokens weighed by importance",
+        "VLMQ's objective solved exactly: exact, with tokens weighed by what the answers need",
         drift="exact",
-        importance="l1",
+        importance="answers",
+        weighs="all",
+        effective=4.0,
         clip=10.0,
         alpha=1.0,
         neighbours=True,

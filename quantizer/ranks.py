@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -34,6 +34,9 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: torch.device | str = "cpu"  # where the backend wants its tensors
+    # Whether torchrun started this process. One process alone is a group too, and takes the same
+    # way as many, so that one GPU proves what NCCL does.
+    grouped: bool = False
 
     @property
     def first(self) -> bool:
@@ -67,13 +70,13 @@ class Ranks:
 
     def summed(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all ranks, in place, on each of them."""
-        if self.size > 1:
+        if self.grouped:
             dist.all_reduce(tensor)
         return tensor
 
     def sum_on(self, owner: int, tensor: torch.Tensor) -> None:
         """Sum the tensor over all ranks, in place, on one of them."""
-        if self.size > 1:
+        if self.grouped:
             dist.reduce(tensor, owner)
 
     def same(self, value: int) -> int:
@@ -82,7 +85,7 @@ class Ranks:
 
     def broadcast(self, tensor: torch.Tensor, owner: int) -> torch.Tensor:
         """The owner's tensor. The others give one of the same shape and dtype."""
-        if self.size == 1:
+        if not self.grouped:
             return tensor
         # As bytes, because every backend can send those.
         data = tensor.contiguous().view(-1).view(torch.uint8).to(self.device)
@@ -91,7 +94,7 @@ class Ranks:
 
     def broadcast_json(self, value: dict | None, owner: int) -> dict:
         """The owner's dict of plain values. Nothing is pickled."""
-        if self.size == 1:
+        if not self.grouped:
             assert value is not None, "a single process is its own owner"
             return value
         text = json.dumps(value).encode() if self.rank == owner else b""
@@ -101,7 +104,7 @@ class Ranks:
 
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
         """Each value reduced over all ranks, in float64. `how` is one of dist.ReduceOp."""
-        if self.size == 1:
+        if not self.grouped:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, how)
@@ -114,14 +117,14 @@ ALONE = Ranks()
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """The ranks that torchrun started, or ALONE. After the context no rank waits for another."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
+    if "WORLD_SIZE" not in os.environ:
         yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield replace(ALONE, rank=int(os.environ["RANK"]), size=size, device=device)
+        rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        yield Ranks(rank, size, device, grouped=True)
     finally:
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ from transformers import AutoProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from vlmq_export import Recipe, export
+from vlmq_export import Recipe, export, formats
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.proving.parity import required_runtimes
 
@@ -45,8 +45,8 @@ def photo() -> Image.Image:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("card") / "out"
-    formats = [name for name in ("gptq", "onnx", "gguf") if name in required_runtimes()]
-    asked = {"format": formats, "method": "rtn", "gptq_names": "module", "verify": False}
+    written = [name for name in formats.NAMES if name in required_runtimes()]
+    asked = {"format": written, "method": "rtn", "gptq_names": "module", "verify": False}
     export(Recipe(out=folder, **asked))
     photo().save(folder / "photo.jpg", quality=90)
     return folder
@@ -84,7 +84,14 @@ def needs(name: str) -> pytest.MarkDecorator:
     ("title", "before"),
     [
         pytest.param("`gptq/` in transformers", WITHOUT_TORCHVISION, marks=needs("gptq")),
-        pytest.param("`gptq/` in GPTQModel", WITHOUT_TORCHVISION, marks=needs("gptq")),
+        pytest.param(
+            "`gptq/` in GPTQModel", WITHOUT_TORCHVISION, marks=[needs("gptq"), pytest.mark.slow]
+        ),
+        pytest.param(
+            "`compressed-tensors/` in transformers",
+            WITHOUT_TORCHVISION,
+            marks=[needs("compressed-tensors"), pytest.mark.slow],
+        ),
         pytest.param("`onnx/` in ONNX Runtime", WITHOUT_TORCHVISION, marks=needs("onnx")),
         pytest.param("`onnx/` in onnxruntime-genai", "", marks=needs("onnx")),
     ],

@@ -92,8 +92,15 @@ def q4_k(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def q2_k(tmp_path_factory):
-    return native(tmp_path_factory.mktemp("q2_k"), "Q2_K")
+def few(tmp_path_factory):
+    """A random model of two layers, because the nearest points of a lattice take long to find."""
+    return make_random_checkpoint(tmp_path_factory.mktemp("few"), layers=2)
+
+
+@pytest.fixture(scope="module")
+def natives(few, tmp_path_factory):
+    mixes = ("Q2_K", "IQ4_XS", "IQ2_XXS")
+    return {mix: native(tmp_path_factory.mktemp(mix), mix, few) for mix in mixes}
 
 
 # --- everything right -----------------------------------------------------------------------------
@@ -114,25 +121,26 @@ def test_every_home_passes_every_gate(tag, tmp_path):
     assert row(rows, "linears seen").compared == len(reference.weights.linears) + tower
 
 
-def native(folder, mix):
-    """(reference, GGUF folder) of the bundled model, rounded to nearest on the types of a mix."""
+def native(folder, mix, source):
+    """(reference, GGUF folder) of a model that is rounded to nearest on the types of a mix."""
     recipe = Recipe(method="rtn", gguf_type=mix, format=["gguf"])
-    checkpoint = Checkpoint(REFERENCE_VLM)
-    config = open_source(None).plan(recipe).model.config
+    checkpoint = Checkpoint(source)
+    config = open_source(str(source)).plan(recipe).model.config
     quantize(checkpoint, [], config, folder / "artifact", name="tiny-vlm", calibration={})
     (folder / "gguf").mkdir()
     FORMATS["gguf"].write(Artifact(folder / "artifact"), folder / "gguf", FormatOptions())
     return Reference(folder / "artifact", read_rows(HELDOUT)[:6]), folder / "gguf"
 
 
-K_MIXES = ("Q2_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q6_K")
-PLAIN_MIXES = ("TQ2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-SLOW_MIXES = [pytest.param(m, marks=pytest.mark.slow) for m in (*K_MIXES, *PLAIN_MIXES)]
+K_MIXES = ("Q2_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
+PLAIN_MIXES = ("TQ2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
+I_MIXES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS")
+SLOW_MIXES = [pytest.param(m, marks=pytest.mark.slow) for m in (*K_MIXES, *PLAIN_MIXES, *I_MIXES)]
 
 
-@pytest.mark.parametrize("mix", ["Q2_K", "Q3_K_L", "Q5_K_M", "Q8_0", *SLOW_MIXES])
-def test_every_mix_passes_every_gate(mix, tmp_path):
-    reference, folder = native(tmp_path, mix)
+@pytest.mark.parametrize("mix", ["Q2_K", "Q8_0", "IQ3_XXS", *SLOW_MIXES])
+def test_every_mix_passes_every_gate(mix, few, tmp_path):
+    reference, folder = native(tmp_path, mix, few if mix.startswith("IQ") else REFERENCE_VLM)
     text, _ = find_files(folder)
     assert mix in text.name
     types = {t.type for t in GGUFFile(text).tensors.values()} - {"F32"}
@@ -143,17 +151,22 @@ def test_every_mix_passes_every_gate(mix, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "byte"),
-    [("blk.3.attn_q.weight", 5), ("blk.1.ffn_up.weight", 83)],
-    ids=["scale and minimum of a sub-block", "dmin"],
+    ("mix", "name", "byte"),
+    [
+        ("Q2_K", "blk.0.attn_q.weight", 5),
+        ("Q2_K", "blk.1.ffn_up.weight", 83),
+        ("IQ4_XS", "blk.1.ffn_up.weight", 3),
+        ("IQ2_XXS", "blk.0.attn_q.weight", 2),
+    ],
+    ids=["scale and minimum of a sub-block", "dmin", "upper bits of a scale", "point"],
 )
-def test_one_changed_byte_of_a_q2_k_block_is_caught_and_named(name, byte, q2_k, tmp_path):
-    reference, folder = q2_k
+def test_one_changed_byte_of_a_block_is_caught_and_named(mix, name, byte, natives, tmp_path):
+    reference, folder = natives[mix]
     file, _ = find_files(shutil.copytree(folder, tmp_path / "gguf"))
     t = GGUFFile(file).tensors[name]
-    assert t.type == "Q2_K"
+    assert t.type == mix
     data = bytearray(file.read_bytes())
-    data[t.offset + 7 * TYPES["Q2_K"].nbytes + byte] ^= 0x10
+    data[t.offset + 7 * TYPES[mix].nbytes + byte] ^= 0x10
     file.write_bytes(data)
     rows = run_check(reference, tmp_path / "gguf")
     caught = [r for r in rows if r.level == "L1" and r.status == "failed"]

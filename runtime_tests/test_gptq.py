@@ -19,21 +19,23 @@ from safetensors.torch import load_file, save_file
 
 from tests.artifacts import GRIDS, rtn_artifact
 from tools.reference_vlm.model import make_random_checkpoint
+from tools.reference_vlm.tiny_checkpoints import ARCHES
 from vlmq_export import bundled
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gptq.imports.checkpoint import GptqCheckpoint, write_artifact
 from vlmq_export.formats.gptq.layout import GPTQMODEL_LOADS
-from vlmq_export.formats.gptq.proof.check import (
-    KERNEL_GATE,
-    autogptq_decoder,
-    check,
-    exact_rows,
-    own_decoder,
-)
-from vlmq_export.formats.gptq.proof.runtime import Request, RuntimeFailed, Worker, run, save_prompts
+from vlmq_export.formats.gptq.proof.check import autogptq_decoder, check, program
 from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.formats.gptq.requirements import missing
 from vlmq_export.formats.gptq.write import write
+from vlmq_export.formats.in_transformers.proof.rows import KERNEL_GATE, exact_rows, own_decoder
+from vlmq_export.formats.in_transformers.proof.runtime import (
+    Request,
+    RuntimeFailed,
+    Worker,
+    run,
+    save_prompts,
+)
 from vlmq_export.formats.proof.checks import CheckSettings, compare_weights
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.formats.proof.weights import Weights
@@ -77,16 +79,17 @@ def folder(artifact, tmp_path_factory) -> Path:
 
 def request_for(folder: Path, out: Path, reference: Reference, prompts) -> Request:
     """A run that also leaves decoded weights and single linears in files."""
+    how = program(GptqFolder(folder).bits)
     return Request(
+        how.worker,
         str(folder),
         str(out),
-        GptqFolder(folder).bits,
         save_prompts(prompts, out.parent),
         reference.vocabulary,
         16,
         sorted(reference.stop_ids),
         SETTINGS.threads,
-        backend="gptq_torch",
+        loading=dict(how.exact_loading),
         exact=True,
     )
 
@@ -109,6 +112,7 @@ def test_every_level_on_the_reference_model(folder, reference):
     assert rows[6].value <= KERNEL_GATE and "picks: Torch" in rows[6].name
 
 
+@pytest.mark.slow
 def test_qwen2_vl_with_a_kernel_that_refuses(tmp_path):
     """A flat config.json, GPTQ v2, shards, names of modules, and 4 bits per channel.
 
@@ -117,7 +121,7 @@ def test_qwen2_vl_with_a_kernel_that_refuses(tmp_path):
     """
     source = make_random_checkpoint(tmp_path / "model", arch="qwen2_vl")
     artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4"], source)
-    options = {"gptq_version": "v2", "gptq_names": "module", "gptq_shard_bytes": 1_000_000}
+    options = {"gptq_version": "v2", "gptq_names": "module", "shard_bytes": 1_000_000}
     out = exported(tmp_path / "gptq", artifact, **options)
     assert len(list(out.glob("*.safetensors"))) > 2
     reference = Reference(artifact.path, read_rows(bundled.HELDOUT)[:2])
@@ -167,6 +171,8 @@ FAMILY = [
     ("qwen2_vl", "w4g128"),
     ("qwen3_vl", "w4g128"),
     ("internvl", "w4g128"),
+    ("internvl3_5", "w4g128"),
+    ("gemma3", "w4g128"),
     ("smolvlm", "w4g128"),
 ]
 GRID = [("reference", tag) for tag in ("w2", "w3g128", "w3-sym", "w8g128")]
@@ -188,6 +194,7 @@ def test_gptqmodel_loads_module_names(arch, tag, tmp_path, artifact, tiny):
     assert np.linalg.norm(got - want) / np.linalg.norm(want) <= KERNEL_GATE
 
 
+@pytest.mark.slow
 def test_gptqmodel_refuses_hub_names(folder, tmp_path):
     """The claim of formats/gptq/runtimes.py, and of the notes that every run shows."""
     done = load_by_gptqmodel(folder, str(tmp_path / "none"), tmp_path / "logits.npy")
@@ -201,6 +208,7 @@ def in_its_own_process(command: list[str], folder: Path) -> subprocess.Completed
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_gptqmodel_has_the_families_that_we_say(tmp_path):
     code = "from gptqmodel.models.auto import MODEL_MAP; print(*MODEL_MAP)"
     done = in_its_own_process([sys.executable, "-c", code], tmp_path)
@@ -253,7 +261,7 @@ def test_fault_is_caught_by_the_runtimes_own_decoders(folder, reference, tmp_pat
     row = autogptq_decoder(opened, reference)
     assert row.status == "failed" and row.worst.startswith(name)
     request = request_for(copy, tmp_path / "out", reference, reference.prompts[:1])
-    row = next(exact_rows(run(request), opened, reference))
+    row = next(exact_rows(program(opened.bits), run(request), opened, reference))
     assert row.status == "failed" and row.worst.startswith(name)
     assert row.compared == reference.weights.count
 
@@ -300,7 +308,18 @@ def test_a_worker_that_dies_over_one_request_leaves_the_next_to_another(
 # --- other families, and checkpoints of others ----------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["llava_onevision", "internvl", "qwen3_vl", "idefics3", "smolvlm"])
+# What a family has in common with one of these is loaded in the slow tests alone.
+LIKE_OTHERS = ("internvl", "idefics3", "smolvlm", "llava_onevision")
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(a, marks=[pytest.mark.slow] * (a in LIKE_OTHERS))
+        for a in ARCHES
+        if not a.startswith("qwen2")
+    ],
+)
 def test_every_weight_and_logit_of_the_other_families(arch, tiny, tmp_path):
     artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny(arch))
     out = exported(tmp_path / "gptq", artifact)
@@ -308,11 +327,12 @@ def test_every_weight_and_logit_of_the_other_families(arch, tiny, tmp_path):
     opened = GptqFolder(out)
     outcome = run(request_for(out, tmp_path / "out", reference, reference.prompts))
     rows = [own_decoder(opened, reference), autogptq_decoder(opened, reference)]
-    rows += exact_rows(outcome, opened, reference)
+    rows += exact_rows(program(opened.bits), outcome, opened, reference)
     assert by_level(rows) == ALL_PASS, rows
     assert rows[0].compared == rows[2].compared == reference.weights.count
 
 
+@pytest.mark.slow
 def test_decoder_layers_that_the_file_does_not_name_are_not_found(tiny, tmp_path):
     """optimum looks under `model.language_model`, and SmolVLM has `model.text_model`."""
     artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny("idefics3"))
@@ -362,8 +382,9 @@ def test_a_checkpoint_made_by_gptqmodel_is_taken_over_as_it_decodes_it(made, tmp
     preprocessor = Preprocessor(bundled.REFERENCE_VLM)  # GPTQModel saves no settings of images
     prompt = preprocessor.sample(read_rows(bundled.HELDOUT)[0], prompt_only=True)
     prompts, threads = save_prompts([prompt], tmp_path), SETTINGS.threads
-    asked = Request(str(theirs), str(tmp_path / "out"), 4, prompts, 384, 1, [376], threads)
-    outcome = run(replace(asked, backend="gptq_torch", exact=True))
+    how = program(4)
+    asked = Request(how.worker, str(theirs), str(tmp_path / "out"), prompts, 384, 1, [376], threads)
+    outcome = run(replace(asked, loading=dict(how.exact_loading), exact=True))
 
     def decoded(hub: str) -> np.ndarray | None:
         return outcome.weight(checkpoint.family.module_name(hub))

@@ -126,7 +126,7 @@ def test_one_changed_vision_weight_is_caught_and_named(exported, tmp_path):
     reference, folder = exported
     shutil.copytree(folder, tmp_path / "onnx")
     name = "visual.blocks.2.mlp.up_proj.weight"
-    damage(tmp_path / "onnx", "vision", name, "ulp", random.Random(1))
+    damage(tmp_path / "onnx", "vision", name, "bit", random.Random(1))
     for row in weight_rows(run_check(reference, tmp_path / "onnx", images=1)):
         assert row.status == "failed" and name in row.worst
 

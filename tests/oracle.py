@@ -108,19 +108,39 @@ def brain_surgeon(
     return original, scales, zeros
 
 
-def attention_gradients(
-    layer, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: dict
+def block_gradients(
+    layer, block, hidden: torch.Tensor, hidden_full: torch.Tensor, kwargs: dict
 ) -> dict[str, torch.Tensor]:
-    """Gradients of ‖Attn(X) − Attn(X̃)‖² at the outputs of the attention's projections.
+    """Gradients of ‖B(X) − B(X̃)‖² at the outputs of the linears of a sub-block B of the layer.
 
-    Autograd runs over the whole attention block. `hidden` is X, `hidden_full` is X̃.
+    Autograd runs over the layer's own forward pass. For the attention it is what enters the MLP's
+    norm. The MLP is given its input in place of what the attention made. `hidden` is X.
     """
-    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    modules = dict(layer.named_modules())
+    first = block.kind == "attention"
+    behind = "pre_feedforward_layernorm"  # Gemma's name of the norm before the MLP
+    behind = modules[behind if behind in modules else "post_attention_layernorm"]
 
-    def block(x):
-        return x + layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0]
+    def run(x):
+        seen = []
 
-    return _loss_gradients(layer, names, block, hidden, hidden_full)
+        def look(_module, args):
+            seen.append(args[0])
+
+        def silent(_module, _inputs, output):  # the attention adds nothing
+            return (torch.zeros_like(output[0]), *output[1:])
+
+        handles = [behind.register_forward_pre_hook(look)]
+        if not first:
+            handles.append(layer.self_attn.register_forward_hook(silent))
+        try:
+            out = layer(x, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen[0] if first else out[0] if isinstance(out, tuple) else out
+
+    return _loss_gradients(layer, (*block.ins, block.out), run, hidden, hidden_full)
 
 
 def layer_gradients(

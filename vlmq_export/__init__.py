@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 from vlmq_export._version import __version__
 
 if TYPE_CHECKING:
-    from vlmq_export.api import export, inspect, plan, verify
+    from vlmq_export.api import evaluate, export, inspect, plan, verify
     from vlmq_export.errors import VlmqError
     from vlmq_export.recipes.recipe import Recipe
 
-__all__ = ["Recipe", "VlmqError", "__version__", "export", "inspect", "plan", "verify"]
+__all__ = ["Recipe", "VlmqError", "__version__", "evaluate", "export", "inspect", "plan", "verify"]
 
 _HOMES = {
     "Recipe": "vlmq_export.recipes.recipe",
     "VlmqError": "vlmq_export.errors",
+    "evaluate": "vlmq_export.api",
     "export": "vlmq_export.api",
     "inspect": "vlmq_export.api",
     "plan": "vlmq_export.api",

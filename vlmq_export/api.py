@@ -12,7 +12,7 @@ Every function raises a subclass of `VlmqError` for what a user can meet, with o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from vlmq_export.recipes.recipe import Recipe
 if TYPE_CHECKING:
     from vlmq_export.formats.contract import Inspection
     from vlmq_export.planning.run_plan import RunPlan
+    from vlmq_export.proving.scores import Evaluation
     from vlmq_export.result import Result
 
 
@@ -106,6 +107,41 @@ def verify(
         None if verify_data is None else Path(verify_data),
         None if image_root is None else Path(image_root),
         Callbacks(progress, should_stop),
+    )
+
+
+def evaluate(
+    out: str | PathLike[str],
+    tasks: Sequence[str],
+    *,
+    on: Sequence[str] = (),
+    baseline: bool = False,
+    data: str | PathLike[str] | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    progress: Progress = _nothing,
+    should_stop: Callable[[], bool] = _never,
+) -> Evaluation:
+    """Ask the files of an earlier run the questions of benchmarks, and score the answers.
+
+    tasks: `papers`, or lmms-eval's names: `chartqa`, `docvqa_val` and others (docs/evaluation.md).
+    on: `artifact`, or formats; empty: every format of the run.
+    baseline: ask the source in full precision too.
+    data: a folder with a folder of rows for each benchmark; None: the hub.
+    limit: questions of each benchmark; None: all.
+    device: where source and artifact are run: `auto`, `cpu` or `cuda`.
+    """
+    from vlmq_export.evaluation.evaluate import evaluate_folder
+
+    return evaluate_folder(
+        Path(out),
+        tasks,
+        on=on,
+        baseline=baseline,
+        data=None if data is None else Path(data),
+        limit=limit,
+        device=device,
+        callbacks=Callbacks(progress, should_stop),
     )
 
 

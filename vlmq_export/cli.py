@@ -1,7 +1,7 @@
 """The command line: options only.
 
-`vlmq-export MODEL …` exports; `verify` and `inspect` look at what was written. The work is done by
-the functions of `vlmq_export.api`.
+`vlmq-export MODEL …` exports; `verify`, `eval` and `inspect` look at what was written. The work is
+done by the functions of `vlmq_export.api`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def _root(version: Annotated[bool, _VERSION] = False) -> None:
     """Quantize a vision-language model and export it, proven in each runtime."""
 
 
-_OTHERS = "Other commands: vlmq-export verify OUT, vlmq-export inspect FILE, each with -h."
+_AGAIN = "run the same command again"  # after a stop of `verify` or `eval`
+_OTHERS = "Other commands: vlmq-export verify OUT, eval OUT, inspect FILE, each with -h."
 
 
 @app.command(EXPORT, epilog=_OTHERS, cls=ExportCommand)
@@ -93,6 +94,8 @@ def export(
     method: options.Method = None,
     rotate: options.Rotate = None,
     head_bits: options.HeadBits = None,
+    embedding_bits: options.EmbeddingBits = None,
+    vision_bits: options.VisionBits = None,
     act_order: options.ActOrder = None,
     tune: options.Tune = None,
     calibration: options.CalibrationFile = None,
@@ -162,7 +165,7 @@ def verify(
         from vlmq_export import api
         from vlmq_export.terminal.progress import Stages
 
-        with Stages(quiet) as stages, StopSignals(stages.doing) as stopped:
+        with Stages(quiet) as stages, StopSignals(stages.doing, again=_AGAIN) as stopped:
             result = api.verify(
                 out,
                 verify_data=verify_data,
@@ -171,6 +174,47 @@ def verify(
                 should_stop=stopped,
             )
         return _present(result, as_json, verbose)
+
+    run(job, as_json, quiet, verbose)
+
+
+@app.command("eval", cls=Command)
+def evaluate(
+    out: options.OutFolder,
+    task: options.Tasks = None,
+    on: options.On = None,
+    baseline: options.Baseline = False,
+    data: options.DataFolder = None,
+    limit: options.Limit = None,
+    device: options.AskedOn = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Ask the files of a run the questions of benchmarks, each in its own runtime.
+
+    lmms-eval asks and scores. Answers are kept, so that the same command goes on after a stop.
+    """
+
+    def job() -> int:
+        from vlmq_export import api
+        from vlmq_export.terminal.progress import Stages
+        from vlmq_export.terminal.tables import print_scores
+
+        with Stages(quiet) as stages, StopSignals(stages.doing, again=_AGAIN) as stopped:
+            found = api.evaluate(
+                out,
+                task or [],
+                on=on or [],
+                baseline=baseline,
+                data=data,
+                limit=limit,
+                device=device or "auto",
+                progress=stages,
+                should_stop=stopped,
+            )
+        print_json(found) if as_json else print_scores(found)
+        return 0
 
     run(job, as_json, quiet, verbose)
 

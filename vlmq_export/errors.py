@@ -49,6 +49,10 @@ class FormatError(VlmqError):
     """An exported file cannot be written or read."""
 
 
+class BenchmarkError(VlmqError):
+    """The data of a benchmark cannot be had or used."""
+
+
 class MissingRuntime(VlmqError):
     """A runtime that a check needs is not installed."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from vlmq_export import formats
 from vlmq_export.errors import UsageError
 from vlmq_export.formats.contract import FORMATS, Inspection, TensorRow
+from vlmq_export.formats.gptq.imports.scheme import quantization_of
 from vlmq_export.quantizer.artifact.manifest import MANIFEST
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.storage.tensors import read_header
@@ -30,11 +31,13 @@ def inspect_path(path: Path) -> Inspection:
     folder = path if path.is_dir() else path.parent
     if (folder / "quantize_config.json").is_file():
         return FORMATS["gptq"].inspect(folder)
+    if (quantization_of(folder) or {}).get("quant_method") == "compressed-tensors":
+        return FORMATS["compressed-tensors"].inspect(folder)
     parts = [n for n in ("artifact", *formats.NAMES) if (path / n).is_dir()]
     if parts:
         named = ", ".join(str(path / n) for n in parts)
         raise UsageError(f"{path}: an output folder; inspect one of its parts: {named}")
-    raise UsageError(f"{path}: not an artifact, a GPTQ or ONNX folder, or a .gguf or .onnx file")
+    raise UsageError(f"{path}: not an artifact, a folder of a format, or a .gguf or .onnx file")
 
 
 def inspect_artifact(path: Path) -> Inspection:

@@ -10,6 +10,7 @@ from pathlib import Path
 from vlmq_export import formats
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.errors import NOT_PROVEN, FormatError, Interrupted, UsageError
+from vlmq_export.formats.compressed_tensors.runtimes import vllm_loads
 from vlmq_export.formats.contract import FORMATS
 from vlmq_export.output import hub
 from vlmq_export.output.folder import claimed, publish, refuse_output
@@ -65,6 +66,7 @@ def run(
         plan,
         source_bytes=source_bytes(source.floats),
         module_names=recipe.gptq_names == "module",
+        by_vllm=vllm_loads(plan.model),
     )
     with joined(device) as ranks:
         filling = Filling(recipe, plan, calibration, ranks, resume, callbacks, result.timed)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vlmq_export.planning.run_plan import RunPlan
     from vlmq_export.proving.fidelity import Fidelity
     from vlmq_export.proving.parity import Parity
+    from vlmq_export.proving.scores import Evaluation
 
 
 @dataclass
@@ -23,9 +24,11 @@ class Result:
     plan: RunPlan  # what was to be done
     parity: Parity | None = None  # None: the files were not verified
     fidelity: Fidelity | None = None  # None: the model was not compared with its source
+    evaluation: Evaluation | None = None  # None: no benchmark was run
     notes: dict[str, list[str]] = field(default_factory=dict)  # format → lines for log and card
     source_bytes: int | None = None  # of the source's weights; None: the source is not at hand
     module_names: bool = False  # the GPTQ folder has the names that GPTQModel.load wants
+    by_vllm: bool = True  # vLLM loads the compressed-tensors folder
     seconds: dict[str, float] = field(default_factory=dict)  # stage → wall time
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
@@ -22,8 +23,8 @@ from vlmq_export.formats.gguf.tables.params import image_params, text_params, vi
 from vlmq_export.formats.gguf.types.exact import grid_home, planned_home, why_homeless
 from vlmq_export.formats.gguf.types.mix import MIXES, module_types
 from vlmq_export.formats.gguf.types.table import TYPES
-from vlmq_export.formats.model_plan import ModelPlan
-from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.formats.model_plan import ModelPlan, embedding_note, tower_note
+from vlmq_export.quantizer.config import VISION_GROUP, QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
 
 # Bytes of a value in the file, by the dtype of the source. Wider floats are stored as F32.
@@ -51,7 +52,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         bits / weights if weights else 0.0,
         bits // 8 + biases + floats + _TOKEN_BYTES * _vocabulary(model),
         list(dict.fromkeys([*refusals, *inexpressible])),
-        plan_notes(model, homes | model.config.types),
+        [*plan_notes(model, homes | model.config.types), *vision_notes(model, layout, options)],
     )
 
 
@@ -81,6 +82,11 @@ def _refusals(
         if kind == "F16"
     ]
     refusals += _unknown(config)
+    if model.tower and options.mmproj_dtype == "q8_0":
+        refusals.append(
+            f"--mmproj q8_0: --vision-bits {config.vision_bits} has the types of the tower already;"
+            " use f16 or f32, which the other linears then have"
+        )
     if config.act_order == "dynamic" and config.group_size != -1:
         refusals.append(
             "--act-order dynamic permutes the groups, and GGUF has no g_idx;"
@@ -149,9 +155,7 @@ def _float_bytes(model: ModelPlan, layout: Layout | None, options: FormatOptions
     if layout is not None:
         aside = layout.unused | {place.hub for place in layout.vision.values()}
         aside |= {layout.head} if layout.text_params.tied else set()
-        for place in layout.vision.values():
-            kind = TYPES[stored_type(place, options.mmproj_dtype)]
-            total += prod(place.shape[:-1]) * kind.row_bytes(place.shape[-1])
+        total += sum(_tower_bytes(model, layout, options).values())
     for t in model.floats:
         if kind := model.config.types.get(t.name.removesuffix(".weight")):
             total += t.shape[0] * TYPES[kind].row_bytes(t.shape[1])
@@ -160,9 +164,30 @@ def _float_bytes(model: ModelPlan, layout: Layout | None, options: FormatOptions
     return total
 
 
+def _tower_bytes(model: ModelPlan, layout: Layout, options: FormatOptions) -> Counter[str]:
+    """Type → bytes of all tensors of the mmproj that have it."""
+    config, found = model.config.vision, Counter[str]()
+    solved = {f"{x.name}.weight": planned_home(config, x.in_features) for x in model.tower}
+    for place in layout.vision.values():
+        kind = solved.get(place.hub) or stored_type(place, options.mmproj_dtype)
+        found[kind] += prod(place.shape[:-1]) * TYPES[kind].row_bytes(place.shape[-1])
+    return found
+
+
+def vision_notes(model: ModelPlan, layout: Layout | None, options: FormatOptions) -> list[str]:
+    """What the log and the model card should say of a quantized vision tower."""
+    if layout is None or not model.tower:
+        return []
+    sizes = [_tower_bytes(m, layout, options) for m in (model, replace(model, tower=[]))]
+    kind = planned_home(model.config.vision, VISION_GROUP) or ""
+    return tower_note(model, kind, *(sum(each.values()) for each in sizes))
+
+
 def _vocabulary(model: ModelPlan) -> int:
     """The rows of the embedding."""
-    return next((t.shape[0] for t in model.floats if t.name.endswith("embed_tokens.weight")), 0)
+    rows = {t.name.removesuffix(".weight"): t.shape[0] for t in model.floats if t.shape}
+    rows |= {x.name: x.out_features for x in model.linears}
+    return rows.get(model.architecture.family.embedding, 0)
 
 
 def plan_notes(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:
@@ -172,12 +197,17 @@ def plan_notes(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:
     """
     config = model.config
     counts = Counter(home for home in homes.values() if home)
-    notes = [*_spread(counts), *_costs(model, homes, counts)]
+    notes = [*_spread(counts), *_costs(model, homes, counts), *_embedding(model, homes)]
     if config.types:
         return [*notes, *_fallbacks(config)]
     if config.bits == 4 and not config.symmetric and not _inexpressible(model.architecture):
         notes.append(_shared(model, homes))
     return [*notes, *_output_matrix(model)]
+
+
+def _embedding(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:
+    """What a quantized embedding takes."""
+    return embedding_note(model, lambda x: _stored(replace(model, linears=[x]), homes)[0] // 8)
 
 
 def _spread(counts: Counter[str]) -> list[str]:

@@ -196,6 +196,13 @@ _ROW_FUNCTIONS = {
     14: "dequantize_row_q6_K",
     35: "dequantize_row_tq2_0",
     42: "dequantize_row_q2_0",
+    20: "dequantize_row_iq4_nl",
+    23: "dequantize_row_iq4_xs",
+    21: "dequantize_row_iq3_s",
+    18: "dequantize_row_iq3_xxs",
+    22: "dequantize_row_iq2_s",
+    17: "dequantize_row_iq2_xs",
+    16: "dequantize_row_iq2_xxs",
 }
 
 

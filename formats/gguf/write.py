@@ -9,10 +9,10 @@ from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gguf.files import imatrix
 from vlmq_export.formats.gguf.files.metadata import file_stem, read_tokenizer
-from vlmq_export.formats.gguf.files.mmproj import write_mmproj
+from vlmq_export.formats.gguf.files.mmproj import dominant_type, write_mmproj
 from vlmq_export.formats.gguf.files.modelfile import MODELFILE, modelfile, stop_tokens
 from vlmq_export.formats.gguf.files.text import choose_homes, dominant, parameters, write_text
-from vlmq_export.formats.gguf.plan import plan, plan_notes
+from vlmq_export.formats.gguf.plan import plan, plan_notes, vision_notes
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.gguf.tables.params import image_params
 from vlmq_export.formats.model_plan import artifact_plan
@@ -35,8 +35,9 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
     homes = choose_homes(artifact)
     size = parameters(layout)
     mix = artifact.config.gguf_type or dominant(artifact, homes)
+    tower = dominant_type(artifact, options.mmproj_dtype)
     text = folder / f"{file_stem(options.name, size, mix)}.gguf"
-    vision = folder / f"mmproj-{file_stem(options.name, size, options.mmproj_dtype)}.gguf"
+    vision = folder / f"mmproj-{file_stem(options.name, size, tower)}.gguf"
     matrix = folder / imatrix.IMATRIX
     energies = imatrix.energies(artifact, layout) if options.gguf_imatrix else {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,8 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
         for file in (*_written(text), vision, matrix, folder / MODELFILE):
             file.unlink(missing_ok=True)
         raise
-    return [*plan_notes(model, homes), *_image_note(artifact, layout)]
+    notes = [*plan_notes(model, homes), *vision_notes(model, layout, options)]
+    return [*notes, *_image_note(artifact, layout)]
 
 
 def _written(text: Path) -> list[Path]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from vlmq_export.formats.contract import Inspection, TensorRow
-from vlmq_export.formats.gptq.read import PARTS, GptqFolder
+from vlmq_export.formats.contract import Inspection
+from vlmq_export.formats.gptq.read import GptqFolder
+from vlmq_export.formats.in_transformers.inspect import inspection
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -16,19 +16,7 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     folder = GptqFolder(path if path.is_dir() else path.parent)
-    rows = [TensorRow(t.name, t.shape, t.dtype, t.nbytes) for t in folder.tensors.values()]
-    names = [f"{module}.{part}" for module in folder.linears for part in PARTS]
-    parts = [folder.tensors[name] for name in names if name in folder.tensors]
-    weights = sum(t.numel * 32 // folder.bits for t in parts if t.name.endswith(".qweight"))
-    metadata = {key: _text(value) for key, value in folder.quantization.items()} | {
-        "architecture": _text(folder.config.get("architectures")).strip('[]"'),
-        "model_type": folder.family.model_type,
-        "quantized linears": str(len(folder.linears)),
-        "files": ", ".join(sorted({t.file for t in folder.tensors.values()})),
-    }
-    bits = 8 * sum(t.nbytes for t in parts) / weights if weights else 0.0
-    return Inspection(f"GPTQ {folder.version} safetensors", metadata, rows, bits)
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    codes = (folder.tensors[f"{module}.qweight"] for module in folder.linears)
+    weights = sum(t.numel * 32 // folder.bits for t in codes)
+    kind = f"GPTQ {folder.version} safetensors"
+    return inspection(folder, kind, weights, folder.quantization)

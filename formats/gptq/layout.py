@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from vlmq_export._version import __version__
-from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FormatOptions
+from vlmq_export.formats.in_transformers.files import Entry, float_entries
 from vlmq_export.formats.model_plan import LinearSpec, TensorSpec
-from vlmq_export.quantizer.artifact.manifest import ModuleRecord
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
-from vlmq_export.quantizer.storage.tensors import TensorInfo
 
 VERSIONS = {"v1": "gptq", "v2": "gptq_v2"}  # option --gptq-version → `checkpoint_format`
-PACKED = ("qweight", "qzeros", "scales", "g_idx")  # the parts that a weight becomes
 # GPTQModel loads an asymmetric v1 file only if `meta.quantizer` lists GPTQModel itself, in a
 # version from 0.9 on. We therefore list it as a tag of the format.
 FORMAT_TAG = "gptqmodel:7.7.0"
 # Those of our families that are in GPTQModel's MODEL_MAP.
-GPTQMODEL_LOADS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm")
+GPTQMODEL_LOADS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3")
 # Where optimum, through which transformers loads these files, looks for decoder layers by itself
 # (BLOCK_PATTERNS in optimum/gptq/constants.py). Elsewhere the file must say where they are.
 OPTIMUM_FINDS = ("model.layers", "model.language_model.layers")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the folder: a part of a quantized linear, or a float tensor as it is."""
-
-    name: str  # in the file
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' spelling
-    source: str  # hub name of the linear, or of the float tensor
-    part: str = ""  # qweight, qzeros, scales, g_idx or bias; empty for a float tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the data in bytes."""
-        return TensorInfo(self.name, self.shape, self.dtype, "").nbytes
 
 
 def entries(
@@ -66,8 +46,7 @@ def entries(
             shapes["bias"] = ((n,), "F16")
         for part, (shape, dtype) in shapes.items():
             yield Entry(rename(f"{linear.name}.{part}"), shape, dtype, linear.name, part)
-    plain = [Entry(rename(t.name), t.shape, t.dtype, t.name) for t in floats]
-    yield from sorted(plain, key=lambda e: -TensorInfo("", (1,), e.dtype, "").nbytes)
+    yield from float_entries(floats, rename)
 
 
 def renamer(architecture: Architecture, options: FormatOptions) -> Callable[[str], str]:
@@ -102,17 +81,3 @@ def quantization_config(
             "act_group_aware": config.act_order == "gar",
         },
     } | named
-
-
-def check_uniform(records: Iterable[ModuleRecord], config: QuantConfig) -> None:
-    """Raises FormatError for a linear on another grid than `config` has.
-
-    transformers reads one grid for the whole folder.
-    """
-    grid = config.bits, config.group_size, config.symmetric
-    for r in records:
-        if (r.bits, r.group_size, r.symmetric) != grid:
-            raise FormatError(
-                f"{r.name}: its grid differs from the artifact's own;"
-                " GPTQ files hold one grid, quantize again"
-            )

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
-from vlmq_export.formats.gptq import runtimes
 from vlmq_export.formats.gptq.layout import (
     FORMAT_TAG,
     GPTQMODEL_LOADS,
-    PACKED,
     VERSIONS,
     entries,
     renamer,
 )
-from vlmq_export.formats.gptq.runtimes import BITS, GROUP_SIZES
+from vlmq_export.formats.gptq.runtimes import BITS, GROUP_SIZES, RUNTIMES
+from vlmq_export.formats.in_transformers import runtimes
+from vlmq_export.formats.in_transformers.files import (
+    bits_per_weight,
+    embedding_refusals,
+    group_refusals,
+)
 from vlmq_export.formats.model_plan import ModelPlan
 
 FUSED_CPU_GROUPS = (32, 64, 128, 256)  # those of the 4-bit kernel that GPTQModel picks on CPU
@@ -27,9 +31,8 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         return FormatPlan(0.0, 0, refusals)
     rename = renamer(model.architecture, options)
     table = list(entries(model.linears, model.floats, model.config, rename))
-    packed = sum(e.nbytes for e in table if e.part in PACKED)
-    weights = sum(s.out_features * s.in_features for s in model.linears)
-    return FormatPlan(8 * packed / weights, sum(e.nbytes for e in table), [], notes(model, options))
+    size = sum(e.nbytes for e in table)
+    return FormatPlan(bits_per_weight(model, table), size, [], notes(model, options))
 
 
 def _option_refusals(model: ModelPlan, options: FormatOptions) -> Iterator[str]:
@@ -54,11 +57,17 @@ def _option_refusals(model: ModelPlan, options: FormatOptions) -> Iterator[str]:
             f"--group-size {config.group_size}: GPTQModel and transformers load only {allowed};"
             " choose one of these"
         )
+    if config.vision_bits:
+        yield (
+            f"--vision-bits {config.vision_bits}: GPTQ files hold the vision tower in floats, which"
+            " this run would not have calibrated on; leave out --format gptq, or the option"
+        )
     if config.head_bits:
         yield (
             f"--head-bits {config.head_bits}: transformers loads quantized linears of the decoder"
             " layers only (optimum 2.3); leave out --format gptq, or the option"
         )
+    yield from embedding_refusals(config, "gptq")
 
 
 def _shape_refusals(model: ModelPlan) -> Iterator[str]:
@@ -70,19 +79,13 @@ def _shape_refusals(model: ModelPlan) -> Iterator[str]:
                 f"{odd[0].name} has {axis} {getattr(odd[0], axis)}, which is no multiple of 32 and"
                 f" cannot be packed ({len(odd)} such linears); leave --format gptq out"
             )
-    size = model.config.group_size
-    bad = [s for s in model.linears if size > 0 and s.in_features % size]
-    if bad:
-        yield (
-            f"--group-size {size} does not divide in_features {bad[0].in_features} of"
-            f" {bad[0].name}; choose a divisor or -1"
-        )
+    yield from group_refusals(model)
 
 
 def notes(model: ModelPlan, options: FormatOptions) -> list[str]:
     """What the user should know of this file: who loads it, and how fast its kernels are."""
     return [
-        *runtimes.notes(model, options),
+        *runtimes.notes(RUNTIMES, model, options),
         *_kernel_notes(model),
         *_reader_notes(model, options),
     ]

@@ -33,11 +33,14 @@ def inspect(path: Path) -> Inspection:
         rows += own
         sizes = {row.name: row.nbytes for row in own}
         for node in model.graph.node:
-            if node.op_type != "MatMulNBits":
+            if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
                 continue
             attributes = {a.name: a.i for a in node.attribute}
+            stored += sum(sizes.get(name, 0) for name in node.input)
+            if node.op_type == "GatherBlockQuantized":  # codes of whole bytes
+                quantized += 8 * sizes[node.input[0]] // attributes["bits"]
+                continue
             quantized += attributes["K"] * attributes["N"]
-            stored += sum(sizes.get(name, 0) for name in node.input[1:])
             level = str(attributes.get("accuracy_level", 0))
             if metadata.setdefault("accuracy_level", level) != level:
                 metadata["accuracy_level"] = "mixed"

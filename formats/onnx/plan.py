@@ -6,14 +6,23 @@ from collections.abc import Iterator
 
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
-from vlmq_export.formats.model_plan import LinearSpec, ModelPlan
+from vlmq_export.formats.model_plan import (
+    LinearSpec,
+    ModelPlan,
+    TensorSpec,
+    embedding_note,
+    tower_note,
+)
 from vlmq_export.formats.onnx.genai_config import genai_files
 from vlmq_export.formats.onnx.graphs.families import TRACED, graph_refusals
 from vlmq_export.formats.onnx.passes.packing import block_size_for, container_bits
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.storage.tensors import DTYPES
 
-# Bytes of protobuf per linear: its node, names, and its share of the other nodes.
-_GRAPH_BYTES = 9_000
+# Bytes of nodes and names in the graphs for each quantized linear, and for each tensor of a vision
+# tower that torch traced or mobius made.
+_LINEAR_BYTES, _TRACED_BYTES, _MOBIUS_BYTES = 3_000, 1_400, 4_100
+_TOWER_BYTES = 500  # what a tensor of the tower takes more where it is quantized
 
 
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
@@ -26,9 +35,10 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         return FormatPlan(0.0, 0, refusals)
     width = 2 if options.onnx_dtype == "float16" else 4
     stored = sum(_stored_bytes(linear, model.config, width) for linear in model.linears)
-    size = stored + _float_bytes(model, width) + _GRAPH_BYTES * len(model.linears)
+    size = stored + _float_bytes(model, width) + _graph_bytes(model) + _tower_bytes(model)
     weights = sum(x.out_features * x.in_features for x in model.linears)
-    return FormatPlan(8 * stored / weights, size, [], notes_for(model.config, options))
+    table = embedding_note(model, lambda x: _stored_bytes(x, model.config, width))
+    return FormatPlan(8 * stored / weights, size, [], [*notes_for(model, options), *table])
 
 
 def _genai_refusals(model: ModelPlan, options: FormatOptions) -> list[str]:
@@ -65,33 +75,56 @@ def _option_refusals(config: QuantConfig, options: FormatOptions) -> Iterator[st
 def _stored_bytes(
     linear: LinearSpec,
     config: QuantConfig,
-    width: int,  # bytes of a float in the decoder
+    width: int,  # bytes of a scale
 ) -> int:
-    """Bytes of a quantized linear: codes, scales, zero-points, bias, and its order of columns."""
-    block, bits = block_size_for(config.group_size), container_bits(config.of(linear.name).bits)
+    """Bytes of a quantized linear: codes, scales, zero-points, and its order of columns.
+
+    Its bias has 16 bits, as in the artifact.
+    """
+    own = config.of(linear.name)
+    block, bits = block_size_for(own.group_size), container_bits(own.bits)
     assert block is not None, "a group size without a block is refused"
     blocks = -(-linear.in_features // block)
     codes, scales, zeros = blocks * block * bits // 8, width * blocks, -(-blocks * bits // 8)
-    stored = linear.out_features * (codes + scales + zeros + width * linear.bias)
-    if _permuted(config):
+    stored = linear.out_features * (codes + scales + zeros + 2 * linear.bias)
+    if _permuted(own):
         stored += 8 * linear.in_features
     return stored
 
 
+def _tower_bytes(model: ModelPlan) -> int:
+    """Bytes of the quantized linears of the vision tower, which computes in float32."""
+    return sum(_stored_bytes(linear, model.config.vision, 4) for linear in model.tower)
+
+
 def _float_bytes(model: ModelPlan, width: int) -> int:
-    """Bytes of all other tensors. The vision tower is float32, the rest has `width` bytes each."""
-    architecture, text = model.architecture, model.architecture.text
+    """Bytes of all other tensors: those of the source, or less where the graph computes in less.
+
+    The vision tower computes in float32, the decoder in floats of `width` bytes. A tied output
+    matrix lies in the embedding's bytes.
+    """
+    architecture = model.architecture
     is_vision = architecture.family.is_vision
-    size = sum((4 if is_vision(t.name) else width) * t.numel for t in model.floats)
-    own_head = any(t.name.endswith("lm_head.weight") for t in model.floats)
-    if not model.config.head_bits and not own_head:
-        # A tied output matrix is written a second time.
-        tables = (t.numel for t in model.floats if t.name.endswith("embed_tokens.weight"))
-        size += width * next(tables, 0)
+
+    def size(tensor: TensorSpec) -> int:
+        stored = DTYPES[tensor.dtype].itemsize
+        return tensor.numel * min(stored, 4 if is_vision(tensor.name) else width)
+
+    tables = 0
     if architecture.model_type not in TRACED:
         # mobius stores cosines and sines of every position. Traced graphs compute them.
-        size += width * text["max_position_embeddings"] * architecture.head_dim
-    return size
+        tables = width * architecture.text["max_position_embeddings"] * architecture.head_dim
+    return sum(map(size, model.floats)) + tables
+
+
+def _graph_bytes(model: ModelPlan) -> int:
+    """Bytes of the graphs without their data."""
+    architecture = model.architecture
+    tower = sum(architecture.family.is_vision(tensor.name) for tensor in model.floats)
+    tower += sum(1 + linear.bias for linear in model.tower)
+    each = _TRACED_BYTES if architecture.model_type in TRACED else _MOBIUS_BYTES
+    nodes = _LINEAR_BYTES * len(model.linears) + _TOWER_BYTES * len(model.tower)
+    return nodes + each * tower
 
 
 def _permuted(config: QuantConfig) -> bool:
@@ -99,9 +132,21 @@ def _permuted(config: QuantConfig) -> bool:
     return config.act_order == "dynamic" and config.group_size != -1
 
 
-def notes_for(config: QuantConfig, options: FormatOptions) -> list[str]:
+def notes_for(model: ModelPlan, options: FormatOptions) -> list[str]:
     """What the user should know of these files."""
-    return [*_graph_notes(config, options), *_grid_notes(config)]
+    config = model.config
+    return [*_graph_notes(config, options), *_grid_notes(config), *_vision_notes(model)]
+
+
+def _vision_notes(model: ModelPlan) -> list[str]:
+    """What becomes of a quantized vision tower."""
+    is_vision = model.architecture.family.is_vision
+    rest = sum(t.numel * DTYPES[t.dtype].itemsize for t in model.floats if is_vision(t.name))
+    before = None
+    if all(linear.dtype for linear in model.tower):
+        before = rest + sum(x.numel * DTYPES[x.dtype].itemsize for x in model.tower)
+    kind = f"MatMulNBits of {model.config.vision_bits} bits"
+    return tower_note(model, kind, rest + _tower_bytes(model), before)
 
 
 def _graph_notes(config: QuantConfig, options: FormatOptions) -> Iterator[str]:
@@ -110,9 +155,12 @@ def _graph_notes(config: QuantConfig, options: FormatOptions) -> Iterator[str]:
         yield "embeddings, decoder and cache are float16, the vision tower computes in float32"
     else:
         head = "" if config.head_bits else " and output head"
+        kept = f"vision tower, embeddings, norms{head} are"
+        if config.vision_bits or config.embedding_bits:
+            kept = "what is not quantized is"
         yield (
-            f"vision tower, embeddings, norms{head} are float32, scales too:"
-            " what the CPU kernels compute in"
+            f"{kept} stored as in the source and cast to float32 when loaded: what the CPU kernels"
+            " compute in"
         )
     if options.onnx_graph == "single" and options.onnx_provider == "cpu":
         yield "the decoder runs one prompt at a time; --onnx-graph fused takes batches"
@@ -126,11 +174,9 @@ def _graph_notes(config: QuantConfig, options: FormatOptions) -> Iterator[str]:
 def _grid_notes(config: QuantConfig) -> Iterator[str]:
     """Where the integers are stored otherwise than the grid says."""
     if config.head_bits:
-        yield (
-            f"the output head is a tensor of its own, {config.head_bits} bits;"
-            " the embedding stays as it was"
-        )
-    if 3 in (config.bits, config.head_bits):
+        embedding = "" if config.embedding_bits else "; the embedding stays as it was"
+        yield f"the output head is a tensor of its own, {config.head_bits} bits{embedding}"
+    if 3 in (config.bits, config.head_bits, config.vision_bits):
         yield (
             "3-bit codes lie in the 4-bit container, at the size of 4 bits;"
             " no runtime decodes three"

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
 GRAPHS = ("vision", "embedding", "text")
-_FLOAT32, _UINT8, _INT64, _FLOAT16 = 1, 2, 7, 10  # values of TensorProto.DataType
-_FLOATS = (_FLOAT32, _FLOAT16)
+# Values of TensorProto.DataType.
+_FLOAT32, _UINT8, _INT64, _FLOAT16, _BFLOAT16 = 1, 2, 7, 10, 16
+_SCALES = (_FLOAT32, _FLOAT16)
+_FLOATS = (*_SCALES, _BFLOAT16)
 _EXTERNAL = 1  # a value of TensorProto.DataLocation
 
 Where = TypeVar("Where")
@@ -47,7 +49,7 @@ def guarded(
 
 @dataclass(frozen=True)
 class Linear:
-    """One MatMulNBits node as it lies in the file."""
+    """One MatMulNBits node, or one GatherBlockQuantized, as it lies in the file."""
 
     name: str  # hub name of the module
     bits: int
@@ -58,6 +60,7 @@ class Linear:
     order: np.ndarray | None  # int64 [in]: the columns that a Gather before the node takes
     in_features: int
     accuracy_level: int
+    looked_up: bool = False  # whether the node takes rows of it, and does not multiply
 
     def decode(self) -> np.ndarray:
         """The weights, float32 [out, in], columns in their original order."""
@@ -85,13 +88,17 @@ def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Node:
-    """A MatMulNBits node with its constants, before any of their data is read."""
+    """A node with its constants, before any of their data is read.
+
+    A GatherBlockQuantized has the attributes that a MatMulNBits on the same constants would have.
+    """
 
     attributes: dict[str, int]
     weight: TensorProto
     scales: TensorProto
     zeros: TensorProto
-    order: TensorProto | None  # of the Gather before the node
+    order: TensorProto | None = None  # of the Gather before the node
+    looked_up: bool = False  # whether it is a GatherBlockQuantized
 
     @property
     def constants(self) -> list[TensorProto]:
@@ -113,6 +120,8 @@ class OnnxFolder:
         self.floats: dict[str, list[TensorProto]] = {}
         # Hub name of a module → its node, and the rows of the node that are its own.
         self._linears: dict[str, tuple[_Node, slice]] = {}
+        # Names in the graph that computes in float32 beside a decoder of either type.
+        self._vision = {t.name for t in self.models["vision"].graph.initializer}
         for name, model in self.models.items():
             check_external(self.path, f"{name}.onnx", model)
             self._index(model)
@@ -125,12 +134,18 @@ class OnnxFolder:
         consumers = {i: n for n in model.graph.node for i in n.input}
         parts: set[str] = set()
         for node in model.graph.node:
-            if node.op_type != "MatMulNBits":
+            if node.op_type == "GatherBlockQuantized":
+                module = node.input[0].removesuffix(".qweight")
+                found = self._table(node, module, constants)
+                self._linears[module] = found, slice(None)
+            elif node.op_type == "MatMulNBits":
+                module = node.input[1].removesuffix(".qweight")
+                found = self._node(node, module, producers, constants)
+                outputs = found.attributes["N"]
+                for name, rows in self._rows(node, module, outputs, consumers, constants):
+                    self._linears[name] = found, rows
+            else:
                 continue
-            module = node.input[1].removesuffix(".qweight")
-            found = self._node(node, module, producers, constants)
-            for name, rows in self._rows(node, module, found.attributes["N"], consumers, constants):
-                self._linears[name] = found, rows
             parts |= {t.name for t in found.constants}
         for name, tensor in constants.items():
             if name not in parts and tensor.data_type in _FLOATS:
@@ -161,6 +176,21 @@ class OnnxFolder:
         self._check_shapes(module, found)
         return found
 
+    def _table(self, node: NodeProto, module: str, constants: Mapping[str, TensorProto]) -> _Node:
+        """A GatherBlockQuantized node, if it takes rows of a table as we write it."""
+        if len(node.input) != 4 or any(node.input[i] not in constants for i in (0, 2, 3)):
+            raise FormatError(f"{self.path}: {module} lacks scales or zero_points; export again")
+        codes, scales, zeros = (constants[node.input[i]] for i in (0, 2, 3))
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "bits": 4}  # the operator's defaults
+        attributes |= {a.name: a.i for a in node.attribute}
+        if (attributes["gather_axis"], attributes["quantize_axis"]) != (0, 1):
+            raise FormatError(f"{self.path}: {module} does not take rows; export again")
+        rows, size = codes.dims
+        attributes |= {"N": rows, "K": 8 * size // attributes["bits"]}
+        found = _Node(attributes, codes, scales, zeros, looked_up=True)
+        self._check_shapes(module, found)
+        return found
+
     def _check_shapes(self, module: str, node: _Node) -> None:
         """Raises FormatError unless the constants have the shapes that the attributes ask for."""
         found = node.attributes
@@ -176,9 +206,11 @@ class OnnxFolder:
                 " ONNX Runtime takes 2, 4, 8 in 16 to 256"
             )
         blocks = -(-inputs // block)
+        size = block * bits // 8
+        codes = (outputs, blocks * size) if node.looked_up else (outputs, blocks, size)
         expected = [
-            (node.weight, (_UINT8,), (outputs, blocks, block * bits // 8)),
-            (node.scales, _FLOATS, (outputs, blocks)),
+            (node.weight, (_UINT8,), codes),
+            (node.scales, _SCALES, (outputs, blocks)),
             (node.zeros, (_UINT8,), (outputs, -(-blocks * bits // 8))),
         ]
         if node.order is not None:
@@ -235,7 +267,7 @@ class OnnxFolder:
     @property
     def accuracy_levels(self) -> set[int]:
         """The accuracy levels of all MatMulNBits nodes. Where there is no node it is {0}."""
-        nodes = (node for node, _ in self._linears.values())
+        nodes = (node for node, _ in self._linears.values() if not node.looked_up)
         return {node.attributes.get("accuracy_level", 0) for node in nodes} or {0}
 
     @property
@@ -243,9 +275,14 @@ class OnnxFolder:
         """Whether activations and cache of the decoder are float16."""
         return self.models["text"].graph.input[0].type.tensor_type.elem_type == _FLOAT16
 
-    def stored_as(self, name: str) -> type:
-        """The numpy type that a float weight has in the file."""
-        half = any(t.data_type == _FLOAT16 for t in self.floats.get(name, []))
+    def rounded_to(self, name: str) -> type:
+        """The numpy type that a float weight of the source was rounded to.
+
+        That is float16 where the decoder computes in float16. Any other weight has the source's own
+        value: float32 graphs cast what they store in 16 bits.
+        """
+        stored = {t.data_type for t in self.floats.get(name, [])}
+        half = self.half and name not in self._vision and _FLOAT16 in stored
         return np.float16 if half else np.float32
 
     @guarded
@@ -259,24 +296,28 @@ class OnnxFolder:
                 raise FormatError(
                     f"{self.path}: {node.order.name} is not an order of the columns; export again"
                 )
+        bits, block = node.attributes["bits"], node.attributes["block_size"]
+        scales = self.array(node.scales)[rows]
         return Linear(
             name,
-            node.attributes["bits"],
-            node.attributes["block_size"],
-            self.array(node.weight)[rows],
-            self.array(node.scales)[rows],
+            bits,
+            block,
+            self.array(node.weight)[rows].reshape(*scales.shape, -1),
+            scales,
             self.array(node.zeros)[rows],
             columns,
             inputs,
             node.attributes.get("accuracy_level", 0),
+            node.looked_up,
         )
 
     def array(self, tensor: TensorProto) -> np.ndarray:
-        """The data of a constant."""
+        """The data of a constant, with bfloat16 as float32."""
         from onnx import numpy_helper
 
         try:
-            return numpy_helper.to_array(tensor, str(self.path))
+            values = numpy_helper.to_array(tensor, str(self.path))
+            return values.astype(np.float32) if tensor.data_type == _BFLOAT16 else values
         except (ValueError, OSError) as e:
             raise FormatError(
                 f"{self.path}: {tensor.name} cannot be read ({e}); export again"
@@ -350,8 +391,9 @@ def check_external(folder: Path, name: str, model: ModelProto) -> None:
     """Checks where the data of a graph lie.
 
     Raises FormatError unless every data file is a plain file in `folder`, and exactly as long as
-    its tensors need.
+    its tensors need. The file of another graph may be longer, because that graph checks it.
     """
+    others = {f"{graph}.onnx.data" for graph in GRAPHS} - {f"{name}.data"}
     ends: dict[str, int] = {}
     for tensor in _tensors(model):
         if tensor.data_location == _EXTERNAL:
@@ -365,10 +407,9 @@ def check_external(folder: Path, name: str, model: ModelProto) -> None:
             raise FormatError(
                 f"{file}: a hard link, which the onnx package refuses to read; copy the file"
             )
-        if file.stat().st_size != end:
-            raise FormatError(
-                f"{file}: {file.stat().st_size} bytes where the graph needs {end}; export again"
-            )
+        size = file.stat().st_size
+        if size < end or (size > end and location not in others):
+            raise FormatError(f"{file}: {size} bytes where the graph needs {end}; export again")
 
 
 def _span(folder: Path, name: str, tensor: TensorProto) -> tuple[str, int]:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
+from vlmq_export.quantizer.samples.sample import Sample
 
 ANSWER = 16  # most tokens of a greedy answer
 AT_ONCE = 16  # most prompts that are answered together
 Inputs = Mapping[str, torch.Tensor]  # keyword arguments of the model, as a batch of one prompt
+Told = Callable[[int], None]  # is given the number of prompts that are done; may raise to stop
+
+
+class Answerer(Protocol):
+    """Answers prompts greedily in one runtime, as often as it is asked."""
+
+    def __call__(self, prompts: Sequence[Sample], limit: int, tell: Told) -> list[list[int]]:
+        """The token ids of each answer, at most `limit`, up to and without the stop token."""
+        ...
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
@@ -64,14 +75,19 @@ def generate(
 
     It goes by the cache whatever config.json says (that of SmolVLM2 says no). Without one, each
     step would see the images again, and a model that writes an image token would have too few.
+    A penalty for repetition, which some models ask for in generation_config.json, is left out: the
+    runtimes take the most likely token, and nothing else.
     """
     stop = sorted(stop_ids)
+    # The first transformers 5 find the image tokens themselves, and refuse to be told them.
+    told = "mm_token_type_ids" in signature(model.forward).parameters
     return model.generate(
-        **inputs,
+        **{k: v for k, v in inputs.items() if told or k != "mm_token_type_ids"},
         max_new_tokens=limit,
         do_sample=False,
         num_beams=1,
         use_cache=True,
+        repetition_penalty=1.0,
         eos_token_id=stop,
         pad_token_id=stop[0],
         **options,

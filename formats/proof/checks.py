@@ -53,7 +53,7 @@ class Steps:
 class Check:
     """One row of the parity table."""
 
-    format: str  # gptq, onnx or gguf
+    format: str  # one of formats.NAMES
     level: str  # L1, L2 or L3
     name: str  # what was compared, in words
     status: str  # passed, failed, not run, or info for a row that has no gate

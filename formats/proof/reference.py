@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
+from inspect import signature
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -27,16 +28,16 @@ from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import Row
 from vlmq_export.quantizer.samples.sample import Sample
 
-# Bytes of memory for each weight. While the reference is loaded, a weight is held twice: decoded,
+# Copies of each weight in memory. While the reference is loaded, a weight is held twice: decoded,
 # and in the model. It is held once more in the runtime. All three are float32.
-_WHOLE_MODEL_BYTES = 3 * 4
+_COPIES = 3
 
 Verdict = Literal["same", "tie", "other"]  # of a greedy answer
 
 
-def too_large(weights: int, memory: int) -> str:
+def too_large(weights: int, memory: int, copies: int = _COPIES) -> str:
     """Why a model of so many weights is not run whole in `memory` bytes; empty if it is."""
-    need = _WHOLE_MODEL_BYTES * weights
+    need = 4 * copies * weights
     if need <= memory:
         return ""
     return f"needs {need / 1e9:.0f} GB for whole models in float32, {memory / 1e9:.0f} GB are there"
@@ -79,6 +80,11 @@ class Reference:
         """
         return "" if self.memory is None else too_large(self.weights.count, self.memory)
 
+    @property
+    def fits_beside(self) -> bool:
+        """Whether one runtime more, in a process beside, finds room for its model."""
+        return self.memory is None or not too_large(self.weights.count, self.memory, _COPIES + 1)
+
     @cached_property
     def prompts(self) -> list[Sample]:
         """One sample per row: image, question and generation prompt, without the answer."""
@@ -116,6 +122,14 @@ class Reference:
             )
         return model.eval()
 
+    @cached_property
+    def _empty(self) -> Any:  # a PreTrainedModel
+        """transformers' own class without weights. It knows where a prompt's tokens stand."""
+        config = pretrained_config(self._config)
+        cls: Any = model_class(config)
+        with torch.device("meta"):
+            return cls(config)
+
     @torch.no_grad()
     def logits(self, prompt: Sample) -> np.ndarray:
         """float32 [tokens, vocabulary], of every position of the prompt."""
@@ -144,15 +158,13 @@ class Reference:
 
         [3, 1, tokens] in a family with M-RoPE: temporal, height and width. [1, tokens] in others.
         """
-        inputs = prompt.model_inputs()
         if not prompt.mrope:
             return np.arange(len(prompt.input_ids))[None]
-        ids, _ = self.model.model.get_rope_index(
-            inputs["input_ids"],
-            mm_token_type_ids=inputs["mm_token_type_ids"],
-            image_grid_thw=inputs.get("image_grid_thw"),
-            attention_mask=inputs["attention_mask"],
-        )
+        find = self._empty.model.get_rope_index
+        # The first transformers 5 look for the image tokens themselves, and are not told them.
+        known = signature(find).parameters
+        inputs = {k: v for k, v in prompt.model_inputs().items() if k in known}
+        ids, _ = find(**inputs)
         return ids.numpy()
 
     def answer(self, prompt: Sample) -> list[int]:

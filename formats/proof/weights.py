@@ -26,6 +26,21 @@ _BLOCKS = ("codes", "d", "sub_scales", "dmin", "sub_mins")
 # GGUF type without a minimum → the code that decodes to zero.
 _CENTRES = {"Q3_K": 4, "Q4_0": 8, "Q5_0": 16, "Q6_K": 32, "Q8_0": 128, "TQ2_0": 1, "Q2_0": 1}
 
+# GGUF type with unevenly spaced levels → what its codes stand for.
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_IQ3_S = (*range(-15, 0, 2), *range(1, 16, 2))
+_IQ3_XXS = (-15.5, *range(-13, 0, 2), *range(1, 14, 2), 15.5)
+_IQ2 = (-5.375, -3.125, -1.0, 1.0, 3.125, 5.375)
+_LEVELS = {
+    "IQ4_NL": _IQ4,
+    "IQ4_XS": _IQ4,
+    "IQ3_S": _IQ3_S,
+    "IQ3_XXS": _IQ3_XXS,
+    "IQ2_S": _IQ2,
+    "IQ2_XS": _IQ2,
+    "IQ2_XXS": _IQ2,
+}
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -121,8 +136,9 @@ class Weights:
     def _from_blocks(self, module: str, rows: Sequence[int] | None) -> np.ndarray:
         """A weight on a GGUF block type, float32 [out, in].
 
-        (d · sub_scale) · (code − centre), or (d · sub_scale) · code − dmin · sub_min for a type
-        with minima. The products are exact, so that there is one rounding.
+        (d · sub_scale) · (code − centre), (d · sub_scale) · level[code], or
+        (d · sub_scale) · code − dmin · sub_min for a type with minima. The products are exact, so
+        that there is one rounding.
         """
         held = [k for k in _BLOCKS if f"{module}.{k}" in self._places]
         part = {k: self.tensor(f"{module}.{k}", rows).numpy() for k in held}
@@ -137,8 +153,11 @@ class Weights:
 
         if "dmin" in part:
             return spread("d", "sub_scales") * codes.astype(np.float32) - spread("dmin", "sub_mins")
-        centre = _CENTRES[self._types[module]]
-        return spread("d", "sub_scales") * (codes.astype(np.int16) - centre).astype(np.float32)
+        kind = self._types[module]
+        if kind in _LEVELS:
+            return spread("d", "sub_scales") * np.array(_LEVELS[kind], np.float32)[codes]
+        steps = codes.astype(np.int16) - _CENTRES[kind]
+        return spread("d", "sub_scales") * steps.astype(np.float32)
 
     def items(self) -> Iterator[tuple[str, np.ndarray]]:
         """(hub name, float32 array) of every weight, one at a time."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vlmq_export.quantizer.config import ACT_ORDERS, BITS, QuantConfig
+from vlmq_export.quantizer.config import ACT_ORDERS, BITS, EMBEDDING_TYPES, QuantConfig
 from vlmq_export.quantizer.grids.blocks import GRIDS, Params
 from vlmq_export.quantizer.grids.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.grids.solutions import BlockSolution, Solution
 
 SCHEMA = 1  # of manifest.json; readers refuse any other
 OUTER = -1  # the "layer" of an embedding
+VISION = -2  # that of the vision tower and the projector
 MANIFEST = "manifest.json"
 TIMING = "timing.json"  # kept apart, so that every other file has the same bytes in every run
 ERRORS = ("relative_error", "nearest_error", "weight_error")  # metrics that the report draws
@@ -28,7 +29,9 @@ class ModuleRecord:
     """What the manifest says of one linear, embedding or output matrix."""
 
     name: str  # hub name
-    layer: int  # OUTER for an embedding; the output head's number follows the last decoder layer's
+    # OUTER for an embedding, VISION for the vision tower and the projector. The output head's
+    # number follows the last decoder layer's.
+    layer: int
     bits: int
     group_size: int
     symmetric: bool
@@ -135,7 +138,8 @@ class Manifest:
 
 def layer_file(index: int) -> str:
     """The file of one layer's integers. `index` is that of ModuleRecord.layer."""
-    return f"layer-{index:05d}.safetensors" if index >= 0 else "layer-outer.safetensors"
+    names = {OUTER: "outer", VISION: "vision"}
+    return f"layer-{names.get(index) or f'{index:05d}'}.safetensors"
 
 
 def changed_file(index: int) -> str:
@@ -158,7 +162,9 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
     dicts = all(isinstance(x, dict) for x in (m.source, m.calibration, m.phases))
     if not isinstance(m.model_type, str) or not dicts:
         problems.append("model_type, source, calibration or phases of another type")
-    known = config.head_bits in (0, *BITS) and isinstance(config.method, str)
+    known = all(bits in (0, *BITS) for bits in (config.head_bits, config.vision_bits))
+    known = known and config.embedding_bits in (0, *EMBEDDING_TYPES)
+    known = known and isinstance(config.method, str)
     known = known and isinstance(config.act_order, str) and config.act_order in ACT_ORDERS
     known = known and type(config.tune) is int and config.tune >= 0
     if not known or not _is_grid(config):
@@ -178,7 +184,7 @@ def _record_problems(r: ModuleRecord, names: set[str]) -> list[str]:
     sizes = (r.layer, r.out_features, r.in_features)
     if not isinstance(r.name, str) or r.name in names:
         return [f"linear {r.name!r} twice"]
-    if not all(type(n) is int and OUTER <= n < 2**31 for n in sizes) or min(sizes[1:]) < 1:
+    if not all(type(n) is int and VISION <= n < 2**31 for n in sizes) or min(sizes[1:]) < 1:
         return [f"{r.name} has layer and shape {sizes}"]
     if not _fits(r):
         grid = r.type or f"{r.bits} bits in groups of {r.group_size}"

@@ -7,6 +7,7 @@
                                        the parameters of its grid, its bias, and the energy of its
                                        inputs. A quantized output head follows the last layer
       layer-outer.safetensors          a quantized embedding
+      layer-vision.safetensors         the quantized linears of the vision tower and the projector
       float-00001.safetensors          every tensor that is not quantized, with the source's bytes
       float-changed-00000.safetensors  norms of a decoder layer that took a scale (awq, mbq), in
                                        place of the source's

@@ -2,15 +2,16 @@
 
     L = Σ over samples of the mean of −log p over the sample's answer tokens
 
-The full-precision stream is taken forward once, and every layer's input is put away. Then the
-layers are filled again, from the last to the first, and the gradient is passed back through each.
-Memory stays at one layer and the activations in flight.
+The full-precision stream is taken forward, and every layer's input is put away. Then the layers
+are filled again, from the last to the first, and the gradient is passed back through each. As many
+batches at once go this way as have inputs of KEPT bytes in all layers together, so that memory
+follows neither the number of samples nor that of layers.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vlmq_export.quantizer.arithmetic import tensor_cores
 from vlmq_export.quantizer.calibration.batches import Batch, add
 from vlmq_export.quantizer.calibration.hooks import leaf_output
+from vlmq_export.quantizer.calibration.importance import per_sample, token_factors
 from vlmq_export.quantizer.model.streamed import StreamedModel
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 
-MBQ_TYPES = ("self_attn.o_proj", "mlp.down_proj")  # whose outputs stand for attention and MLP
+AT_ONCE = 512  # positions whose logits are there at once
+KEPT = 4 * 2**30  # bytes of layers' inputs that are put away at once
 # Is given layer, module, batch and ∂L/∂Z [samples, tokens, out].
 Take = Callable[[int, str, Batch, torch.Tensor], None]
 
@@ -35,8 +38,33 @@ def answer_gradients(
     """Give `take` the gradient of L at the output Z of each module of `names`, last layer first.
 
     Samples do not weigh on each other. The batches are at the input of the first layer and are left
-    there. Nothing is taken for samples whose activations are not finite.
+    there. Samples whose activations are not finite have no loss.
     """
+    kept = 4 * layers * model.head_shape[1]  # bytes of a token
+    for some in _parts(batches, kept):
+        _gradients_of(model, layers, some, names, take)
+
+
+def _parts(batches: Sequence[Batch], kept: int) -> Iterator[Sequence[Batch]]:
+    """The batches in parts, each of which keeps at most KEPT bytes, or is one batch.
+
+    kept: bytes that one token keeps. The activations themselves may rest on disk, and stay there.
+    """
+    start, held = 0, 0
+    for index, batch in enumerate(batches):
+        own = kept * batch.ids.numel()
+        if index > start and held + own > KEPT:
+            yield batches[start:index]
+            start, held = index, 0
+        held += own
+    if batches:
+        yield batches[start:]
+
+
+def _gradients_of(
+    model: StreamedModel, layers: int, batches: Sequence[Batch], names: Sequence[str], take: Take
+) -> None:
+    """`answer_gradients` of one part of the batches."""
     inputs = _layer_inputs(model, layers, batches)
     gradients: list[Callable] = []  # ∂L/∂ of what leaves the layer, one a batch
     for index in reversed(range(layers)):
@@ -52,9 +80,10 @@ def answer_gradients(
                     for name in names:
                         module = layer.get_submodule(name)
                         hooks.enter_context(leaf_output(module, leaves, name, cut=False))
-                    out = layer_output(layer, hidden, batch)
+                    out = layer_output(layer, hidden, batch, index)
                     if head is not None:
-                        out, onward = _loss(head(add(out, batch, index)), batch), None
+                        out = add(out, batch, index)
+                        onward = _loss_gradient(head, out, batch)
                     else:
                         onward = gradients[position]()
                     wanted = [hidden, *leaves.values()]
@@ -72,22 +101,59 @@ def _layer_inputs(
     for index in range(layers - 1):
         with torch.no_grad(), model.filled_layer(index) as layer:
             for batch, seen in zip(batches, inputs):
-                hidden = layer_output(layer, seen[-1](), batch)
+                hidden = layer_output(layer, seen[-1](), batch, index)
                 seen.append(batch.aside(add(hidden, batch, index)))
     return inputs
 
 
-def layer_output(layer: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """What leaves a decoder layer for `hidden`, [samples, tokens, hidden]."""
-    out = layer(hidden, **batch.kwargs)
+def layer_output(layer: Any, hidden: torch.Tensor, batch: Batch, ahead: int = 0) -> torch.Tensor:
+    """What leaves a decoder layer for `hidden`, [samples, tokens, hidden].
+
+    The layer is the one that `batch` stands before, or `ahead` layers further on.
+    """
+    out = layer(hidden, **batch.kwargs_of(ahead))
     return out[0] if isinstance(out, tuple) else out
 
 
-def _loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """L of one batch. A sample without an answer adds nothing."""
+def _loss_gradient(
+    head: Callable[[torch.Tensor], torch.Tensor],  # [n, hidden] → logits [n, vocabulary]
+    out: torch.Tensor,  # of the last layer, [samples, tokens, hidden]
+    batch: Batch,
+) -> torch.Tensor:
+    """∂L/∂out of one batch, where most positions have none. A sample without an answer has none.
+
+    Only the positions before an answer's tokens have logits, and AT_ONCE of them at a time.
+    """
     here = batch.answer[:, 1:] & batch.valid[:, None]  # the token at t + 1 is predicted at t
-    log_p = logits[:, :-1].log_softmax(-1).gather(2, batch.ids[:, 1:, None]).squeeze(2)
-    return -(torch.where(here, log_p, 0.0).sum(1) / here.sum(1).clamp_min(1)).sum()
+    share = 1 / here.sum(1).clamp_min(1)
+    gradient = torch.zeros_like(out)
+    for row, place in zip(*(part.split(AT_ONCE) for part in here.nonzero(as_tuple=True))):
+        some = out.detach()[row, place].requires_grad_()
+        log_p = head(some).log_softmax(-1).gather(1, batch.ids[row, place + 1, None]).squeeze(1)
+        (gradient[row, place],) = torch.autograd.grad(-(share[row] * log_p).sum(), some)
+    return gradient
+
+
+def answer_factors(
+    model: StreamedModel,
+    layers: int,
+    batches: Sequence[Batch],
+    names: Sequence[str],
+) -> list[dict[str, list[torch.Tensor]]]:
+    """How much the answers depend on each token, at the outputs of `names` of every layer.
+
+    layer → name → g, one tensor a batch, [samples, tokens] on the CPU. g is the mean of |∂L/∂Z|
+    over the channels, scaled to mean(g²) = 1 in each sample. A sample without an answer has zeros.
+    """
+    found = [{name: [torch.empty(0)] * len(batches) for name in names} for _ in range(layers)]
+    places = {id(batch): index for index, batch in enumerate(batches)}
+
+    def take(layer: int, name: str, batch: Batch, gradient: torch.Tensor) -> None:
+        g = per_sample(token_factors(gradient, "l1"))
+        found[layer][name][places[id(batch)]] = g.cpu()
+
+    answer_gradients(model, layers, batches, names, take)
+    return found
 
 
 def modality_ratios(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ class Batch:
         self,
         quantized: torch.Tensor,  # X, float32 [samples, tokens, hidden]
         full: torch.Tensor | None,  # X̃, same shape; None where the method needs one stream only
-        kwargs: dict,  # attention mask and position embeddings, the same for every layer
+        # Attention mask and position embeddings: of every layer, or one for each next layer.
+        kwargs: dict | Sequence[dict],
         valid: torch.Tensor,  # bool [samples]: whether all activations were finite so far
         vision: torch.Tensor | None = None,  # bool [samples, tokens]: where `added` belongs
         added: Sequence[torch.Tensor] = (),  # [vision tokens, hidden]: one for each next layer
@@ -49,9 +50,13 @@ class Batch:
         self._quantized = self._shelf.put(quantized)
         self._full = self._quantized if full is quantized else self._shelf.put(full)
         self.two_streams = full is not None
-        self._kwargs = self._shelf.put(kwargs)
-        self._added = [self._shelf.put(features) for features in added]
+        ahead = [kwargs] if isinstance(kwargs, dict) else kwargs
+        rests = {id(each): self._shelf.put(each) for each in ahead}
+        self._kwargs = [rests[id(each)] for each in ahead]  # layers of one kind share theirs
+        self._added = [self._shelf.put(features) for features in added]  # to the quantized stream
+        self._added_full = list(self._added)
         self.valid, self.vision = valid, vision
+        self._whole = bool(valid.all())  # known here, so that no batch has to ask the device again
         self._marks = {"image": image, "answer": answer, "ids": ids, "held": held}
 
     @property
@@ -79,13 +84,21 @@ class Batch:
 
     @property
     def kwargs(self) -> dict:
-        """Keyword arguments of every decoder layer."""
-        return self._kwargs.get()
+        """Keyword arguments of the decoder layer that the batch stands before."""
+        return self.kwargs_of(0)
+
+    def kwargs_of(self, ahead: int) -> dict:
+        """Keyword arguments of the layer that is so many layers further on."""
+        return self._kwargs[min(ahead, len(self._kwargs) - 1)].get()
 
     @property
     def added(self) -> list[torch.Tensor]:
         """What the model adds to its image tokens after the next layers (DeepStack)."""
         return [features.get() for features in self._added]
+
+    def begin_as(self, other: Batch) -> None:
+        """Let the quantized stream begin as that of another batch of the same samples."""
+        self._quantized, self._added = other._quantized, other._added
 
     @property
     def image(self) -> torch.Tensor:
@@ -121,9 +134,11 @@ class Batch:
     def pass_layer(self, quantized: torch.Tensor, full: torch.Tensor | None) -> None:
         """Take a layer's outputs, and add what the model adds after that layer."""
         if self._added:
-            quantized = add(quantized, self)
-            full = None if full is None else add(full, self)
-            self._added.pop(0)
+            quantized = _with(quantized, self.vision, self._added.pop(0).get())
+            theirs = self._added_full.pop(0).get()
+            full = None if full is None else _with(full, self.vision, theirs)
+        if len(self._kwargs) > 1:
+            self._kwargs.pop(0)
         self.quantized, self.full = quantized, full
 
     def aside(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -136,12 +151,13 @@ class Batch:
         if self.two_streams:
             finite &= torch.isfinite(self.full).all(2).all(1)
         lost = int((self.valid & ~finite).sum())
+        self._whole &= not lost
         self.valid &= finite
         return lost
 
     def tokens(self, activations: torch.Tensor) -> torch.Tensor:
-        """[samples, tokens, ...] → [valid samples · tokens, ...]."""
-        return activations[self.valid].flatten(0, 1)
+        """[samples, tokens, ...] → [valid samples · tokens, ...], a view where all are valid."""
+        return activations.flatten(0, 1) if self._whole else activations[self.valid].flatten(0, 1)
 
 
 def add(hidden: torch.Tensor, batch: Batch, ahead: int = 0) -> torch.Tensor:
@@ -149,17 +165,20 @@ def add(hidden: torch.Tensor, batch: Batch, ahead: int = 0) -> torch.Tensor:
 
     The layer is the one that `batch` stands before, or `ahead` layers further on.
     """
-    if ahead >= len(added := batch.added):
-        return hidden
+    added = batch.added
+    return hidden if ahead >= len(added) else _with(hidden, batch.vision, added[ahead])
+
+
+def _with(hidden: torch.Tensor, where: torch.Tensor | None, features: torch.Tensor) -> torch.Tensor:
+    """The same with `features` added at the tokens that the mask `where` has."""
     hidden = hidden.clone()
-    hidden[batch.vision] += added[ahead]
+    hidden[where] += features
     return hidden
 
 
 @torch.no_grad()
 def decoder_inputs(
     model: Any,  # transformers' own, filled up to the first decoder layer
-    first_layer: Any,
     samples: Sequence[Sample],
     *,
     two_streams: bool,
@@ -168,30 +187,23 @@ def decoder_inputs(
     shelf: Shelf | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Batch]:
-    """Run vision tower and embeddings, and stop at the first decoder layer.
+    """Run vision tower and embeddings, and no decoder layer.
 
     Of several ranks each gets its share of the batches, which are the same for any number of ranks.
     """
-    caught: list[tuple[torch.Tensor, dict]] = []
     given: dict[str, Any] = {}  # the keyword arguments of the language model
-
-    def catch(args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        kept = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
-        caught.append((hidden, kept))
-        raise Stop
-
     groups = list(_equal_lengths(samples))
     places = torch.arange(len(samples)).split([len(group) for group in groups])
     batches = []
     with (
-        before(first_layer, catch),
+        _entering(model.get_decoder().layers) as caught,
         before(model.get_decoder(), lambda _args, kwargs: given.update(kwargs)),
     ):
         for group, place in zip(ranks.share(groups), ranks.share(places)):
             with suppress(Stop):
                 model.model(**_stacked(group, device), use_cache=False)
-            hidden, kwargs = caught.pop()
+            hidden, kwargs = caught[0][0], [kept for _, kept in caught]
+            caught.clear()
             mask, features = (given.get(name) for name in added) if added else (None, None)
             given.clear()
             batches.append(
@@ -210,6 +222,33 @@ def decoder_inputs(
                 )
             )
     return batches
+
+
+@contextmanager
+def _entering(layers: Sequence[Any]) -> Iterator[list[tuple[torch.Tensor, dict]]]:
+    """What each layer would be given by the model, whose pass ends at the last. None of them runs.
+
+    Layers that are given the very same things have one dict of keyword arguments.
+    """
+    caught: list[tuple[torch.Tensor, dict]] = []
+
+    def catch(*args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        kept = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
+        alike = (old for _, old in caught if old.keys() == kept.keys())
+        same = (old for old in alike if all(old[k] is kept[k] for k in kept))
+        caught.append((hidden, next(same, kept)))
+        if len(caught) == len(layers):
+            raise Stop
+        return hidden
+
+    try:
+        for layer in layers:
+            layer.forward = catch
+        yield caught
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def _equal_lengths(samples: Sequence[Sample]) -> Iterator[list[Sample]]:

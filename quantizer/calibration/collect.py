@@ -10,20 +10,21 @@ import torch
 
 from vlmq_export.quantizer.calibration.batches import Batch
 from vlmq_export.quantizer.calibration.importance import (
-    MLP,
-    PROJECTIONS,
     clipped,
     floored,
-    mlp_gradients,
     normalized,
     output_gradients,
+    per_sample,
     token_factors,
 )
 from vlmq_export.quantizer.calibration.layer_walk import Inputs, LayerWalk
 from vlmq_export.quantizer.calibration.statistics import Statistics
+from vlmq_export.quantizer.calibration.sub_blocks import passed
 from vlmq_export.quantizer.methods import Method
+from vlmq_export.quantizer.model.families import groups_of
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 
+TokenFactors = dict[str, list[torch.Tensor]]  # by projection, one tensor a batch
 TokenWeights = Sequence[torch.Tensor] | None  # g, [tokens], one tensor a batch; None: all ones
 
 
@@ -46,19 +47,24 @@ class Evidence:
 
 
 def importance_factors(
-    walk: LayerWalk, method: Method, ranks: Ranks = ALONE
-) -> dict[str, list[torch.Tensor]]:
+    walk: LayerWalk, method: Method, ranks: Ranks = ALONE, answers: TokenFactors | None = None
+) -> TokenFactors:
     """projection → the factors of all valid tokens, one tensor a batch, as the method wants them.
 
+    answers: the factors that the answers' loss gives this layer, for a method that weighs by them.
     They are normalized over all batches of all ranks.
     """
     if method.importance == "none":
         return {}
-    names = {"qkv": PROJECTIONS[:-1], "qkvo": PROJECTIONS, "all": PROJECTIONS + MLP}[method.weighs]
-    raw: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    names = _weighed(walk, method) if answers is None else tuple(answers)
+    raw: TokenFactors = {name: [] for name in names}
     for index, batch in enumerate(walk.batches):
-        for name, factors in _batch_factors(walk, index, batch, names, method).items():
-            raw[name].append(factors)
+        if answers is None:
+            found = _batch_factors(walk, index, batch, names, method)
+        else:
+            found = {name: answers[name][index].to(batch.valid.device) for name in names}
+        for name, factors in found.items():
+            raw[name].append(batch.tokens(_as_wanted(factors, method)))
     weights = {name: normalized(factors, ranks) for name, factors in raw.items()}
     if method.clip:
         weights = {name: clipped(factors, method.clip, ranks) for name, factors in weights.items()}
@@ -68,23 +74,40 @@ def importance_factors(
     return weights
 
 
+def _weighed(walk: LayerWalk, method: Method) -> tuple[str, ...]:
+    """The linears that importance is for. The paper weighs the attention, and leaves the MLP."""
+    first = walk.blocks[0]
+    if method.weighs == "all":
+        return tuple(name for group in groups_of(walk.blocks) for name in group)
+    return first.ins if method.weighs == "qkv" else (*first.ins, first.out)
+
+
 def _batch_factors(
     walk: LayerWalk, index: int, batch: Batch, names: Sequence[str], method: Method
 ) -> dict[str, torch.Tensor]:
-    """projection → g of the valid tokens of one batch, not normalized."""
+    """projection → g of one batch, [samples, tokens], not normalized."""
     hidden = batch.quantized
     # Nothing was quantized before the first layer. The gradient is exactly 0 then, whatever kernel
     # computes the two attentions, and whichever samples are lost: NaN equals nothing.
     if batch.equal_streams:
-        none = torch.zeros(len(batch.tokens(hidden)), device=hidden.device)
+        none = torch.zeros(hidden.shape[:2], device=hidden.device)
         return dict.fromkeys(names, none)
-    target = walk.attention_target(index)
-    gradients = output_gradients(walk.layer, hidden, target, batch.kwargs)
-    if method.weighs == "all":
-        error = gradients[PROJECTIONS[-1]] / 2  # Attn(X) − Attn(X̃)
-        gradients |= mlp_gradients(walk.layer, target + error, target)
+    target, kwargs = walk.target(index), batch.kwargs
+    gradients, hidden = output_gradients(walk.layer, walk.blocks[0], hidden, target, kwargs)
+    # This is ours; no paper tells of it. Behind the first sub-block the loss is that of the others.
+    for block in walk.blocks[1:] if method.weighs == "all" else ():
+        with torch.no_grad():
+            target = passed(walk.layer, block, target, kwargs)
+        found, hidden = output_gradients(walk.layer, block, hidden, target, kwargs)
+        gradients |= found
     norm = method.importance
-    return {name: batch.tokens(token_factors(gradients[name], norm)) for name in names}
+    return {name: token_factors(gradients[name], norm) for name in names}
+
+
+def _as_wanted(factors: torch.Tensor, method: Method) -> torch.Tensor:
+    """Factors of one batch, [samples, tokens], raised to the method's power and made comparable."""
+    factors = factors if method.power == 1 else factors**method.power
+    return per_sample(factors) if method.per_sample else factors
 
 
 @torch.no_grad()
@@ -111,16 +134,17 @@ def collect(
     for index, (entering, batch) in enumerate(zip(inputs, batches)):
         image = batch.tokens(batch.image) if modal else None
         full = entering.full if drift else None
-        aside = None
+        kept = aside = None
         if method.holds_out:
-            aside = batch.tokens(batch.held[:, None].expand_as(batch.image))
+            held = batch.tokens(batch.held[:, None].expand_as(batch.image))
+            kept, aside = ((held == which).nonzero().flatten() for which in (False, True))
         for weigh, sums in zip(weights, found):
             own = None if weigh is None else weigh[index]
             each = (entering.quantized, full, own, image, entering.residual)
-            if sums.held is None or aside is None:
+            if sums.held is None or kept is None or aside is None:
                 sums.fitted.add(*each)
             else:
-                sums.fitted.add(entering.quantized[~aside], *_rows(each[1:], ~aside))
+                sums.fitted.add(entering.quantized[kept], *_rows(each[1:], kept))
                 sums.held.add(entering.quantized[aside], *_rows(each[1:], aside))
     return found
 
@@ -131,7 +155,7 @@ def _rows(parts: Sequence[torch.Tensor | None], which: torch.Tensor) -> list[tor
 
 def summed_on(owner: int, evidence: Evidence, ranks: Ranks) -> Evidence | None:
     """The sums over all ranks on the rank that solves with them, None on the others."""
-    if ranks.size == 1:
+    if not ranks.grouped:
         return evidence
     for part in (evidence.fitted, evidence.held):
         if part is not None:
@@ -144,7 +168,4 @@ def _sum_on(owner: int, sums: Statistics, ranks: Ranks) -> None:
     for field in fields(sums):
         if isinstance(value := getattr(sums, field.name), torch.Tensor):
             ranks.sum_on(owner, value)
-    tokens, sums.weight, sums.weight_squared = ranks.total(
-        sums.tokens, sums.weight, sums.weight_squared
-    )
-    sums.tokens = int(tokens)
+    sums.tokens = ranks.count(sums.tokens)

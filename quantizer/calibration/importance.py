@@ -1,7 +1,7 @@
-"""One importance factor per token and attention projection (VLMQ, arXiv 2508.03351).
+"""One importance factor per token and linear of a sub-block (VLMQ, arXiv 2508.03351).
 
-The local loss compares the attention block, residual included, on the two streams. Both sides have
-full-precision weights:
+The local loss compares a sub-block, residual included, on the two streams. Both sides have
+full-precision weights. The paper's is the attention:
 
     L = ‖Attn(X) − Attn(X̃)‖²_F        Attn(X) = X + MHSA(norm(X))
 
@@ -14,7 +14,7 @@ With P = ∂L/∂Z at the output Z of a projection, g_n is the mean of |P| over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,71 +23,40 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmq_export.quantizer.arithmetic import tensor_cores
 from vlmq_export.quantizer.calibration.hooks import leaf_output
+from vlmq_export.quantizer.calibration.sub_blocks import passed
+from vlmq_export.quantizer.model.families import SubBlock
 from vlmq_export.quantizer.ranks import ALONE, Ranks
-
-# As named in every supported family. The paper weighs these four and leaves the MLP alone.
-PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-def attention_block(layer: Any, hidden: torch.Tensor, kwargs: Mapping) -> torch.Tensor:
-    """hidden + MHSA(input_layernorm(hidden)), [batch, tokens, hidden]."""
-    return hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)[0]
 
 
 @tensor_cores()
 def output_gradients(
     layer: Any,
+    block: SubBlock,
     hidden: torch.Tensor,  # X, [batch, tokens, hidden]
-    target: torch.Tensor,  # Attn(X̃), same shape
+    target: torch.Tensor,  # what the sub-block makes of X̃, same shape
     kwargs: Mapping,
-) -> dict[str, torch.Tensor]:
-    """P of each projection: name → float32 [batch, tokens, out].
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """P of each linear, name → float32 [batch, tokens, out], and what the sub-block makes of X.
 
-    L is a sum over tokens and channels, so samples do not weigh on each other. The output of o_proj
-    enters L additively: its gradient is 2·(Attn(X) − Attn(X̃)), without a backward pass. The
-    parameters are left alone.
+    L is a sum over tokens and channels, so samples do not weigh on each other. Where nothing stands
+    between `out` and the residual stream, its output enters L additively: its gradient is twice the
+    difference, without a backward pass. The parameters are left alone.
     """
-    return _gradients(layer, PROJECTIONS, lambda: attention_block(layer, hidden, kwargs), target)
-
-
-@tensor_cores()
-def mlp_gradients(
-    layer: Any,
-    hidden: torch.Tensor,  # Attn(X), [batch, tokens, hidden]
-    full: torch.Tensor,  # Attn(X̃), same shape
-) -> dict[str, torch.Tensor]:
-    """P of the MLP's linears, for the loss of the whole layer, ‖Layer(X) − Layer(X̃)‖².
-
-    This is ours; no paper tells of it. Here down_proj has the gradient in closed form.
-    """
-
-    def block(x: torch.Tensor) -> torch.Tensor:
-        return x + layer.mlp(layer.post_attention_layernorm(x))
-
-    with torch.no_grad():
-        target = block(full)
-    return _gradients(layer, MLP, lambda: block(hidden), target)
-
-
-def _gradients(
-    layer: Any,
-    names: Sequence[str],  # of modules; the output of the last one enters the block additively
-    block: Callable[[], torch.Tensor],
-    target: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """The gradients of ‖block() − target‖² at the outputs of the modules."""
     leaves: dict[str, torch.Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
-        for name in names[:-1]:
+        for name in block.ins:
             stack.enter_context(leaf_output(layer.get_submodule(name), leaves, name))
+        if block.post:
+            out = layer.get_submodule(block.out)
+            stack.enter_context(leaf_output(out, leaves, block.out, cut=False))
         # On CUDA the fused backward adds in no fixed order, and a resumed run must match.
         if target.is_cuda:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        student = block()
+        student = passed(layer, block, hidden, kwargs)
         error = 2 * (student.detach() - target)
         gradients = torch.autograd.grad(student, list(leaves.values()), grad_outputs=error)
-    return dict(zip(leaves, gradients)) | {names[-1]: error}
+    found = dict(zip(leaves, gradients))
+    return found if block.post else found | {block.out: error}, student.detach()
 
 
 def token_factors(gradient: torch.Tensor, norm: str) -> torch.Tensor:
@@ -98,6 +67,12 @@ def token_factors(gradient: torch.Tensor, norm: str) -> torch.Tensor:
     return gradient.abs().mean(-1) if norm == "l1" else gradient.norm(dim=-1)
 
 
+def per_sample(factors: torch.Tensor) -> torch.Tensor:
+    """Factors [samples, tokens] scaled to mean(g²) = 1 in each sample; 0 where all are (D2)."""
+    mean = factors.double().square().mean(1, keepdim=True).sqrt()
+    return torch.where(mean > 0, factors / mean, 0.0).float()
+
+
 def normalized(factors: Iterable[torch.Tensor], ranks: Ranks = ALONE) -> list[torch.Tensor]:
     """The factors of one projection, over all samples of all ranks, scaled to mean(g²) = 1.
 
@@ -105,16 +80,21 @@ def normalized(factors: Iterable[torch.Tensor], ranks: Ranks = ALONE) -> list[to
     factors become 1 where the largest is 0 (D3).
     """
     factors = list(factors)
-    own = max((float(g.max()) for g in factors if g.numel()), default=0.0)
+    own = max(_each([g.max() for g in factors if g.numel()]), default=0.0)
     largest = ranks.largest(own)
     if largest == 0:
         return [torch.ones_like(g) for g in factors]
     total, count = ranks.total(
-        sum(float((g.double() / largest).square().sum()) for g in factors),
+        sum(_each([(g.double() / largest).square().sum() for g in factors])),
         sum(g.numel() for g in factors),
     )
     scale = (count / total) ** 0.5 / largest
     return [(g.double() * scale).float() for g in factors]
+
+
+def _each(numbers: Sequence[torch.Tensor]) -> list[float]:
+    """Numbers of the device, which is asked once for all of them."""
+    return torch.stack(list(numbers)).tolist() if numbers else []
 
 
 def clipped(
@@ -135,7 +115,7 @@ def floored(
     factors = list(factors)
     count, fourth = ranks.total(
         sum(g.numel() for g in factors),
-        sum(float(g.double().square().square().sum()) for g in factors),
+        sum(_each([g.double().square().square().sum() for g in factors])),
     )
     least = min(least, count / 2)
     if not count or count**2 / fourth >= least:

@@ -1,22 +1,23 @@
-"""Both streams through one decoder layer, in four steps.
+"""Both streams through one decoder layer, which is a chain of residual sub-blocks.
 
-    step      what enters its linears       what the step leaves
-    QKV       x = norm(h)
-    OUT       a, the attention's output     h₂ = h + o(a)
-    GATE_UP   x₂ = norm(h₂)
-    DOWN      m, the MLP's inner value      the layer's output h₂ + down(m)
+Each sub-block, x ← x + post(out(mix(ins(norm(x))))), takes two steps:
+
+    what enters its linears          what the step leaves
+    norm(x)                          mix(ins(norm(x)))
+    mix(ins(norm(x)))                the residual stream x of the next sub-block
 
 The layer runs once with its source weights, for the full-precision stream, and once with its
 quantized weights. The full-precision stream passes a step while its linears still have their source
-weights, and the quantized stream once they have the decoded ones. Between two steps a batch keeps h
-and, for a while, a. m is by far the widest and is never kept. No forward pass is repeated.
+weights, and the quantized stream once they have the decoded ones. Between two steps a batch keeps x
+and, for a while, what an attention has mixed. An MLP's inner value is by far the widest and is
+never kept. No other forward pass is repeated.
 
-Every supported family's layer is of this kind; a test holds each against its own forward pass.
+`Family.blocks` is the chain. A test holds each family's layer against its own forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +27,9 @@ from torch import nn
 
 from vlmq_export.quantizer.arithmetic import tensor_cores
 from vlmq_export.quantizer.calibration.batches import Batch
-from vlmq_export.quantizer.calibration.hooks import input_of
+from vlmq_export.quantizer.calibration.sub_blocks import closed, mixed, normed
 from vlmq_export.quantizer.grids.linears import Linear
-
-QKV, OUT, GATE_UP, DOWN = range(4)  # the steps, in order
-RESIDUAL = (OUT, DOWN)  # the steps whose output is added to the residual stream
+from vlmq_export.quantizer.model.families import SubBlock
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,35 @@ class Inputs:
 
 
 class LayerWalk:
-    """One layer, which still has its source weights, and the batches at its input."""
+    """One layer, which still has its source weights, and the batches at its input.
 
-    @torch.no_grad()
-    @tensor_cores()
-    def __init__(self, layer: Any, batches: list[Batch], *, two_streams: bool):
-        self.layer, self.batches, self.two_streams = layer, batches, two_streams
+    Its steps are counted through the chain: `ins` and `out` of the first sub-block are 0 and 1.
+    """
+
+    def __init__(
+        self, layer: Any, blocks: Sequence[SubBlock], batches: list[Batch], *, two_streams: bool
+    ):
+        self.layer, self.blocks, self.batches = layer, blocks, batches
+        self.two_streams = two_streams
         self._reached = -1  # the last step that the quantized stream has come to
-        self._attended: dict[int, Callable] = {}  # batch → a of the quantized stream
-        self._full_attended: dict[int, Callable] = {}  # the same of the full-precision stream
-        self._source: list[tuple[nn.Parameter, torch.Tensor]] = []  # of gate and up, once replaced
-        for index, batch in enumerate(batches if two_streams else ()):
-            attended = attention_output(layer, batch.full, batch.kwargs)
-            self._full_attended[index] = batch.aside(attended)
+        # Batch → what an attention has mixed, until `out` has taken it: one for each stream.
+        self._mixed: dict[int, Callable] = {}
+        self._full_mixed: dict[int, Callable] = {}
+        self._source: list[tuple[nn.Parameter, torch.Tensor]] = []  # of an MLP's `ins`, once put
+
+    def step(self, number: int) -> tuple[SubBlock, bool]:
+        """The sub-block that a step belongs to, and whether the step is its `out`."""
+        return self.blocks[number // 2], number % 2 == 1
 
     @torch.no_grad()
     @tensor_cores()
-    def attention_target(self, index: int) -> torch.Tensor:
-        """h₂ of the full-precision stream in one batch, before any linear is replaced."""
-        return self.batches[index].full + self.layer.self_attn.o_proj(self._full_attended[index]())
+    def target(self, index: int) -> torch.Tensor:
+        """The full-precision stream of one batch behind the first sub-block.
+
+        It is to be asked for before any linear is replaced.
+        """
+        block = self.blocks[0]
+        return self.batches[index].full + closed(self.layer, block, self._mix_full(block, index))
 
     @torch.no_grad()
     def inputs(self, step: int, *, residual: bool = False) -> Iterator[Inputs]:
@@ -69,11 +78,12 @@ class LayerWalk:
 
         The linears of earlier steps have their decoded weights by now, those of this step and of
         later ones their source weights. With `residual`, the difference of what the linears' output
-        is added to comes along, in the two steps that have one.
+        is added to comes along, where it is added as it is.
         """
+        block, closing = self.step(step)
         for index, batch in enumerate(self.batches):
             behind = full = None
-            if residual and step in RESIDUAL:
+            if residual and closing and not block.post:
                 behind = batch.tokens(batch.full - batch.quantized)
             if self.two_streams:
                 full = batch.tokens(self._pass_full(step, index))
@@ -84,16 +94,14 @@ class LayerWalk:
     @tensor_cores()
     def again(self, step: int, index: int) -> torch.Tensor:
         """x of one batch once more, [samples, tokens, in], while its step lasts."""
-        layer, hidden = self.layer, self.batches[index].quantized
-        if step == OUT:
-            return self._attended[index]()
-        if step == DOWN:
-            return mlp_inner(layer, hidden)
-        return (layer.input_layernorm if step == QKV else layer.post_attention_layernorm)(hidden)
+        block, closing = self.step(step)
+        if not closing:
+            return normed(self.layer, block, self.batches[index].quantized)
+        return self._mixed[index]() if index in self._mixed else self._mix(block, index)
 
     def put(self, name: str, linear: Linear) -> None:
         """Give a linear the weights and the bias that will be on disk."""
-        if self.two_streams and name in ("mlp.gate_proj", "mlp.up_proj"):
+        if self.two_streams and any(name in b.ins for b in self.blocks if b.kind == "mlp"):
             # The full-precision stream has not passed them yet.
             source = self.layer.get_submodule(name).parameters()
             self._source += [(p, p.detach().clone()) for p in source]
@@ -104,8 +112,8 @@ class LayerWalk:
     def pass_full(self) -> None:
         """Take the full-precision stream past a layer that an earlier run has solved."""
         for index in range(len(self.batches)) if self.two_streams else ():
-            self._pass_full(OUT, index)
-            self._pass_full(DOWN, index)
+            for number in range(len(self.blocks)):
+                self._pass_full(2 * number + 1, index)
 
     def rewind(self, entering: Sequence[Callable[[], torch.Tensor]]) -> None:
         """Put the quantized stream back to the layer's input, X of each batch.
@@ -126,76 +134,76 @@ class LayerWalk:
         """
         self._source.clear()
         for index, batch in enumerate(self.batches):
-            for step in (OUT, GATE_UP):
-                if step > self._reached:
-                    self._pass_quantized(step, index)
-            hidden = batch.quantized
-            hidden = hidden + self.layer.mlp.down_proj(mlp_inner(self.layer, hidden))
-            batch.pass_layer(hidden, batch.full if self.two_streams else None)
+            for block in self.blocks[max(self._reached, 0) // 2 :]:
+                self._close(block, index)
+            batch.pass_layer(batch.quantized, batch.full if self.two_streams else None)
         return sum(batch.drop_non_finite() for batch in self.batches)
 
     @tensor_cores()
     def _pass_quantized(self, step: int, index: int) -> torch.Tensor:
         """Take the quantized stream of a batch to a step. Returns what enters its linears."""
-        layer, batch = self.layer, self.batches[index]
-        if step == QKV:
-            return layer.input_layernorm(batch.quantized)
-        if step == OUT:
-            attended = attention_output(layer, batch.quantized, batch.kwargs)
-            self._attended[index] = batch.aside(attended)
-            return attended
-        if step == GATE_UP:
-            attended = self._attended.pop(index)()
-            batch.quantized = batch.quantized + layer.self_attn.o_proj(attended)
-            return layer.post_attention_layernorm(batch.quantized)
-        return mlp_inner(layer, batch.quantized)
+        block, closing = self.step(step)
+        if not closing:
+            if step:
+                self._close(self.blocks[step // 2 - 1], index)
+            return normed(self.layer, block, self.batches[index].quantized)
+        entering = self._mix(block, index)
+        if block.kind == "attention":
+            self._mixed[index] = self.batches[index].aside(entering)
+        return entering
+
+    def _mix(self, block: SubBlock, index: int) -> torch.Tensor:
+        """What enters `out` in the quantized stream of a batch, computed."""
+        batch = self.batches[index]
+        return mixed(self.layer, block, batch.quantized, batch.kwargs)
+
+    def _close(self, block: SubBlock, index: int) -> None:
+        """Take the quantized stream of a batch past a sub-block."""
+        batch = self.batches[index]
+        # What is popped is let go before the new stream is put away.
+        kept = index in self._mixed
+        entering = self._mixed.pop(index)() if kept else self._mix(block, index)
+        batch.quantized = batch.quantized + closed(self.layer, block, entering)
 
     @tensor_cores()
     def _pass_full(self, step: int, index: int) -> torch.Tensor:
         """Take the full-precision stream of a batch past a step. Returns what enters its linears.
 
-        Its residual stream moves with OUT and DOWN, while these linears have their source weights.
+        Its residual stream moves with `out`, while that has its source weights.
         """
-        layer, batch = self.layer, self.batches[index]
-        if step == QKV:
-            return layer.input_layernorm(batch.full)
-        if step == OUT:
-            attended = self._full_attended.pop(index)()
-            batch.full = batch.full + layer.self_attn.o_proj(attended)
-            return attended
-        if step == GATE_UP:
-            return layer.post_attention_layernorm(batch.full)
-        with self._source_weights():
-            inner = mlp_inner(layer, batch.full)
-        batch.full = batch.full + layer.mlp.down_proj(inner)
-        return inner
+        (block, closing), batch = self.step(step), self.batches[index]
+        if not closing:
+            if block.kind == "attention":  # before its `ins` are replaced
+                self._mix_full(block, index)
+            return normed(self.layer, block, batch.full)
+        with source_weights(self._source):
+            entering = self._mix_full(block, index)
+        self._full_mixed.pop(index, None)
+        batch.full = batch.full + closed(self.layer, block, entering)
+        return entering
 
-    @contextmanager
-    def _source_weights(self):
-        """gate_proj and up_proj as they were before they were replaced."""
-        decoded = [parameter.data for parameter, _ in self._source]
-        for parameter, source in self._source:
-            parameter.data = source
-        try:
-            yield
-        finally:
-            for (parameter, _), value in zip(self._source, decoded):
-                parameter.data = value
+    def _mix_full(self, block: SubBlock, index: int) -> torch.Tensor:
+        """What enters `out` in the full-precision stream of a batch. An attention's is kept."""
+        if kept := self._full_mixed.get(index):
+            return kept()
+        batch = self.batches[index]
+        entering = mixed(self.layer, block, batch.full, batch.kwargs)
+        if block.kind == "attention":
+            self._full_mixed[index] = batch.aside(entering)
+        return entering
 
 
-def attention_output(layer: Any, hidden: torch.Tensor, kwargs: Mapping) -> torch.Tensor:
-    """a, the attention's output before o_proj, [samples, tokens, in of o_proj]."""
-    attention = layer.self_attn
-    return input_of(
-        attention.o_proj,
-        lambda: attention(hidden_states=layer.input_layernorm(hidden), **kwargs),
-    )
-
-
-def mlp_inner(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """m for h₂, [samples, tokens, in of down_proj]."""
-    normed = layer.post_attention_layernorm(hidden)
-    return input_of(layer.mlp.down_proj, lambda: layer.mlp(normed))
+@contextmanager
+def source_weights(replaced: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> Iterator[None]:
+    """Parameters as they were before they were replaced: each with its former value."""
+    decoded = [parameter.data for parameter, _ in replaced]
+    for parameter, source in replaced:
+        parameter.data = source
+    try:
+        yield
+    finally:
+        for (parameter, _), value in zip(replaced, decoded):
+            parameter.data = value
 
 
 @torch.no_grad()

@@ -36,8 +36,11 @@ class Shelf:
         return Rest(_mapped(value, torch.Tensor, away))
 
     def _in_host(self, value: torch.Tensor) -> _Host:
-        host = value.to("cpu")
-        return _Host(host.pin_memory() if self.device.type == "cuda" else host, self.device)
+        if self.device.type != "cuda":
+            return _Host(value.to("cpu"), self.device)
+        # Straight into pinned memory. Only the device reads it again, after this copy.
+        host = torch.empty_like(value, device="cpu", pin_memory=True)
+        return _Host(host.copy_(value, non_blocking=True), self.device)
 
     def _in_file(self, value: torch.Tensor) -> _File:
         assert self.folder is not None, "a shelf on disk needs a folder"

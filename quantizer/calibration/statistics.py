@@ -70,10 +70,10 @@ class Statistics:
     upper: torch.Tensor  # A, [in, in], of which only bands from the diagonal on are summed
     drift: torch.Tensor | None  # D, [in, in]; None where the method needs one stream only
     diagonal: torch.Tensor  # Σ x² without weights, [in]; 0 tells a dead input, whatever g is
+    # Σ g² and Σ g⁴, float64 [2]: a tensor, so that no batch waits for the device.
+    moments: torch.Tensor
     precision: Precision = "float32"
     tokens: int = 0
-    weight: float = 0.0  # Σ g²
-    weight_squared: float = 0.0  # Σ g⁴
     modal: torch.Tensor | None = None  # Σ g² x² of image and of text tokens, [2, in], if asked for
     modal_weight: torch.Tensor | None = None  # Σ g² of either, [2]
     # R = Σ g² (r̃ − r) xᵀ, [out, in], if asked for. r is what the linear's output is added to.
@@ -100,6 +100,7 @@ class Statistics:
             zeros(in_features, in_features),
             zeros(in_features, in_features) if drift else None,
             zeros(in_features),
+            zeros(2),
             precision or PRECISION[torch.device(device).type],
             modal=zeros(2, in_features) if modal else None,
             modal_weight=zeros(2) if modal else None,
@@ -140,19 +141,18 @@ class Statistics:
                 raise ValueError("these statistics need the residual's own drift")
             behind = residual if importance is None else residual * importance[:, None]
             self.residual += product(behind.float(), weighted, self.precision)
-        if importance is None:
-            squares = torch.ones(len(x), dtype=torch.float64)
-        else:
-            squares = importance.double().square()
+        squares = None if importance is None else importance.double().square()
         if self.modal is not None and self.modal_weight is not None:
             if image is None:
                 raise ValueError("these statistics need to know the image tokens")
             for row, tokens in enumerate((image, ~image)):
                 self.modal[row] += weighted[tokens].square().sum(0)
-                self.modal_weight[row] += squares.to(x.device)[tokens].sum()
+                self.modal_weight[row] += tokens.sum() if squares is None else squares[tokens].sum()
         self.tokens += len(x)
-        self.weight += float(squares.sum())
-        self.weight_squared += float(squares.square().sum())
+        if squares is None:
+            self.moments += len(x)
+        else:
+            self.moments += torch.stack([squares.sum(), squares.square().sum()])
 
     def _add_drift(
         self,
@@ -182,10 +182,9 @@ class Statistics:
             self.upper + other.upper,
             both("drift"),
             self.diagonal + other.diagonal,
+            self.moments + other.moments,
             self.precision,
             self.tokens + other.tokens,
-            self.weight + other.weight,
-            self.weight_squared + other.weight_squared,
             both("modal"),
             both("modal_weight"),
             both("residual"),
@@ -216,9 +215,15 @@ class Statistics:
         return float((slope * change).sum(dtype=torch.float64))
 
     @property
+    def weight(self) -> float:
+        """Σ g²."""
+        return float(self.moments[0])
+
+    @property
     def effective_tokens(self) -> float:
         """(Σg²)² / Σg⁴: how many tokens of equal weight would carry as much.
 
         Far below the number of inputs the Hessian is thin. docs/methods.md §1.5, D5.
         """
-        return self.weight**2 / self.weight_squared if self.weight_squared else 0.0
+        weight, squared = self.moments.tolist()
+        return weight**2 / squared if squared else 0.0

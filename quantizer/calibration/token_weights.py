@@ -36,13 +36,16 @@ def importance_facts(
     place = _first_image(batches)
     facts, images = {}, {}
     for name, parts in factors.items():
-        sums = torch.zeros(2, 3, dtype=torch.float64)  # of image, text: tokens, unimportant, Σg²
+        sums = torch.zeros(6, dtype=torch.float64, device=masks[0].device)
         for g, mask in zip(parts, masks):
             square = g.double().square()
-            for row, chosen in enumerate((square[mask], square[~mask])):
-                found = [len(chosen), (chosen < LOW).sum(), chosen.sum()]
-                sums[row] += torch.tensor(found, dtype=torch.float64)
-        totals = torch.tensor(ranks.total(*sums.flatten().tolist())).view(2, 3).tolist()
+            # Of image and of text tokens: how many, how many of low importance, Σg².
+            found = [
+                (which.sum(), (which & (square < LOW)).sum(), torch.where(which, square, 0).sum())
+                for which in (mask, ~mask)
+            ]
+            sums += torch.stack([each.double() for row in found for each in row])
+        totals = torch.tensor(ranks.total(*sums.tolist())).view(2, 3).tolist()
         (tokens, low, weight), (texts, low_text, text_weight) = totals
         facts[name] = {
             "low_vision": _share(low, tokens),

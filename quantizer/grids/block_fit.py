@@ -13,12 +13,14 @@ A candidate is kept, block by block, only where its weighted squared error is sm
 is a block of zeros, so that no block decodes to a larger error than zeros have. Float16 ends at
 6e-8, and a block of smaller weights could otherwise keep its minimum and lose its scale.
 
-In this module w are the weights and h > 0 the importance of each of their columns, both float32
-[rows, blocks, sub-blocks, columns]. q is a code minus the grid's centre.
+In this module w are the weights, float32 [rows, blocks, sub-blocks, columns], and h > 0 is the
+importance of each of their columns, [1, blocks, sub-blocks, columns]. q is what a code stands for:
+`BlockGrid.values`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -27,6 +29,9 @@ from vlmq_export.quantizer.grids.blocks import BlockGrid, Params
 
 _LARGEST, _TINY = 65504.0, 2.0**-24  # the largest and the smallest float16
 _REFITS = 4  # rounds of step 3
+_REFITS_ON_LATTICE = 1  # where a rounding is a search among points
+_SUPER_SHRINK_ON_LATTICE = (29 / 31, 27 / 31)
+_AROUND = (0.84, 0.92, 1.0, 1.09, 1.19)  # of the best scale for each column alone, on a lattice
 _SUPER_SHRINK = (0.97, 0.94, 0.9, 0.85, 0.8)  # of the largest stored multiple, tried in step 2
 # Step 1: by how many codes a trial range exceeds the grid. Below 0 the range is stretched, above 0
 # outliers are clipped. By the number of bits of an affine type.
@@ -39,6 +44,8 @@ _EXCESS_SYMMETRIC = (-0.9, -0.7, -0.5, -0.3, -0.1, 0.1, 0.3, 0.5, 0.7, 0.9, 1.4,
 # A determinant below this share of its terms says that least squares has no answer.
 _SINGULAR = 1e-12
 _NOTHING = 1e-30  # in place of a sum of squares that is 0
+_AT_ONCE = 2**26  # weights under all ranges that are tried at once on a GPU
+_CACHED = 2**16  # weights that are fitted at once on a CPU
 
 
 def fit_blocks(grid: BlockGrid, weights: torch.Tensor, importance: torch.Tensor) -> Params:
@@ -46,15 +53,26 @@ def fit_blocks(grid: BlockGrid, weights: torch.Tensor, importance: torch.Tensor)
 
     weights: float32 [rows, k · block]; importance: float32 [k · block], greater than 0.
     """
+    # A row is fitted by itself. A CPU is quicker where all tensors of a part stay in its caches.
+    at_once = len(weights) if weights.is_cuda else max(1, _CACHED // weights.shape[1])
+    parts = [_fitted(grid, rows, importance) for rows in weights.split(max(1, at_once))]
+    return parts[0] if len(parts) == 1 else Params.joined(parts, 0)
+
+
+def _fitted(grid: BlockGrid, weights: torch.Tensor, importance: torch.Tensor) -> Params:
+    """`fit_blocks` of some rows."""
     rows = len(weights)
     w = weights.reshape(rows, -1, grid.block // grid.sub_block, grid.sub_block)
-    h = importance.expand(weights.shape).reshape(w.shape)
+    h = importance.view(1, *w.shape[1:])
     scale, minimum = _sub_blocks(grid, w, h)
     best = _stored(grid, scale, minimum, 1.0)
     least = _block_error(grid, w, h, best)
-    for shrink in _SUPER_SHRINK if grid.sub_block < grid.block else ():
+    shrinks = _SUPER_SHRINK if grid.lattice is None else _SUPER_SHRINK_ON_LATTICE
+    for shrink in shrinks if grid.sub_block < grid.block else ():
         least, best = _better(grid, w, h, _stored(grid, scale, minimum, shrink), least, best)
-    for _ in range(_REFITS):
+    if grid.lattice is not None:
+        least, best = _better(grid, w, h, _next_multiples(grid, w, h, best), least, best)
+    for _ in range(_REFITS if grid.lattice is None else _REFITS_ON_LATTICE):
         least, best = _better(grid, w, h, _refitted(grid, w, h, best), least, best)
     _, best = _better(grid, w, h, _zeros(best), least, best)
     return best.each(lambda p: p.reshape(rows, -1))
@@ -67,26 +85,64 @@ def _sub_blocks(
     grid: BlockGrid, w: torch.Tensor, h: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum of each sub-block, [rows, blocks, sub-blocks] each."""
+    if grid.lattice is not None:
+        scale = _symmetric_scale(grid, w, h).abs()
+        return _lattice_scale(grid, w, h, scale), torch.zeros_like(scale)
     if not grid.affine:
         return _symmetric_scale(grid, w, h), torch.zeros_like(w[..., 0])
     low, high = w.amin(-1), w.amax(-1)
     if not grid.signed_minimum:
         low, high = low.clamp_max(0), high.clamp_min(0)
-    best_scale, best_minimum = ((high - low) / grid.top).clamp_min(0), -low
-    least = _sub_error(grid, w, h, best_scale, best_minimum)
+    best = [((high - low) / grid.top).clamp_min(0), -low]
+    least = _sub_error(grid, w, h, *best)
+    sums = h.sum(-1), (h * w).sum(-1)
     shares = [grid.top / (grid.top + excess) for excess in _EXCESS[grid.bits]]
-    middle = (low + high) / 2 if grid.signed_minimum else 0.0
-    for below, above in product(shares, repeat=2):
+    middle = (low + high) / 2 if grid.signed_minimum else torch.zeros_like(low)
+    for trial in _trials(list(product(shares, repeat=2)), w):
+        below, above = trial.unbind(-1)  # [trials, 1, 1, 1] each
         bottom = middle + (low - middle) * below
         scale, minimum = (middle + (high - middle) * above - bottom) / grid.top, -bottom
+        q = grid.encode(w, scale[..., None], minimum[..., None])
+        found = []
         for _ in range(2):
-            scale, minimum = _least_squares(grid, w, h, scale, minimum)
-            error = _sub_error(grid, w, h, scale, minimum)
-            better = error < least
-            least = torch.where(better, error, least)
-            best_scale = torch.where(better, scale, best_scale)
-            best_minimum = torch.where(better, minimum, best_minimum)
-    return best_scale, best_minimum
+            scale, minimum = _least_squares(grid, w, h, q, sums, scale, minimum)
+            q = grid.encode(w, scale[..., None], minimum[..., None])
+            found.append((_code_error(grid, w, h, q, scale, minimum), scale, minimum))
+        least, best = _least(found, least, best)
+    scale, minimum = best
+    return scale, minimum
+
+
+def _trials(values: Sequence[tuple[float, ...]], w: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Values that are tried, float32 [trials, 1, 1, 1, values of a trial], in parts.
+
+    A GPU waits for launches, and takes many trials at once. A CPU takes one after the other, which
+    stay in its caches.
+    """
+    at_once = max(1, _AT_ONCE // w.numel()) if w.is_cuda else 1
+    trials = torch.tensor(values, dtype=torch.float32, device=w.device)
+    return trials.view(len(values), 1, 1, 1, -1).split(at_once)
+
+
+def _least(
+    found: Sequence[Sequence[torch.Tensor]],  # error and values, [trials, rows, blocks, sub-blocks]
+    least: torch.Tensor,  # [rows, blocks, sub-blocks]
+    best: Sequence[torch.Tensor],  # likewise
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The smallest error, and the values that it belongs to. Of equal errors the first counts.
+
+    `found` has an entry for each round of the trials.
+    """
+    best = list(best)
+    if len(found[0][0]) > 1:  # the first is that of the first trial, whatever its round
+        errors, *tried = (torch.stack(list(each), 1).flatten(0, 1) for each in zip(*found))
+        error, which = errors.nan_to_num(nan=torch.inf).min(0, keepdim=True)
+        found = [(error, *(t.gather(0, which) for t in tried))]
+    for error, *values in found:
+        better = error[0] < least
+        least = torch.where(better, error[0], least)
+        best = [torch.where(better, v[0], b) for v, b in zip(values, best)]
+    return least, best
 
 
 def _symmetric_scale(grid: BlockGrid, w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -97,28 +153,68 @@ def _symmetric_scale(grid: BlockGrid, w: torch.Tensor, h: torch.Tensor) -> torch
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best = extreme / grid.reach
     zero = torch.zeros_like(best)
-    least = _sub_error(grid, w, h, best, zero)
-    for excess, sign in product(_EXCESS_SYMMETRIC, (-1.0, 1.0)):
-        scale = sign * extreme / (abs(grid.reach) + excess)
+    least = _column_error(grid, w, h, best)
+    reaches = [
+        (sign * (abs(grid.reach) + excess * grid.spacing),)
+        for excess, sign in product(_EXCESS_SYMMETRIC, (-1.0, 1.0))
+    ]
+    for trial in _trials(reaches, w):
+        scale = extreme / trial.squeeze(-1)
+        codes = grid.encode(w, scale[..., None], zero[..., None])
+        found = []
         for _ in range(2):
-            q = grid.encode(w, scale[..., None], zero[..., None]) - grid.centre
-            scale = (h * q * w).sum(-1) / (h * q * q).sum(-1).clamp_min(_NOTHING)
-            error = _sub_error(grid, w, h, scale, zero)
-            better = error < least
-            least, best = torch.where(better, error, least), torch.where(better, scale, best)
+            q = grid.values(codes)
+            weighted = h * q
+            square = (weighted * q).sum(-1).clamp_min_(_NOTHING)
+            scale = weighted.mul_(w).sum(-1).div_(square)
+            codes = grid.encode(w, scale[..., None], zero[..., None])
+            found.append((_code_error(grid, w, h, codes, scale, zero), scale))
+        least, (best,) = _least(found, least, (best,))
+    return best
+
+
+def _column_error(
+    grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Error of each sub-block whose columns are rounded alone, [rows, blocks, sub-blocks]."""
+    scale, zero = scale[..., None], torch.zeros_like(scale[..., None])
+    return (h * (grid.decode(grid.encode(w, scale, zero), scale, zero) - w).square()).sum(-1)
+
+
+def _lattice_scale(
+    grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """The best of a few scales around the one that is best for the columns alone.
+
+    Each is replaced by the least-squares scale of the points that it leads to. The error of these
+    is Σ h·w² less the gain that is compared here.
+    """
+    best, most, zero = scale, torch.full_like(scale, -1.0), torch.zeros_like(scale[..., None])
+    for share in _AROUND:
+        q = grid.values(grid.round(w, (share * scale)[..., None], zero, h))
+        along, across = (h * q * w).sum(-1), (h * q * q).sum(-1)
+        gain = along.clamp_min(0).square() / across
+        best = torch.where(gain > most, along.clamp_min(0) / across, best)
+        most = torch.maximum(gain, most)
     return best
 
 
 def _least_squares(
-    grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    grid: BlockGrid,
+    w: torch.Tensor,
+    h: torch.Tensor,
+    q: torch.Tensor,  # the codes that the given scale and minimum lead to
+    sums: tuple[torch.Tensor, torch.Tensor],  # Σh and Σhw of each sub-block
+    scale: torch.Tensor,
+    minimum: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and minimum that fit best the codes which the given ones lead to.
+    """The scale and minimum that fit the codes best.
 
     Where the type's minimum cannot be negative, a minimum below 0 is held at 0.
     """
-    q = grid.encode(w, scale[..., None], minimum[..., None])
-    sh, sq, sqq = h.sum(-1), (h * q).sum(-1), (h * q * q).sum(-1)
-    sw, sqw = (h * w).sum(-1), (h * q * w).sum(-1)
+    (sh, sw), weighted = sums, h * q
+    sq, sqq = weighted.sum(-1), (weighted * q).sum(-1)
+    sqw = weighted.mul_(w).sum(-1)
     determinant = sh * sqq - sq * sq
     ok = determinant > _SINGULAR * sh * sqq
     safe = torch.where(ok, determinant, 1.0)
@@ -135,9 +231,21 @@ def _sub_error(
     grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
 ) -> torch.Tensor:
     """Weighted squared error of each sub-block, [rows, blocks, sub-blocks]."""
-    scale, minimum = scale[..., None], minimum[..., None]
-    decoded = grid.decode(grid.encode(w, scale, minimum), scale, minimum)
-    return (h * (decoded - w).square()).sum(-1)
+    codes = grid.round(w, scale[..., None], minimum[..., None], h)
+    return _code_error(grid, w, h, codes, scale, minimum)
+
+
+def _code_error(
+    grid: BlockGrid,
+    w: torch.Tensor,
+    h: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor,
+) -> torch.Tensor:
+    """The same for codes that are known."""
+    decoded = grid.decode(codes, scale[..., None], minimum[..., None])
+    return decoded.sub_(w).square_().mul_(h).sum(-1)
 
 
 # -- 2. multiples of common units ----------------------------------------------------------------
@@ -147,7 +255,7 @@ def _sub_error(
 
 def _stored(grid: BlockGrid, scale: torch.Tensor, minimum: torch.Tensor, shrink: float) -> Params:
     """Real-valued scales and minima as stored; the largest multiple is `shrink` of its limit."""
-    d, scales = _multiples(scale, grid.scale_limits, shrink)
+    d, scales = _multiples(scale, grid.scale_limits, shrink, grid.scale_step)
     if not grid.affine:
         return Params(d, scales)
     if grid.signed_minimum:
@@ -156,7 +264,7 @@ def _stored(grid: BlockGrid, scale: torch.Tensor, minimum: torch.Tensor, shrink:
 
 
 def _multiples(
-    values: torch.Tensor, limits: tuple[int, int], shrink: float
+    values: torch.Tensor, limits: tuple[int, int], shrink: float, step: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A float16 unit [...] and int16 multiples [..., sub-blocks] with unit · multiple ≈ value.
 
@@ -172,7 +280,20 @@ def _multiples(
     lost = (unit == 0) & (wanted != 0)
     unit = torch.where(lost, torch.copysign(torch.full_like(wanted, _TINY), wanted).half(), unit)
     safe = torch.where(unit == 0, 1.0, unit.float())[..., None]
-    return unit, torch.round(values / safe).clamp(low, high).to(torch.int16)
+    first = low if step > 1 else 0
+    multiples = first + step * torch.round((values / safe - first) / step)
+    return unit, multiples.clamp(low, high).to(torch.int16)
+
+
+def _next_multiples(grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, stored: Params) -> Params:
+    """Multiples one step up or down, in the sub-blocks whose error is smaller there."""
+    best, least = stored.scales, _sub_error(grid, w, h, *_effective(stored))
+    for step in (-grid.scale_step, grid.scale_step):
+        trial = Params(stored.d, (stored.scales + step).clamp(*grid.scale_limits))
+        error = _sub_error(grid, w, h, *_effective(trial))
+        best = torch.where(error < least, trial.scales, best)
+        least = torch.minimum(error, least)
+    return Params(stored.d, best)
 
 
 def _zeros(stored: Params) -> Params:
@@ -227,7 +348,7 @@ def _better(
 def _refitted(grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, stored: Params) -> Params:
     """The units d and dmin of least error for the codes and multiples that are there."""
     scale, minimum = _effective(stored)
-    q = grid.encode(w, scale[..., None], minimum[..., None]) - grid.centre
+    q = grid.values(grid.round(w, scale[..., None], minimum[..., None], h))
     x = (q * stored.scales[..., None]).flatten(-2)  # what d is multiplied by, [rows, blocks, block]
     hf, wf = h.flatten(-2), w.flatten(-2)
     sxx, sxw = (hf * x * x).sum(-1), (hf * x * wf).sum(-1)

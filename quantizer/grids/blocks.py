@@ -8,6 +8,10 @@ sub-blocks of `sub_block` columns each hold an integer multiple of d and of dmin
     Q4_0 Q5_0 Q8_0    w = d·(q − centre)         a block of 32 is its own sub-block
     Q4_1 Q5_1         w = d·q + m                m = −minimum, float16
     TQ2_0 Q2_0        w = d·(q − 1)              blocks of 256 or 64; d < 0 means a zero-point of 2
+    IQ4_XS            w = (d·sc)·level[q]        sc signed, of 6 bits; 16 levels, unevenly spaced
+    IQ4_NL            w = d·level[q]             the same levels; a block of 32
+    IQ2_… IQ3_…       w = (d·sc)·level[q]        sc odd, of 4 bits; the codes of 4 or 8 columns are
+                                                 a point of a lattice (`lattices.py`)
 
 `block_fit.py` chooses d, dmin, sc and m on the storage grid. Codes are chosen afterwards, against
 the scale and minimum as they decode, so nothing is rounded twice. The products are exact in float32
@@ -18,8 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+
+from vlmq_export.quantizer.grids.lattices import Lattice, nearest
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,20 @@ class BlockGrid:
     affine: bool  # whether there is a minimum
     signed_minimum: bool = False  # Q4_1, Q5_1: the minimum is a float16 of either sign
     off_centre: int | None = None  # the code of zero, where it is not the middle one
+    # What each code stands for before the scale, from low to high; empty: code − centre.
+    levels: tuple[float, ...] = ()
+    lattice: Lattice | None = None  # which codes may stand together
+    scale_step: int = 1  # between stored multiples: 2 where all are odd
+
+    @property
+    def together(self) -> int:
+        """Columns whose codes are chosen together."""
+        return 1 if self.lattice is None else self.lattice.together
 
     @property
     def top(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1
+        return len(self.levels) - 1 if self.levels else 2**self.bits - 1
 
     @property
     def centre(self) -> int:
@@ -89,33 +105,95 @@ class BlockGrid:
         return 0 if self.affine else 2 ** (self.bits - 1)
 
     @property
-    def reach(self) -> int:
-        """q − centre at the longer end of the grid."""
-        return max(-self.centre, self.top - self.centre, key=abs)
+    def reach(self) -> float:
+        """What the code at the longer end of the grid stands for."""
+        ends = self.levels or (-self.centre, self.top - self.centre)
+        return max(ends[0], ends[-1], key=abs)
+
+    @property
+    def spacing(self) -> float:
+        """The distance between the last two codes there."""
+        return abs(self.levels[0] - self.levels[1]) if self.levels else 1.0
 
     @property
     def bits_per_weight(self) -> float:
         """Of a packed block: codes, multiples of the sub-blocks, float16 units."""
         low, high = self.scale_limits
-        multiples = (high - low).bit_length() * (self.block // self.sub_block)
-        return self.bits + (1 + self.affine) * (multiples + 16) / self.block
+        each = ((high - low) // self.scale_step).bit_length()
+        multiples = each * (self.block // self.sub_block)
+        codes = self.bits if self.lattice is None else self.lattice.bits
+        return codes + (1 + self.affine) * (multiples + 16) / self.block
 
     def encode(
         self, weights: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
     ) -> torch.Tensor:
         """The nearest codes as float32. The three arguments broadcast against each other.
 
-        With a scale of 0 all codes decode alike, and the centre is taken.
+        They are those of each column alone, which on a lattice may be no point: see `round`. With a
+        scale of 0 all codes decode alike, and the one nearest to zero is taken.
         """
-        safe = torch.where(scale == 0, 1.0, scale)
-        ratio = torch.where(scale == 0, 0.0, (weights + minimum) / safe)
-        return (torch.round(ratio) + self.centre).clamp_(0, self.top)
+        safe = torch.where(scale == 0, torch.inf, scale)
+        ratio = (weights + minimum).div_(safe) if self.affine else weights / safe
+        if self.levels:
+            levels = _tensor(self.levels, ratio.device)
+            return torch.bucketize(ratio.contiguous(), (levels[1:] + levels[:-1]) / 2).float()
+        codes = ratio.round_()
+        return (codes.add_(self.centre) if self.centre else codes).clamp_(0, self.top)
+
+    def round(
+        self,
+        weights: torch.Tensor,  # [..., columns]
+        scale: torch.Tensor,  # broadcasts to the weights, alike in columns that stand together
+        minimum: torch.Tensor,  # broadcasts likewise
+        importance: torch.Tensor,  # likewise, greater than 0; it decides on a lattice alone
+    ) -> torch.Tensor:
+        """The codes of least weighted squared error, as float32."""
+        if self.lattice is None:
+            return self.encode(weights, scale, minimum)
+        size = self.lattice.together
+        vectors = weights.reshape(-1, size)
+        scales = scale.expand_as(weights).reshape(-1, size)[:, 0]
+        cost = importance.expand_as(weights).reshape(-1, size)
+        return nearest(self.lattice, vectors, scales, cost).view_as(weights).float()
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes stand for before scale and minimum, float32."""
+        if self.levels:
+            return _tensor(self.levels, codes.device)[codes.long()]
+        return codes.float() - self.centre
 
     def decode(
         self, codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
     ) -> torch.Tensor:
         """The weights in float32, as ggml computes them."""
-        return scale * (codes.float() - self.centre) - minimum
+        weights = scale * self.values(codes)
+        return weights.sub_(minimum) if self.affine else weights
+
+
+@cache
+def _tensor(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device)
+
+
+# kvalues_iq4nl of ggml-common.h.
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# The grids and magnitudes of iq2xxs_grid … iq3s_grid of ggml-common.h. Theirs are 8 or 4 times as
+# large in all types but IQ3_S, whose decoders divide by that.
+_IQ2, _IQ3 = (1.0, 3.125, 5.375), (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0)
+
+
+def _on_lattice(name: str, sub_block: int, lattice: Lattice) -> BlockGrid:
+    return BlockGrid(
+        name,
+        round(lattice.bits),
+        256,
+        sub_block,
+        (1, 31),
+        False,
+        levels=lattice.levels,
+        lattice=lattice,
+        scale_step=2,
+    )
 
 
 GRIDS = {
@@ -133,5 +211,12 @@ GRIDS = {
         BlockGrid("Q8_0", 8, 32, 32, (1, 1), False),
         BlockGrid("TQ2_0", 2, 256, 256, (1, 1), False, off_centre=1),
         BlockGrid("Q2_0", 2, 64, 64, (1, 1), False, off_centre=1),
+        BlockGrid("IQ4_NL", 4, 32, 32, (1, 1), False, levels=_IQ4),
+        BlockGrid("IQ4_XS", 4, 256, 32, (-32, 31), False, levels=_IQ4),
+        _on_lattice("IQ3_S", 32, Lattice("IQ3_S", 512, 4, 4, False, (*_IQ3, 15.0))),
+        _on_lattice("IQ3_XXS", 32, Lattice("IQ3_XXS", 256, 4, 8, True, (*_IQ3, 15.5))),
+        _on_lattice("IQ2_S", 16, Lattice("IQ2_S", 1024, 8, 8, False, _IQ2)),
+        _on_lattice("IQ2_XS", 16, Lattice("IQ2_XS", 512, 8, 8, True, _IQ2)),
+        _on_lattice("IQ2_XXS", 32, Lattice("IQ2_XXS", 256, 8, 8, True, _IQ2)),
     )
 }

@@ -19,6 +19,11 @@ class GridChoice:
     act_order: str
 
     @property
+    def together(self) -> int:
+        """Columns that are rounded at once."""
+        return self.grid.together if isinstance(self.grid, BlockGrid) else 1
+
+    @property
     def block_type(self) -> str:
         """Name of the GGUF block type; empty on an affine grid."""
         return self.grid.name if isinstance(self.grid, BlockGrid) else ""

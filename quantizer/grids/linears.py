@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -27,6 +29,10 @@ class _Named:
     def decode(self) -> torch.Tensor:
         """The weights, float32 [out, in]."""
         return self.solution.decode()
+
+    def at(self, rows: torch.Tensor) -> Self:
+        """Some of the rows, without bias. `rows` is int64 [n]."""
+        return replace(self, solution=self.solution.rows(rows), bias=None)
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,6 @@ class BlockLinear(_Named):
     def params(self) -> Params:
         return self.solution.params
 
-    def at(self, rows: torch.Tensor) -> BlockLinear:
-        """Some of the rows, without bias. `rows` is int64 [n]."""
-        s = self.solution
-        some = BlockSolution(s.grid, s.codes[rows], s.params.rows(rows))
-        return BlockLinear(self.name, some, None)
-
     def out_of_range(self) -> str:
         """What in the tensors lies outside the grid, in words; empty if nothing does."""
         return self.solution.out_of_range()
@@ -94,3 +94,15 @@ class BlockLinear(_Named):
 
 
 Linear = QuantizedLinear | BlockLinear
+
+
+def stacked(slabs: Sequence[Linear]) -> Linear:
+    """Slabs of one matrix one below the other. Their columns have one order."""
+    first = slabs[0]
+    codes = torch.cat([s.solution.codes for s in slabs])
+    if isinstance(first, BlockLinear):
+        params = Params.joined([s.params for s in slabs if isinstance(s, BlockLinear)], 0)
+        return replace(first, solution=BlockSolution(first.solution.grid, codes, params))
+    own = [s.solution for s in slabs if isinstance(s.solution, Solution)]
+    scales, zeros = torch.cat([s.scales for s in own]), torch.cat([s.zero_points for s in own])
+    return replace(first, solution=Solution(codes, scales, zeros, own[0].g_idx))

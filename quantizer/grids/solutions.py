@@ -6,6 +6,7 @@ Decoding stands here and nowhere else in `quantizer/`. The proof has a decoder o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +48,15 @@ class Solution:
     @property
     def clipped(self) -> bool:
         """Whether a scale ends where float16 does, so that weights beyond it were cut."""
-        return bool((self.scales >= LARGEST).any())
+        return bool((self.scales.abs() >= LARGEST).any())
 
-    def rows(self, start: int, stop: int) -> Solution:
+    def rows(self, which: slice | torch.Tensor) -> Solution:
         """The solution of some of the rows."""
-        some = slice(start, stop)
-        return Solution(self.codes[some], self.scales[some], self.zero_points[some], self.g_idx)
+        return Solution(self.codes[which], self.scales[which], self.zero_points[which], self.g_idx)
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Solution:
+        """The same with `change` applied to every tensor."""
+        return Solution(*map(change, (self.codes, self.scales, self.zero_points, self.g_idx)))
 
     def out_of_range(self, bits: int) -> str:
         """What in the tensors lies outside a grid of `bits` bits, in words; empty if nothing."""
@@ -91,11 +95,13 @@ class BlockSolution:
         units = (self.params.d, self.params.dmin)
         return any(bool((u.abs() >= LARGEST).any()) for u in units if u is not None)
 
-    def rows(self, start: int, stop: int) -> BlockSolution:
+    def rows(self, which: slice | torch.Tensor) -> BlockSolution:
         """The solution of some of the rows."""
-        return BlockSolution(
-            self.grid, self.codes[start:stop], self.params.rows(slice(start, stop))
-        )
+        return BlockSolution(self.grid, self.codes[which], self.params.rows(which))
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BlockSolution:
+        """The same with `change` applied to every tensor."""
+        return BlockSolution(self.grid, change(self.codes), self.params.each(change))
 
     def out_of_range(self) -> str:
         """What in the tensors lies outside the grid, in words; empty if nothing does."""
@@ -103,11 +109,14 @@ class BlockSolution:
         found = {
             f"codes over {self.grid.top}": self.codes > self.grid.top,
             f"sub-scales outside {low}..{high}": (p.scales < low) | (p.scales > high),
+            "sub-scales that are even": (p.scales - low) % self.grid.scale_step != 0,
             "scales that are not finite": ~torch.isfinite(p.d),
         }
         if p.dmin is not None and p.mins is not None:
             found[f"minima over {high}"] = p.mins > high
             found["minima that are not finite"] = ~torch.isfinite(p.dmin)
+        if self.grid.lattice is not None and not _counted(found):
+            found["groups of codes that are no point"] = ~self.grid.lattice.holds(self.codes)
         return _counted(found)
 
 

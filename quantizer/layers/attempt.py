@@ -51,6 +51,7 @@ def prepared(stack: Stack, sums: Statistics, config: QuantConfig) -> Prepared:
         group=choice.group,
         act_order=choice.act_order,
         damp=config.damp,
+        together=choice.together,
     )
     shift = None
     if sums.drift is not None and not hessian.fallback:
@@ -93,7 +94,8 @@ def attempt(
             column_term=terms.column,
             own_term=terms.own,
         )
-        solution = descend(solution, aim, known.hessian, sweeps=method.refine.sweeps)
+        sweeps, refit = method.refine.sweeps, grid.lattice is not None
+        solution = descend(solution, aim, known.hessian, sweeps=sweeps, refit=refit)
     else:
         fit, moves = None, moves_of(method, grid.bits, grid.symmetric)
         if method.ranges == "modality" and not known.hessian.fallback:

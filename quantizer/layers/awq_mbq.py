@@ -9,10 +9,12 @@ arXiv 2306.00978; MBQ, arXiv 2412.19509):
     AWQ    p = 2, c = 1
     MBQ    p = 1, c = 1 at answer tokens and ρ at image tokens
 
-f is the attention for q, k and v, the MLP for gate and up, and the linear itself for o and down.
-Nothing is left for a runtime to do. 1/s goes into the norm before q, k, v, into the norm before
-gate and up, into the rows of up before down, and into those of v before o where they fit. A norm is
-first rounded to the type that it is stored in, and the weights take the scale that is left.
+A layer is a chain of sub-blocks, x ← x + post(out(mix(ins(norm(x))))). f is out(mix(ins(·))) for
+`ins`, which is the attention for q, k and v, and the MLP for gate and up; it is the linear itself
+for `out`. Nothing is left for a runtime to do. 1/s goes into the norm before `ins`. Before `out` it
+goes into the rows of the linear in which the mix is linear: into those of up, and into those of v
+where they fit. A norm is first rounded to the type that it is stored in, and the weights take the
+scale that is left.
 docs/methods.md §4.1 and §4.2.
 """
 
@@ -26,18 +28,17 @@ import torch
 
 from vlmq_export.quantizer.arithmetic import tensor_cores
 from vlmq_export.quantizer.calibration.batches import Batch
-from vlmq_export.quantizer.calibration.layer_walk import DOWN, GATE_UP, OUT, QKV, LayerWalk
+from vlmq_export.quantizer.calibration.layer_walk import LayerWalk
+from vlmq_export.quantizer.calibration.sub_blocks import inner
 from vlmq_export.quantizer.grids.affine import Affine
+from vlmq_export.quantizer.model.families import groups_of
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 from vlmq_export.quantizer.solver.nearest import round_to_nearest
 
 POWERS = tuple(i / 20 for i in range(20))  # values of t that are tried
 CLIPS = tuple(1 - i / 20 for i in range(10))  # AWQ: shares of a group's largest magnitude
 _UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
-_INSPECTED = {QKV: "self_attn", OUT: "self_attn.o_proj", GATE_UP: "mlp", DOWN: "mlp.down_proj"}
-_BEFORE = {OUT: "self_attn.v_proj", DOWN: "mlp.up_proj"}  # whose rows can take 1/s
 GridOf = Callable[[int], tuple[Affine, int]]  # columns → the grid, and the columns per scale
-Norms = Sequence[tuple[str, Sequence[str]]]  # a norm, and the linears that read it
 # A float tensor by its name in the layer → its value as the file can hold it, float32.
 Stored = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -56,19 +57,18 @@ class Scaled:
 @tensor_cores()
 def scaled_layer(
     walk: LayerWalk,  # of one stream, which stays that of full precision
-    groups: Sequence[Sequence[str]],
     grid_of: GridOf,
     *,
-    ratios: tuple[float, float] | None,  # MBQ's ρ of attention and MLP; None: AWQ
+    ratios: Sequence[float] | None,  # MBQ's ρ, one for each sub-block; None: AWQ
     stored: Stored,
-    norms: Norms,
+    offset: float = 0.0,  # Family.gain
     ranks: Ranks = ALONE,
 ) -> Scaled:
     """Search and fold the scales of every step, and for AWQ clip the ranges.
 
     Every rank ends with the same.
     """
-    layer = walk.layer
+    layer, groups = walk.layer, groups_of(walk.blocks)
     modules = {n: layer.get_submodule(n) for names in groups for n in names}
     out = Scaled(
         {n: m.weight.detach().clone() for n, m in modules.items()},
@@ -78,11 +78,11 @@ def scaled_layer(
     for step, names in enumerate(groups):
         energy = _energy(walk, step, grid_of, clipping=ratios is None, ranks=ranks)
         scale = torch.ones_like(energy.magnitude)
-        fold = _fold_of(layer, step, names, norms)
+        fold = _fold_of(walk, step)
         if fold is not None:
-            weigh = None if ratios is None else ratios[step in (GATE_UP, DOWN)]
+            weigh = None if ratios is None else ratios[step // 2]
             power = _search(walk, step, names, energy.magnitude, grid_of, weigh, ranks)
-            scale = _fold(out, layer, fold, scale_of(energy.magnitude, power), stored)
+            scale = _fold(out, layer, fold, scale_of(energy.magnitude, power), stored, offset)
             out.powers |= dict.fromkeys(names, power)
         for name in names:
             out.weights[name] *= scale
@@ -166,10 +166,10 @@ def _search(
 
 def _inspected(walk: LayerWalk, step: int, index: int) -> torch.Tensor:
     """f of one batch, with the weights that the layer has now."""
-    module, x = walk.layer.get_submodule(_INSPECTED[step]), walk.again(step, index)
-    if step == QKV:
-        return module(hidden_states=x, **walk.batches[index].kwargs)[0]
-    return module(x)
+    (block, closing), x = walk.step(step), walk.again(step, index)
+    if closing:
+        return walk.layer.get_submodule(block.out)(x)
+    return inner(walk.layer, block, x, walk.batches[index].kwargs)
 
 
 def _loss(difference: torch.Tensor, batch: Batch, ratio: float | None) -> float:
@@ -192,18 +192,17 @@ class _Fold:
     linear: str = ""
 
 
-def _fold_of(layer: Any, step: int, names: Sequence[str], norms: Norms) -> _Fold | None:
+def _fold_of(walk: LayerWalk, step: int) -> _Fold | None:
     """None where heads share a value, so that the rows of v do not fit the columns of o."""
-    before = {tuple(readers): norm for norm, readers in norms}
-    if tuple(names) in before:
-        return _Fold(norm=f"{before[tuple(names)]}.weight")
-    source = _BEFORE[step]
-    given = layer.get_submodule(source).out_features
-    return _Fold(linear=source) if given == layer.get_submodule(names[0]).in_features else None
+    block, closing = walk.step(step)
+    if not closing:
+        return _Fold(norm=f"{block.norm}.weight")
+    given, taken = (walk.layer.get_submodule(name) for name in (block.carrier, block.out))
+    return _Fold(linear=block.carrier) if given.out_features == taken.in_features else None
 
 
 def _fold(
-    out: Scaled, layer: Any, fold: _Fold, scale: torch.Tensor, stored: Stored
+    out: Scaled, layer: Any, fold: _Fold, scale: torch.Tensor, stored: Stored, offset: float
 ) -> torch.Tensor:
     """Put 1/s where it goes. Returns the scale for the weights, which is s up to one rounding."""
     if fold.linear:
@@ -211,9 +210,9 @@ def _fold(
         if fold.linear in out.biases:
             out.biases[fold.linear] /= scale
         return scale
-    gain = layer.get_parameter(fold.norm)
-    new = stored(fold.norm, gain / scale)
-    out.norms[fold.norm] = new
+    gain = layer.get_parameter(fold.norm) + offset
+    out.norms[fold.norm] = stored(fold.norm, gain / scale - offset)
+    new = out.norms[fold.norm] + offset
     return torch.where(new == 0, torch.ones_like(gain), gain / new)
 
 

@@ -14,7 +14,7 @@ from vlmq_export.quantizer.storage.tensors import DTYPES
 
 def broadcast(solved: Solved | None, ranks: Ranks, owner: int) -> Solved:
     """The owner's linear with its metrics, on every rank. The others give None."""
-    if ranks.size == 1:
+    if not ranks.grouped:
         assert solved is not None
         return solved
     mine: dict[str, torch.Tensor] = {}

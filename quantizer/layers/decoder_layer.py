@@ -11,11 +11,12 @@ import torch
 
 from vlmq_export.quantizer.calibration.collect import (
     Evidence,
+    TokenFactors,
     collect,
     importance_factors,
     summed_on,
 )
-from vlmq_export.quantizer.calibration.layer_walk import RESIDUAL, LayerWalk, put
+from vlmq_export.quantizer.calibration.layer_walk import LayerWalk, put
 from vlmq_export.quantizer.calibration.token_weights import importance_facts
 from vlmq_export.quantizer.grids.affine import Affine
 from vlmq_export.quantizer.host import give_back
@@ -34,22 +35,25 @@ def quantize_layer(
     prefix: str,  # hub name of the layer, with the dot
     job: Job,
     ranks: Ranks = ALONE,
+    answers: TokenFactors | None = None,
 ) -> list[Solved]:
     """Solve every linear of a layer, and leave the decoded weights in the layer.
 
     Step by step, so that each linear is calibrated on inputs that the linears before it have
     already disturbed. Of several ranks each solves its share of a step, from the sums of all.
     Tuning then looks at the layer as a whole.
+
+    answers: what the answers' loss says of this layer's tokens, where the method weighs by it.
     """
     names = [name for group in job.family.groups for name in group] if job.method.tuned else []
     source = {f"{n}.weight": walk.layer.get_submodule(n).weight.detach().clone() for n in names}
     entering = [b.aside(b.quantized) for b in walk.batches] if job.method.tuned else []
-    factors = importance_factors(walk, job.method, ranks)
+    factors = importance_factors(walk, job.method, ranks, answers)
     facts = importance_facts(factors, walk.batches, ranks)
     solved: list[Solved] = []
     for step, names in enumerate(job.family.groups):
         # Linears with token weights of their own have statistics of their own.
-        own = names[0] in factors
+        own = all(name in factors for name in names)
         units: list[list[str]] = [[name] for name in names] if own else [list(names)]
         found = _evidence(walk, step, units, factors, job)
         for name, (linear, metrics) in zip(names, _solve(walk, prefix, units, found, job, ranks)):
@@ -75,7 +79,8 @@ def _evidence(
     if not job.method.calibrated:
         return [None] * len(units)
     module = walk.layer.get_submodule(units[0][0])
-    residual = job.method.residual and step in RESIDUAL
+    block, closing = walk.step(step)
+    residual = job.method.residual and closing and not block.post
     found = collect(
         walk.inputs(step, residual=residual),
         walk.batches,
@@ -119,7 +124,7 @@ def scale_layer(
     walk: LayerWalk,
     prefix: str,
     job: Job,
-    ratios: tuple[float, float] | None,  # MBQ's, of attention and MLP
+    ratios: Sequence[float] | None,  # MBQ's, one for each sub-block
     stored: Callable[[str, torch.Tensor], torch.Tensor],  # a float tensor as its file holds it
     ranks: Ranks = ALONE,
 ) -> tuple[list[Solved], dict[str, torch.Tensor]]:
@@ -136,11 +141,10 @@ def scale_layer(
 
     scaled = scaled_layer(
         walk,
-        job.family.groups,
         grid_of,
         ratios=ratios,
         stored=lambda name, value: stored(prefix + name, value),
-        norms=job.family.norms,
+        offset=job.family.gain,
         ranks=ranks,
     )
     solved = []

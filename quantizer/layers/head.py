@@ -20,9 +20,7 @@ from vlmq_export.quantizer.arithmetic import tensor_cores
 from vlmq_export.quantizer.calibration.batches import Batch
 from vlmq_export.quantizer.calibration.collect import Evidence, collect, summed_on
 from vlmq_export.quantizer.calibration.layer_walk import Inputs
-from vlmq_export.quantizer.grids.blocks import Params
-from vlmq_export.quantizer.grids.linears import BlockLinear, Linear
-from vlmq_export.quantizer.grids.solutions import BlockSolution, Solution
+from vlmq_export.quantizer.grids.linears import stacked
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers.broadcast import broadcast
 from vlmq_export.quantizer.layers.stack import Matrix, Solved
@@ -48,7 +46,7 @@ def quantize_head(
             rows = model.head_rows(start, start + SLAB)
             slabs += solve_unit([Matrix(job.head, rows)], evidence, job)
             energies.append(float(rows.double().square().sum()))
-        linear = _stacked([linear for linear, _ in slabs])
+        linear = stacked([linear for linear, _ in slabs])
         solved = linear, _joined_metrics([metrics for _, metrics in slabs], energies)
     return broadcast(solved, ranks, 0)
 
@@ -77,18 +75,6 @@ def _inputs(norm: Any, batches: Sequence[Batch], *, two_streams: bool) -> Iterat
     for batch in batches:
         full = batch.tokens(norm(batch.full)) if two_streams else None
         yield Inputs(batch.tokens(norm(batch.quantized)), full)
-
-
-def _stacked(slabs: Sequence[Linear]) -> Linear:
-    """Slabs one below the other. Their columns have one order, which the Hessian sets."""
-    first = slabs[0]
-    codes = torch.cat([s.solution.codes for s in slabs])
-    if isinstance(first, BlockLinear):
-        params = Params.joined([s.params for s in slabs if isinstance(s, BlockLinear)], 0)
-        return replace(first, solution=BlockSolution(first.solution.grid, codes, params))
-    own = [s.solution for s in slabs if isinstance(s.solution, Solution)]
-    scales, zeros = torch.cat([s.scales for s in own]), torch.cat([s.zero_points for s in own])
-    return replace(first, solution=Solution(codes, scales, zeros, own[0].g_idx))
 
 
 def _joined_metrics(slabs: Sequence[dict], energies: Sequence[float]) -> dict:

@@ -49,7 +49,7 @@ class Stack:
     def parts(self, solution: Rounded) -> list[Rounded]:
         """A solution of the stack → that of each matrix."""
         ends = torch.tensor(self.sizes).cumsum(0).tolist()
-        return [solution.rows(end - size, end) for end, size in zip(ends, self.sizes)]
+        return [solution.rows(slice(end - size, end)) for end, size in zip(ends, self.sizes)]
 
 
 def nearest(weights: torch.Tensor, choice: GridChoice) -> Rounded:

@@ -59,14 +59,19 @@ class Architecture:
     def of(cls, config: dict) -> Architecture:
         """The architecture that the content of a config.json states.
 
-        Raises CheckpointError for a family that is not supported, for absurd sizes, and for
-        settings that transformers refuses.
+        Raises CheckpointError for a family that is not supported, for experts, for absurd sizes,
+        and for settings that transformers refuses.
         """
         resolved = pretrained_config(config).to_dict()
         tied = bool(resolved.get("tie_word_embeddings"))
         found = cls(resolved, family_of(config), tied)
         for part in (found.text, found.vision):
             _check_sizes(part)
+        if "_moe" in str(decoder := found.text.get("model_type")):
+            raise CheckpointError(
+                f"the language model in config.json is {decoder}, a mixture of experts, which is"
+                " not supported; choose a dense model of the family"
+            )
         return found
 
     @property

@@ -7,24 +7,62 @@ and `module_name` take any of the three.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Literal
 
-# Linears that share one input, in the order in which they are quantized (docs/methods.md §1.3).
-DECODER_GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
+from packaging.version import Version
+
+
+@dataclass(frozen=True)
+class SubBlock:
+    """One residual step of a decoder layer: x ← x + post(out(mix(ins(norm(x))))).
+
+    A layer is a chain of these. All names are those of modules in the layer.
+    """
+
+    # An attention is given positions and a mask as well. What it mixes is dear and narrow, and is
+    # kept until `out` is solved. An MLP's is cheap and by far the widest, and is made again.
+    kind: Literal["attention", "mlp"]
+    norm: str  # read by `ins` and by nothing else, so that a scale can be moved between them
+    module: str  # what computes out(mix(ins(·)))
+    ins: tuple[str, ...]  # linears that share the norm's output, in the order of quantization
+    out: str  # the linear that closes the step
+    carrier: str  # the one of `ins` in which the mix is linear, row for column of `out`
+    post: str = ""  # a norm between `out` and the residual stream
+
+    @property
+    def steps(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Linears that share one input, in the order of quantization (docs/methods.md §1.3)."""
+        return self.ins, (self.out,)
+
+
+ATTENTION = SubBlock(
+    "attention",
+    norm="input_layernorm",
+    module="self_attn",
+    ins=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.o_proj",
+    carrier="self_attn.v_proj",
 )
-# Each norm with the linears that read its output. Nothing else reads it, so that a scale can be
-# moved between the norm and these linears.
-DECODER_NORMS = (
-    ("input_layernorm", DECODER_GROUPS[0]),
-    ("post_attention_layernorm", DECODER_GROUPS[2]),
+MLP = SubBlock(
+    "mlp",
+    norm="post_attention_layernorm",
+    module="mlp",
+    ins=("mlp.gate_proj", "mlp.up_proj"),
+    out="mlp.down_proj",
+    carrier="mlp.up_proj",
+)
+DECODER = (ATTENTION, MLP)  # the layer of a Llama-like decoder
+# Gemma 2 and 3 have a norm on both sides of each sub-block.
+GEMMA = (
+    replace(ATTENTION, post="post_attention_layernorm"),
+    replace(MLP, norm="pre_feedforward_layernorm", post="post_feedforward_layernorm"),
 )
 # Ends of the names of buffers that the models compute themselves. Some versions of transformers
 # saved them, and none reads them.
-COMPUTED = ("inv_freq", "position_ids")
+COMPUTED = ("inv_freq", "position_ids", "embed_scale")
 
 
 @dataclass(frozen=True)
@@ -37,8 +75,13 @@ class Family:
     # Pairs of a name's prefix and the prefix of its module in transformers 5. Where several lead to
     # one module, the first is the published one, and some version of transformers saved the others.
     prefixes: tuple[tuple[str, str], ...]
-    groups: tuple[tuple[str, ...], ...] = DECODER_GROUPS
-    norms: tuple[tuple[str, tuple[str, ...]], ...] = DECODER_NORMS
+    # For docs/families.md: repositories on the hub, tokens of an image, and, where the class takes
+    # any decoder, those that it was published with.
+    published: str = ""
+    tokens: str = ""
+    decoders: str = ""
+    blocks: tuple[SubBlock, ...] = DECODER  # the chain that a decoder layer is
+    gain: float = 0.0  # what the norms add to their weights
     # Hub modules and tensors outside the decoder whose output enters its residual stream. Their
     # shapes are [hidden, ...], and `*` stands for a number.
     writers: tuple[str, ...] = ()
@@ -49,13 +92,35 @@ class Family:
     # What to write before and after an image's tokens where the chat template does not.
     around: tuple[str, str] = ("", "")
     newline: int = 0  # tokens that the model appends to each image
+    # Key of config.json with the token that stands for an image in a prompt, where that is not the
+    # one which is repeated for all of its features.
+    placeholder: str = ""
     # Packages that transformers' processor of the family asks for, beside torchvision.
     processor_needs: tuple[str, ...] = ()
     # Whether positions have three axes, for which the model must be told its image tokens.
     mrope: bool = True
+    # Keyword argument of the model that marks its image tokens, which see both ways.
+    marks: str = ""
     # Keyword arguments of the language model: the mask of the image tokens, and the features to add
     # to these tokens after layers 0, 1, ... (DeepStack).
     added: tuple[str, str] | None = None
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Linears of a layer that share one input, in the order in which they are quantized."""
+        return groups_of(self.blocks)
+
+    @property
+    def row(self) -> str:
+        """Its row in the table of docs/families.md."""
+        name = f"`{self.model_type}`" + (f" ({self.decoders})" if self.decoders else "")
+        has = {
+            "DeepStack features after the first layers": bool(self.added),
+            "a norm behind each sub-block": any(block.post for block in self.blocks),
+            "image tokens see both ways": bool(self.marks),
+        }
+        particular = "; ".join(words for words, there in has.items() if there)
+        return f"| {name} | {self.published} | {self.tokens} | {self.seq_len} | {particular} |"
 
     def linear_names(self, layers: int) -> list[str]:
         """Hub names of the modules to quantize, in layer order, then in the order of `groups`."""
@@ -92,8 +157,15 @@ class Family:
         return name.startswith(self.vision)
 
 
+def groups_of(blocks: Sequence[SubBlock]) -> list[tuple[str, ...]]:
+    """Linears that share one input, in the order in which they are quantized."""
+    return [names for block in blocks for names in block.steps]
+
+
 _QWEN2_MERGER = ("visual.merger.mlp.2",)
 _QWEN2_PREFIXES = (("visual.", "model.visual."), ("model.", "model.language_model."))
+# SigLIP's modules lay in one of this name until transformers 5.6, and files may still have it.
+_SIGLIP = "" if Version(version("transformers")) >= Version("5.6") else "vision_model."
 # LLaVA-OneVision and InternVL3 were published with the names of transformers 4.
 _TOWER_PREFIXES = (
     ("language_model.model.", "model.language_model."),
@@ -103,6 +175,8 @@ _TOWER_PREFIXES = (
 
 _QWEN2_VL = Family(
     "qwen2_vl",
+    published="Qwen/Qwen2-VL-*",
+    tokens="one for 28 × 28 pixels",
     layers="model.layers.",
     vision=("visual.",),
     prefixes=_QWEN2_PREFIXES,
@@ -110,6 +184,9 @@ _QWEN2_VL = Family(
 )
 _QWEN3_VL = Family(
     "qwen3_vl",
+    published="Qwen/Qwen3-VL-*",
+    tokens="one for 32 × 32 pixels",
+    decoders="dense",
     layers="model.language_model.layers.",
     vision=("model.visual.",),
     prefixes=(),
@@ -121,13 +198,16 @@ _QWEN3_VL = Family(
 )
 _LLAVA_ONEVISION = Family(
     "llava_onevision",
+    published="llava-hf/llava-onevision-qwen2-*",
+    tokens="27 · 27 and one newline",
+    decoders="Qwen2 decoder",
     layers="language_model.model.layers.",
     vision=("vision_tower.", "multi_modal_projector.", "image_newline"),
-    # transformers 4.52 to 4.57 kept `vision_model` in its modules; transformers 5 saves without it.
     prefixes=(
-        ("vision_tower.vision_model.", "model.vision_tower."),
-        ("model.vision_tower.vision_model.", "model.vision_tower."),
-        ("vision_tower.", "model.vision_tower."),
+        ("vision_tower.vision_model.", f"model.vision_tower.{_SIGLIP}"),
+        ("model.vision_tower.vision_model.", f"model.vision_tower.{_SIGLIP}"),
+        ("vision_tower.", f"model.vision_tower.{_SIGLIP}"),
+        ("model.vision_tower.", f"model.vision_tower.{_SIGLIP}"),
         ("image_newline", "model.image_newline"),
         *_TOWER_PREFIXES,
     ),
@@ -139,6 +219,9 @@ _LLAVA_ONEVISION = Family(
 )
 _INTERNVL = Family(
     "internvl",
+    published="OpenGVLab/InternVL3-*-hf, InternVL3_5-*-HF",
+    tokens="256, between `<img>` and `</img>`",
+    decoders="Qwen2 or Qwen3 decoder",
     layers="language_model.model.layers.",
     vision=("vision_tower.", "multi_modal_projector."),
     prefixes=(("vision_tower.", "model.vision_tower."), *_TOWER_PREFIXES),
@@ -150,6 +233,9 @@ _INTERNVL = Family(
 # The tower and the connector of SmolVLM have the names of transformers 5 on the hub as well.
 _IDEFICS3 = Family(
     "idefics3",
+    published="HuggingFaceTB/SmolVLM-*-Instruct",
+    tokens="64 for a tile of 512 × 512 pixels, with words around them",
+    decoders="Llama decoder",
     layers="model.text_model.layers.",
     vision=("model.vision_model.", "model.connector."),
     prefixes=(),
@@ -158,17 +244,39 @@ _IDEFICS3 = Family(
     around=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
     mrope=False,
 )
+_GEMMA3 = Family(
+    "gemma3",
+    published="google/gemma-3-4b-it, -12b-it, -27b-it",
+    tokens="256, between `<start_of_image>` and `<end_of_image>`",
+    layers="language_model.model.layers.",
+    vision=("vision_tower.", "multi_modal_projector."),
+    prefixes=_LLAVA_ONEVISION.prefixes,
+    blocks=GEMMA,
+    gain=1.0,
+    images="tile",
+    around=("\n\n<start_of_image>", "<end_of_image>\n\n"),
+    placeholder="boi_token_index",
+    mrope=False,
+    marks="token_type_ids",
+)
 
 FAMILIES = {
     f.model_type: f
     for f in (
         _QWEN2_VL,
-        replace(_QWEN2_VL, model_type="qwen2_5_vl"),
+        replace(_QWEN2_VL, model_type="qwen2_5_vl", published="Qwen/Qwen2.5-VL-*"),
         _QWEN3_VL,
         _LLAVA_ONEVISION,
         _INTERNVL,
         _IDEFICS3,
-        replace(_IDEFICS3, model_type="smolvlm", processor_needs=("num2words",)),
+        replace(
+            _IDEFICS3,
+            model_type="smolvlm",
+            published="HuggingFaceTB/SmolVLM2-*-Instruct",
+            tokens="the same; 81 for a tile of 384 pixels (2.2B)",
+            processor_needs=("num2words",),
+        ),
+        _GEMMA3,
     )
 }
 

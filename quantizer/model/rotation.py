@@ -1,7 +1,8 @@
 """Randomized Hadamard rotations of a decoder's activations, folded into its weights.
 
     h' = h·Q   residual stream: W becomes Qᵀ·W where it writes into h, and W·Q where it reads h
-    v' = v·R   values of each head: Rᵀ·W for the rows of v_proj, W·R for the columns of o_proj
+    v' = v·R   values of each head: Rᵀ·W for an attention's carrier (rows of v_proj), W·R for the
+               columns of its `out` (o_proj)
     γ' = 1     norms: W becomes W·diag(γ) where it reads the norm, because an RMSNorm commutes with
                Q only without a gain
 
@@ -10,14 +11,15 @@ its weights and activations have no outlying channels. Vision features and every
 joins the residual stream are rotated where they are made (`Family.writers`). A tied output matrix
 gets weights of its own: it takes the gain of the last norm, which the embedding must not.
 
-`online` also rotates the input of down_proj. The running model then needs a Hadamard product
-between two linears, which no stock runtime has. It is there to evaluate quantized activations.
+`online` also rotates the input of an MLP's `out`, down_proj. The running model then needs a
+Hadamard product between two linears, which no stock runtime has. It is there to evaluate quantized
+activations.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -30,14 +32,12 @@ from torch import nn
 from vlmq_export.errors import CheckpointError
 from vlmq_export.quantizer.model.architecture import untied_config
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.model.families import DECODER_GROUPS, DECODER_NORMS, Family
+from vlmq_export.quantizer.model.families import Family, SubBlock
 from vlmq_export.quantizer.storage.tensors import DTYPES, TensorInfo
 
 ROTATIONS = ("off", "folded", "online")
 # The number of a rotation, which goes into its seed. The values of layer i have _VALUES + i.
 _RESIDUAL, _INNER, _HEADS, _VALUES = range(4)
-# The modules of a decoder layer whose weights a rotation changes.
-_WEIGHTS = {*(n for group in DECODER_GROUPS for n in group), *(norm for norm, _ in DECODER_NORMS)}
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,11 @@ class RotatedCheckpoint(Checkpoint):
     def _refuse(self) -> None:
         """Raises CheckpointError for a decoder that cannot be rotated.
 
-        That is one with other linears or with biases of norms, or one whose vision features do not
-        have the width of its residual stream.
+        That is one with norms behind its linears or with biases of norms, or one whose vision
+        features do not have the width of its residual stream.
         """
         why = ""
-        usual = (self.family.groups, self.family.norms) == (DECODER_GROUPS, DECODER_NORMS)
-        if not usual or not self.family.writers:
+        if not self.family.writers or any(block.post for block in self.family.blocks):
             why = f"decoders of {self.family.model_type} cannot be rotated"
         for name, info in self.tensors.items():
             inside = name.startswith(self.family.layers)
@@ -183,28 +182,27 @@ class RotatedCheckpoint(Checkpoint):
         """A tensor of a decoder layer, rotated. `value` is the source's, float64."""
         index, _, part = name.removeprefix(self.family.layers).partition(".")
         module, _, leaf = part.rpartition(".")
-        if module in dict(self.family.norms):
-            return torch.ones_like(value)
+        block = next(b for b in self.family.blocks if module in (b.norm, *b.ins, b.out))
         values = Rotation.of(self.head_dim, self.seed, _VALUES + int(index))
-        if leaf == "weight":
-            for norm, readers in self.family.norms:
-                if module in readers:
-                    gain = self.source.tensor(f"{self.family.layers}{index}.{norm}.weight").double()
-                    value = self._residual.apply(value * gain)
-        if module == "self_attn.v_proj":
+        if module == block.norm:
+            return torch.ones_like(value)
+        if module in block.ins and leaf == "weight":
+            gain = self.source.tensor(f"{self.family.layers}{index}.{block.norm}.weight").double()
+            value = self._residual.apply(value * gain)
+        if module in block.ins:
+            if block.kind == "mlp" or module != block.carrier:
+                return value
             return values.blocks(value.T).T if leaf == "weight" else values.blocks(value)
-        if module in ("self_attn.o_proj", "mlp.down_proj"):
-            if leaf == "bias":
-                return self._residual.apply(value)
-            if module == "self_attn.o_proj":
-                value = values.blocks(value)
-            elif self.online:
-                value = self.inner_rotation().apply(value)
-            return self._residual.apply(value.T).T
-        return value
+        if leaf == "bias":
+            return self._residual.apply(value)
+        if block.kind == "attention":
+            value = values.blocks(value)
+        elif self.online:
+            value = self.inner_rotation().apply(value)
+        return self._residual.apply(value.T).T
 
     def inner_rotation(self) -> Rotation:
-        """The rotation of down_proj's input, where rotations are online."""
+        """The rotation of the input of an MLP's `out`, where rotations are online."""
         return Rotation.of(self.inner, self.seed, _INNER)
 
     def head_rotation(self) -> Rotation:
@@ -230,24 +228,36 @@ def rotated(checkpoint: Checkpoint, rotate: str, seed: int) -> Checkpoint:
     return RotatedCheckpoint(checkpoint.path, seed, online=rotate == "online")
 
 
-def rotate_inner(layers: Sequence[nn.Module], rotation: Rotation) -> None:
-    """Let decoder layers rotate the input of down_proj, whose weight expects it."""
+def rotate_inner(
+    layers: Sequence[nn.Module], blocks: Sequence[SubBlock], rotation: Rotation
+) -> None:
+    """Let decoder layers rotate the input of an MLP's `out`, whose weight expects it."""
 
-    def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-        inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-        return mlp.down_proj(rotation.apply(inner))
+    def forward(plain: Callable, out: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Whoever calls `out` alone gives it what is rotated already.
+        hook = out.register_forward_pre_hook(lambda _, x: (rotation.apply(x[0]),), prepend=True)
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            hook.remove()
 
     for layer in layers:
-        mlp: Any = layer.mlp
-        mlp.forward = partial(forward, mlp)
+        for block in (b for b in blocks if b.kind == "mlp"):
+            module: Any = layer.get_submodule(block.module)
+            module.forward = partial(forward, module.forward, layer.get_submodule(block.out))
 
 
 def changes(name: str, family: Family) -> bool:
     """Whether a rotation gives this tensor, by its hub name, other values."""
     if name.startswith(family.layers):
         module, _, leaf = name.removeprefix(family.layers).partition(".")[2].rpartition(".")
-        biased = ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
-        return module in biased or (leaf == "weight" and module in _WEIGHTS)
+        for block in family.blocks:
+            if leaf == "weight" and module in (block.norm, *block.ins, block.out):
+                return True
+            # Of `ins`, values alone have a rotation of their outputs.
+            if module == block.out or (block.kind == "attention" and module == block.carrier):
+                return True
+        return False
     outside = family.layers.removesuffix("layers.")
     head = family.hub_name("lm_head.weight")
     if name in (f"{outside}embed_tokens.weight", f"{outside}norm.weight", head):

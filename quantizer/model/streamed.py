@@ -89,7 +89,9 @@ class StreamedModel:
         ids = ids.unique()
         matrix = self._source[next(n for n, p in parameters if p is embedding.weight)]
         rows = self.checkpoint.tensor(matrix, rows=ids.tolist())
-        self.model.set_input_embeddings(_Rows(ids.to(self.device), rows.to(self.device).float()))
+        rows = rows.to(self.device).float()
+        scale = getattr(embedding, "embed_scale", None)  # Gemma's √hidden
+        self.model.set_input_embeddings(_Rows(ids.to(self.device), rows, scale))
         try:
             with self._filled(names):
                 yield self.model
@@ -148,13 +150,17 @@ class _Rows(nn.Module):
 
     ids: torch.Tensor  # int64 [n], sorted
 
-    def __init__(self, ids: torch.Tensor, rows: torch.Tensor):  # [n] and [n, hidden]
+    def __init__(
+        self, ids: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | None
+    ):  # [n], [n, hidden] and a number
         super().__init__()
         self.register_buffer("ids", ids)
         self.weight = nn.Parameter(rows, requires_grad=False)
+        self.scale = scale
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weight[torch.searchsorted(self.ids, ids)]
+        rows = self.weight[torch.searchsorted(self.ids, ids)]
+        return rows if self.scale is None else rows * self.scale
 
 
 def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -168,6 +174,16 @@ def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         family.hub_name(name): tuple(p.shape)
         for name, p in _empty_model(checkpoint).named_parameters()
     }
+
+
+def tower_linears(checkpoint: Checkpoint | WeightFiles) -> list[str]:
+    """Hub names of the linears of the vision tower and the projector, in the order of the modules.
+
+    Raises CheckpointError where transformers cannot make the model.
+    """
+    family, model = checkpoint.architecture.family, _empty_model(checkpoint)
+    names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [hub for name in names if family.is_vision(hub := family.hub_name(name))]
 
 
 def refuse_misfit(checkpoint: Checkpoint | WeightFiles) -> None:

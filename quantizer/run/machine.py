@@ -43,6 +43,7 @@ class Machine:
     columns: Table
     sweeps: Table  # rows → seconds for one weight of a sweep of the descent, likewise
     fits: Mapping[str, float] = field(default_factory=dict)  # block type → seconds for a weight
+    points: Table = field(default_factory=dict)  # as `sweeps`, on a lattice, if the run has one
 
     def product(self, rows: float, inner: float, columns: float) -> float:
         """Seconds of a float32 product [rows, inner] · [inner, columns]."""
@@ -58,9 +59,9 @@ class Machine:
         """Seconds for one column of the loop."""
         return rows * at(self.columns, rows)
 
-    def sweep(self, rows: float) -> float:
+    def sweep(self, rows: float, *, on_lattice: bool = False) -> float:
         """Seconds for one column of a sweep."""
-        return rows * at(self.sweeps, rows)
+        return rows * at(self.points if on_lattice else self.sweeps, rows)
 
     def elementwise(self, elements: float, each: float | None = None) -> float:
         """Seconds of passes over so many elements, in tensors of `each` elements."""
@@ -87,7 +88,9 @@ def measured(
 ) -> Machine:
     """The rates of this machine where nothing else runs: of equal probes the shortest counts."""
     probe = _Probe(device, clock)
-    grid = GRIDS[min(types)] if types else Affine(4)
+    grids = [GRIDS[kind] for kind in sorted(types)]
+    lattice = next((g for g in grids if g.lattice is not None), None)
+    grid = next((g for g in grids if g.lattice is None), Affine(4))
     return Machine(
         products={side: probe.product(side) for side in (32, 128, 512, 2048)},
         factors={size: probe.factor(size) for size in (128, 512, 1536)},
@@ -95,7 +98,8 @@ def measured(
         call=probe.call(),
         columns={rows: probe.column(rows) for rows in (64, 1024, 16384, 65536)},
         sweeps={rows: probe.sweep(rows, grid) for rows in (64, 1024, 8192)},
-        fits={kind: probe.fit(GRIDS[kind]) for kind in sorted(types)},
+        fits={grid.name: probe.fit(grid) for grid in grids},
+        points={rows: probe.sweep(rows, lattice) for rows in (64, 1024)} if lattice else {},
     )
 
 

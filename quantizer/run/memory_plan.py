@@ -6,6 +6,7 @@ layer and the calibration set, and never the number of layers:
     fixed        Python, PyTorch, transformers
     images       the pixels of all samples' images, dropped after the first pass
     first pass   vision tower and projector in float32, dropped before the first layer
+    tower        its integers, and what the solve of its widest linear takes, where it is quantized
     layer        a layer's weights in float32, and the group of linears that is being solved
     solver       statistics and factorization of the linear with the most inputs
     ranges       rows that are solved under all candidate ranges at once, and the matrices that
@@ -14,9 +15,11 @@ layer and the calibration set, and never the number of layers:
                  keep of each, where the recipe asks for it
     batch        what a layer makes of BATCH_TOKENS tokens, with the attention scores of the
                  backward pass where there is one
-    gradients    the output matrix and the logits of one batch, where a method starts from the
-                 answers' loss (mbq). This is before the first layer is solved
-    activations  both streams, and within a layer what attention made of them
+    gradients    the output matrix and the logits of some positions, where a method starts from the
+                 answers' loss. This is before the first layer is solved
+    weights      of the tokens in every layer, where a method takes them from that loss
+    activations  both streams, and within a layer what attention made of them; before the first
+                 layer, what enters every layer, where a method starts from the answers' loss
 
 Of solver, ranges and batch one is there at a time; beside a batch stand the sums that it is added
 to. Only the activations can rest in host memory or on disk. The constants are measured
@@ -27,6 +30,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmq_export.quantizer.calibration.answer_loss import AT_ONCE as AT_ONCE_LOGITS
+from vlmq_export.quantizer.calibration.answer_loss import KEPT
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
 from vlmq_export.quantizer.calibration.offload import Place
 from vlmq_export.quantizer.config import QuantConfig
@@ -51,7 +56,7 @@ _BATCH_SCORES = 5
 # Copies of a layer's weights while it is tuned: source, latents, two moments, gradient, steps,
 # decoded weights, their gradient, and two temporaries of the optimizer.
 _TUNED_COPIES = 10
-_LOGITS = 3  # copies of a batch's logits in the backward pass of the loss, measured
+_LOGITS = 3  # copies of these logits in the backward pass of the loss, measured
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Shapes:
     tower_width: int
     weights: int  # of the whole model
     vocabulary: int  # rows of the output matrix
+    tower: tuple[tuple[int, int], ...] = ()  # (out, in) of the tower's linears that are quantized
 
     @property
     def widest(self) -> int:
@@ -126,9 +132,10 @@ def memory_plan(
     Where everything runs on the host, the host is the device.
     """
     method = method_of(config)
-    parts = _parts(shapes, config, lengths)
-    activations = _activations(shapes, method, lengths.tokens)
-    images, first = parts["images"], parts["first pass"]
+    on_cuda = device_free > 0
+    parts = _parts(shapes, config, lengths, AT_ONCE["cuda" if on_cuda else "cpu"])
+    activations = _activations(shapes, method, lengths)
+    images, first = parts["images"], parts["first pass"] + parts["tower"]
     solving = parts["layer"] + max(
         parts["solver"],
         parts["ranges"],
@@ -137,11 +144,10 @@ def memory_plan(
     )
     backward = shapes.layer * _FLOAT + parts["batch"] + parts["gradients"]
     work = max(solving, backward) if parts["gradients"] else solving
-    on_cuda = device_free > 0
     if on_cuda:
-        host, device = FIXED + images, max(first, work)
+        host, device = FIXED + images + parts["weights"], max(first, work)
     else:
-        host, device = FIXED + max(images + first, work), 0
+        host, device = FIXED + max(images + first, parts["weights"] + work), 0
     fits_host = host + activations <= int(_SHARE * host_free)
     fits_device = device + activations <= int(_SHARE * device_free) if on_cuda else fits_host
     place: Place = "device" if fits_device else "host" if fits_host else "disk"
@@ -161,8 +167,11 @@ def memory_plan(
     )
 
 
-def _parts(shapes: Shapes, config: QuantConfig, lengths: Lengths) -> dict[str, int]:
-    """Bytes of everything that a run adds to the fixed part, but for the activations."""
+def _parts(shapes: Shapes, config: QuantConfig, lengths: Lengths, at_once: int) -> dict[str, int]:
+    """Bytes of everything that a run adds to the fixed part, but for the activations.
+
+    `at_once` is the number of weights that are solved under all ranges at once.
+    """
     method = method_of(config)
     calibrated = method.calibrated
     solved = shapes.layer + _GROUP_COPIES * shapes.largest_group
@@ -170,17 +179,29 @@ def _parts(shapes: Shapes, config: QuantConfig, lengths: Lengths) -> dict[str, i
     return {
         "images": lengths.images * shapes.pixels * _FLOAT if calibrated else 0,
         "first pass": shapes.prefix * _FLOAT if calibrated else 0,
+        "tower": _tower(shapes, method),
         "layer": solved * _FLOAT,
-        "solver": _solver(shapes, method) if calibrated else 0,
-        "ranges": _ranges(shapes, method, tries) if tries else 0,
+        "solver": _solver(shapes.widest, method) if calibrated else 0,
+        "ranges": _ranges(shapes, method, tries, at_once) if tries else 0,
         "tuning": _TUNED_COPIES * shapes.layer * _FLOAT if method.tuned else 0,
         "batch": _batch(shapes, method, lengths) if calibrated else 0,
-        "gradients": _gradients(shapes, method, lengths),
+        "gradients": _gradients(shapes, method),
+        "weights": _weights(shapes, method, lengths),
     }
 
 
-def _solver(shapes: Shapes, method: Method) -> int:
-    """Bytes of the square matrices of the linear with the most inputs."""
+def _tower(shapes: Shapes, method: Method) -> int:
+    """Bytes of the tower's integers, and of the solve of its widest linear."""
+    if not shapes.tower:
+        return 0
+    rows, columns = max(shapes.tower, key=lambda shape: (shape[1], shape[0]))
+    solver = _solver(columns, method) if method.calibrated and not method.scaling else 0
+    own = _GROUP_COPIES * _FLOAT * rows * columns * (len(method.refine.shrink) or 1)
+    return sum(r * c for r, c in shapes.tower) + solver + own
+
+
+def _solver(widest: int, method: Method) -> int:
+    """Bytes of the square matrices of a linear with so many inputs."""
     sums = 1 if method.drift == "plain" else 3  # A, or A with D and GPTAQ's P
     if method.holds_out:
         sums *= 2  # those of the samples that were put aside
@@ -188,7 +209,7 @@ def _solver(shapes: Shapes, method: Method) -> int:
     factor = 1
     # The factorization itself holds two matrices in float64.
     matrix = (sums + damped + factor) * _FLOAT + 2 * _DOUBLE
-    return matrix * shapes.widest**2
+    return matrix * widest**2
 
 
 def _summing(shapes: Shapes, method: Method) -> int:
@@ -199,11 +220,11 @@ def _summing(shapes: Shapes, method: Method) -> int:
     return sums * _DOUBLE * shapes.widest**2
 
 
-def _ranges(shapes: Shapes, method: Method, tries: int) -> int:
+def _ranges(shapes: Shapes, method: Method, tries: int, at_once: int) -> int:
     """Bytes of rows under all their ranges, and of the square matrices beside them."""
     matrices = 4 * (1 + method.holds_out)  # A, D, its factor, and A damped for the descent
     return _FLOAT * max(
-        _RANGE_COPIES * min(AT_ONCE, tries * sum(rows for rows, _ in group) * group[0][1])
+        _RANGE_COPIES * min(at_once, tries * sum(rows for rows, _ in group) * group[0][1])
         + matrices * group[0][1] ** 2
         for group in shapes.sharing
     )
@@ -212,31 +233,39 @@ def _ranges(shapes: Shapes, method: Method, tries: int) -> int:
 def _batch(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     """Bytes of what a layer makes of the batch that takes most."""
     width = _BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * shapes.widest
-    backward = method.importance != "none" or method.scaling == "mbq"
+    backward = method.importance != "none" or method.asks_answers
     scores = _BATCH_SCORES * shapes.heads if backward else 0
     batches = lengths.batches(BATCH_TOKENS)
     return _FLOAT * max((n * each * (width + scores * each) for n, each in batches), default=0)
 
 
-def _gradients(shapes: Shapes, method: Method, lengths: Lengths) -> int:
-    """Bytes of the output matrix, and of what the loss makes of the logits of one batch."""
-    if method.scaling != "mbq":
+def _gradients(shapes: Shapes, method: Method) -> int:
+    """Bytes of the output matrix, and of what the loss makes of logits."""
+    if not method.asks_answers:
         return 0
-    logits = _LOGITS * max((n * each for n, each in lengths.batches(BATCH_TOKENS)), default=0)
-    return shapes.vocabulary * (shapes.hidden + logits) * _FLOAT
+    return shapes.vocabulary * (shapes.hidden + _LOGITS * AT_ONCE_LOGITS) * _FLOAT
 
 
-def _activations(shapes: Shapes, method: Method, tokens: int) -> int:
+def _weights(shapes: Shapes, method: Method, lengths: Lengths) -> int:
+    """Bytes of a factor for every token at every linear, if they are found before the first."""
+    each = len(shapes.linears) if method.importance == "answers" else 0
+    return shapes.layers * each * lengths.tokens * _FLOAT
+
+
+def _activations(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     """Bytes of the activations of all samples, each stream before and after the attention.
 
     A method that scales has one stream, and beside it what an inspected module gave at full
-    precision. MBQ first keeps the input of every layer, for the gradients.
+    precision. One that asks for the answers' gradients first keeps the input of every layer.
     """
     copies = (4 if method.two_streams else 2) if method.calibrated else 0
     copies += method.tuned  # the layer's input is kept
-    if method.scaling:
-        copies = max(3, shapes.layers + 1 if method.scaling == "mbq" else 0)
-    return tokens * shapes.hidden * copies * _FLOAT
+    copies = 3 if method.scaling else copies
+    one = lengths.tokens * shapes.hidden * _FLOAT
+    kept = one + min(KEPT, shapes.layers * one) if method.asks_answers else 0
+    patches = lengths.images * shapes.patches if shapes.tower and method.calibrated else 0
+    streams = 2 * (1 + method.two_streams)  # before a segment of the tower, and behind it
+    return max(copies * one, kept, streams * patches * shapes.tower_width * _FLOAT)
 
 
 def tries_of(config: QuantConfig) -> int:

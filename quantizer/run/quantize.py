@@ -22,8 +22,10 @@ from vlmq_export.quantizer.artifact.manifest import (
     OUTER,
     SCHEMA,
     TIMING,
+    VISION,
     Manifest,
     ModuleRecord,
+    layer_file,
 )
 from vlmq_export.quantizer.artifact.read import read_layer, read_layer_records
 from vlmq_export.quantizer.artifact.write import (
@@ -33,13 +35,14 @@ from vlmq_export.quantizer.artifact.write import (
     write_manifest,
     write_source,
 )
-from vlmq_export.quantizer.calibration.answer_loss import MBQ_TYPES, modality_ratios
+from vlmq_export.quantizer.calibration.answer_loss import answer_factors, modality_ratios
 from vlmq_export.quantizer.calibration.batches import HELD_OUT, Batch
+from vlmq_export.quantizer.calibration.collect import TokenFactors
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk, restore
 from vlmq_export.quantizer.calibration.offload import Place, Shelf
 from vlmq_export.quantizer.calibration.token_weights import image_shape
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.grids.linears import BlockLinear
+from vlmq_export.quantizer.grids.linears import Linear
 from vlmq_export.quantizer.host import give_back, peak_host
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer, scale_layer
@@ -51,16 +54,16 @@ from vlmq_export.quantizer.ranks import ALONE, Ranks
 from vlmq_export.quantizer.run.clock import Clock
 from vlmq_export.quantizer.run.first_pass import first_pass
 from vlmq_export.quantizer.run.outer import solve_outer
-from vlmq_export.quantizer.run.refusals import check_shapes, refuse_many_lost
+from vlmq_export.quantizer.run.refusals import check_shapes, check_vision, refuse_many_lost
 from vlmq_export.quantizer.run.resume import WHOLE, claim, identity
 from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.storage.whole_files import write_json
+from vlmq_export.quantizer.vision.stage import solve_vision, tower_names
 
 log = logging.getLogger("vlmq_export")
 # Folder of activations that rest on disk. Each rank has its own, because each numbers its files.
 SCRATCH = ".activations-{rank}.tmp"
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
-Ratios = dict[str, list[float]]  # MBQ's, by module: one figure a layer
 
 
 def quantize(
@@ -103,16 +106,17 @@ def quantize(
     done = _layers_done(run, samples, calibration, resume)
     if done == WHOLE:
         return
-    outer = _outside_the_layers(run)
     with exact_arithmetic(), _shelf(run, place) as shelf:
-        batches, lost = _first_batches(run, samples, outer, shelf)
+        outside = _outside_the_layers(run, samples, shelf, progress, should_stop)
+        batches, lost = _first_batches(run, samples, outside, shelf)
+        del outside
         if drop_images:
             samples[:] = [replace(sample, pixel_values=None) for sample in samples]
         give_back()
-        ratios = _modality_ratios(run, batches)
+        said = _answers_say(run, batches)
         for index in range(job.layers):
             progress("quantize", index, job.layers)
-            lost += _pass_layer(run, index, batches, ratios, solved=index < done)
+            lost += _pass_layer(run, index, batches, said, solved=index < done)
             refuse_many_lost(lost, len(samples))
             give_back()
             if index >= done:
@@ -121,7 +125,7 @@ def quantize(
             _solve_head(run, batches)
     progress("quantize", job.layers, job.layers)
     if ranks.first:
-        _publish(run, (name, *hub), _described(run, calibration, samples, lost), outer)
+        _publish(run, (name, *hub), _described(run, calibration, samples, lost))
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,22 @@ class _Run:
 
 
 @dataclass(frozen=True)
+class _Outside:
+    """The quantized matrices outside the decoder layers, the output head apart."""
+
+    outer: Sequence[Linear]  # the embedding
+    tower: Sequence[Linear]  # those of the vision tower and the projector
+
+
+@dataclass(frozen=True)
+class _AnswersSay:
+    """What a method takes from the gradients of the answers' loss, if anything."""
+
+    ratios: dict[str, list[float]]  # MBQ's, by module: one figure a layer
+    factors: Sequence[TokenFactors] = ()  # of the tokens, one for each layer
+
+
+@dataclass(frozen=True)
 class _LinearShape:
     """A `refusals.Shape`, from a header."""
 
@@ -146,8 +166,11 @@ class _LinearShape:
 
 def _refuse(checkpoint: Checkpoint, job: Job, samples: Sequence[Sample], ranks: Ranks) -> None:
     """Raises UsageError for a recipe that cannot be solved, CalibrationError without samples."""
-    shapes = [(n, checkpoint.info(f"{n}.weight").shape) for n in job.linears]
+    names = [*job.linears, *job.outer]
+    shapes = [(n, checkpoint.info(f"{n}.weight").shape) for n in names]
     check_shapes([_LinearShape(n, shape[1]) for n, shape in shapes], job)
+    if job.config.vision_bits:
+        check_vision(tower_names(checkpoint), samples, job)
     if job.method.tuned and ranks.size > 1:
         raise UsageError("--tune works in one process; start without torchrun, or leave --tune out")
     if job.method.tuned and len(samples) <= HELD_OUT // 2:
@@ -175,7 +198,7 @@ def _begun(
         model = StreamedModel(checkpoint, device)
         if isinstance(checkpoint, RotatedCheckpoint) and checkpoint.online:
             layers = [model.layer(i) for i in range(job.layers)]
-            rotate_inner(layers, checkpoint.inner_rotation())
+            rotate_inner(layers, job.family.blocks, checkpoint.inner_rotation())
     return _Run(checkpoint, model, job, folder, ranks, clock)
 
 
@@ -195,22 +218,52 @@ def _layers_done(run: _Run, samples: Sequence[Sample], calibration: dict, resume
     return run.ranks.same(done)
 
 
-def _outside_the_layers(run: _Run) -> list[BlockLinear]:
-    """Solve the matrices outside the decoder layers, and write all that is not quantized."""
+def _outside_the_layers(
+    run: _Run,
+    samples: Sequence[Sample],
+    shelf: Shelf,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+) -> _Outside:
+    """Solve the matrices outside the decoder layers, and write all that is not quantized.
+
+    Raises Interrupted behind the vision tower.
+    """
+    tower: list[Linear] = []
     with run.clock("floats"):
         outer = solve_outer(run.checkpoint, run.job, run.folder, run.model.device, run.ranks)
-    _write_floats(run, outer)
-    return outer
+    if run.job.config.vision_bits:
+        with run.clock("vision"):
+            tower = solve_vision(
+                run.model,
+                tower_names(run.checkpoint),
+                samples,
+                run.job,
+                run.folder,
+                shelf,
+                run.ranks,
+                lambda done, steps: progress("vision", done, steps),
+            )
+    outside = _Outside(outer, tower)
+    _write_floats(run, outside)
+    if tower and run.ranks.count(should_stop()):
+        raise Interrupted("stopped after the vision tower; continue with --resume")
+    return outside
 
 
-def _write_floats(run: _Run, outer: Sequence[BlockLinear]) -> None:
+def _write_floats(run: _Run, outside: _Outside) -> None:
     """Write the source's files, and every tensor that is not quantized."""
     if not run.ranks.first:
         return
     job, checkpoint = run.job, run.checkpoint
-    solved = [*job.linears, *([job.head] if job.head else []), *(q.name for q in outer)]
-    norms = [norm for norm, _ in job.family.norms] if job.method.scaling else []
+    solved = [*job.linears, *([job.head] if job.head else [])]
+    solved += [q.name for q in (*outside.outer, *outside.tower)]
+    norms = [block.norm for block in job.family.blocks] if job.method.scaling else []
     solved += [job.prefix(i) + norm for i in range(job.layers) for norm in norms]
+    if (
+        job.architecture.tied and outside.outer
+    ):  # a checkpoint may store the output matrix all the same
+        solved.append(job.family.head)
     taken = {f"{name}.{part}" for name in solved for part in ("weight", "bias")}
     with run.clock("floats"):
         write_source(run.folder, checkpoint, own_head=bool(job.head))
@@ -230,28 +283,38 @@ def _shelf(run: _Run, place: Place) -> Iterator[Shelf]:
 
 
 def _first_batches(
-    run: _Run, samples: Sequence[Sample], outer: Sequence[BlockLinear], shelf: Shelf
+    run: _Run,
+    samples: Sequence[Sample],
+    outside: _Outside,
+    shelf: Shelf,
 ) -> tuple[list[Batch], int]:
     """The batches at the first layer, and how many samples are lost already."""
     if not run.job.method.calibrated:
         return [], 0
     with run.clock("prefix"):
-        batches = first_pass(run.model, samples, outer, run.job, shelf, run.ranks)
+        outer, tower = outside.outer, outside.tower
+        batches = first_pass(run.model, samples, outer, tower, run.job, shelf, run.ranks)
         lost = run.ranks.count(sum(batch.drop_non_finite() for batch in batches))
         refuse_many_lost(lost, len(samples))
     return batches, lost
 
 
-def _modality_ratios(run: _Run, batches: Sequence[Batch]) -> Ratios:
-    """MBQ's ratios of image and answer tokens; nothing for any other method."""
-    if run.job.method.scaling != "mbq":
-        return {}
-    with run.clock("gradients"):
-        return modality_ratios(run.model, run.job.layers, batches, MBQ_TYPES, run.ranks)
+def _answers_say(run: _Run, batches: Sequence[Batch]) -> _AnswersSay:
+    """What the gradients of the answers' loss are asked for; nothing for most methods."""
+    model, layers, method = run.model, run.job.layers, run.job.method
+    if method.scaling == "mbq":
+        with run.clock("gradients"):
+            outs = [block.out for block in run.job.family.blocks]
+            return _AnswersSay(modality_ratios(model, layers, batches, outs, run.ranks))
+    if method.importance == "answers":
+        with run.clock("gradients"):
+            names = [name for group in run.job.family.groups for name in group]
+            return _AnswersSay({}, answer_factors(model, layers, batches, names))
+    return _AnswersSay({})
 
 
 def _pass_layer(
-    run: _Run, index: int, batches: list[Batch], ratios: Ratios, *, solved: bool
+    run: _Run, index: int, batches: list[Batch], said: _AnswersSay, *, solved: bool
 ) -> int:
     """Take the batches past a layer, which is solved and written unless it was before.
 
@@ -264,9 +327,10 @@ def _pass_layer(
             " the model or the images are damaged"
         )
     with run.clock("layers", None if solved else index), run.model.filled_layer(index) as layer:
-        walk = LayerWalk(layer, batches, two_streams=job.method.two_streams)
+        blocks, two = job.family.blocks, job.method.two_streams
+        walk = LayerWalk(layer, blocks, batches, two_streams=two)
         if not solved:
-            _solve_layer(run, walk, index, ratios)
+            _solve_layer(run, walk, index, said)
         else:
             walk.pass_full()
             if not job.method.scaling:  # such a method stays on the full-precision stream
@@ -274,15 +338,14 @@ def _pass_layer(
         return run.ranks.count(walk.advance())
 
 
-def _solve_layer(run: _Run, walk: LayerWalk, index: int, ratios: Ratios) -> None:
+def _solve_layer(run: _Run, walk: LayerWalk, index: int, said: _AnswersSay) -> None:
     """Quantize a layer and write it.
 
     The decoded weights stay in the layer for what follows, unless the method scales.
     """
     prefix, checkpoint = run.job.prefix(index), run.checkpoint
     if run.job.method.scaling:
-        attention, mlp = MBQ_TYPES
-        own = (ratios[attention][index], ratios[mlp][index]) if ratios else None
+        own = [each[index] for each in said.ratios.values()] or None
         linears, changed = scale_layer(
             walk,
             prefix,
@@ -295,7 +358,8 @@ def _solve_layer(run: _Run, walk: LayerWalk, index: int, ratios: Ratios) -> None
             stored = {n: v.to(checkpoint.tensor(n).dtype) for n, v in changed.items()}
             write_changed(run.folder, index, stored)
     else:
-        linears = quantize_layer(walk, prefix, run.job, run.ranks)
+        answers = said.factors[index] if said.factors else None
+        linears = quantize_layer(walk, prefix, run.job, run.ranks, answers)
     if run.ranks.first:
         records = [ModuleRecord.of(linear, index, metrics) for linear, metrics in linears]
         write_layer(run.folder, index, [linear for linear, _ in linears], records)
@@ -343,11 +407,11 @@ def _publish(
     run: _Run,
     origin: tuple[str, str, str],  # name, repository and revision of the model
     calibration: dict,
-    outer: Sequence[BlockLinear],
 ) -> None:
     """Write the manifest, which makes the folder a whole artifact."""
     name, repository, revision = origin
-    files = [*([OUTER] if outer else []), *range(run.job.layers + bool(run.job.head))]
+    outside = [i for i in (VISION, OUTER) if (run.folder / layer_file(i)).is_file()]
+    files = [*outside, *range(run.job.layers + bool(run.job.head))]
     modules = [record for i in files for record in read_layer_records(run.folder, i)]
     if fallen := [m.name for m in modules if m.metrics.get("fallback")]:
         log.warning(

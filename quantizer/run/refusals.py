@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from vlmq_export.errors import CalibrationError, UsageError
-from vlmq_export.quantizer.config import ACT_ORDERS, BITS
+from vlmq_export.quantizer.config import (
+    ACT_ORDERS,
+    BITS,
+    EMBEDDING_TYPES,
+    VISION_GROUP,
+    QuantConfig,
+)
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.methods import METHODS
+from vlmq_export.quantizer.samples.sample import Sample
 
 MAX_LOST = 0.25  # share of the samples that may have activations that are not finite
 
@@ -48,12 +55,47 @@ def check_shapes(linears: Iterable[Shape], job: Job) -> None:
             f"group size {config.group_size} is not possible;"
             " give a number of columns, or -1 for per-channel"
         )
+    _check_embedding(config)
     own = [x for x in linears if x.name not in config.types]
-    odd = [x for x in own if x.in_features % config.group_columns(x.in_features)]
+    odd = [x for x in own if x.in_features % config.of(x.name).group_columns(x.in_features)]
     if odd:
+        size = config.of(odd[0].name).group_size
         raise UsageError(
-            f"group size {config.group_size} does not divide the {odd[0].in_features} inputs of"
+            f"group size {size} does not divide the {odd[0].in_features} inputs of"
             f" {odd[0].name} ({len(odd)} linears); choose a divisor, or -1 for per-channel"
+        )
+
+
+def _check_embedding(config: QuantConfig) -> None:
+    """Raises UsageError for a width that runtimes cannot look rows up in."""
+    if config.embedding_bits not in (0, *EMBEDDING_TYPES):
+        raise UsageError(
+            f"embedding bits {config.embedding_bits} is not supported; choose"
+            f" {' or '.join(map(str, EMBEDDING_TYPES))}, or 0 to leave the embedding as it is"
+        )
+
+
+def check_vision(tower: Sequence[str], samples: Sequence[Sample], job: Job) -> None:
+    """Raises UsageError for a vision tower that cannot be quantized, CalibrationError for samples
+    that say nothing of one.
+
+    tower: hub names of its linears that the grid fits.
+    """
+    bits = job.config.vision_bits
+    if bits not in BITS:
+        raise UsageError(
+            f"vision bits {bits} is not supported; choose one of {', '.join(map(str, BITS))}"
+        )
+    if not tower:
+        raise UsageError(
+            f"--vision-bits {bits}: no linear of this vision tower has inputs that {VISION_GROUP}"
+            " divides; leave the option out"
+        )
+    calibrated = job.method.calibrated and not job.method.scaling
+    if calibrated and all(sample.pixel_values is None for sample in samples):
+        raise CalibrationError(
+            f"--vision-bits {bits}: no calibration sample has an image; give rows with images,"
+            " or leave the option out"
         )
 
 

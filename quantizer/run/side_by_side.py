@@ -80,7 +80,6 @@ def answer_states(
     with model.filled_prefix(torch.cat([sample.input_ids for sample in samples])) as prefix:
         batches = decoder_inputs(
             prefix,
-            model.layer(0),
             [samples[i] for i in order],
             two_streams=False,
             device=model.device,

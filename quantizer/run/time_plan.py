@@ -3,10 +3,12 @@
 The plan is a pure function of shapes, the lengths of the samples, the method, and what the machine
 does in a second (`machine.py`):
 
+    tower          where the vision tower is quantized: both streams through it, segment by segment,
+                   and the solve of its linears
     first pass     vision tower and embedding, once
     walk           both streams through every layer
-    importance     one more pass through the attention of the quantized stream, and back, where
-                   the method weighs tokens
+    importance     where the method weighs tokens: one more pass through the attention of the
+                   quantized stream, and back; or through all layers for the answers' loss
     statistics     A and D of every group of linears
     factorization  of A, in float64, and what is solved with it
     column loop    the loop and its products, under all candidate ranges
@@ -25,18 +27,20 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from vlmq_export.quantizer.calibration.answer_loss import KEPT
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.grids.blocks import GRIDS
 from vlmq_export.quantizer.job import method_of
 from vlmq_export.quantizer.layers.damping import ROWS
 from vlmq_export.quantizer.layers.vlm_ptq import MIXES
 from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.run.machine import COLUMNS, LEAF, Machine
 from vlmq_export.quantizer.run.memory_plan import Shapes, tries_of
-from vlmq_export.quantizer.samples.sample import Lengths
+from vlmq_export.quantizer.samples.sample import Length, Lengths
 from vlmq_export.quantizer.solver.ranges import AT_ONCE, SHRINK
 
 # Passes over the hidden state while a stream goes through a layer: norms, each at every step that
@@ -49,6 +53,9 @@ _LAYER_CALLS = 200  # small operations of one layer on one batch, with Python's 
 _PIXEL_PASSES = 12  # over pixels: gathered, moved to the layout of the convolution, multiplied
 _WINDOW = 64  # patches that a layer of the tower attends over at once
 _WINDOW_CALLS = 40  # small operations of one of these windows
+# Times that the segments of a quantized tower are run by each stream, in all: to the inputs of each
+# group of linears, and to their end.
+_TOWER_PASSES = 3
 _BACKWARD = 2.5  # products of the attention's backward pass, for one of the forward pass
 _INPUT_PASSES = 6  # over the inputs of a linear in its sums: weighted, squared, drift
 _SUM_PASSES = 4  # over a sum for each batch: it is float64, and the product float32
@@ -90,11 +97,12 @@ class _Job:
     tries: int  # ranges of a row on an affine grid
     lengths: Lengths
     machine: Machine
+    most: int = BATCH_TOKENS  # tokens of a batch of several samples
 
     @cached_property
     def batches(self) -> list[tuple[int, int]]:
         """(samples, tokens of each)."""
-        return self.lengths.batches(BATCH_TOKENS)
+        return self.lengths.batches(self.most)
 
     def through(self, rows: int, columns: int) -> float:
         """Seconds that all tokens take through a linear."""
@@ -130,18 +138,22 @@ def plan_seconds(
     method = method_of(config)
     job = _Job(shapes, method, tries_of(config), lengths, machine)
     found = _Seconds(float)
+    if shapes.tower:
+        found["tower"] = _tower(job, config)
     if method.calibrated:
         found["first pass"] = _first_pass(job)
     for index, groups in enumerate(layers):
         if method.calibrated and index < shapes.layers:
             found["walk"] += _walk(job)
-            if method.importance != "none" and index:
+            if method.importance == "answers":
+                found["importance"] += _answers(job)
+            elif method.importance != "none" and index:
                 found["importance"] += _importance(job)
         for group in groups:
             _add(found, _solved(job, group))
         found["weights"] += machine.elementwise(_ON_DISK * shapes.layer)
     for kind, weights in outside.items():
-        found["block types"] += machine.fits[kind] * weights
+        found["embedding"] += machine.fits[kind] * weights
     return dict(found)
 
 
@@ -168,6 +180,26 @@ def _first_pass(job: _Job) -> float:
     )
 
 
+def _tower(job: _Job, config: QuantConfig) -> float:
+    """The vision tower, whose tokens are patches and whose samples are run one by one.
+
+    Linears that share an input are planned with statistics of their own.
+    """
+    pictured = [each for each in job.lengths.each if each.images]
+    patches = tuple(Length(job.shapes.patches * each.images, each.images) for each in pictured)
+    own = replace(
+        job,
+        method=replace(job.method, importance="none"),
+        tries=tries_of(config.vision),
+        lengths=Lengths(patches, job.lengths.share),
+        most=1,
+    )
+    groups = (Linears(columns, (rows,), ("",)) for rows, columns in job.shapes.tower)
+    solved = sum(sum(_solved(own, group).values()) for group in groups)
+    streams = (1 + job.method.two_streams) * job.method.calibrated
+    return solved + _TOWER_PASSES * streams * _first_pass(own)
+
+
 def _walk(job: _Job) -> float:
     """Both streams through a layer. The quantized one computes gate and up twice."""
     streams = 2 if job.method.two_streams else 1
@@ -188,6 +220,20 @@ def _importance(job: _Job) -> float:
     attention = (1 + _BACKWARD) * job.attention()
     moved = 2 * job.moved(_HIDDEN_PASSES, job.shapes.hidden)
     return products + attention + moved + 3 * len(job.batches) * _LAYER_CALLS * job.machine.call
+
+
+def _answers(job: _Job) -> float:
+    """A layer forwards, forwards once more where its gradient is found, and back to its input."""
+    linears, m = job.shapes.linears, job.machine
+    kept = job.lengths.tokens * job.shapes.hidden * job.shapes.layers * 4
+    return (
+        3 * sum(job.through(*each) for each in linears)
+        + (2 + _BACKWARD) * job.attention()
+        + 4 * job.moved(_HIDDEN_PASSES, job.shapes.hidden)
+        + 4 * job.moved(_MLP_PASSES, linears[-1][1])
+        + 5 * len(job.batches) * _LAYER_CALLS * m.call
+        + 2 * max(1, kept / KEPT) * m.elementwise(_ON_DISK * job.shapes.layer)
+    )
 
 
 def _solved(job: _Job, group: Linears) -> dict[str, float]:
@@ -265,20 +311,24 @@ def _solve(job: _Job, method: Method, rows: int, columns: int, kind: str) -> dic
         searched = len(SHRINK) * (1 + len(MIXES)) * _SEARCH_PASSES
         found["ranges"] += m.elementwise(searched * rows * columns, COLUMNS * rows)
     many = max(1, job.tries) if method.refine.shrink and not kind else 1
-    found["column loop"] += _loop(job, method, rows * many, columns)
+    found["column loop"] += _loop(job, method, rows * many, columns, kind)
     if many > 1:
         found["ranges"] += many * square
-        found["ranges"] += m.elementwise(_JUDGE_PASSES * many * rows * columns, AT_ONCE)
+        found["ranges"] += m.elementwise(_JUDGE_PASSES * many * rows * columns, AT_ONCE["cpu"])
     if method.refine.sweeps:
-        found["descent"] += _descent(job, method, rows, columns)
+        found["descent"] += _descent(job, method, rows, columns, kind)
     return found
 
 
-def _loop(job: _Job, method: Method, rows: int, columns: int) -> float:
-    """The column loop on [rows, columns], as many rows at once as the search of ranges takes."""
+def _loop(job: _Job, method: Method, rows: int, columns: int, kind: str) -> float:
+    """The column loop on [rows, columns], as many rows at once as the search of ranges takes.
+
+    On a lattice a point is searched as in a sweep.
+    """
     m = job.machine
-    at_once = min(rows, max(1, AT_ONCE // columns))
-    own = columns * m.column(at_once) * rows / at_once
+    at_once = min(rows, max(1, AT_ONCE["cpu"] // columns))
+    each = m.sweep(at_once, on_lattice=True) if _on_lattice(kind) else m.column(at_once)
+    own = columns * each * rows / at_once
     products, half = 0.0, columns / 2
     while half >= COLUMNS:
         products += columns / half / 2 * m.product(rows, half, half)
@@ -286,9 +336,13 @@ def _loop(job: _Job, method: Method, rows: int, columns: int) -> float:
     return own + products * (2 if method.drift == "columns" else 1)
 
 
-def _descent(job: _Job, method: Method, rows: int, columns: int) -> float:
+def _on_lattice(kind: str) -> bool:
+    return bool(kind) and GRIDS[kind].lattice is not None
+
+
+def _descent(job: _Job, method: Method, rows: int, columns: int, kind: str) -> float:
     """Sweeps over [rows, columns], each of which moves the gradient of every column along."""
     m, sweeps = job.machine, method.refine.sweeps
-    each = columns * m.sweep(rows)
+    each = columns * m.sweep(rows, on_lattice=_on_lattice(kind))
     moved = columns / LEAF * m.product(rows, LEAF, columns)
     return sweeps * (each + moved) + m.product(rows, columns, columns)

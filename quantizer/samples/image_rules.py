@@ -108,11 +108,12 @@ class Grid:
 
 
 class Tile:
-    """LLaVA-OneVision, InternVL3: an image is one square tile of the vision tower's own size.
+    """LLaVA-OneVision, InternVL, Gemma 3: an image is one square tile of the tower's own size.
 
-    Both families can also cut a large image into several tiles. Runtimes do that differently or not
-    at all. One tile also leaves room for text: of the 986 tokens to which the paper cuts samples of
-    LLaVA-OneVision, an image takes 730 (27 · 27 patches and a newline), and 256 are left.
+    All three can also cut a large image into several tiles (pan and scan, in Gemma 3). Runtimes do
+    that differently or not at all. One tile also leaves room for text: of the 986 tokens to which
+    the paper cuts samples of LLaVA-OneVision, an image takes 730 (27 · 27 patches and a newline),
+    and 256 are left.
     """
 
     def __init__(
@@ -127,7 +128,9 @@ class Tile:
         self.processor = processor  # transformers' image processor of the model
         self.side = _first(vision["image_size"])  # pixels
         patches = self.side // _first(vision["patch_size"])
-        self.each = round((patches * config.get("downsample_ratio", 1)) ** 2) + newline  # tokens
+        pooled = config.get("mm_tokens_per_image")
+        made = pooled or round((patches * config.get("downsample_ratio", 1)) ** 2)
+        self.each = made + newline  # tokens
 
     def size(self, size: Size, most: int | None = None) -> Size:
         """The tile. It cannot have fewer tokens."""

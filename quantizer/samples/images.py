@@ -34,21 +34,26 @@ class ImageBytes:
         return self.name
 
 
-def load_image(image_file: Path | ImageBytes) -> Image.Image:
+def load_image(image_file: Path | ImageBytes | Image.Image) -> Image.Image:
     """The first frame of an image file, in RGB on white, turned upright as its EXIF tag says.
 
-    Raises CalibrationError for what cannot be decoded, is too large or too narrow.
+    An image that is decoded already is only converted. Raises CalibrationError for what cannot be
+    decoded, is too large or too narrow.
     """
+    if isinstance(image_file, Image.Image):
+        return image_file.convert("RGB")
     with _opened(image_file) as image:
         return _on_white(_eight_bits(ImageOps.exif_transpose(image)))
 
 
-def image_size(image_file: Path | ImageBytes) -> tuple[int, int]:
+def image_size(image_file: Path | ImageBytes | Image.Image) -> tuple[int, int]:
     """Width and height in pixels of what `load_image` gives, from the file's header alone.
 
     A PNG may have its EXIF tag behind its pixels, which are not read: it counts as upright then.
     Raises CalibrationError as `load_image` does, but for damaged pixels.
     """
+    if isinstance(image_file, Image.Image):
+        return image_file.size
     with _opened(image_file) as image:
         width, height = image.size
         # Pillow turns a TIFF's size while it opens it, and asks a PNG's pixels for a tag.

@@ -42,14 +42,18 @@ class Preprocessor:
         with third_party(f"{folder}: transformers cannot read its image processor"):
             self.images = image_rule(self.family, self.image_processor, self.config)
             self.fit(Image.new("RGB", (64, 64)))  # raises where its settings are no numbers
-        self.image_token_id, self.image_token = self._image_token(folder)
+        # The token that is repeated for an image's features, and what stands for it in a prompt.
+        keys = "image_token_id", "image_token_index"
+        self.image_token_id, self.image_token = self._token(folder, *keys)
+        own = self.family.placeholder
+        _, self.placeholder = self._token(folder, *([own] if own else keys))
 
-    def _image_token(self, folder: Path) -> tuple[int, str]:
-        """Id and text of the placeholder that stands for an image.
+    def _token(self, folder: Path, *keys: str) -> tuple[int, str]:
+        """Id and text of a token that stands for an image, by the first of these keys.
 
         Raises CheckpointError where config and tokenizer do not agree on one.
         """
-        number = self.config.get("image_token_id") or self.config.get("image_token_index")
+        number = next((n for key in keys if (n := self.config.get(key))), None)
         if type(number) is int and 0 <= number < len(self.tokenizer):
             token = self.tokenizer.convert_ids_to_tokens(number)
             if token and self._ids(token) == [number]:
@@ -119,6 +123,7 @@ class Preprocessor:
             row=row,
             layout=layout,
             mrope=self.family.mrope,
+            marks=self.family.marks,
         )
 
     def _text(self, row: Row, messages: list[dict], *, open_turn: bool) -> str:
@@ -127,13 +132,15 @@ class Preprocessor:
         Raises CalibrationError where it has more or fewer of them.
         """
         for number, message in enumerate(messages, start=1):
-            if any(self.image_token in part.get("text", "") for part in message["content"]):
-                raise CalibrationError(
-                    f"{row.id}: the text of turn {number} has {self.image_token}, which stands for"
-                    " an image; take it out"
-                )
+            texts = [part.get("text", "") for part in message["content"]]
+            for token in (self.placeholder, self.image_token):
+                if any(token in text for text in texts):
+                    raise CalibrationError(
+                        f"{row.id}: the text of turn {number} has {token}, which stands for an"
+                        " image; take it out"
+                    )
         text = self._prompt(messages, open_turn=open_turn)
-        if (kept := text.count(self.image_token)) != len(row.images):
+        if (kept := text.count(self.placeholder)) != len(row.images):
             raise CalibrationError(
                 f"{row.id}: the chat template kept {kept} of {len(row.images)} images"
             )
@@ -170,7 +177,7 @@ class Preprocessor:
     def ids(self, text: str, written: Sequence[str]) -> list[int]:
         """The tokens of a prompt, with what is written for each image in place of its token."""
         texts = iter(written)
-        return self._ids(re.sub(re.escape(self.image_token), lambda _: next(texts), text))
+        return self._ids(re.sub(re.escape(self.placeholder), lambda _: next(texts), text))
 
     def _counted(self, text: str, tokens: Sequence[int]) -> list[int]:
         """`text` with so many tokens for each image, as if all of them were placeholders."""

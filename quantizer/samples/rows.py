@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from vlmq_export.errors import CalibrationError, one_line
 from vlmq_export.quantizer.samples.image_refs import image_source
 from vlmq_export.quantizer.samples.images import LONGEST_WHY, ImageBytes, load_image
@@ -32,7 +34,8 @@ class Row:
     # Each {"role", "content"}; the content is a list of {"type": "text", "text"} and
     # {"type": "image"}, in order.
     messages: tuple[dict, ...]
-    images: tuple[Path | ImageBytes, ...]  # one for each image part, in order
+    # One for each image part, in order. Rows of a file have no decoded ones.
+    images: tuple[Path | ImageBytes | Image.Image, ...]
     task: str = ""  # kind of question, where the file tells
     where: str = ""  # row or line number in the file
 
@@ -91,7 +94,7 @@ def readable(path: Path, rows: Sequence[Row], bad: float = 0.0) -> list[Row]:
 
     Raises CalibrationError where more than the share `bad` of the rows have one that cannot.
     """
-    wrong: dict[Path | ImageBytes, str] = {}
+    wrong: dict[Path | ImageBytes | Image.Image, str] = {}
     for image in dict.fromkeys(image for row in rows for image in row.images):
         try:
             load_image(image)

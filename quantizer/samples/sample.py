@@ -31,6 +31,7 @@ class Sample:
     # What else the model must know of the images: keyword arguments of get_image_features.
     layout: dict[str, torch.Tensor] = field(default_factory=dict)
     mrope: bool = True  # as Family.mrope
+    marks: str = ""  # as Family.marks
 
     def image_inputs(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of get_image_features in transformers. Empty without images."""
@@ -43,8 +44,8 @@ class Sample:
         """Keyword arguments of the model in transformers, as a batch of one."""
         ids = self.input_ids[None]
         kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | self.image_inputs()
-        if self.mrope:
-            kwargs["mm_token_type_ids"] = self.vision[None].long()
+        if marks := self.marks or ("mm_token_type_ids" if self.mrope else ""):
+            kwargs[marks] = self.vision[None].long()
         return {k: v.to(device) for k, v in kwargs.items()}
 
 

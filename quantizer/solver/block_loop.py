@@ -25,12 +25,16 @@ def solve_blocks(
 
     All parameters of a block are fitted together, on its compensated weights. In this fit a column
     weighs as much as its pivot: that is what an error there costs once later columns have made up
-    for it. The order of the loop may scatter the columns of a sub-block.
+    for it. The order of the loop may scatter the columns of a sub-block. Raises ValueError where it
+    scatters those of a point.
     """
     target = target.float().masked_fill(hessian.dead, 0)
     if hessian.fallback:
         return nearest_in_blocks(target, grid)
     order, pivots = hessian.order, hessian.pivots
+    runs = order.view(-1, grid.together)
+    if not bool((runs - runs[:, :1] == runs[0] - runs[0, 0]).all()):
+        raise ValueError(f"the order does not keep {grid.together} columns of {grid.name} together")
     found: dict[int, Params] = {}  # by the block's place among the columns
 
     def fit(here: slice, weights: torch.Tensor) -> tuple[slice, torch.Tensor, torch.Tensor]:
@@ -54,6 +58,7 @@ def solve_blocks(
         fit=fit,
         column_term=column_term,
         own_term=own_term,
+        pivots=pivots,
     )
     loop.run(0, in_features)
     codes = loop.codes[order.argsort()].T.contiguous()

@@ -20,6 +20,8 @@ GPTAQ (arXiv 2504.02692) also makes up for the drift between the two streams, co
 with P from `hessian.column_term`. VLM-PTQ adds the own term C (`hessian.own_term`): column j is
 rounded as v_j·(1 + C_j), and its error still counts from v_j. docs/methods.md §2 and §3.
 
+On a lattice the columns of a point are one step (docs/methods.md §2.4).
+
 Inside the loop every matrix is transposed, [in, out], so that a column of weights is contiguous.
 """
 
@@ -27,14 +29,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from vlmq_export.quantizer.grids.affine import Affine
 from vlmq_export.quantizer.grids.blocks import BlockGrid
 from vlmq_export.quantizer.grids.solutions import Solution
-from vlmq_export.quantizer.solver import kernels
+from vlmq_export.quantizer.solver import host_columns, kernels
 from vlmq_export.quantizer.solver.hessian import Hessian
 from vlmq_export.quantizer.solver.nearest import round_to_nearest
+from vlmq_export.quantizer.solver.points import best_points
 
 # The ranges of one group. Weights [group, out], as the columns before them leave them, and the
 # original indices of these columns, int64 [group] → scale and zero-point, [out] each.
@@ -122,6 +126,7 @@ class ColumnLoop:
         fit: FitSteps | None,  # None: `scales` and `offsets` are filled before `run`
         column_term: torch.Tensor | None = None,
         own_term: torch.Tensor | None = None,
+        pivots: torch.Tensor | None = None,  # d, [in]; a lattice alone asks for them
     ):
         in_features, out_features = target.shape
         # t, [in, out]. Once its column is rounded, an entry is what the column term multiplies.
@@ -132,12 +137,18 @@ class ColumnLoop:
         self.scales = torch.empty(scales, out_features, device=target.device)
         self.offsets = torch.empty_like(self.scales)  # zero-points, or minima of a block type
         self.factor, self.grid, self.group, self.fit = factor, grid, group, fit
-        self.column_term, self.own_term = column_term, own_term
+        self.column_term, self.own_term, self.pivots = column_term, own_term, pivots
         self.scale_of, self.scale_index = scale_of.tolist(), scale_of.to(torch.int32)
         # A group is fitted on weights that carry every earlier update. Only ranges of whole groups
         # may therefore straddle two lazy blocks.
         self.lazy = block if group >= block else block // group * group
-        self.kernel = own_term is None and kernels.usable(target.device, grid)
+        self._leaf = self._leaf_of_columns
+        if isinstance(grid, BlockGrid) and grid.lattice is not None:
+            self._leaf = self._leaf_of_points
+        elif own_term is None and kernels.usable(target.device, grid):
+            self._leaf = self._leaf_in_kernel
+        elif own_term is None and host_columns.usable(target, grid):
+            self._leaf = self._leaf_on_host
         takes = kernels.BLOCK if kernels.usable(target.device, grid) else LEAF
         self.units = sorted({group, self.lazy, min(takes, group, self.lazy)}, reverse=True)
 
@@ -154,7 +165,7 @@ class ColumnLoop:
         lazy = not inside and size <= self.lazy  # this range is a whole lazy block
         unit = next((u for u in self.units if u < size), None)
         if unit is None:
-            (self._leaf_in_kernel if self.kernel else self._leaf)(start, stop)
+            self._leaf(start, stop)
         else:
             middle = start + -(-size // unit) // 2 * unit
             self.run(start, middle, inside=inside or lazy)
@@ -184,7 +195,40 @@ class ColumnLoop:
         rows, scales, offsets = self.fit(here, self.target[here] + shift)
         self.scales[rows], self.offsets[rows] = scales, offsets
 
-    def _leaf(self, start: int, stop: int) -> None:
+    def _leaf_of_points(self, start: int, stop: int) -> None:
+        """Round one point of a lattice after the other."""
+        assert isinstance(self.grid, BlockGrid)
+        for first in range(start, stop, self.grid.together):
+            self._point(self.grid, start, slice(first, first + self.grid.together))
+
+    def _point(self, grid: BlockGrid, start: int, here: slice) -> None:
+        """Round the columns of one point. `start` is the first column of its leaf.
+
+        What their errors cost once later columns have made up for them is K·diag(d)·Kᵀ, with the
+        parts of K and d that belong to these columns.
+        """
+        before, own, term = slice(start, here.start), self.factor[here, here], self.column_term
+        target, shift = self.target[here], self.shift[here]  # [columns, out]
+        shift.addmm_(self.factor[before, here].T, self.shift[before])
+        free = torch.linalg.solve_triangular(own.T, shift, upper=False, unitriangular=True)
+        weights = target + free
+        if term is not None:  # v_j = t_j + Σ v_q·P_qj, within the point too
+            weights.addmm_(term[before, here].T, self.target[before])
+            weights = torch.linalg.solve_triangular(
+                -term[here, here].T, weights, upper=False, unitriangular=True
+            )
+            target = weights - free
+        assert self.pivots is not None, "a lattice is rounded under the pivots"
+        cost = own * self.pivots[here] @ own.T
+        wanted = weights if self.own_term is None else weights * (1 + self.own_term[here, None])
+        scale = self.scales[self.scale_of[here.start]]
+        codes, points = best_points(grid, wanted.T.contiguous(), scale, cost)
+        self.codes[here] = codes.T.to(torch.uint8)
+        torch.sub(target, points.T, out=shift)
+        if term is not None:
+            self.target[here] = weights
+
+    def _leaf_of_columns(self, start: int, stop: int) -> None:
         """Round one column after the other.
 
         The tensors are small here, so that the number of calls is what counts.
@@ -216,8 +260,33 @@ class ColumnLoop:
                 t.copy_(weights)
         self.codes[start:stop] = codes.to(torch.uint8)
 
+    def _leaf_on_host(self, start: int, stop: int) -> None:
+        """`_leaf_of_columns` with NumPy's shorter calls."""
+        here = slice(start, stop)
+        factor = self.factor[here, here].T.contiguous()
+        term = self.column_term
+        term = None if term is None else term[here, here].T.contiguous()
+        target, shift = self.target[here], self.shift[here]
+        codes, before, weights = torch.empty_like(target), shift.T, torch.empty_like(target[0])
+        rounding = host_columns.Rounding(self.grid, target.shape[1])
+        arrays = zip(target.numpy(), shift.numpy(), codes.numpy(), self.scale_of[here])
+        current, sums = None, weights.numpy()
+        for i, (t, s, code, group) in enumerate(arrays):
+            if i:
+                shift[i].addmv_(before.narrow(1, 0, i), factor[i].narrow(0, 0, i))
+                if term is not None:
+                    target[i].addmv_(target[:i].T, term[i, :i])
+            if group != current:
+                current = group
+                rounding.use(self.scales[group], self.offsets[group])
+            np.add(t, s, out=sums)
+            np.subtract(t, rounding(sums, code), out=s)
+            if term is not None:
+                t[:] = sums
+        self.codes[here] = codes.to(torch.uint8)
+
     def _leaf_in_kernel(self, start: int, stop: int) -> None:
-        """`_leaf` as one kernel."""
+        """`_leaf_of_columns` as one kernel."""
         here = slice(start, stop)
         term = self.column_term
         kernels.round_block(
@@ -229,5 +298,5 @@ class ColumnLoop:
             self.scale_index[here],
             self.factor[here, here],
             None if term is None else term[here, here],
-            self.grid.top,
+            self.grid,
         )

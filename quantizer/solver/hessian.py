@@ -41,20 +41,24 @@ class Hessian:
         return self.factor.numel() == 0
 
 
-def column_order(diagonal: torch.Tensor, group: int, act_order: str) -> torch.Tensor:
+def column_order(
+    diagonal: torch.Tensor, group: int, act_order: str, together: int = 1
+) -> torch.Tensor:
     """The order of the loop, int64 [in]: the largest diag(A) first, ties in the original order.
 
     `gar` keeps each natural group of `group` columns together. It orders the groups by their
-    largest entry and the columns inside a group by their own.
+    largest entry and the columns inside a group by their own. Inside a group, runs of `together`
+    columns stay as they are, and are ordered by their largest entry.
     """
     if act_order == "off":
         return torch.arange(len(diagonal), device=diagonal.device)
     if act_order != "gar":
         return diagonal.argsort(descending=True, stable=True)
-    by_group = diagonal.view(-1, group)
-    inside = by_group.argsort(dim=1, descending=True, stable=True)  # [groups, group]
-    groups = by_group.amax(1).argsort(descending=True, stable=True)
-    return (groups[:, None] * group + inside[groups]).flatten()
+    runs = diagonal.view(-1, group // together, together).amax(2)  # [groups, runs]
+    inside = runs.argsort(dim=1, descending=True, stable=True)
+    groups = runs.amax(1).argsort(descending=True, stable=True)
+    first = groups[:, None] * group + inside[groups] * together
+    return (first[..., None] + torch.arange(together, device=first.device)).flatten()
 
 
 def prepare(
@@ -64,6 +68,7 @@ def prepare(
     group: int,
     act_order: str,
     damp: float,
+    together: int = 1,  # columns that the loop rounds at once
 ) -> Hessian:
     """Damp, order and factorize A.
 
@@ -73,7 +78,7 @@ def prepare(
     """
     dead = diagonal == 0
     weights = matrix.diagonal()
-    order = column_order(weights, group, act_order)
+    order = column_order(weights, group, act_order, together)
     live = weights[~dead].double()
     mean = float(live.mean()) if len(live) else 0.0
     # LAPACK's lower factor of the reversed matrix is the upper factor that the loop needs.

@@ -1,8 +1,8 @@
-"""The innermost part of the column loop as one Triton kernel, for CUDA.
+"""The innermost part of the column loop and of the descent in one launch, for CUDA.
 
-On a GPU one launch per column would take most of the time. Triton comes with PyTorch's CUDA builds.
-The plain loop, `ColumnLoop._leaf` in `column_loop.py`, is the reference and the only path on a CPU.
-Under Triton's interpreter (TRITON_INTERPRET=1) the kernel also runs on a CPU: tests use that.
+On a GPU one launch per column would take most of the time. The kernels are in triton_kernels.py:
+Triton comes with PyTorch's CUDA builds. The plain loops, `ColumnLoop._leaf_of_columns` and
+`Descent._columns`, are the reference and the only path on a CPU.
 """
 
 from __future__ import annotations
@@ -13,59 +13,26 @@ from typing import Any
 import torch
 
 from vlmq_export.quantizer.grids.affine import Affine
+from vlmq_export.quantizer.grids.blocks import BlockGrid
 
 BLOCK = 128  # the most columns of one launch, a power of two
 _ROWS = 32  # rows of the weights that one program holds in registers
 
 
-def usable(device: torch.device, grid: object) -> bool:
-    """Whether `round_block` can take the innermost part of the loop."""
-    return device.type == "cuda" and isinstance(grid, Affine) and _kernel() is not None
+def usable(device: torch.device, grid: Affine | BlockGrid) -> bool:
+    """Whether the kernels can take the innermost part: on CUDA, to levels evenly spaced."""
+    uneven = isinstance(grid, BlockGrid) and bool(grid.levels)
+    return device.type == "cuda" and not uneven and _kernels() is not None
 
 
 @cache
-def _kernel() -> Any:
-    """The compiled kernel, or None where Triton is not installed."""
+def _kernels() -> Any:
+    """The module of the kernels, or None where Triton is not installed."""
     try:
-        import triton  # pyright: ignore[reportMissingImports]
-        import triton.language as tl  # pyright: ignore[reportMissingImports]
+        from vlmq_export.quantizer.solver import triton_kernels
     except ImportError:
         return None
-
-    @triton.jit
-    def kernel(
-        target, shift, codes, scales, zeros, group_of, factor, term, columns, rows, stride, top,
-        HAS_TERM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, COLUMNS)
-        inside = row < rows
-        tile = column[:, None] * rows + row[None, :]
-        both = (column[:, None] < columns) & inside[None, :]
-        t = tl.load(target + tile, mask=both, other=0.0)  # [COLUMNS, ROWS]
-        s = tl.load(shift + tile, mask=both, other=0.0)
-        for j in range(columns):
-            here = column[:, None] == j
-            own = tl.sum(tl.where(here, t, 0.0), 0)
-            weight = own + tl.sum(tl.where(here, s, 0.0), 0)
-            group = tl.load(group_of + j)
-            scale = tl.load(scales + group * rows + row, mask=inside, other=1.0)
-            zero = tl.load(zeros + group * rows + row, mask=inside, other=0.0)
-            level = tl.minimum(tl.maximum(tl.div_rn(weight, scale), -1024.0), 1024.0)
-            level = (level + 12582912.0) - 12582912.0  # 1.5 · 2²³: to nearest, ties to even
-            code = tl.minimum(tl.maximum(level + zero, 0.0), top)
-            tl.store(codes + j * rows + row, code.to(tl.uint8), mask=inside)
-            error = own - scale * (code - zero)
-            tl.store(shift + j * rows + row, error, mask=inside)
-            later = (column > j) & (column < columns)
-            k = tl.load(factor + j * stride + column, mask=later, other=0.0)
-            s += k[:, None] * error[None, :]
-            if HAS_TERM:
-                tl.store(target + j * rows + row, weight, mask=inside)
-                p = tl.load(term + j * stride + column, mask=later, other=0.0)
-                t += p[:, None] * weight[None, :]
-
-    return kernel
+    return triton_kernels
 
 
 def round_block(
@@ -73,25 +40,66 @@ def round_block(
     shift: torch.Tensor,  # Σ (t_q − ŵ_q)·K_qj of the columns before, same shape; becomes t_j − ŵ_j
     codes: torch.Tensor,  # uint8, same shape: filled
     scales: torch.Tensor,  # float32 [groups, out]
-    zeros: torch.Tensor,  # float32 [groups, out]
+    offsets: torch.Tensor,  # float32 [groups, out]: zero-points, or minima of a block type
     group_of: torch.Tensor,  # int32 [columns]: the group of each column
     factor: torch.Tensor,  # K of the block, [columns, columns], its rows apart by the stride
     term: torch.Tensor | None,  # P of the block, of the same layout
-    top: int,  # the largest code
+    grid: Affine | BlockGrid,
 ) -> None:
-    """Round at most BLOCK columns one after the other, all rows at once.
+    """Round at most BLOCK columns one after the other, all rows at once. Ask `usable` first.
 
     With a term, `target` becomes the weights before rounding, which is what the term multiplies.
     """
-    columns, rows = target.shape
+    columns, rows = _sizes(target)
+    kernel = _kernels().round_block[_programs(rows)]
+    kernel(
+        target, shift, codes, scales, offsets, group_of, factor, factor if term is None else term,
+        columns, rows, factor.stride(0), *_ends(grid), BLOCKS=isinstance(grid, BlockGrid),
+        HAS_TERM=term is not None, COLUMNS=_padded(columns), ROWS=_ROWS,
+    )  # fmt: skip
+
+
+def descend_block(
+    weights: torch.Tensor,  # ŵ, float32 [columns, out], contiguous
+    gradient: torch.Tensor,  # A·(ŵ − t) there, same shape and layout
+    codes: torch.Tensor,  # uint8, same shape: filled
+    steps: torch.Tensor,  # float32, same shape: filled with what each weight moved by
+    scales: torch.Tensor,  # float32 [groups, out]
+    offsets: torch.Tensor,  # float32 [groups, out]: zero-points, or minima of a block type
+    group_of: torch.Tensor,  # int32 [columns]: the group of each column
+    matrix: torch.Tensor,  # A of the block, [columns, columns], its rows apart by the stride
+    grid: Affine | BlockGrid,
+) -> None:
+    """Choose the codes of at most BLOCK columns again, one after the other, all rows at once.
+
+    Ask `usable` first.
+    """
+    columns, rows = _sizes(weights)
+    kernel = _kernels().descend_block[_programs(rows)]
+    kernel(
+        weights, gradient, codes, steps, scales, offsets, group_of, matrix,
+        columns, rows, matrix.stride(0), *_ends(grid), BLOCKS=isinstance(grid, BlockGrid),
+        COLUMNS=_padded(columns), ROWS=_ROWS,
+    )  # fmt: skip
+
+
+def _sizes(block: torch.Tensor) -> tuple[int, int]:
+    """Columns and rows of a block. Raises ValueError where it has too many columns."""
+    columns, rows = block.shape
     if columns > BLOCK:
         raise ValueError(f"a block has at most {BLOCK} columns, this one {columns}")
-    kernel = _kernel()
-    assert kernel is not None, "ask `usable` first"
-    size = max(16, 1 << (columns - 1).bit_length())
-    programs = (-(-rows // _ROWS),)
-    kernel[programs](
-        target, shift, codes, scales, zeros, group_of, factor, factor if term is None else term,
-        columns, rows, factor.stride(0), float(top),
-        HAS_TERM=term is not None, COLUMNS=size, ROWS=_ROWS,
-    )  # fmt: skip
+    return columns, rows
+
+
+def _programs(rows: int) -> tuple[int]:
+    return (-(-rows // _ROWS),)
+
+
+def _padded(columns: int) -> int:
+    """The next power of two, which Triton wants, and 16 at least."""
+    return max(16, 1 << (columns - 1).bit_length())
+
+
+def _ends(grid: Affine | BlockGrid) -> tuple[float, float]:
+    """The code of zero in a block type, and the largest code."""
+    return float(grid.centre if isinstance(grid, BlockGrid) else 0), float(grid.top)

@@ -31,4 +31,17 @@ def nearest_in_blocks(
         importance = torch.ones(weights.shape[1], device=weights.device)
     params = fit_blocks(grid, weights, importance)
     scale, minimum = (p.repeat_interleave(grid.sub_block, 1) for p in params.decoded())
-    return BlockSolution(grid, grid.encode(weights, scale, minimum).to(torch.uint8), params)
+    codes = grid.round(weights, scale, minimum, importance)
+    return BlockSolution(grid, codes.to(torch.uint8), params)
+
+
+def nearest_in_groups(weights: torch.Tensor, grid: BlockGrid) -> Solution:
+    """The same as integers on a symmetric affine grid whose groups are the blocks of a type.
+
+    It is a type without minima and sub-blocks, such as Q8_0. A scale may be negative: the codes
+    reach one step further below zero than above it, and so to the largest weight.
+    """
+    found = nearest_in_blocks(weights, grid)
+    scales, columns = found.params.d, torch.arange(weights.shape[1], device=weights.device)
+    zeros = torch.full_like(scales, grid.centre, dtype=torch.uint8)
+    return Solution(found.codes, scales, zeros, (columns // grid.block).int())

@@ -14,8 +14,8 @@ backward pass for each sample, and one inner product for each matrix and type, m
 the end of the network with the whole covariance of inputs and gradients, which is never formed.
 
 ΔW is the solver's error, from statistics of one half of the samples. Its cost is measured on the
-other half. The costs of the matrices are taken to add up; `knapsack.choose` then chooses the types.
-docs/gguf.md says how well this works.
+other half. That of a lattice follows from that of a K type (likeness.py). The costs of the matrices
+are taken to add up; `knapsack.choose` then chooses types. docs/gguf.md says how well this works.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.solver.block_loop import solve_blocks
 from vlmq_export.quantizer.solver.hessian import Hessian, prepare
 from vlmq_export.quantizer.solver.nearest import nearest_in_blocks
+from vlmq_export.quantizer.type_budget import likeness
 
 SAMPLES = 128  # of each half; the relative error of a cost is about √(2 / samples)
 _ROWS = 4096  # rows of an embedding that are rounded at once
@@ -60,14 +61,17 @@ def measured(
     """
     usable = [s for s in samples if bool(_predicted(s).any())][: 2 * SAMPLES]
     fitted, held_out = usable[::2], usable[1::2] or usable  # one sample must do for both
-    parts = _parts(modules, kinds, memory)
+    tried = {name: likeness.quick(each) for name, each in kinds.items()}
+    probes, ratios = likeness.probes(kinds, solved), []
+    parts = _parts(modules, tried, memory)
     costs: dict[str, dict[str, float]] = {}
     model.requires_grad_(False)
     for done, part in enumerate(parts):
         here = {name: modules[name] for name in part}
         sums = _statistics(model, {n: m for n, m in here.items() if n in solved}, fitted)
+        ratios += [_ratios(here[n].weight, kinds[n], sums[n], config) for n in probes if n in here]
         errors = {
-            name: _errors(module.weight, kinds[name], sums.pop(name, None), config)
+            name: _errors(module.weight, tried[name], sums.pop(name, None), config)
             for name, module in here.items()
         }
         draws = torch.Generator().manual_seed(config.seed)
@@ -77,7 +81,7 @@ def measured(
 
         costs |= _costs(model, here, errors, held_out, draws, told)
         model.requires_grad_(False)
-    return costs
+    return likeness.completed(costs, kinds, ratios)
 
 
 def _parts(
@@ -136,16 +140,31 @@ def _errors(
     sums = sums.to_float32()
     order = "off" if config.act_order == "off" else "gar"
     found: dict[str, torch.Tensor] = {}
-    hessians: dict[int, Hessian] = {}  # by the number of columns of a block
+    hessians: dict[tuple[int, int], Hessian] = {}  # by the columns of a block and of a point
     for kind in kinds:
         grid = GRIDS[kind]
-        if grid.block not in hessians:
-            hessians[grid.block] = prepare(
-                sums.hessian, sums.diagonal, group=grid.block, act_order=order, damp=config.damp
+        key = grid.block, grid.together
+        if key not in hessians:
+            hessians[key] = prepare(
+                sums.hessian,
+                sums.diagonal,
+                group=grid.block,
+                act_order=order,
+                damp=config.damp,
+                together=grid.together,
             )
-        solution = solve_blocks(weight, hessians[grid.block], grid, block=config.block_size)
+        solution = solve_blocks(weight, hessians[key], grid, block=config.block_size)
         found[kind] = (solution.decode() - weight).bfloat16()
     return found
+
+
+def _ratios(
+    weight: torch.Tensor, kinds: Iterable[str], sums: Statistics, config: QuantConfig
+) -> likeness.Ratios:
+    """What lattices err on this matrix, over what the types err that they are likened to."""
+    lattices = [kind for kind in kinds if kind in likeness.LIKE]
+    both = dict.fromkeys([*lattices, *(likeness.LIKE[kind] for kind in lattices)])
+    return likeness.ratios(_errors(weight, both, sums, config), sums.to_float32().hessian)
 
 
 def _rounded(weight: torch.Tensor, grid: BlockGrid) -> torch.Tensor:

@@ -90,6 +90,20 @@ def test_kill_9_between_operations(model, whole, tmp_path):
         disturbed(Fault("kill", at), model, tmp_path / f"{at}", whole[0], {-9})
 
 
+def test_kill_9_where_the_vision_tower_is_quantized_too(model, tmp_path):
+    recipe = recipe_for(model, tmp_path / "whole", "gguf") | {"vision_bits": 8}
+    code, error, operations = run(recipe)
+    assert code == 0, error
+    undisturbed = contents(tmp_path / "whole")
+    assert "artifact/layer-vision.safetensors" in undisturbed
+    for at in spread(4, operations):
+        out = tmp_path / f"{at}"
+        code, error, _ = run(recipe | {"out": str(out)}, fault=Fault("kill", at))
+        assert code == -9, error
+        check_nothing_is_half_written(out, undisturbed)
+        check_resumes(recipe | {"out": str(out)}, undisturbed)
+
+
 @pytest.mark.slow
 def test_kill_9_before_every_operation(model, whole, tmp_path):
     assert whole[1] >= 40

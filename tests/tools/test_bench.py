@@ -35,13 +35,15 @@ def test_phases_do_not_overlap():
     assert sum(phases.seconds.values()) == pytest.approx(total, rel=0.05)
 
 
-@pytest.mark.parametrize("method", ["gptq", "vlmq-paper"])
+@pytest.mark.parametrize("method", ["gptq", "vlmq-paper", "vlmq"])
 def test_a_layer_of_the_pipeline(method):
     shape = pipeline.Shape(hidden=128, mlp=256, heads=4, kv_heads=2, layers=4)
     first, second = pipeline.run(shape, method, 2, 4, 16, CPU, "device")
     assert {"column loop", "factorize", "walk and statistics", "advance"} <= set(second["seconds"])
     assert "importance" in second["seconds"]
     assert ("column term" in second["seconds"]) == (method == "vlmq-paper")
+    if method == "vlmq":
+        assert {"judging ranges", "descent", "target"} <= set(second["seconds"])
     assert first["peak"] > 0 and second["total"] == pytest.approx(sum(second["seconds"].values()))
 
 

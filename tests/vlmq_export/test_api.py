@@ -18,9 +18,10 @@ SECONDS = 0.3  # that importing may take
 
 
 def test_the_names_are_these():
-    names = ["Recipe", "VlmqError", "__version__", "export", "inspect", "plan", "verify"]
+    verbs = ["evaluate", "export", "inspect", "plan", "verify"]
+    names = ["Recipe", "VlmqError", "__version__", *verbs]
     assert vlmq_export.__all__ == names and set(names) <= set(dir(vlmq_export))
-    for name in ("export", "inspect", "plan", "verify"):
+    for name in verbs:
         assert getattr(vlmq_export, name) is getattr(api, name)
     with pytest.raises(AttributeError, match="no attribute 'quantize'"):
         _ = vlmq_export.quantize
@@ -28,7 +29,7 @@ def test_the_names_are_these():
 
 def test_the_package_is_typed():
     assert (Path(vlmq_export.__file__).parent / "py.typed").is_file()
-    for name in ("export", "inspect", "plan", "verify"):
+    for name in ("evaluate", "export", "inspect", "plan", "verify"):
         function = getattr(api, name)
         assert function.__doc__ and "return" in function.__annotations__
         assert all(p.annotation for p in inspect.signature(function).parameters.values())

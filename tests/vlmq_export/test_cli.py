@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from tests.artifacts import GRIDS, edit, rtn_artifact
 from vlmq_export import bundled
 from vlmq_export.cli import app
+from vlmq_export.formats.proof.reference import too_large
 from vlmq_export.recipes.recipe_file import load_recipe
 
 
@@ -227,7 +229,9 @@ def test_a_proof_that_nobody_asked_for_is_not_missed(tmp_path, without_gptqmodel
 
 
 def test_a_model_too_large_to_run_whole_is_said_beforehand(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlmq_export.formats.proof.reference._WHOLE_MODEL_BYTES", 10**6)
+    monkeypatch.setattr(
+        "vlmq_export.planning.proof_plan.too_large", partial(too_large, copies=10**6)
+    )
     code, said, _ = call("--format", "gguf", "--dry-run", "--json")
     assert code == 0 and "for whole models in float32" in json.loads(said)["not_provable"]["gguf"]
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.vlmq_export.own_data import own_rows
-from vlmq_export import bundled
+from tools.reference_vlm.model import make_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What stands for a model in a command. The name stays that of the page.
 MODELS = ("MODEL", "path/to/model", "Qwen/Qwen2.5-VL-3B-Instruct", "qwen-3b")
-# Commands that tests of their own run, with what they need: processes, a hub, a foreign checkpoint.
-ELSEWHERE = ("torchrun", "--push-to-hub", "GPTQ-Int4")
+# Commands that tests of their own run, with what they need: processes, a hub, a foreign checkpoint,
+# lmms-eval (evaluation/test_documented_eval.py).
+ELSEWHERE = ("torchrun", "--push-to-hub", "GPTQ-Int4", "vlmq-export eval")
 QUICK = ["--samples", "4", "--method", "rtn"]
 
 
@@ -50,8 +51,9 @@ def test_readme_shows_what_a_user_needs_first():
 def home(tmp_path_factory) -> Path:
     """A user's working directory: a model, photographs, rows, and the result of README's first."""
     folder = tmp_path_factory.mktemp("home")
+    model = make_random_checkpoint(tmp_path_factory.mktemp("model"), layers=2, depth=3)
     for name in MODELS:
-        shutil.copytree(bundled.REFERENCE_VLM, folder / name, ignore=shutil.ignore_patterns("data"))
+        shutil.copytree(model, folder / name)
     own_rows(folder)
     return folder
 

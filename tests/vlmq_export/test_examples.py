@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tools.reference_vlm.model import make_random_checkpoint
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -24,7 +28,9 @@ def test_plan_sizes():
     assert all("MB" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_export_and_prove(tmp_path):
-    said = run("export_and_prove.py", tmp_path / "out")
+    model = make_random_checkpoint(tmp_path / "model", layers=2, depth=3)
+    said = run("export_and_prove.py", tmp_path / "out", model)
     assert said.splitlines()[-1] == "verified"
     assert "5.00 bits a quantized weight" in said

@@ -7,7 +7,7 @@ import pytest
 
 from vlmq_export.formats.proof.checks import Check
 from vlmq_export.proving.parity import Parity
-from vlmq_export.quantizer.artifact.manifest import OUTER, ModuleRecord
+from vlmq_export.quantizer.artifact.manifest import OUTER, VISION, ModuleRecord
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.report.page import contents, figure, layer_errors, table_rows
 
@@ -18,6 +18,7 @@ def record(name, layer=0, bits=4):
 
 LINEAR = record("model.layers.0.mlp.up_proj")
 HEAD, EMBEDDING = record("lm_head", 1), record("model.embed_tokens", OUTER)
+TOWER = record("visual.blocks.0.mlp.up_proj", VISION, 8)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,18 @@ HEAD, EMBEDDING = record("lm_head", 1), record("model.embed_tokens", OUTER)
             {"rotate": "folded"},
             "All other tensors but those of the vision tower are rotated",
             "keep the source",
+        ),
+        (
+            [LINEAR, EMBEDDING],
+            {"embedding_bits": 8},
+            "The embedding is rounded to nearest to 8 bits.",
+            "embeddings",
+        ),
+        (
+            [LINEAR, TOWER],
+            {"vision_bits": 8},
+            "So are 1 linears of vision tower and projector, to 8 bits",
+            "Vision tower, projector",
         ),
         ([LINEAR], {"method": "awq"}, "norms of its layers carry", "embeddings, norms"),
         (

@@ -1,13 +1,14 @@
 """What a person reads at the end of a run, and while a proof runs."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from vlmq_export.errors import Interrupted
-from vlmq_export.formats.contract import FORMATS, FormatOptions
+from vlmq_export.errors import FormatError, Interrupted
+from vlmq_export.formats.contract import FORMATS, Format, FormatOptions
 from vlmq_export.formats.proof.checks import Check, CheckSettings, Steps
 from vlmq_export.proving.parity import Parity, check_formats
 from vlmq_export.result import Result
@@ -110,7 +111,7 @@ def test_the_steps_of_a_proof_are_shares_of_its_work():
 def test_a_proof_says_what_it_is_at_and_stops_between_steps(monkeypatch):
     """The callback keeps its signature: a stage, what is done, and all."""
 
-    def check(self, folder, reference, options, settings):
+    def check(self, folder, reference, options, settings, begun=None):
         settings.tell("whole model", 40, 100)
         asked.append(True)
         settings.tell("whole model", 50, 100)
@@ -129,6 +130,45 @@ def test_a_proof_says_what_it_is_at_and_stops_between_steps(monkeypatch):
             lambda: bool(asked),
         )
     assert ("verify gguf: whole model", 40, 100) in told
+
+
+@pytest.mark.parametrize(("fits", "cannot"), [(True, False), (False, False), (True, True)])
+def test_a_runtime_of_its_own_works_while_others_are_checked(fits, cannot, monkeypatch):
+    """Its check comes last, its rows keep their place, and it has ended afterwards."""
+    said = []
+
+    @contextmanager
+    def at_work(_format, _folder, _reference, _settings):
+        if cannot:
+            raise FormatError("no such file")
+        said.append("begins")
+        yield "at work"
+        said.append("ends")
+
+    def check(self, _folder, _reference, _options, _settings, begun=None):
+        said.append((self.name, begun))
+        return [Check(self.name, "L1", "row", "passed")]
+
+    monkeypatch.setattr(Format, "check", check)
+    monkeypatch.setattr(Format, "missing", lambda _self: None)
+    apart = ("gptq", "compressed-tensors")
+    begin = lambda self, *given: at_work(self, *given) if self.name in apart else None  # noqa: E731
+    monkeypatch.setattr(Format, "at_work", begin)
+    folders = {"gptq": Path("a"), "onnx": Path("b")}
+    reference = SimpleNamespace(
+        rows=(), source=None, weights=SimpleNamespace(count=1), fits_beside=fits
+    )
+    given = (cast(Any, reference), FormatOptions(), CheckSettings())
+    parity = check_formats(folders, *given)
+    assert [c.format for c in parity.checks] == ["gptq", "onnx"]
+    if fits and not cannot:
+        assert said == ["begins", ("onnx", None), ("gptq", "at work"), "ends"]
+        said.clear()
+        check_formats({"gptq": Path("a"), "compressed-tensors": Path("c")}, *given)
+        # Memory is asked for one model more, and not for two.
+        assert said == ["begins", ("compressed-tensors", None), ("gptq", "at work"), "ends"]
+    else:
+        assert said == [("gptq", None), ("onnx", None)]
 
 
 def test_a_piped_proof_is_one_line_a_format(capsys):

@@ -10,19 +10,38 @@ from pathlib import Path
 
 import pytest
 
+from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export.errors import Interrupted
 from vlmq_export.terminal.progress import Stages
 from vlmq_export.terminal.stopping import StopSignals
 
 ARGS = ("--format", "gptq", "--no-verify", "--device", "cpu")
+PLAIN = ("-m", "vlmq_export")
+# The command, which waits in its second layer until `go` is in the folder of the first argument: a
+# signal meets it in that layer on a machine of any speed.
+WAITING = """
+import sys, time
+from pathlib import Path
+from vlmq_export.cli import main
+from vlmq_export.quantizer.run import quantize
+folder, solve = Path(sys.argv.pop(1)), quantize._solve_layer
+def waits(run, walk, index, said):
+    if index == 1:
+        (folder / "waits").touch()
+    while index == 1 and not (folder / "go").exists():
+        time.sleep(0.01)
+    solve(run, walk, index, said)
+quantize._solve_layer = waits
+main()
+"""
 
 
 class Command:
     """The command in a session of its own, as in a terminal: a key reaches its children too."""
 
-    def __init__(self, *args: object):
+    def __init__(self, *args: object, start: tuple[str, ...] = PLAIN):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vlmq_export", *map(str, args)],
+            [sys.executable, *start, *map(str, args)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -69,29 +88,39 @@ def until(there, seconds: float = 120.0) -> None:
     assert there()
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A random checkpoint of three layers."""
+    return make_random_checkpoint(tmp_path_factory.mktemp("model"), layers=3, depth=3)
+
+
 @pytest.fixture
-def run(tmp_path):
-    """A run whose first layer is solved: (command, output folder)."""
-    out = tmp_path / "out"
-    command = Command(*ARGS, "--samples", 96, "--out", out)
-    until(lambda: (out / "artifact" / "layer-00000.safetensors").exists())
-    return command, out
+def run(model, tmp_path):
+    """A run that waits in its second layer: (command, output folder, the file that ends this)."""
+    out, start = tmp_path / "out", ("-c", WAITING, str(tmp_path))
+    command = Command(model, *ARGS, "--samples", 12, "--out", out, start=start)
+    until((tmp_path / "waits").exists)
+    return command, out, tmp_path / "go"
 
 
 def test_ctrl_c_is_answered_at_once_and_finishes_the_layer(run):
-    command, out = run
+    command, out, go = run
     pressed = command.press()
     assert command.answered("again to stop now", 5) - pressed < 1
+    go.touch()
     assert command.end() == 130
     last = command.said().splitlines()[-2:]
-    assert last[0].startswith("finishing layer ") and " of 6; press Ctrl-C again" in last[0]
-    assert last[1].startswith("error: stopped after layer ") and "--resume" in last[1]
+    assert last == [
+        "finishing layer 2 of 3; press Ctrl-C again to stop now",
+        "error: stopped after layer 2 of 3; continue with --resume",
+    ]
     assert "Traceback" not in command.said()
     assert not (out / "artifact" / "manifest.json").exists()
 
 
-def test_a_second_ctrl_c_stops_now_and_the_run_can_be_resumed(run):
-    command, out = run
+def test_a_second_ctrl_c_stops_now(run):
+    """Like kill -9, after which tests/quantizer/run/test_resume.py goes on."""
+    command, out, _ = run
     command.press()
     command.answered("again to stop now", 5)
     pressed = command.press()
@@ -100,13 +129,11 @@ def test_a_second_ctrl_c_stops_now_and_the_run_can_be_resumed(run):
     assert "stopped at once; continue with --resume" in command.said()
     assert "Traceback" not in command.said()
     assert not list(out.rglob("*.tmp"))
-    again = Command(*ARGS, "--samples", 96, "--out", out, "--resume")
-    assert again.end() == 0, again.said()
 
 
 def test_processes_that_decode_images_leave_the_answer_to_us(tmp_path):
     """Ctrl-C in a terminal reaches them as well. They neither end nor write a traceback."""
-    command = Command(*ARGS, "--samples", 256, "--out", tmp_path / "out")
+    command = Command(*ARGS, "--samples", 512, "--out", tmp_path / "out")
     children = Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children")
     until(lambda: len(children.read_text().split()) >= 2)
     command.press()

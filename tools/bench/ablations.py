@@ -14,14 +14,16 @@ from dataclasses import dataclass, field, replace
 
 from vlmq_export.quantizer.methods import METHODS, Method, Refinement
 
-VLMQ, GPTQ = METHODS["vlmq-paper"], METHODS["gptq"]
-# Ours with the recipe's damping for every linear.
-EXACT, OURS = (replace(METHODS[name], damping="recipe") for name in ("exact", "vlmq"))
+VLMQ, GPTQ, OURS = (METHODS[name] for name in ("vlmq-paper", "gptq", "vlmq"))
+# `exact` with the recipe's damping for every linear.
+EXACT = replace(METHODS["exact"], damping="recipe")
+CLIP = 10.0  # limit of the clipped importance, in means of g²
+# `exact` with the paper's importance, of the attention block, where `vlmq` has that of the answers.
+LOCAL = replace(METHODS["exact"], importance="l1", clip=CLIP)
 # `exact` without its search of ranges.
 BASE = Method(drift="exact", alpha=1.0, refine=Refinement(sweeps=3))
 SEARCHED = Refinement(shrink=EXACT.refine.shrink)
 EFFECTIVE = 16.0  # effective tokens per input that the floored importance leaves
-CLIP = 10.0  # limit of the clipped importance, in means of g²
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,13 @@ class Ablation:
 
 ABLATIONS = {
     "exact, damping 1 %": Ablation(EXACT),
-    "vlmq, damping 1 %": Ablation(OURS),
+    "vlmq, local importance": Ablation(LOCAL),
+    "vlmq, local importance, damping 1 %": Ablation(replace(LOCAL, damping="recipe")),
+    "vlmq, local importance, per sample": Ablation(replace(LOCAL, per_sample=True)),
+    "vlmq, local importance, square root": Ablation(replace(LOCAL, power=0.5)),
+    "vlmq, square root": Ablation(replace(OURS, power=0.5)),
+    "vlmq, not floored": Ablation(replace(OURS, effective=0.0)),
+    "vlmq, not clipped": Ablation(replace(OURS, clip=0.0)),
     "exact min-max": Ablation(BASE),
     "exact, own zero-points": Ablation(replace(EXACT, neighbours=False)),
     "exact, ranges by modality": Ablation(replace(BASE, ranges="modality")),
@@ -117,7 +125,14 @@ EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
     "damping": {
         "exact min-max": ("exact min-max, damping .1 %", "exact min-max, damping 5 %"),
         "exact, damping 1 %": ("exact",),
-        "vlmq, damping 1 %": ("vlmq",),
+        "vlmq, local importance, damping 1 %": ("vlmq, local importance",),
+    },
+    "importance": {
+        "exact": (
+            "vlmq", "vlmq, not floored", "vlmq, not clipped", "vlmq, square root",
+            "vlmq, local importance", "vlmq, local importance, per sample",
+            "vlmq, local importance, square root",
+        ),
     },
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlmq_export.quantizer.model.families import DECODER_GROUPS
+from vlmq_export.quantizer.model.families import DECODER, groups_of
 from vlmq_export.quantizer.model.rotation import RotatedCheckpoint, rotate_inner
 
 INPUT_BITS, INPUT_RANGE = 4, 0.9
@@ -62,9 +62,9 @@ def attach(model: Any, online: RotatedCheckpoint | None = None) -> nn.Module:
     """
     decoder = model.get_decoder()
     if online is not None:
-        rotate_inner(decoder.layers, online.inner_rotation())
+        rotate_inner(decoder.layers, DECODER, online.inner_rotation())
     for layer in decoder.layers:
-        for name in (n for group in DECODER_GROUPS for n in group):
+        for name in (n for group in groups_of(DECODER) for n in group):
             layer.get_submodule(name).register_forward_pre_hook(
                 lambda _m, args: (round_symmetric(args[0]), *args[1:])
             )

@@ -4,7 +4,7 @@
     AUTOROUND_PYTHON=… python -m tools.bench.gguf --contenders "AutoRound;exact;vlmq-paper" \\
         --mixes Q2_K_S,Q3_K_M,Q4_K_M
 
-On both reference VLMs every contender gives each tensor the type that the mix gives it. The
+On each reference VLM every contender gives each tensor the type that the mix gives it. The
 contenders are:
 
     a method's name             ours on the mix; with `, types by cost` as many bits, spread by
@@ -46,10 +46,25 @@ import torch
 import typer
 from rich.console import Console
 
+from tools.bench.gguf_results import (
+    AUTOROUND,
+    BY_COST,
+    DECODED,
+    EMITTED,
+    FLOOR,
+    IMAGE,
+    MIXES,
+    OURS,
+    PLAIN,
+    TEXT,
+    UNCALIBRATED,
+    all_tables,
+    draw,
+)
 from tools.bench.peers import peers
 from tools.bench.scoring import Scorer, batches, load_model, source_weights
-from tools.bench.tables import fill, table
-from tools.reference_vlm import onevision
+from tools.bench.tables import fill
+from tools.reference_vlm import onevision, smolvlm
 from vlmq_export.bundled import CALIBRATION, HELDOUT, REFERENCE_VLM
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gguf.files import imatrix
@@ -76,18 +91,11 @@ from vlmq_export.quantizer.type_budget.knapsack import choose
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.sources.locate import open_source
 
-OURS = ("exact", "exact, types by cost", "vlmq-paper", "vlmq-paper, types by cost")
-PLAIN = "llama.cpp"
-TEXT, IMAGE = "llama.cpp + text imatrix", "llama.cpp + image imatrix"
-EMITTED = "llama.cpp + our imatrix"
-AUTOROUND = {"AutoRound": None, "AutoRound, 0 iterations": 0}  # iterations; None: its default, 200
-# Nothing is quantized here; its KL is that of llama.cpp's own deviations.
-FLOOR = "full precision, float32 file"
-UNCALIBRATED = (FLOOR, PLAIN)  # the same for every calibration set, and run on the first only
-MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M")
-MODELS = {"Qwen2.5-VL": REFERENCE_VLM, "LLaVA-OneVision": onevision.FOLDER}
-BY_COST = ", types by cost"
-DECODED = ", decoded to float32"
+MODELS = {
+    "Qwen2.5-VL": REFERENCE_VLM,
+    "LLaVA-OneVision": onevision.FOLDER,
+    "SmolVLM": smolvlm.BUILT,
+}
 OPTIONS = FormatOptions(name="reference-vlm")
 ANSWER = 12  # most tokens of a greedy answer
 err = Console(stderr=True)
@@ -130,10 +138,14 @@ def quantized_by_ggml(
 ) -> np.ndarray:
     """The bytes that llama-quantize writes for weights [out, in]: uint8 [out, row bytes].
 
-    imatrix: the importance of each column, float32 [in]; None: all alike.
+    imatrix: the importance of each column, float32 [in]; None: all alike. Raises RuntimeError for a
+        type that cannot be written without.
     """
     library = ctypes.CDLL(str(library_path()))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    if imatrix is None and library.ggml_quantize_requires_imatrix(TYPES[kind].id):
+        raise RuntimeError(f"llama.cpp's quantizer has no {kind} without an imatrix")
     source = np.ascontiguousarray(weight, np.float32)
     raw = np.zeros((len(source), TYPES[kind].row_bytes(source.shape[1])), np.uint8)
     pointers = [ctypes.c_void_p(x.ctypes.data) for x in (source, raw)]
@@ -161,7 +173,7 @@ class Calibrated:
     @cached_property
     def costs(self) -> dict[str, dict[str, tuple[int, float]]]:
         """Matrix → type → bits and KL, as --target-bpw measures them for any budget."""
-        recipe = Recipe(model=str(self.model), gguf_type=MIXES[0], format=["gguf"])
+        recipe = Recipe(model=str(self.model), target_bpw=2.5, format=["gguf"])
         plan = open_source(recipe.model).plan(recipe).model
         return measured_costs(plan, recipe, self.checkpoint, self.samples, 10**10, lambda *_: None)
 
@@ -385,45 +397,10 @@ def known_by(cell: dict) -> tuple:
     return tuple(cell[key] for key in ("model", "calibration", "mix", "contender", "samples"))
 
 
-def all_tables(cells: list[dict]) -> dict[str, str]:
-    """Name of a table → markdown, with a row for each contender and a column for each mix.
-
-        FIELD MODEL             ours and llama.cpp's
-        AutoRound FIELD MODEL   AutoRound, and who was measured on the same mix and samples
-        decoded kl MODEL        contenders whose weights were decoded to float32
-
-    The field `ratio` is the KL over that of llama.cpp with the image imatrix of the same set.
-    """
-
-    def place(cell: dict) -> tuple:
-        return cell["model"], cell["mix"], cell["calibration"]
-
-    base = {place(c): c["kl"] for c in cells if c["contender"] == IMAGE}
-    cells = [c | {"ratio": c["kl"] / k if (k := base.get(place(c))) else None} for c in cells]
-    order = ("Q2_K_S", *MIXES, FLOOR, *OURS, *AUTOROUND, PLAIN, TEXT, EMITTED, IMAGE)
-    tables = {}
-    for model in MODELS:
-        own = [c for c in cells if c["model"] == model and c["contender"] != FLOOR]
-        decoded = [c for c in own if c["contender"].endswith(DECODED)]
-        tables[f"decoded kl {model}"] = table(decoded, "contender", "mix", "kl", order)
-        own = [c for c in own if not c["contender"].endswith(DECODED)]
-        mixed = [c for c in own if c["mix"] in MIXES and c["contender"] not in AUTOROUND]
-        theirs = [c for c in own if c["contender"] in AUTOROUND]
-        beside = [c for c in own if c["contender"] in (*OURS, *AUTOROUND, IMAGE)]
-        beside = [c for c in beside if any(_alike(c, other) for other in theirs)]
-        for field in ("kl", "exact", "ratio", "bits"):
-            tables[f"{field} {model}"] = table(mixed, "contender", "mix", field, order)
-            tables[f"AutoRound {field} {model}"] = table(beside, "contender", "mix", field, order)
-    return tables
-
-
-def _alike(cell: dict, other: dict) -> bool:
-    """Whether two cells have the same calibration samples and types."""
-    return all(cell[key] == other[key] for key in ("mix", "calibration", "samples"))
-
-
 def main(
-    out: Annotated[Path | None, typer.Option(help="Adds the cells to OUT.json")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Adds the cells to OUT.json, and draws OUT.svg")
+    ] = None,
     page: Annotated[
         Path | None, typer.Option(help="Renews the tables that this page asks for")
     ] = None,
@@ -456,6 +433,7 @@ def main(
     if out:
         ordered = sorted(cells.values(), key=lambda c: [str(part) for part in known_by(c)])
         out.with_suffix(".json").write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
+        draw(ordered, out.with_suffix(".svg"))
     tables = all_tables(list(cells.values()))
     if page:
         fill(page, tables)

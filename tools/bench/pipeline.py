@@ -35,7 +35,7 @@ import transformers  # noqa: E402
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling  # noqa: E402
 
 from vlmq_export.quantizer.arithmetic import exact_arithmetic  # noqa: E402
-from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS, Batch  # noqa: E402
+from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS, HELD_OUT, Batch  # noqa: E402
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk  # noqa: E402
 from vlmq_export.quantizer.calibration.offload import Place, Shelf  # noqa: E402
 from vlmq_export.quantizer.config import QuantConfig  # noqa: E402
@@ -44,6 +44,7 @@ from vlmq_export.quantizer.layers import attempt, decoder_layer, measures  # noq
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer  # noqa: E402
 from vlmq_export.quantizer.model.architecture import Architecture  # noqa: E402
 from vlmq_export.quantizer.model.checkpoint import Checkpoint  # noqa: E402
+from vlmq_export.quantizer.model.families import DECODER  # noqa: E402
 from vlmq_export.quantizer.run.quantize import quantize  # noqa: E402
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor  # noqa: E402
 from vlmq_export.quantizer.samples.rows import read_rows  # noqa: E402
@@ -77,6 +78,9 @@ WATCHED = (
     (hessian, "column_term", "column term"),
     (hessian, "regression", "target"),
     (attempt, "solve", "column loop"),
+    (attempt, "best_range", "judging ranges"),
+    (attempt, "solve_blocks", "block types"),
+    (attempt, "descend", "descent"),
 )
 
 
@@ -130,6 +134,8 @@ def config_of(shape: Shape):
         num_hidden_layers=shape.layers,
         max_window_layers=shape.layers,
         vocab_size=8,
+        bos_token_id=None,
+        eos_token_id=None,
         use_cache=False,
         rope_parameters={
             "rope_type": "default",
@@ -162,7 +168,10 @@ def decoder_batches(
             "position_embeddings": rotary(hidden, positions),
         }
         valid = torch.ones(count, dtype=torch.bool, device=device)
-        batches.append(Batch(hidden, hidden if two_streams else None, kwargs, valid, shelf=shelf))
+        image = torch.zeros(count, length, dtype=torch.bool, device=device)
+        held = torch.arange(start, start + count, device=device) % HELD_OUT == HELD_OUT // 2
+        full = hidden if two_streams else None
+        batches.append(Batch(hidden, full, kwargs, valid, shelf=shelf, image=image, held=held))
     return batches
 
 
@@ -194,7 +203,7 @@ def peak_memory(device: torch.device, *, reset: bool = False) -> int:
 
 
 @torch.no_grad()
-def run(
+def run_each(
     shape: Shape,
     method: str,
     layers: int,  # how many are run
@@ -202,28 +211,35 @@ def run(
     length: int,  # tokens of a sample
     device: torch.device,
     place: Place,  # where the batches lie between layers
-) -> list[dict]:
-    """Quantize some layers. Returns for each the seconds by phase, their total, and peak memory."""
+) -> Iterator[dict]:
+    """Quantize some layers. Yields of each the seconds by phase, total, peak memory and loss."""
     config = config_of(shape)
     source = {"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": shape.layers}}
     job = Job.of(Architecture.of(source), QuantConfig(method=method, bits=4, group_size=128))
     two_streams = job.method.two_streams
     batches = decoder_batches(shape, config, samples, length, Shelf(device, place), two_streams)
-    results = []
     for index in range(layers):
         phases = Phases(device)
         peak_memory(device, reset=True)
         with exact_arithmetic(), watched(phases), phases("rest"):
             layer = random_layer(config, index, device)
             with phases("walk and statistics"):
-                walk = LayerWalk(layer, batches, two_streams=two_streams)
-            quantize_layer(walk, job.prefix(index), job)
+                walk = LayerWalk(layer, DECODER, batches, two_streams=two_streams)
+            solved = quantize_layer(walk, job.prefix(index), job)
             with phases("advance"):
                 walk.advance()
         del layer, walk
-        seconds, total = dict(phases.seconds), sum(phases.seconds.values())
-        results.append({"seconds": seconds, "total": total, "peak": peak_memory(device)})
-    return results
+        yield {
+            "seconds": dict(phases.seconds),
+            "total": sum(phases.seconds.values()),
+            "peak": peak_memory(device),
+            "loss": sum(metrics.get("loss", 0.0) for _, metrics in solved),
+        }
+
+
+def run(*arguments: Any) -> list[dict]:
+    """All layers of `run_each`, with the same arguments."""
+    return list(run_each(*arguments))
 
 
 @contextmanager

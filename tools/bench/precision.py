@@ -39,7 +39,7 @@ from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.model.families import DECODER_GROUPS
+from vlmq_export.quantizer.model.families import DECODER, groups_of
 from vlmq_export.quantizer.model.streamed import load_model
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
@@ -140,12 +140,12 @@ def reference(samples: int) -> dict:
         checkpoint.architecture, QuantConfig(method="vlmq-paper", bits=BITS, group_size=GROUP)
     )
     layers: Any = model.get_submodule(job.family.module_name(job.family.layers).rstrip("."))
-    batches = decoder_inputs(model, layers[0], rows, two_streams=True, device=CPU)
+    batches = decoder_inputs(model, rows, two_streams=True, device=CPU)
     table: Table = defaultdict(lambda: defaultdict(list))
     for index, layer in enumerate(layers):
         if index:  # the streams of layer 0 are equal
             _compare_layer(layer, batches, table)
-        walk = LayerWalk(layer, batches, two_streams=True)
+        walk = LayerWalk(layer, DECODER, batches, two_streams=True)
         quantize_layer(walk, job.prefix(index), job)
         walk.advance()
     return summary(table)
@@ -154,12 +154,14 @@ def reference(samples: int) -> dict:
 def _compare_layer(layer: Any, batches: list[Batch], table: Table) -> None:
     """Add the linears of one layer to the table. The batches stay at the layer's inputs."""
     hidden = [(b.quantized, b.full) for b in batches]
-    names = [name for group in DECODER_GROUPS for name in group]
+    names = [name for group in groups_of(DECODER) for name in group]
     weights = {n: layer.get_submodule(n).weight.detach().clone() for n in names}
-    factors = importance_factors(LayerWalk(layer, batches, two_streams=True), METHODS["vlmq-paper"])
+    factors = importance_factors(
+        LayerWalk(layer, DECODER, batches, two_streams=True), METHODS["vlmq-paper"]
+    )
     plain = inputs_of(layer, batches, hidden)
     walked = inputs_of(layer, batches, hidden, rounded=weights)
-    for stage, group in enumerate(DECODER_GROUPS):
+    for stage, group in enumerate(groups_of(DECODER)):
         for name in group[: 1 if stage != 0 else 3]:
             g = torch.cat(factors[name]) if name in factors else None
             compare(weights[name], (*plain[stage], g), (*walked[stage], g), table)
@@ -187,9 +189,9 @@ def inputs_of(
         handles.append(
             module.register_forward_pre_hook(lambda _m, args: (tf32(args[0].contiguous()),))
         )
-    walk = LayerWalk(layer, batches, two_streams=True)
+    walk = LayerWalk(layer, DECODER, batches, two_streams=True)
     runs = []
-    for stage in range(len(DECODER_GROUPS)):
+    for stage in range(2 * len(DECODER)):
         found = list(walk.inputs(stage))
         runs.append((torch.cat([f.quantized for f in found]), torch.cat([f.full for f in found])))
     for handle in handles:

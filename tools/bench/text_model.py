@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,14 +24,16 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from vlmq_export.quantizer.calibration.batches import HELD_OUT, Batch
-from vlmq_export.quantizer.calibration.hooks import Stop, before
+from vlmq_export.quantizer.calibration.collect import TokenFactors
+from vlmq_export.quantizer.calibration.hooks import Stop, before, leaf_output
+from vlmq_export.quantizer.calibration.importance import per_sample, token_factors
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.choice import grid_choice
 from vlmq_export.quantizer.job import method_of
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer
 from vlmq_export.quantizer.methods import METHODS
-from vlmq_export.quantizer.model.families import DECODER_GROUPS
+from vlmq_export.quantizer.model.families import DECODER, groups_of
 
 SAMPLES, TOKENS, HELD = 64, 128, 40
 AT_ONCE = 32  # samples of a batch
@@ -83,14 +85,34 @@ def quantize(model: Any, samples: torch.Tensor, config: QuantConfig, layers: int
     job: Any = SimpleNamespace(
         config=config,
         method=method,
-        family=SimpleNamespace(groups=DECODER_GROUPS),
+        family=SimpleNamespace(groups=groups_of(DECODER)),
         grid=lambda name, columns: grid_choice(config, name, columns),
     )
     batches = first_batches(model, samples)
+    answers: list[TokenFactors | None] = [None] * layers
+    if method.importance == "answers":
+        answers = [*token_factors_of(model, batches, layers)]
     for index, layer in enumerate(model.model.layers[:layers]):
-        walk = LayerWalk(layer, batches, two_streams=method.two_streams)
-        quantize_layer(walk, f"model.layers.{index}.", job)
+        walk = LayerWalk(layer, DECODER, batches, two_streams=method.two_streams)
+        quantize_layer(walk, f"model.layers.{index}.", job, answers=answers[index])
         walk.advance()
+
+
+def token_factors_of(model: Any, batches: list[Batch], layers: int) -> list[TokenFactors]:
+    """What `answer_factors` gives of a vision-language model, by autograd over the whole model."""
+    names = [name for group in groups_of(DECODER) for name in group]
+    found: list[TokenFactors] = [{name: [] for name in names} for _ in range(layers)]
+    for batch in batches:
+        outputs: dict[tuple[int, str], torch.Tensor] = {}
+        with ExitStack() as hooks:
+            for index, layer in enumerate(model.model.layers[:layers]):
+                for name in names:
+                    place = layer.get_submodule(name), outputs, (index, name)
+                    hooks.enter_context(leaf_output(*place, cut=False))
+            loss = model(batch.ids, labels=batch.ids, use_cache=False).loss
+        for (index, name), p in zip(outputs, torch.autograd.grad(loss, [*outputs.values()])):
+            found[index][name].append(per_sample(token_factors(p, "l1")))
+    return found
 
 
 @torch.no_grad()

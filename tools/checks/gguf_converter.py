@@ -43,7 +43,8 @@ def as_it_wants(source: Path, folder: Path) -> Path:
         file.unlink()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     if config["model_type"] == "internvl":
-        config["text_config"]["architectures"] = ["Qwen2ForCausalLM"]
+        decoder = config["text_config"]["model_type"].capitalize()
+        config["text_config"]["architectures"] = [f"{decoder}ForCausalLM"]
         config["vision_config"]["architectures"] = ["InternVisionModel"]
         config["llm_config"] = config["text_config"]
     (folder / "config.json").write_text(json.dumps(config), "utf-8")

@@ -1,11 +1,12 @@
 """docs/support.md: which family runs in which runtime, and at which bits.
 
     python -m tools.checks.support_matrix --out docs/support     # all families and grids
+    python -m tools.checks.support_matrix --family gemma3        # one; the page keeps the others
 
 Each model has random weights and its family's published configuration, scaled down. A cell is a
 family, a grid and a format. It comes from a run of the pipeline behind `vlmq-export MODEL --format
-…`: quantized by vlmq, written, read back, and run in the real runtime. Every finished run has a
-file in --cache, and is not repeated.
+…`: quantized by vlmq, written, read back, and run in the real runtime. Block types are for GGUF
+alone. Every finished run has a file in --cache, and is not repeated.
 """
 
 from __future__ import annotations
@@ -20,33 +21,34 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tools.reference_vlm.tiny_checkpoints import make_tiny
+from tools.reference_vlm.tiny_checkpoints import ARCHES, make_tiny
 from vlmq_export.bundled import HELDOUT
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats import NAMES
 from vlmq_export.formats.proof.checks import Check
 from vlmq_export.pipeline import dry_run, run
 from vlmq_export.proving.parity import Parity
-from vlmq_export.quantizer.model.families import FAMILIES
 from vlmq_export.recipes.recipe import Recipe
 
-# Bits and group_size of the weights.
-GRIDS = {
-    "W2 g128": (2, 128),
-    "W2": (2, -1),
-    "W3 g128": (3, 128),
-    "W4 g128": (4, 128),
-    "W4 g32": (4, 32),
-    "W8 g128": (8, 128),
+SHARED = {
+    "W2 g128": {"bits": 2, "group_size": 128},
+    "W2": {"bits": 2, "group_size": -1},
+    "W3 g128": {"bits": 3, "group_size": 128},
+    "W4 g128": {"bits": 4, "group_size": 128},
+    "W4 g32": {"bits": 4, "group_size": 32},
+    "W8 g128": {"bits": 8, "group_size": 128},
 }
+GRIDS = SHARED | {name: {"gguf_type": name} for name in ("Q4_K_M", "Q2_K")}
 RUNTIMES = {
     "gptq": "GPTQ: transformers + gptqmodel",
+    "compressed-tensors": "compressed-tensors: transformers",
     "onnx": "ONNX: ONNX Runtime",
     "gguf": "GGUF: llama.cpp",
 }
 # The check of each format whose figure is shown; its name begins like this.
 LOGITS = {
     "gptq": "logits, transformers",
+    "compressed-tensors": "logits, transformers",
     "onnx": "logits at accuracy_level 0",
     "gguf": "float32 twin, image prompts",
 }
@@ -60,7 +62,7 @@ err = Console(stderr=True)
 class Cell:
     """What happened with one family, grid and format."""
 
-    family: str  # a key of FAMILIES
+    family: str  # one of ARCHES
     grid: str  # a key of GRIDS
     format: str
     status: str  # verified | refused | failed
@@ -75,26 +77,35 @@ class Cell:
         return f"{self.status}: {self.detail}"
 
 
+def formats_of(grid: str) -> list[str]:
+    """The formats that can hold a grid."""
+    return list(NAMES) if grid in SHARED else ["gguf"]
+
+
 def run_family(model: Path, family: str, grid: str, folder: Path, rows: Path) -> list[Cell]:
     """The cells of one family and grid, from one run of all formats that do not refuse."""
-    bits, group = GRIDS[grid]
+    wanted = formats_of(grid)
     recipe = Recipe(
         model=str(model),
-        format=list(NAMES),
-        bits=bits,
-        group_size=group,
+        format=wanted,
         samples=8,
         seq_len=986,
         verify_data=rows,
         image_root=HELDOUT.parent,
         out=folder,
+        **GRIDS[grid],
     )
-    plans = dry_run(recipe).formats
+    try:
+        plans = dry_run(recipe).formats
+    except VlmqError as e:
+        return [Cell(family, grid, f, "refused", detail=str(e)) for f in wanted]
     refused = {name: plan.refusals for name, plan in plans.items() if plan.refusals}
     cells = [
         Cell(family, grid, name, "refused", detail="; ".join(why)) for name, why in refused.items()
     ]
-    formats = [f for f in NAMES if f not in refused]
+    formats = [f for f in wanted if f not in refused]
+    if not formats:
+        return cells
     try:
         parity = run(recipe.model_copy(update={"format": formats})).parity
     except VlmqError as e:
@@ -127,11 +138,12 @@ def table(cells: list[Cell]) -> str:
     """Markdown: a table for each runtime, with a row for each family and a column for each grid."""
     lines = []
     for name, runtime in RUNTIMES.items():
-        head = "| family | " + " | ".join(GRIDS) + " |"
-        lines += [f"### {runtime}", "", head, "|---" * (len(GRIDS) + 1) + "|"]
-        for family in FAMILIES:
+        grids = [g for g in GRIDS if name in formats_of(g)]
+        head = "| family | " + " | ".join(grids) + " |"
+        lines += [f"### {runtime}", "", head, "|---" * (len(grids) + 1) + "|"]
+        for family in dict.fromkeys(c.family for c in cells):
             found = {c.grid: c.text() for c in cells if (c.family, c.format) == (family, name)}
-            entries = " | ".join(found.get(g, "not run") for g in GRIDS)
+            entries = " | ".join(found.get(g, "not run") for g in grids)
             lines.append(f"| {family} | {entries} |")
         lines.append("")
     return "\n".join(lines)
@@ -148,8 +160,11 @@ def main(
     cache.mkdir(parents=True, exist_ok=True)
     rows = cache / "rows.json"
     rows.write_text(json.dumps(json.loads(HELDOUT.read_text("utf-8"))[:8]), "utf-8")
-    cells: list[Cell] = []
-    for name in family or list(FAMILIES):
+    asked = family or list(ARCHES)
+    stored = out.with_suffix(".json")
+    cells = [Cell(**c) for c in json.loads(stored.read_text("utf-8"))] if stored.is_file() else []
+    cells = [c for c in cells if c.family not in asked]
+    for name in asked:
         for label in grid or list(GRIDS):
             done = cache / f"{name}-{label.replace(' ', '-')}.json"
             if not done.is_file():
@@ -158,9 +173,12 @@ def main(
                     found = run_family(model, name, label, Path(scratch) / "out", rows)
                 done.write_text(json.dumps([asdict(c) for c in found]), "utf-8")
             cells += [Cell(**c) for c in json.loads(done.read_text("utf-8"))]
-            err.print(f"{name} {label}: " + "  ".join(f"{c.format} {c.text()}" for c in cells[-3:]))
+            err.print(
+                f"{name} {label}: "
+                + "  ".join(f"{c.format} {c.text()}" for c in cells[-len(formats_of(label)) :])
+            )
     data = json.dumps([asdict(c) for c in cells], indent=1) + "\n"
-    out.with_suffix(".json").write_text(data, "utf-8")
+    stored.write_text(data, "utf-8")
     page = out.with_suffix(".md")
     text = page.read_text("utf-8").split(_MARK)[0] if page.is_file() else ""
     page.write_text(f"{text}{_MARK}\n\n{table(cells)}", "utf-8")

@@ -25,6 +25,7 @@ import torch
 from tools.reference_vlm.random_checkpoint import make
 from vlmq_export import Recipe
 from vlmq_export.formats.contract import FORMATS
+from vlmq_export.planning.run_plan import fitted_types
 from vlmq_export.planning.run_time import Reading, phases_of
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.run.machine import Clock, Machine, measured
@@ -57,7 +58,7 @@ def compared(recipe: Recipe, device: torch.device, clock: Clock) -> Iterator[tup
     reading = Reading(source.preprocessor, data.taken, limit, workers=1, clock=clock)
 
     def planned() -> tuple[Machine, dict[str, float]]:
-        machine = measured(device, set(plan.model.config.types.values()), clock)
+        machine = measured(device, fitted_types(plan.model), clock)
         return machine, phases_of(plan, reading, machine)
 
     _, before = planned()

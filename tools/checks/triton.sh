@@ -1,7 +1,7 @@
 #!/bin/sh
-# Tests the fused kernel of the column loop under Triton's interpreter, against the plain loop.
-# This needs no GPU and takes minutes. Triton (286 MB to fetch) goes into an environment of its own,
-# .venv-triton, which also sees the packages of .venv.
+# Tests the kernels of the column loop and of the descent under Triton's interpreter, against the
+# plain loops, and compiles them for an H100. This needs no GPU and takes minutes. Triton (286 MB to
+# fetch) goes into an environment of its own, .venv-triton, which also sees the packages of .venv.
 set -eu
 cd "$(dirname "$0")/../.."
 if [ ! -x .venv-triton/bin/python ]; then

@@ -29,7 +29,7 @@ DOCS = ROOT / "docs"
 PACKAGE = "vlmq_export"
 BANDS = {  # title of a band → the package whose rooms it shows
     "vlmq_export/: the command, and what it is given": PACKAGE,
-    "formats/: the three writers and their proofs": f"{PACKAGE}.formats",
+    "formats/: the writers and their proofs": f"{PACKAGE}.formats",
     "quantizer/: from weights and samples to integers": f"{PACKAGE}.quantizer",
 }
 # Rooms that everything may import, and that would only add arrows.
@@ -121,6 +121,10 @@ FILES = {  # format → its writer of a linear, its reader, and the runtime that
     "GPTQ": (
         Step("formats.gptq.write:pack_linear", "qweight, qzeros, scales, g_idx"),
         Step("formats.gptq.read:GptqFolder.array", "transformers + gptqmodel, AutoGPTQ"),
+    ),
+    "compressed-tensors": (
+        Step("formats.compressed_tensors.write:pack_linear", "weight_packed, weight_zero_point, …"),
+        Step("formats.compressed_tensors.read:read", "transformers + the library"),
     ),
     "ONNX": (
         Step("formats.onnx.passes.fill:fill", "a MatMulNBits node and its data"),
@@ -231,7 +235,7 @@ def draw_weight() -> str:
         parts.append(_arrow(x + wide / 2, y + 44, x + wide / 2, y + 60))
         y += 60
     column, split = 300, y + 6
-    total = 3 * column + 2 * GAP
+    total = len(FILES) * (column + GAP) - GAP
     for i, (name, steps) in enumerate(FILES.items()):
         left, below = x + i * (column + GAP), split + 20
         parts.append(f'<text x="{left}" y="{split + 10}" class="title">formats: {name}</text>')

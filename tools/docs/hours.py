@@ -16,7 +16,7 @@ import torch
 
 from tools.docs.sizes import MODELS, headers
 from vlmq_export import Recipe
-from vlmq_export.planning.run_plan import plan_memory
+from vlmq_export.planning.run_plan import fitted_types, plan_memory
 from vlmq_export.planning.run_time import quantize_seconds
 from vlmq_export.quantizer.run.machine import measured
 from vlmq_export.quantizer.samples.sample import Length, Lengths
@@ -34,7 +34,7 @@ def rows(folder: Path, name: str) -> list[str]:
     for form in FORMATS:
         recipe = source.recipe_for(Recipe(model=str(folder), format=[form]))
         model = source.plan(recipe).model
-        types = set(model.config.types.values())
+        types = fitted_types(model)
         machine = measured(torch.device("cpu"), types, time.process_time)
         for samples in SAMPLES:
             lengths = Lengths((Length(TOKENS, IMAGE),) * samples)

@@ -92,8 +92,10 @@ def main(binary: str, out: str) -> None:
             ones = {name: np.ones(size[1], np.float32) for name, size in shapes(*shape).items()}
             write_imatrix(imatrix, ones, {"file": "ones", "rows": 1, "tokens": 1})
             for mix in MIXES:
-                # llama-quantize refuses this mix without an imatrix.
-                given = ["--imatrix", str(imatrix)] if mix == "Q2_K_S" else []
+                # llama-quantize refuses Q2_K_S without an imatrix. Its rules for the I-quants are
+                # others with one than without; ours are those with one.
+                wants = mix == "Q2_K_S" or mix.startswith("IQ")
+                given = ["--imatrix", str(imatrix)] if wants else []
                 command = [binary, *given, str(model), str(quantized), mix, "1"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:

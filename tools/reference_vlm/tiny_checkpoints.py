@@ -11,7 +11,7 @@ Files of two generations are written, which must load as the same model:
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ HIDDEN, MLP, VISION, VISION_MLP = 256, 512, 256, 512
 # Like the published 384 = 27 · 14 + 6, this side is not a multiple of the patch: 104 = 7 · 14 + 6.
 SIGLIP_IMAGE = 104
 INTERNVL_IMAGE = 112
+GEMMA_IMAGE = 112  # 8 · 8 patches, which are pooled to 16 tokens
 SMOLVLM_IMAGE = 112  # 8 · 8 patches, of which 16 tokens are made
 
 
@@ -81,6 +82,20 @@ _SMOLVLM_TURNS = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
+# As published: the system's words go before the first turn of the user, and an answer is `model`.
+_GEMMA_TURNS = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set first = messages[0]['content'][0]['text'] + '\n\n' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + (first if loop.first else '') }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% elif c['type'] == 'text' %}{{ c['text'] | trim }}{% endif %}{% endfor %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
 # --- configs --------------------------------------------------------------------------------------
 # The keys are those of the published files, and the values of their order of magnitude.
 
@@ -111,6 +126,16 @@ _QWEN2 = {
 }
 _PINPOINTS = [[SIGLIP_IMAGE * i, SIGLIP_IMAGE * j] for i in range(1, 7) for j in range(1, 7)]
 
+# The tower of LLaVA-OneVision and Gemma 3.
+_SIGLIP = {
+    "hidden_size": VISION,
+    "intermediate_size": VISION_MLP,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 4,
+    "num_hidden_layers": Slot("depth"),
+    "patch_size": 14,
+    "vision_use_head": False,
+}
 # llava-hf/llava-onevision-qwen2-0.5b-ov-hf
 _LLAVA_ONEVISION = {
     "architectures": ["LlavaOnevisionForConditionalGeneration"],
@@ -126,16 +151,7 @@ _LLAVA_ONEVISION = {
     "use_image_newline_parameter": True,
     "video_token_index": Slot("<video>"),
     "vision_aspect_ratio": "anyres_max_9",
-    "vision_config": {
-        "hidden_size": VISION,
-        "image_size": SIGLIP_IMAGE,
-        "intermediate_size": VISION_MLP,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": 4,
-        "num_hidden_layers": Slot("depth"),
-        "patch_size": 14,
-        "vision_use_head": False,
-    },
+    "vision_config": {**_SIGLIP, "image_size": SIGLIP_IMAGE},
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "full",
 }
@@ -184,6 +200,57 @@ _INTERNVL = {
     },
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "default",
+}
+
+# OpenGVLab/InternVL3_5-1B-HF: the same tower on Qwen3, whose heads together are wider than a token.
+_INTERNVL3_5 = {
+    **_INTERNVL,
+    "text_config": {
+        **_TEXT,
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "max_window_layers": Slot("layers"),
+        "model_type": "qwen3",
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+    },
+    "transformers_version": "4.55.0",
+}
+
+# google/gemma-3-4b-it, with what the files of 12B and 27B say of the decoder. Of each two layers
+# one has a window here, of six in the published models; the window is shorter than a prompt.
+_GEMMA3 = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": Slot("<start_of_image>"),
+    "eoi_token_index": Slot("<end_of_image>"),
+    "eos_token_id": [Slot("<|endoftext|>"), Slot("<end_of_turn>")],
+    "image_token_index": Slot("<image_soft_token>"),
+    "initializer_range": 0.02,
+    "mm_tokens_per_image": 16,
+    "model_type": "gemma3",
+    "text_config": {
+        "head_dim": 64,
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "model_type": "gemma3_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": Slot("layers"),
+        "num_key_value_heads": 2,
+        "query_pre_attn_scalar": 64,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,
+        "vocab_size": Slot("vocabulary"),
+    },
+    "tie_word_embeddings": Slot("tied"),
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "vision_config": {**_SIGLIP, "image_size": GEMMA_IMAGE},
 }
 
 # Qwen/Qwen3-VL-2B-Instruct
@@ -375,7 +442,12 @@ FAMILIES = {
             "processor_class": "LlavaOnevisionProcessor",
             "vision_feature_select_strategy": "full",
         },
-        names=(("model.vision_tower.", "vision_tower.vision_model."), *_DECODER_NAMES),
+        names=(
+            # transformers 5.6 took the level `vision_model` out.
+            ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+            ("model.vision_tower.", "vision_tower.vision_model."),
+            *_DECODER_NAMES,
+        ),
     ),
     "internvl": Tiny(
         tokens=("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
@@ -403,6 +475,39 @@ FAMILIES = {
         },
         names=_DECODER_NAMES,
     ),
+    "gemma3": Tiny(
+        tokens=(
+            "<start_of_turn>",
+            "<end_of_turn>",
+            "<start_of_image>",
+            "<end_of_image>",
+            "<image_soft_token>",
+        ),
+        template=_GEMMA_TURNS,
+        config=_GEMMA3,
+        preprocessor={
+            **_IMAGE_STEPS,
+            **HALF,
+            "do_convert_rgb": None,
+            "do_pan_and_scan": None,
+            "image_processor_type": "Gemma3ImageProcessor",
+            "image_seq_length": 16,
+            "pan_and_scan_max_num_crops": None,
+            "pan_and_scan_min_crop_size": None,
+            "pan_and_scan_min_ratio_to_activate": None,
+            "processor_class": "Gemma3Processor",
+            "resample": 2,
+            "size": {"height": GEMMA_IMAGE, "width": GEMMA_IMAGE},
+        },
+        processor={"image_seq_length": 16, "processor_class": "Gemma3Processor"},
+        tokenizer={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+        end="<end_of_turn>",
+        names=(("model.vision_tower.", "vision_tower.vision_model."), *_DECODER_NAMES),
+    ),
     "qwen3_vl": Tiny(
         tokens=(),
         template=_TURNS % (_PARTS % "<|vision_start|><|image_pad|><|vision_end|>"),
@@ -419,6 +524,9 @@ FAMILIES = {
         },
     ),
 }
+
+FAMILIES["internvl3_5"] = replace(FAMILIES["internvl"], config=_INTERNVL3_5)
+ARCHES = ("qwen2_vl", "qwen2_5_vl", *FAMILIES)  # all that make_tiny makes
 
 # --- published sizes ------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from vlmq_export.errors import CheckpointError
 from vlmq_export.formats.contract import FORMATS, FormatOptions, FormatPlan
 from vlmq_export.formats.model_plan import ModelPlan
-from vlmq_export.quantizer.config import GROUP_SIZES
+from vlmq_export.quantizer.config import EMBEDDING_GROUP, EMBEDDING_TYPES, GROUP_SIZES
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan, Shapes, memory_plan
 from vlmq_export.quantizer.run.time_plan import Linears, TimePlan
 from vlmq_export.quantizer.samples.sample import Lengths
@@ -53,13 +53,18 @@ def plan_run(model: ModelPlan, recipe: Recipe) -> RunPlan:
 
 
 def group_refusals(model: ModelPlan) -> list[str]:
-    """One line where the group size does not divide the inputs of every linear; else nothing."""
-    size = model.config.group_size
-    affine = [x for x in model.linears if x.name not in model.config.types]
-    bad = [x for x in affine if size != -1 and x.in_features % size]
+    """A line where groups do not fill the inputs of a linear, or the rows of the embedding."""
+    config, size = model.config, model.config.group_size
+    affine = [x for x in model.linears if x.name not in config.types]
+    bad = [x for x in affine if x.in_features % config.of(x.name).group_columns(x.in_features)]
     if not bad:
         return []
     widths = ", ".join(map(str, sorted({x.in_features for x in bad})))
+    if {x.name for x in bad} == {model.architecture.family.embedding}:
+        return [
+            f"--embedding-bits {config.embedding_bits}: rows of {widths} columns do not fill groups"
+            f" of {EMBEDDING_GROUP}; leave it off"
+        ]
     choices = " or ".join(str(g) for g in (largest_group(model), -1) if g is not None)
     return [
         f"--group-size {size} does not divide {widths} input columns (first {bad[0].name});"
@@ -120,20 +125,22 @@ def shapes_of(model: ModelPlan) -> Shapes:
     vocabulary = (rows,)
     decoder = [x for x in model.linears if x.name.startswith(family.layers)]
     outside = [t for t in model.floats if not t.name.startswith(family.layers)]
-    quantized = sum(x.out_features * x.in_features for x in model.linears)
+    tower = sum(x.numel for x in model.tower)
+    quantized = sum(x.numel for x in model.linears) + tower
     return Shapes(
         layers=layers,
         hidden=decoder[0].in_features,
         heads=text["num_attention_heads"],
         linears=tuple((x.out_features, x.in_features) for x in decoder[: len(decoder) // layers]),
         groups=tuple(len(group) for group in family.groups),
-        prefix=sum(t.numel for t in outside if t.shape[:1] != vocabulary),
+        prefix=tower + sum(t.numel for t in outside if t.shape[:1] != vocabulary),
         pixels=_pixels(model.architecture.config),
         patches=_patches(model.architecture.config),
         tower_layers=vision.get("depth") or vision["num_hidden_layers"],
         tower_width=vision.get("embed_dim") or vision["hidden_size"],
         weights=quantized + sum(t.numel for t in model.floats),
         vocabulary=rows if isinstance(rows, int) else 0,
+        tower=tuple((x.out_features, x.in_features) for x in model.tower),
     )
 
 
@@ -157,20 +164,30 @@ def linears_of(model: ModelPlan) -> list[list[Linears]]:
     return layers + ([[linears([job.head])]] if job.head else [])
 
 
+def fitted_types(model: ModelPlan) -> frozenset[str]:
+    """The block types whose scales the run searches."""
+    return frozenset([*model.config.types.values(), *outside_of(model)])
+
+
 def outside_of(model: ModelPlan) -> Counter[str]:
     """Block type → weights outside the decoder layers that are rounded to it, uncalibrated."""
-    solved = {*(x.name for x in model.linears), model.job.head}
-    found: Counter[str] = Counter()
+    config, embedding = model.config, model.architecture.family.embedding
+    sizes = {x.name: x.out_features * x.in_features for x in model.linears}
+    solved, found = {*sizes, model.job.head}, Counter[str]()
     for tensor in model.floats:
         name = tensor.name.removesuffix(".weight")
-        if name not in solved and (kind := model.config.types.get(name)):
+        if name not in solved and (kind := config.types.get(name)):
             found[kind] += tensor.numel
+    if config.embedding_bits:
+        found[EMBEDDING_TYPES[config.embedding_bits]] += sizes[embedding]
     return found
 
 
 def _patches(config: dict) -> int:
     """How many patches of an image are merged into one of its tokens."""
     vision = config["vision_config"]
+    if pooled := config.get("mm_tokens_per_image"):
+        return (vision["image_size"] // vision["patch_size"]) ** 2 // pooled
     shuffled = config.get("scale_factor", round(1 / config.get("downsample_ratio", 1)))
     return vision.get("spatial_merge_size", shuffled) ** 2
 

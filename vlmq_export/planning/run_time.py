@@ -12,7 +12,13 @@ import torch
 
 from vlmq_export.errors import CalibrationError
 from vlmq_export.formats.model_plan import ModelPlan
-from vlmq_export.planning.run_plan import RunPlan, linears_of, outside_of, shapes_of
+from vlmq_export.planning.run_plan import (
+    RunPlan,
+    fitted_types,
+    linears_of,
+    outside_of,
+    shapes_of,
+)
 from vlmq_export.quantizer.run.machine import Clock, Machine, measured
 from vlmq_export.quantizer.run.time_plan import TimePlan, plan_seconds
 from vlmq_export.quantizer.samples.loading import START, Limit, worker_count
@@ -47,7 +53,7 @@ def plan_time(plan: RunPlan, reading: Reading, device: torch.device) -> TimePlan
     """
     if plan.model.job.method.scaling:
         return None
-    machine = _machine(device, frozenset(plan.model.config.types.values()))
+    machine = _machine(device, fitted_types(plan.model))
     phases = {phase: taken for phase, taken in phases_of(plan, reading, machine).items() if taken}
     tuning = (TUNING,) if plan.model.job.method.tuned else ()
     return TimePlan(sum(phases.values()), phases, (*tuning, PROOF))
@@ -75,7 +81,7 @@ def tell_time(model: ModelPlan, lengths: Lengths, device: torch.device) -> None:
     """Log how long quantizing takes, where that is so long that a user may want to know."""
     work = 6 * lengths.tokens * sum(x.out_features * x.in_features for x in model.linears)
     if work > _LONG and not model.job.method.scaling:
-        machine = _machine(device, frozenset(model.config.types.values()))
+        machine = _machine(device, fitted_types(model))
         total = sum(quantize_seconds(model, lengths, machine).values())
         log.info("quantizing takes about %s on this machine", spoken(total))
 

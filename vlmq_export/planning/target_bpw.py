@@ -37,7 +37,7 @@ Costs = dict[str, dict[str, tuple[int, float]]]
 def planned_types(model: ModelPlan, recipe: Recipe) -> dict[str, str]:
     """Hub module → type, of about the right size, before anything is measured.
 
-    An error is taken to cost alike in every weight: it falls to a quarter with each bit of a code.
+    An error is taken to cost alike in every weight, and to fall to a quarter with each bit of it.
     Raises UsageError for a budget that no types meet, and for a method without samples to measure
     on.
     """
@@ -46,10 +46,10 @@ def planned_types(model: ModelPlan, recipe: Recipe) -> dict[str, str]:
             "--target-bpw measures on calibration samples,"
             f" which --method {recipe.method} does not use"
         )
-    bits = module_choices(model, recipe.tensor_type)
+    bits = _choices(model, recipe)
     weights = _weights(model, bits)
     costs = {
-        n: {k: (b, weights[n] * 4.0 ** -GRIDS[k].bits) for k, b in kinds.items()}
+        n: {k: (b, weights[n] * 4.0 ** -GRIDS[k].bits_per_weight) for k, b in kinds.items()}
         for n, kinds in bits.items()
     }
     return choose(costs, _budget(recipe, weights))
@@ -69,7 +69,7 @@ def chosen_types(
     types = None
     if ranks.first:
         if begun is not None and begun.is_file():
-            types = _begun_with(begun, module_choices(model, recipe.tensor_type))
+            types = _begun_with(begun, _choices(model, recipe))
         else:
             types = measured_types(model, recipe, checkpoint, samples, memory, progress)
     return ranks.broadcast_json(types, 0)
@@ -124,7 +124,7 @@ def measured_costs(
     progress: Progress,
 ) -> Costs:
     """The types of each matrix with what they cost. The whole model is loaded for it."""
-    bits, family = module_choices(model, recipe.tensor_type), checkpoint.architecture.family
+    bits, family = _choices(model, recipe), checkpoint.architecture.family
     whole = load_model(checkpoint, pick_device(recipe.device))
     modules = {name: cast(Matrix, whole.get_submodule(family.module_name(name))) for name in bits}
     # An embedding is only rounded.
@@ -142,6 +142,12 @@ def measured_costs(
             progress=lambda done, total: progress("measure types", done, total),
         )
     return {n: {k: (b, cost[n][k]) for k, b in kinds.items()} for n, kinds in bits.items()}
+
+
+def _choices(model: ModelPlan, recipe: Recipe) -> dict[str, dict[str, int]]:
+    """Hub module → type → bits of the whole matrix: what may be chosen from."""
+    assert recipe.target_bpw is not None, "types are chosen for a --target-bpw"
+    return module_choices(model, recipe.target_bpw, recipe.tensor_type)
 
 
 def _budget(recipe: Recipe, weights: Mapping[str, int]) -> int:

@@ -13,17 +13,12 @@ Standard errors are over rows, because the tokens of one answer are not independ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from vlmq_export._version import __version__
-from vlmq_export.errors import FormatError
-from vlmq_export.quantizer.storage.untrusted import read_json
+from vlmq_export.proving.strict_json import read_strictly
 from vlmq_export.quantizer.storage.whole_files import write_json
 
 FIDELITY_FILE = "fidelity.json"
@@ -117,16 +112,7 @@ class Fidelity:
     @classmethod
     def read(cls, path: Path) -> Fidelity:
         """The contents of a file that `write` wrote. Raises FormatError for any other file."""
-        raw: dict[str, Any] = read_json(path, error=FormatError)
-        try:
-            return TypeAdapter(cls).validate_json(json.dumps(raw), strict=True)
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise FormatError(
-                f"{path}: cannot be read as a fidelity report ({where}: {first['msg']});"
-                " run verify again"
-            ) from None
+        return read_strictly(path, cls, "a fidelity report", "verify")
 
 
 def _error(value: float | None, factor: int, style: str) -> str:

@@ -7,10 +7,13 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from vlmq_export._version import __version__
 from vlmq_export.callbacks import Progress
@@ -24,12 +27,13 @@ from vlmq_export.quantizer.storage.whole_files import write_json
 log = logging.getLogger("vlmq_export")
 PARITY_FILE = "parity.json"
 LEVELS = ("L1", "L2", "L3")
-REQUIRE = "VLMQ_REQUIRE"  # runtimes that this environment declares present: gptq,onnx,gguf
+REQUIRE = "VLMQ_REQUIRE"  # runtimes that this environment declares present: gptq,gguf
 _PACKAGES = (  # whose versions parity.json records
     "torch",
     "transformers",
     "gptqmodel",
     "optimum",
+    "compressed-tensors",
     "onnx",
     "onnxruntime",
     "onnxruntime-genai",
@@ -89,28 +93,35 @@ def check_formats(
 ) -> Parity:
     """Run the checks of levels L1 to L3 of every format in `folders`.
 
+    A runtime with a process of its own works while the other formats are checked, and is asked for
+    what it found afterwards.
+
     progress: is given `verify gguf: what is running`, shares of the work done, and in all.
 
     A format whose checks break down counts as failed, by name. Raises Interrupted between two steps
     once `should_stop()` is true.
     """
-    checks: list[Check] = []
+    found: dict[str, list[Check]] = {}
     seconds: dict[str, float] = {}
-    for name, folder in folders.items():
+    with ExitStack() as stack:
+        begun = _begun(folders, reference, settings, stack)
+        for name in sorted(folders, key=lambda name: name in begun):
 
-        def tell(what: str, done: int, total: int, name: str = name) -> None:
-            progress(f"verify {name}: {what}", done, total)
-            if should_stop():
-                raise Interrupted(
-                    f"stopped while verifying {name};"
-                    " the files are written, --resume or verify proves them"
-                )
+            def tell(what: str, done: int, total: int, name: str = name) -> None:
+                progress(f"verify {name}: {what}", done, total)
+                if should_stop():
+                    raise Interrupted(
+                        f"stopped while verifying {name};"
+                        " the files are written, --resume or verify proves them"
+                    )
 
-        tell("reading", 0, 100)
-        start = time.perf_counter()
-        checks += _checked(name, folder, reference, options, replace(settings, tell=tell))
-        seconds[name] = round(time.perf_counter() - start, 1)
-        progress(f"verify {name}: done", 100, 100)
+            tell("reading", 0, 100)
+            start = time.perf_counter()
+            given = (folders[name], reference, options, replace(settings, tell=tell))
+            found[name] = _checked(name, reference, partial(FORMATS[name].check, *given), begun)
+            seconds[name] = round(time.perf_counter() - start, 1)
+            progress(f"verify {name}: done", 100, 100)
+    checks = [row for name in folders for row in found[name]]
     passed = {(c.format, c.level) for c in checks if c.status == "passed"}
     complete = all((name, level) in passed for name in folders for level in LEVELS)
     verified = complete and not any(c.status == "failed" for c in checks)
@@ -123,12 +134,30 @@ def check_formats(
     return Parity(verified, checks, described, seconds, environment())
 
 
+def _begun(
+    folders: dict[str, Path], reference: Reference, settings: CheckSettings, stack: ExitStack
+) -> dict[str, Any]:
+    """The runtime that is at work from now on, by its format, as long as the stack stands.
+
+    It is one, because memory is asked for one model more. There is none where there is nothing to
+    do meanwhile, or where that model would not fit. What cannot begin is left to the check, which
+    says why.
+    """
+    begun: dict[str, Any] = {}
+    for name, folder in folders.items():
+        if begun or len(folders) == 1 or FORMATS[name].missing() or not reference.fits_beside:
+            continue
+        with suppress(VlmqError), third_party("cannot begin", FormatError):
+            if (context := FORMATS[name].at_work(folder, reference, settings)) is not None:
+                begun[name] = stack.enter_context(context)
+    return begun
+
+
 def _checked(
     name: str,
-    folder: Path,
     reference: Reference,
-    options: FormatOptions,
-    settings: CheckSettings,
+    check: Callable[..., list[Check]],
+    begun: Mapping[str, Any],
 ) -> list[Check]:
     """The rows of one format.
 
@@ -137,7 +166,7 @@ def _checked(
     """
     try:
         with third_party("the check broke down", FormatError):
-            rows = FORMATS[name].check(folder, reference, options, settings)
+            rows = check(begun.get(name))
     except Interrupted:
         raise
     except VlmqError as e:

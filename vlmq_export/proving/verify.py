@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.errors import ArtifactError, UsageError, VlmqError
+from vlmq_export.formats.compressed_tensors.runtimes import vllm_loads
 from vlmq_export.formats.model_plan import artifact_plan
 from vlmq_export.formats.proof.checks import Check, CheckSettings
 from vlmq_export.formats.proof.reference import Reference
@@ -18,6 +20,7 @@ from vlmq_export.proving.beside_source import float_source, measure
 from vlmq_export.proving.fidelity import FIDELITY_FILE, Fidelity
 from vlmq_export.proving.held_out import held_out_again
 from vlmq_export.proving.parity import PARITY_FILE, Parity, check_formats, forget_places
+from vlmq_export.proving.scores import EVAL_FILE, Evaluation
 from vlmq_export.quantizer.arithmetic import pick_device
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.host import free_memory
@@ -30,6 +33,7 @@ from vlmq_export.report.files import source_bytes
 from vlmq_export.result import Result
 from vlmq_export.sources.locate import same_source
 
+log = logging.getLogger("vlmq_export")
 SCRATCH = ".fidelity.tmp"  # folder of activations that rest on disk
 
 
@@ -50,6 +54,7 @@ def verify_folder(
     floats = same_source(recipe.model, artifact)
     result.source_bytes = source_bytes(floats)
     result.module_names = recipe.gptq_names == "module"
+    result.by_vllm = vllm_loads(result.plan.model)
     changed = checksums.changed_files(out)
     with result.timed("verify"):
         result.parity, result.fidelity = prove(out, recipe, rows, floats, callbacks, changed)
@@ -126,8 +131,13 @@ def _fidelity(
 def describe(out: Path, recipe: Recipe, result: Result, rows: list[Row]) -> None:
     """Write report and card, and the checksums of everything in the folder.
 
-    rows: the held-out rows, whose images the report shows.
+    rows: the held-out rows, whose images the report shows. Scores of an earlier evaluation stay.
     """
+    if (out / EVAL_FILE).is_file():
+        try:
+            result.evaluation = Evaluation.read(out / EVAL_FILE)
+        except VlmqError as e:
+            log.warning("report and card are without benchmarks: %s", e)
     page.write(out, recipe, Artifact(out / "artifact"), result, rows)
     checksums.write_sums(out)
 

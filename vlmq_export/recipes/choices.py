@@ -11,6 +11,7 @@ from vlmq_export.quantizer.methods import METHODS
 
 _RUN_BY = {
     "gptq": "safetensors for transformers and GPTQModel",
+    "compressed-tensors": "safetensors for vLLM and SGLang",
     "onnx": "for ONNX Runtime and onnxruntime-genai",
     "gguf": "for llama.cpp",
 }

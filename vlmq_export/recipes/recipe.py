@@ -18,7 +18,7 @@ from pydantic import (
 
 from vlmq_export.formats import NATIVE_MIX
 from vlmq_export.formats.contract import FormatOptions
-from vlmq_export.quantizer.config import BITS, GROUP_SIZES, QuantConfig
+from vlmq_export.quantizer.config import BITS, EMBEDDING_TYPES, GROUP_SIZES, QuantConfig
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.recipes.choices import CHOICES
 
@@ -54,6 +54,8 @@ class Recipe(BaseModel):
     long_images: str = "scale"
     skip_bad_rows: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of bad rows to leave out
     head_bits: int | None = None  # None: the output head stays as it is
+    embedding_bits: int = 0  # 0 or `off`: the token embedding stays as it is
+    vision_bits: int = 0  # 0 or `off`: vision tower and projector stay as they are
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     verify_data: Path | None = None  # None: what calibration leaves, or the bundled rows
     verify: bool = True
@@ -91,6 +93,12 @@ class Recipe(BaseModel):
             return value
         return [one.strip() for x in given for one in x.split(",")]
 
+    @field_validator("embedding_bits", "vision_bits", mode="before")
+    @classmethod
+    def _or_off(cls, value: Any) -> Any:
+        """`off` may be said in words. YAML reads it as false."""
+        return 0 if value in ("off", None) or value is False else value
+
     @field_validator(*CHOICES)
     @classmethod
     def _known(cls, value: str | list[str], info: ValidationInfo) -> str | list[str]:
@@ -108,6 +116,13 @@ class Recipe(BaseModel):
             raise ValueError(f"--bits {self.bits}: {_WIDTHS}")
         if self.head_bits not in (None, *BITS):
             raise ValueError(f"--head-bits {self.head_bits}: {_WIDTHS}")
+        if self.embedding_bits not in (0, *EMBEDDING_TYPES):
+            raise ValueError(
+                f"--embedding-bits {self.embedding_bits}: the runtimes look rows up in 4 or 8 bits;"
+                " off leaves the embedding as it is"
+            )
+        if self.vision_bits not in (0, *BITS):
+            raise ValueError(f"--vision-bits {self.vision_bits}: {_WIDTHS}; off keeps it float")
         if self.tune:
             self._check_tuning()
         if self.group_size not in (None, -1) and (self.group_size < 16 or self.group_size % 16):
@@ -165,6 +180,11 @@ class Recipe(BaseModel):
                 f"--head-bits and {given} exclude each other: the mix names the head's type; "
                 "--tensor-type '^output.weight$=Q8_0' gives it another"
             )
+        if self.embedding_bits:
+            raise ValueError(
+                f"--embedding-bits and {given} exclude each other: the mix names the embedding's"
+                " type; --tensor-type '^token_embd.weight$=Q8_0' gives it another"
+            )
         if METHODS[self.method].affine_only:
             raise ValueError(
                 f"--method {self.method} fits the ranges of affine grids; choose another method"
@@ -187,7 +207,8 @@ class Recipe(BaseModel):
         """Whether it names anything that only an affine grid has, or a second format."""
         named = {"bits", "group_size", "sym", "head_bits", "tune"} & self.model_fields_set
         ordered = self.act_order in ("static", "dynamic")
-        return bool(named or ordered or METHODS[self.method].affine_only or self.format != ["gguf"])
+        named = named or self.embedding_bits or ordered or METHODS[self.method].affine_only
+        return bool(named or self.format != ["gguf"])
 
     def with_native_types(self) -> Recipe:
         """The recipe, on llama.cpp's own block types where GGUF alone is asked for.
@@ -229,6 +250,8 @@ class Recipe(BaseModel):
             rotate=self.rotate,
             tune=self.tune,
             head_bits=self.head_bits or 0,
+            embedding_bits=self.embedding_bits,
+            vision_bits=self.vision_bits,
         )
 
     def format_options(self, name: str) -> FormatOptions:
@@ -251,6 +274,7 @@ class Recipe(BaseModel):
         """A short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
         method = self.method if self.rotate == "off" else f"{self.method}-rotated"
         method += f"-tuned{self.tune}" if self.tune else ""
+        method += f"-vision{self.vision_bits}" if self.vision_bits else ""
         if self.gguf_type is not None:
             return f"{self.gguf_type}-{method}"
         if self.target_bpw is not None:
@@ -258,7 +282,8 @@ class Recipe(BaseModel):
         group = "" if self.group_size == -1 else f"g{self.quant_config().group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
         head = "" if self.head_bits is None else f"-head{self.head_bits}"
-        return f"w{self.bits}{group}{sym}{head}-{method}"
+        embedding = f"-embed{self.embedding_bits}" if self.embedding_bits else ""
+        return f"w{self.bits}{group}{sym}{head}{embedding}-{method}"
 
     def to_yaml(self) -> str:
         """The recipe as a file that `load_recipe` reads: every key, defaults included."""

@@ -15,8 +15,9 @@ import yaml
 
 from vlmq_export import bundled
 from vlmq_export.errors import VlmqError, one_line
+from vlmq_export.formats.compressed_tensors import runtimes as compressed
 from vlmq_export.formats.gguf.files.imatrix import IMATRIX
-from vlmq_export.formats.gptq.runtimes import RUNTIMES
+from vlmq_export.formats.gptq import runtimes as gptq
 from vlmq_export.planning.run_plan import RunPlan
 from vlmq_export.quantizer.artifact.manifest import MANIFEST
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -36,11 +37,17 @@ def facts(out: Path, recipe: Recipe, artifact: Artifact, plan: RunPlan) -> dict:
     """What card.md.j2 and the templates of its code blocks are given."""
     model, options = plan.model, recipe.format_options(plan.model.name)
     family = model.architecture.family
-    loads = {r.name: not r.refuses(model, options) for r in RUNTIMES}
+    by_gptq, loads = (
+        {r.name.split()[0]: not r.refuses(model, options) for r in programs}
+        for programs in (gptq.RUNTIMES, compressed.RUNTIMES)
+    )
     return {
         "license": licence(out, recipe, artifact),
         "data": data(recipe, artifact.manifest.calibration),
-        "by_gptqmodel": loads["GPTQModel.load"],
+        "by_gptqmodel": by_gptq["GPTQModel.load"],
+        "by_vllm": loads["vLLM"],
+        "by_sglang": loads["SGLang"],
+        "zero_points": not model.config.symmetric,
         "by_genai": (out / "onnx" / "genai_config.json").is_file(),
         "by_ollama": (out / "gguf" / "Modelfile").is_file(),
         "mrope": family.mrope,

@@ -52,7 +52,7 @@ def answer_pairs(fidelity: Fidelity | None, rows: Sequence[Row]) -> list[dict]:
     return pairs
 
 
-def _thumbnail(images: Sequence[Path | ImageBytes]) -> Markup | None:
+def _thumbnail(images: Sequence[Path | ImageBytes | Image.Image]) -> Markup | None:
     """The first of these images, made small; None where there is none, or none that can be read."""
     if not images:
         return None

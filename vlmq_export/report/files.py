@@ -16,11 +16,14 @@ def files_of(folder: Path) -> dict[str, int]:
     return dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
 
 
-def run_with(name: str, out: Path, *, below: str = "", module_names: bool = False) -> list[str]:
+def run_with(
+    name: str, out: Path, *, below: str = "", module_names: bool = False, by_vllm: bool = True
+) -> list[str]:
     """How the files of a format are run, a command or a line of Python each.
 
     below: the path of the output folder as it shall stand in a command; empty: from inside it.
     module_names: a GPTQ folder has the names that GPTQModel.load wants.
+    by_vllm: vLLM loads the compressed-tensors folder.
     """
     place = f"{below}/{name}" if below else name
     if name == "gptq":
@@ -28,6 +31,10 @@ def run_with(name: str, out: Path, *, below: str = "", module_names: bool = Fals
             return [f'GPTQModel.load("{place}")  # Python, gptqmodel']
         loads = f'AutoModelForImageTextToText.from_pretrained("{place}", device_map="auto")'
         return [f"{loads}  # Python, transformers + optimum + gptqmodel"]
+    if name == "compressed-tensors":
+        if not by_vllm:
+            return [f"{place}: in transformers with compressed-tensors, as README.md shows"]
+        return [f"vllm serve {shlex.quote(place if below else f'./{name}')}"]
     if name == "onnx":
         if (out / "onnx" / "genai_config.json").is_file():
             return [f'onnxruntime_genai.Model("{place}")  # Python, onnxruntime-genai']

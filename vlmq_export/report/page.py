@@ -14,7 +14,7 @@ import jinja2
 from vlmq_export._version import __version__
 from vlmq_export.errors import one_line
 from vlmq_export.formats.proof.checks import Check
-from vlmq_export.quantizer.artifact.manifest import OUTER, TIMING, ModuleRecord
+from vlmq_export.quantizer.artifact.manifest import OUTER, TIMING, VISION, ModuleRecord
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.samples.rows import Row
@@ -47,6 +47,7 @@ def write(
         "md": markdown,
     }
     manifest, records = artifact.manifest, artifact.manifest.modules
+    by_module = recipe.gptq_names == "module"
     facts = {
         "name": manifest.name,
         "version": __version__,
@@ -66,11 +67,12 @@ def write(
         "timing": _timing(artifact),
         "parity": result.parity,
         "fidelity": result.fidelity,
+        "evaluation": result.evaluation,
         "pairs": figures.answer_pairs(result.fidelity, rows),
         "sizes": {f: sum(files_of(out / f).values()) for f in recipe.format},
         "plans": result.plan.formats,
         "run_with": {
-            f: run_with(f, out, module_names=recipe.gptq_names == "module")[0]
+            f: run_with(f, out, module_names=by_module, by_vllm=result.by_vllm)[0]
             for f in recipe.format
         },
         **card.facts(out, recipe, artifact, result.plan),
@@ -90,7 +92,8 @@ def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
     """
     heads = [r for r in records if r.name.endswith("lm_head")]
     embeddings = [r for r in records if r.layer == OUTER]
-    count = len(records) - len(heads) - len(embeddings)
+    tower = [r for r in records if r.layer == VISION]
+    count = len(records) - len(heads) - len(embeddings) - len(tower)
     text = [
         f"{count} linears of the language backbone are quantized by `{recipe.method}`"
         f" {_grid(recipe)}."
@@ -98,8 +101,14 @@ def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
     if heads:
         grid = "on its type" if recipe.block_types else f"to {recipe.head_bits} bits"
         text.append(f"So is the output head, {grid}.")
+    if tower:
+        text.append(
+            f"So are {len(tower)} linears of vision tower and projector, to {recipe.vision_bits}"
+            " bits, groups of 32, symmetric."
+        )
     if embeddings:
-        text.append("The embedding is rounded to nearest on its type.")
+        grid = "on its type" if recipe.block_types else f"to {recipe.embedding_bits} bits"
+        text.append(f"The embedding is rounded to nearest {grid}.")
     if recipe.rotate != "off":
         text.append(
             "All other tensors but those of the vision tower are rotated (docs/methods.md)."
@@ -108,7 +117,7 @@ def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
     scaled = bool(METHODS[recipe.method].scaling)
     if scaled:
         text.append("The norms of its layers carry what the linears' inputs were divided by.")
-    kept = _kept(head=bool(heads), embedding=bool(embeddings), scaled=scaled)
+    kept = _kept(head=bool(heads), embedding=bool(embeddings), scaled=scaled, tower=bool(tower))
     text.append(f"{', '.join(kept[:-1]).capitalize()} and {kept[-1]} keep the source's values.")
     return " ".join(text)
 
@@ -125,14 +134,17 @@ def _grid(recipe: Recipe) -> str:
     return f"to {recipe.bits} bits, {groups}, {symmetry}"
 
 
-def _kept(*, head: bool, embedding: bool, scaled: bool) -> list[str]:
+_TOWER = ["vision tower", "projector"]
+
+
+def _kept(*, head: bool, embedding: bool, scaled: bool, tower: bool) -> list[str]:
     """The parts of the model that keep the source's values.
 
-    head, embedding: these are quantized; the output head may share the embedding's matrix.
+    head, embedding, tower: these are quantized; the output head may share the embedding's matrix.
     scaled: the norms of the layers took a scale.
     """
-    kept = ["vision tower", "projector"]
-    kept += [] if embedding else ["embeddings"]
+    kept = ["other tensors of vision tower and projector"] if tower else _TOWER
+    kept = [*kept, *([] if embedding else ["embeddings"])]
     kept += ["last norm" if scaled else "norms"]
     return kept if head or embedding else [*kept, "output head"]
 
@@ -187,7 +199,8 @@ def layer_errors(records: Sequence[ModuleRecord]) -> list[dict]:
             "fallback": bool(r.metrics.get("fallback")),
         }
         layers.setdefault(r.layer, []).append(entry)
-    return [{"index": index, "linears": linears} for index, linears in layers.items()]
+    named = {VISION: "tower"}
+    return [{"index": named.get(i, i), "linears": linears} for i, linears in layers.items()]
 
 
 def _error(record: ModuleRecord) -> float:

@@ -135,6 +135,8 @@ def fixed_grid(recipe: Recipe, config: QuantConfig, what: str) -> Recipe:
         "rotate": config.rotate,
         "tune": config.tune,
         "head_bits": config.head_bits or None,
+        "embedding_bits": config.embedding_bits,
+        "vision_bits": config.vision_bits,
     }
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):

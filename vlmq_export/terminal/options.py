@@ -50,7 +50,7 @@ def _option(
 _MODEL = "Model folder, artifact folder or hub id. Default: the bundled reference VLM."
 _HOW = "What is quantized, and how"
 Model = Annotated[str | None, typer.Argument(help=_MODEL, show_default=False, rich_help_panel=_HOW)]
-_FORMATS = "What is written. Repeat it for several, or list them: -f gptq,onnx,gguf."
+_FORMATS = "What is written. Repeat it for several, or list them: -f gptq,gguf."
 _FORMAT = _option(_FORMATS, "--format", "-f", choices="format", several=True)
 Format = Annotated[list[str] | None, _FORMAT]
 Bits = Annotated[int | None, _option("2, 3, 4 or 8.  [default: 4]")]
@@ -68,6 +68,13 @@ _HEAD_BITS = (
     "  [default: as it is]"
 )
 HeadBits = Annotated[int | None, _option(_HEAD_BITS)]
+_EMBEDDING_BITS = "Quantize the token embedding to 8 or 4 bits, in ONNX and GGUF.  [default: off]"
+EmbeddingBits = Annotated[str | None, _option(_EMBEDDING_BITS)]
+_VISION_BITS = (
+    "Quantize vision tower and projector too, to 2, 3, 4 or 8 bits, for GGUF and ONNX; or off."
+    "  [default: off]"
+)
+VisionBits = Annotated[str | None, _option(_VISION_BITS)]
 _TUNE = "Steps of gradient descent on a solved layer, kept if held-out samples gain.  [default: 0]"
 Tune = Annotated[int | None, _option(_TUNE)]
 _ACT_ORDER = "Column order of the solver.  [default: gar]"
@@ -129,7 +136,7 @@ _PROVIDER = "Where the ONNX package runs.  [default: cpu]"
 OnnxProvider = Annotated[str | None, _option(_PROVIDER, choices="onnx_provider")]
 
 # -- GGUF ------------------------------------------------------------------------------------------
-_GGUF_TYPE = "Solve on llama.cpp's own types: Q2_K … Q6_K, Q4_K_M, Q8_0; GGUF only."
+_GGUF_TYPE = "Solve on llama.cpp's own types: IQ2_XXS … IQ4_XS, Q2_K … Q4_K_M, Q8_0; GGUF only."
 GgufType = Annotated[str | None, _option(_GGUF_TYPE, panel="GGUF")]
 _TARGET_BPW = "Choose those types by measured cost, to this many bits per weight over all matrices."
 TargetBpw = Annotated[float | None, _option(_TARGET_BPW)]
@@ -143,6 +150,18 @@ _MMPROJ = "Type of GGUF vision weights.  [default: f16]"
 Mmproj = Annotated[str | None, _option(_MMPROJ, choices="mmproj")]
 _SPLIT = "Split the GGUF text model into files of this size, as 2G or 500M.  [default: one file]"
 SplitMaxSize = Annotated[str | None, _option(_SPLIT)]
+
+# -- eval ------------------------------------------------------------------------------------------
+_TASK = "Benchmark: papers (the eight), chartqa, docvqa_val, …; repeat, or list with commas."
+Tasks = Annotated[list[str] | None, _option(_TASK, "--task", "--tasks")]
+_ON = "What is asked: artifact, or a format.  [default: every format of the run]"
+On = Annotated[list[str] | None, _option(_ON, "--on")]
+Baseline = Annotated[bool, typer.Option("--baseline", help="Ask the source in full precision too.")]
+_DATA = "Folder with a folder of rows for each benchmark.  [default: the hub]"
+DataFolder = Annotated[Path | None, _option(_DATA, "--data")]
+Limit = Annotated[int | None, _option("Questions of each benchmark.  [default: all]")]
+_ASKED_ON = "Where source and artifact run.  [default: auto]"
+AskedOn = Annotated[str | None, _option(_ASKED_ON, "--device", choices="device")]
 
 # -- verify and inspect ----------------------------------------------------------------------------
 OutFolder = Annotated[Path, typer.Argument(help="Output folder of an earlier run.")]

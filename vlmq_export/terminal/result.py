@@ -66,7 +66,11 @@ def _print_format(name: str, result: Result) -> None:
         small = _size(total - sum(size for _, size in named))
         _line(f"  {f'and {rest} more':<{_NAME}} {small:>14}")
     for command in run_with(
-        name, result.out, below=str(result.out), module_names=result.module_names
+        name,
+        result.out,
+        below=str(result.out),
+        module_names=result.module_names,
+        by_vllm=result.by_vllm,
     ):
         _line(f"  run: {command}")
 

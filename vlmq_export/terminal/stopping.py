@@ -27,10 +27,13 @@ class StopSignals:
 
     doing: says what is in hand, for the answer: `finishing layer 3 of 8`.
     tells: whether this process answers. Of those that torchrun started, one does.
+    again: how the command goes on after a stop.
     """
 
-    def __init__(self, doing: Callable[[], str], *, tells: bool = True):
-        self.doing, self.tells = doing, tells
+    def __init__(
+        self, doing: Callable[[], str], *, tells: bool = True, again: str = "continue with --resume"
+    ):
+        self.doing, self.tells, self.again = doing, tells, again
         self.number: int | None = None  # of the first signal
         self.raised = False  # by the second one, once
 
@@ -70,7 +73,7 @@ class StopSignals:
                 elif asked == 2 and not self.over.wait(GRACE):
                     # The main thread is in native code, which nothing interrupts. What is on disk
                     # is whole, as after kill -9.
-                    self._say("stopped at once; continue with --resume")
+                    self._say(f"stopped at once; {self.again}")
                     os._exit(_exit_code(numbers[0]))
 
     def _say(self, line: str) -> None:
@@ -85,7 +88,7 @@ class StopSignals:
         os.close(self.writer)
         self.watch.join()
         if isinstance(error, KeyboardInterrupt):
-            error = Interrupted("stopped at once; continue with --resume")
+            error = Interrupted(f"stopped at once; {self.again}")
         if isinstance(error, Interrupted):
             error.exit_code = _exit_code(self.number)
             raise error from None

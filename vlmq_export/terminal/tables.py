@@ -11,6 +11,7 @@ from vlmq_export.errors import NOT_PROVEN, one_line
 from vlmq_export.formats.contract import Inspection
 from vlmq_export.planning.run_plan import RunPlan, narrow_groups
 from vlmq_export.planning.run_time import spoken
+from vlmq_export.proving.scores import Evaluation
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan
 from vlmq_export.quantizer.run.time_plan import TimePlan
 from vlmq_export.terminal.log import out
@@ -31,6 +32,12 @@ def print_plan(plan: RunPlan) -> None:
     name = plain(f"{model.name} ({model.architecture.model_type})")
     count = len(model.linears)
     out.print(f"{name}: {count} linears, {weights:,} weights to quantize", highlight=False)
+    if model.tower:
+        count, weights = len(model.tower), sum(x.numel for x in model.tower)
+        said = (
+            f"vision tower: {count} linears, {weights:,} weights to {model.config.vision_bits} bits"
+        )
+        out.print(said, highlight=False)
     out.print(f"{len(model.floats)} tensors, {kept:,} weights stay in their dtype", highlight=False)
     if why := narrow_groups(model):
         out.print(why, highlight=False)
@@ -131,3 +138,15 @@ def print_inspection(found: Inspection) -> None:
     total = sum(t.nbytes for t in found.tensors) / 2**20
     bits = f"{found.bits_per_weight:.3f} bits per quantized weight"
     out.print(f"{len(found.tensors)} tensors, {total:,.1f} MiB, {bits}", highlight=False)
+
+
+def print_scores(evaluation: Evaluation) -> None:
+    """The benchmarks, each file beside full precision."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("benchmark", "file"):
+        table.add_column(column, no_wrap=column == "file", overflow="fold")
+    for column in ("score, %", "against full", "changed"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in evaluation.rows():
+        table.add_row(*map(plain, row))
+    out.print(table)

@@ -13,10 +13,13 @@ from vlmq_export.errors import FormatError
 from vlmq_export.formats.gguf.completeness import require_complete
 from vlmq_export.formats.gguf.files.container import Entry, float_bytes, write_container
 from vlmq_export.formats.gguf.files.metadata import add_general, add_keys
+from vlmq_export.formats.gguf.files.text import bias_of, packed
 from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.gguf.tables.params import image_params
+from vlmq_export.formats.gguf.types.exact import home_of, planned_home
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.config import VISION_GROUP
 
 if TYPE_CHECKING:
     import gguf
@@ -29,10 +32,12 @@ def write_mmproj(
     artifact: Artifact,
     layout: Layout,
     path: Path,
-    dtype: str = "f16",  # of the linears: f16, f32 or q8_0
+    dtype: str = "f16",  # of the linears that are not quantized: f16, f32 or q8_0
     name: str | None = None,  # general.name; None: that of the source model
 ) -> None:
     """Write the file. Patch and position embeddings, norms and biases are F32 whatever `dtype` is.
+
+    A linear that is quantized in the artifact has the block type that holds its integers.
 
     Raises FormatError for what cannot be written, and for what the written file lacks.
     """
@@ -47,7 +52,7 @@ def write_mmproj(
             kind="mmproj",
             name=name or artifact.manifest.name,
             parameters=total,
-            dominant=dtype.upper(),
+            dominant=dominant_type(artifact, dtype),
         )
         add_keys(writer, p.keys() | image.keys() | row)
 
@@ -55,8 +60,15 @@ def write_mmproj(
     require_complete(path, layout, artifact.source)
 
 
+def dominant_type(artifact: Artifact, dtype: str) -> str:
+    """The type that the file is named after: that of the tower's integers, where it has some."""
+    config = artifact.config
+    home = planned_home(config.vision, VISION_GROUP) if config.vision_bits else None
+    return home or dtype.upper()
+
+
 def stored_type(place: Place, dtype: str) -> str:
-    """The GGML type of a tensor of the mmproj.
+    """The GGML type of a tensor of the mmproj that is not quantized in the artifact.
 
     Linears whose rows do not fill the blocks of `q8_0` stay in float16.
     """
@@ -69,6 +81,10 @@ def _entries(artifact: Artifact, places: dict[str, Place], dtype: str) -> list[E
     """The tensors of the file. Raises FormatError where the artifact lacks one."""
     present, entries = set(artifact.float_names()), []
     for name, place in places.items():
+        linear = place.hub.rpartition(".")[0]
+        if linear in artifact.records:
+            entries.append(_quantized(artifact, name, place, linear))
+            continue
         if place.hub not in present:
             raise FormatError(
                 f"{artifact.path}: {place.hub} is missing from the artifact; the mmproj would lack"
@@ -77,6 +93,14 @@ def _entries(artifact: Artifact, places: dict[str, Place], dtype: str) -> list[E
         kind = stored_type(place, dtype)
         entries.append(Entry(name, place.shape, kind, _data(artifact, place, kind)))
     return entries
+
+
+def _quantized(artifact: Artifact, name: str, place: Place, linear: str) -> Entry:
+    """The blocks of a linear that was solved, or its bias."""
+    if not place.linear:
+        return Entry(name, place.shape, "F32", bias_of(artifact, linear, place))
+    kind = home_of(artifact.linear(linear))
+    return Entry(name, place.shape, kind, packed(artifact, place, kind))
 
 
 def _data(artifact: Artifact, place: Place, kind: str) -> Callable[[], np.ndarray]:

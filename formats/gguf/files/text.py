@@ -26,6 +26,7 @@ from vlmq_export.formats.gguf.files.metadata import (
 from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.gguf.types.exact import home_of, pack_linear
 from vlmq_export.formats.gguf.types.table import TYPES
+from vlmq_export.quantizer.artifact.manifest import VISION
 from vlmq_export.quantizer.artifact.read import Artifact
 
 if TYPE_CHECKING:
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 
 
 def choose_homes(artifact: Artifact) -> dict[str, str]:
-    """Hub name of every quantized linear → its block type.
+    """Hub name of every quantized linear of the language model → its block type.
 
     Raises FormatError for a linear that no block type holds exactly.
     """
-    return {linear.name: home_of(linear) for linear in artifact.linears()}
+    records = artifact.records.values()
+    return {r.name: home_of(artifact.linear(r.name)) for r in records if r.layer != VISION}
 
 
 def dominant(artifact: Artifact, homes: dict[str, str]) -> str:
@@ -114,9 +116,9 @@ def _entries(artifact: Artifact, layout: Layout, homes: dict[str, str], twin: bo
         linear = hub.removesuffix(".weight")
         if linear in homes:
             kind = homes[linear]
-            data = _decoded(artifact, place) if twin else _packed(artifact, place, kind)
+            data = _decoded(artifact, place) if twin else packed(artifact, place, kind)
         elif hub in biases:
-            kind, data = "F32", _bias(artifact, biases[hub], place)
+            kind, data = "F32", bias_of(artifact, biases[hub], place)
         elif hub in dtypes:
             # llama.cpp wants vectors in F32.
             kind = "F32" if twin or len(shape) == 1 else source_type(dtypes[hub])
@@ -137,7 +139,7 @@ def _entries(artifact: Artifact, layout: Layout, homes: dict[str, str], twin: bo
 # The following return functions, so that a tensor is read when its turn in the file comes.
 
 
-def _packed(artifact: Artifact, place: Place, kind: str) -> Callable[[], np.ndarray]:
+def packed(artifact: Artifact, place: Place, kind: str) -> Callable[[], np.ndarray]:
     """The blocks of a linear."""
     linear = place.hub.removesuffix(".weight")
     return lambda: place.of_array(pack_linear(artifact.linear(linear), kind))
@@ -149,7 +151,7 @@ def _decoded(artifact: Artifact, place: Place) -> Callable[[], np.ndarray]:
     return lambda: place.of_array(artifact.linear(linear).decode().numpy())
 
 
-def _bias(artifact: Artifact, linear: str, place: Place) -> Callable[[], np.ndarray]:
+def bias_of(artifact: Artifact, linear: str, place: Place) -> Callable[[], np.ndarray]:
     """The bias of a linear, float32."""
 
     def read() -> np.ndarray:

@@ -27,6 +27,8 @@ ACTIVATIONS = {
     "Q4_0": "Q8_0", "Q5_0": "Q8_0", "Q8_0": "Q8_0", "Q2_0": "Q8_0", "MXFP4": "Q8_0",
     "Q4_1": "Q8_1", "Q5_1": "Q8_1",
     "Q2_K": "Q8_K", "Q3_K": "Q8_K", "Q4_K": "Q8_K", "Q5_K": "Q8_K", "Q6_K": "Q8_K", "TQ2_0": "Q8_K",
+    "IQ4_NL": "Q8_0", "IQ4_XS": "Q8_K", "IQ3_S": "Q8_K", "IQ3_XXS": "Q8_K",
+    "IQ2_S": "Q8_K", "IQ2_XS": "Q8_K", "IQ2_XXS": "Q8_K",
 }  # fmt: skip
 
 _ONE = np.float32(1)

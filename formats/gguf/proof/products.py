@@ -27,7 +27,8 @@ def products(export: Exported, run: Run) -> Iterator[Check]:
     vision = {n: array for n, array in export.tower() if layout.vision[n].linear}
     seen = ((n, n, vision[n]) for n in run.captured if n in vision)
     yield _row_errors(export, run, "vision tower", seen)
-    unseen = {f"{n}.weight" for n in weights.linears} - {layout.text[n].hub for n in text}
+    linears = {f"{n}.weight" for n in weights.linears} - {p.hub for p in layout.vision.values()}
+    unseen = linears - {layout.text[n].hub for n in text}
     if "output.weight" in layout.text:  # the embedding's rows are taken then, and not multiplied
         unseen -= {layout.text["token_embd.weight"].hub}
     unseen |= set(vision) - set(run.captured)
@@ -37,7 +38,7 @@ def products(export: Exported, run: Run) -> Iterator[Check]:
         len(unseen),
         0,
         unit="missing",
-        compared=len(weights.linears) + len(vision),
+        compared=len(linears) + len(vision),
         worst=", ".join(sorted(unseen)[:4]),
     )
 

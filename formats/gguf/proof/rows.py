@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from vlmq_export.formats.gguf.files.mmproj import CLASS_ROW
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
-from vlmq_export.formats.gguf.tables.layout import Layout
+from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.proof.checks import Check, CheckSettings, Steps, relative_error
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.samples.sample import Sample
@@ -39,7 +39,7 @@ class Exported:
     mmproj: Path
     layout: Layout
     types: dict[str, str]  # GGUF name → type, of both files
-    mmproj_dtype: str  # of the mmproj's linears: f32, f16 or q8_0
+    mmproj_dtype: str  # of the mmproj's linears that were not solved: f32, f16 or q8_0
     reference: Reference
     settings: CheckSettings
 
@@ -50,10 +50,12 @@ class Exported:
         tower = GGUFFile(mmproj)
         vision = {name: t.type for name, t in tower.tensors.items()}
         types = {name: t.type for name, t in GGUFFile(text).tensors.items()} | vision
-        dtype = next((t.lower() for t in ("Q8_0", "F16") if t in vision.values()), "f32")
         class_row = str(tower.metadata.get(CLASS_ROW, "last"))
         layout = Layout.of(reference.architecture, class_row)
-        return cls(text, mmproj, layout, types, dtype, reference, settings)
+        export = cls(text, mmproj, layout, types, "f32", reference, settings)
+        plain = {types.get(n) for n, place in layout.vision.items() if not export.solved(place)}
+        dtype = next((t.lower() for t in ("Q8_0", "F16") if t in plain), "f32")
+        return replace(export, mmproj_dtype=dtype)
 
     @property
     def steps(self) -> Steps:
@@ -71,13 +73,29 @@ class Exported:
         """The held-out prompts that have images."""
         return [sample for sample in self.reference.prompts if sample.images]
 
+    @property
+    def tower_rounding(self) -> str:
+        """The type that says how exact the tower's products are. Solved ones round as q8_0 does."""
+        return "q8_0" if self.solved_tower else self.mmproj_dtype
+
+    @property
+    def solved_tower(self) -> bool:
+        """Whether linears of the tower were quantized before they were written."""
+        return any(self.solved(place) for place in self.layout.vision.values())
+
+    def solved(self, place: Place) -> bool:
+        """Whether a tensor of the mmproj holds the integers of the artifact."""
+        linears = self.reference.weights.linears
+        return place.linear and place.hub.removesuffix(".weight") in linears
+
     def tower(self) -> Iterator[tuple[str, np.ndarray]]:
         """(GGUF name, float32 array) of every tensor that a reader must find in the mmproj."""
         rounding = _ROUNDED.get(self.mmproj_dtype, _as_is)
         for name, place in self.layout.vision.items():
             source = torch.from_numpy(self.reference.weights.array(place.hub))
             array = np.ascontiguousarray(place.of(source).numpy())
-            yield name, rounding(array) if place.linear else array
+            as_source = not place.linear or self.solved(place)
+            yield name, array if as_source else rounding(array)
 
 
 def _as_is(array: np.ndarray) -> np.ndarray:

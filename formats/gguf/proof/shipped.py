@@ -71,7 +71,7 @@ def shipped(export: Exported, scratch: Path) -> Iterator[Check]:
     yield from _mtmd(export, run, samples, compared, offset=len(watched))
     yield from deviations.seen_twice(export, asked_of[0], first)
     yield deviations.resizing(reference, oblong, run.array(run.prompts[-1]["image"]))
-    if export.mmproj_dtype == "q8_0":
+    if export.tower_rounding == "q8_0":
         yield _mmproj_twin(export, compared, scratch)
     embeddings = run.array(run.prompts[len(watched)]["image"])
     plain = error(embeddings, image_rows(reference, first))
@@ -134,13 +134,13 @@ def _embeddings(
         "L3",
         "image embeddings of mtmd",
         value,
-        EMBEDDING[export.mmproj_dtype],
+        EMBEDDING[export.tower_rounding],
         unit="rel",
         compared=len(samples),
         worst=name,
-        detail=EMBEDDING_WHY[export.mmproj_dtype],
+        detail=EMBEDDING_WHY[export.tower_rounding],
     )
-    if np.isfinite(value) and export.mmproj_dtype != "q8_0":
+    if np.isfinite(value) and export.tower_rounding != "q8_0":
         yield deviations.half_precision(export, samples, got, value)
 
 
@@ -172,6 +172,8 @@ def shipped_row(export: Exported, samples: Sequence[Sample], errors: dict[str, f
 def _mmproj_twin(export: Exported, samples: Sequence[Sample], scratch: Path) -> Check:
     """The mmproj as the float32 numbers that it decodes to, so that no activation is rounded."""
     reference, layout = export.reference, export.layout
+    scratch = scratch / "mmproj-twin"  # arrays of the other run are still to be read
+    scratch.mkdir()
     twin, prompts = scratch / "mmproj-twin.gguf", Prompts(reference, layout, scratch)
     write_twin(export.mmproj, twin)
     requests = [prompts.mtmd(sample, f"twin-{i}") for i, sample in enumerate(samples)]

@@ -44,6 +44,8 @@ def weights_read_back(export: Exported) -> Iterator[Check]:
     }
     dtype = export.mmproj_dtype
     detail = "" if dtype == "f32" else f"linears of the mmproj against the source cast to {dtype}"
+    if export.solved_tower:
+        detail = f"linears of the mmproj against the artifact's integers, others cast to {dtype}"
     weights, unused = export.reference.weights, export.layout.unused
     idle = sum(weights.array(name).size for name in weights.names() if name in unused)
     for who, reader in readers.items():

@@ -18,7 +18,7 @@ import numpy as np
 from vlmq_export.errors import MissingRuntime, VlmqError
 from vlmq_export.formats.proof.reference import Reference
 
-TIMEOUT = 3600  # seconds a child may take
+TIMEOUT = 3600.0  # seconds a child may take
 POLL = 0.5  # seconds between two looks at what it has done
 Told = Callable[[int], None]  # is given the number of prompts that are done
 WORKER = Path(__file__).with_name("worker.py")
@@ -59,6 +59,7 @@ def run(
     threads: int,
     answer: int,  # the most tokens of any greedy answer
     tell: Told = lambda _: None,  # is given the number of prompts that are done; may raise to stop
+    timeout: float = TIMEOUT,
 ) -> Run:
     """One child that runs all prompts.
 
@@ -75,7 +76,7 @@ def run(
     }
     file = folder / "request.json"
     file.write_text(json.dumps(request), "utf-8")
-    code, said = _child(file, tell)
+    code, said = _child(file, tell, timeout)
     result = _result(folder)
     if code or "error" in result:
         raise _failure(code, said, result, folder)
@@ -86,7 +87,7 @@ def run(
     return Run(folder, **result)
 
 
-def _child(request: Path, tell: Told) -> tuple[int, str]:
+def _child(request: Path, tell: Told, timeout: float) -> tuple[int, str]:
     """(exit code, what it said on stderr) of the finished child.
 
     Raises RunFailed where it takes too long, and what `tell` raises.
@@ -108,7 +109,7 @@ def _child(request: Path, tell: Told) -> tuple[int, str]:
         )
         try:
             began = time.monotonic()
-            while time.monotonic() - began < TIMEOUT:
+            while time.monotonic() - began < timeout:
                 with suppress(subprocess.TimeoutExpired):
                     code = process.wait(POLL)
                     return code, errors.read_text("utf-8", errors="replace")
@@ -118,7 +119,7 @@ def _child(request: Path, tell: Told) -> tuple[int, str]:
             process.kill()  # also when we are interrupted
             process.wait()
     stage = _stage(request.parent)
-    raise RunFailed(f"llama.cpp did not finish in {TIMEOUT} s while {stage}")
+    raise RunFailed(f"llama.cpp did not finish in {timeout:g} s while {stage}")
 
 
 def _result(folder: Path) -> dict:

@@ -225,6 +225,13 @@ _QWEN2_GRAPH = TextGraph(
     rope_types=("default", "dynamic"),
     fixed={**_TEXT_FIXED, "model_type": "qwen2"},
 )
+_QWEN3_GRAPH = TextGraph(
+    "qwen3",
+    _decoder(bias=False, head_norms=True),
+    rope_types=("default",),
+    head_keys=True,
+    fixed={**_TEXT_FIXED, "model_type": "qwen3", "attention_bias": False},
+)
 _QWEN2VL_GRAPH = TextGraph(
     "qwen2vl",
     _decoder(bias=True, head_norms=False),
@@ -371,15 +378,15 @@ _IDEFICS3 = VisionGraph(
     keys=lambda p: {"projector.scale_factor": p.merge},
 )
 
-# model_type in config.json → the graphs.
-GRAPHS: dict[str, tuple[TextGraph, VisionGraph]] = {
-    "qwen2_vl": (_QWEN2VL_GRAPH, _QWEN2_VL),
-    "qwen2_5_vl": (_QWEN2VL_GRAPH, _QWEN2_5_VL),
-    "qwen3_vl": (_QWEN3VL_GRAPH, _QWEN3_VL),
-    "internvl": (_QWEN2_GRAPH, _INTERNVL),
-    "llava_onevision": (_QWEN2_GRAPH, _LLAVA_ONEVISION),
-    "idefics3": (_LLAMA_GRAPH, _IDEFICS3),
-    "smolvlm": (_LLAMA_GRAPH, _IDEFICS3),
+# model_type in config.json → the graphs. Of several for the text, its own model_type says which.
+GRAPHS: dict[str, tuple[tuple[TextGraph, ...], VisionGraph]] = {
+    "qwen2_vl": ((_QWEN2VL_GRAPH,), _QWEN2_VL),
+    "qwen2_5_vl": ((_QWEN2VL_GRAPH,), _QWEN2_5_VL),
+    "qwen3_vl": ((_QWEN3VL_GRAPH,), _QWEN3_VL),
+    "internvl": ((_QWEN2_GRAPH, _QWEN3_GRAPH), _INTERNVL),
+    "llava_onevision": ((_QWEN2_GRAPH,), _LLAVA_ONEVISION),
+    "idefics3": ((_LLAMA_GRAPH,), _IDEFICS3),
+    "smolvlm": ((_LLAMA_GRAPH,), _IDEFICS3),
 }
 
 
@@ -390,4 +397,6 @@ def graphs_of(architecture: Architecture) -> tuple[TextGraph, VisionGraph]:
         raise FormatError(
             f"config.json: model_type {kind} is not written to GGUF; known are {', '.join(GRAPHS)}"
         )
-    return GRAPHS[kind]
+    texts, vision = GRAPHS[kind]
+    own = architecture.text.get("model_type")
+    return next((t for t in texts if t.fixed.get("model_type") == own), texts[0]), vision

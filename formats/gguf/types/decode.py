@@ -125,6 +125,97 @@ def _q2_0(b: np.ndarray) -> np.ndarray:
     return _half(b, 0) * _f32(_bits(b, 2 + e // 4, e % 4 * 2, 3), 1)
 
 
+def _iq4_level(q: np.ndarray) -> np.ndarray:
+    """What the codes of IQ4_NL and IQ4_XS stand for, float32, from gguf-py's table."""
+    import gguf
+
+    return np.array(gguf.quants.IQ4_NL.kvalues, np.float32)[q]
+
+
+def _iq4_xs(b: np.ndarray) -> np.ndarray:
+    i = np.arange(8)
+    scales = _bits(b, 4 + i // 2, i % 2 * 4, 15) | _bits(b, 2 + i // 4, i % 4 * 2, 3) << 4
+    q = _bits(b, 8 + 16 * (E // 32) + E % 16, E % 32 // 16 * 4, 15)
+    return np.repeat(_half(b, 0) * _f32(scales, 32), 32, axis=1) * _iq4_level(q)
+
+
+def _lattice(
+    name: str, scale: np.ndarray, numbers: np.ndarray, signs: np.ndarray, sub_block: int
+) -> np.ndarray:
+    """scale · magnitude · sign, [n, 256].
+
+    scale: float32 [n, sub-blocks].
+    numbers: those of the points in gguf-py's table, [n, points].
+    signs: 1 for a negative weight, [n, 256].
+    """
+    import gguf
+
+    quants = getattr(gguf.quants, name)
+    quants.init_grid()
+    points = np.asarray(quants.grid, np.float32).reshape(quants.grid_shape)
+    magnitudes = points[numbers].reshape(len(scale), 256)
+    return np.repeat(scale, sub_block, axis=1) * magnitudes * (1 - 2 * _f32(signs))
+
+
+def _step(b: np.ndarray, scales: np.ndarray, share: float) -> np.ndarray:
+    """d · (scale + ½) · share, float32 [n, sub-blocks]."""
+    return _half(b, 0) * (_f32(scales) + np.float32(0.5)) * np.float32(share)
+
+
+def _nibble_scales(b: np.ndarray, start: int, sub_blocks: int) -> np.ndarray:
+    i = np.arange(sub_blocks)
+    return _bits(b, start + i // 2, i % 2 * 4, 15)
+
+
+def _seven_signs(b: np.ndarray, start: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Signs [n, 256] and scales [n, 8] from eight u32, `stride` bytes apart.
+
+    Bits 7l … 7l + 6 are the signs of columns 8l … 8l + 6, whose parity is the sign of the next.
+    """
+    at = start + stride * np.arange(8)[:, None] + np.arange(4)
+    words = np.ascontiguousarray(b[:, at]).view("<u4")[..., 0]  # [n, 8]
+    return _with_parity(words[..., None] >> 7 * np.arange(4, dtype=np.uint32)), words >> 28
+
+
+def _with_parity(bits: np.ndarray) -> np.ndarray:
+    """Runs of seven bits → signs of eight columns, [n, 256]."""
+    seven = bits.reshape(len(bits), -1, 1) >> np.arange(7, dtype=bits.dtype) & 1
+    eighth = seven.sum(2, keepdims=True, dtype=bits.dtype) & 1
+    return np.concatenate([seven, eighth], axis=2).reshape(len(bits), 256)
+
+
+def _iq2_xxs(b: np.ndarray) -> np.ndarray:
+    i = np.arange(32)
+    signs, scales = _seven_signs(b, 6, 8)
+    numbers = b[:, 2 + 8 * (i // 4) + i % 4]
+    return _lattice("IQ2_XXS", _step(b, scales, 0.25), numbers, signs, 32)
+
+
+def _iq2_xs(b: np.ndarray) -> np.ndarray:
+    both = np.ascontiguousarray(b[:, 2:66]).view("<u2")
+    scale = _step(b, _nibble_scales(b, 66, 16), 0.25)
+    return _lattice("IQ2_XS", scale, both & 511, _with_parity(both >> 9), 16)
+
+
+def _iq2_s(b: np.ndarray) -> np.ndarray:
+    i = np.arange(32)
+    numbers = b[:, 2:34] | _bits(b, 66 + i // 4, i % 4 * 2, 3).astype(np.uint16) << 8
+    scale = _step(b, _nibble_scales(b, 74, 16), 0.25)
+    return _lattice("IQ2_S", scale, numbers, _bits(b, 34 + E // 8, E % 8, 1), 16)
+
+
+def _iq3_xxs(b: np.ndarray) -> np.ndarray:
+    signs, scales = _seven_signs(b, 66, 4)
+    return _lattice("IQ3_XXS", _step(b, scales, 0.5), b[:, 2:66], signs, 32)
+
+
+def _iq3_s(b: np.ndarray) -> np.ndarray:
+    i = np.arange(64)
+    numbers = b[:, 2:66] | _bits(b, 66 + i // 8, i % 8, 1).astype(np.uint16) << 8
+    scale = _step(b, _nibble_scales(b, 106, 8), 2)
+    return _lattice("IQ3_S", scale, numbers, _bits(b, 74 + E // 8, E % 8, 1), 32)
+
+
 # Block type → its decoder: uint8 [n, nbytes] → float32 [n, block].
 DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q4_0": lambda b: _half(b, 0) * _f32(_nibbles(b, 2), 8),
@@ -139,6 +230,13 @@ DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q6_K": _q6_k,
     "TQ2_0": lambda b: _half(b, 64) * _f32(_crumbs(b, 0), 1),
     "Q2_0": _q2_0,
+    "IQ4_NL": lambda b: _half(b, 0) * _iq4_level(_nibbles(b, 2)),
+    "IQ4_XS": _iq4_xs,
+    "IQ3_S": _iq3_s,
+    "IQ3_XXS": _iq3_xxs,
+    "IQ2_S": _iq2_s,
+    "IQ2_XS": _iq2_xs,
+    "IQ2_XXS": _iq2_xxs,
 }
 # Types whose elements stand on their own → numpy's dtype.
 _PLAIN = {
@@ -158,7 +256,7 @@ def decode(raw: np.ndarray, kind: GGMLType, shape: tuple[int, ...]) -> np.ndarra
     raw: its bytes, uint8 [nbytes].
     shape: that of the result.
 
-    Raises FormatError for a block type that is not affine.
+    Raises FormatError for a block type that is not in DECODERS.
     """
     if kind.name in _PLAIN:
         return raw.view(_PLAIN[kind.name]).astype(np.float32).reshape(shape)
@@ -166,8 +264,8 @@ def decode(raw: np.ndarray, kind: GGMLType, shape: tuple[int, ...]) -> np.ndarra
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
     if kind.name not in DECODERS:
         raise FormatError(
-            f"tensors of type {kind.name} are not decoded here; only float and affine block types"
-            " are"
+            f"tensors of type {kind.name} are not decoded here; of block types only"
+            f" {', '.join(DECODERS)} are"
         )
     blocks = raw.reshape(-1, kind.nbytes)
     out = np.empty((len(blocks), kind.block), np.float32)

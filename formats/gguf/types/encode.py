@@ -16,10 +16,14 @@ and e the place of an element in its block.
     Q5_K   h d, h dmin, 12 B of 6-bit pairs, 32 B, 128 B   (d·scale)·q − dmin·min, per 32
     Q6_K   128 B, 64 B, 16 int8 scales, h d                (d·scale)·(q−32), per 16
     TQ2_0  64 B, h d                                       d·(q−1)
+    IQ4_NL h d, 16 B                                       d·level[q]
+    IQ4_XS h d, 2 B and 4 B of 6-bit scales, 128 B         (d·(scale−32))·level[q], per 32
+    IQ2_…  h d, and what `lattices.py` says                (d·(2·scale+1))·level[q], per 16 or 32
+    IQ3_…  h d, likewise                                   likewise, per 32
 
 Where the bits of the codes are:
 
-    Q4_0 Q4_1   byte j of the 16 is q[j] | q[j+16] << 4
+    Q4_0 Q4_1   byte j of the 16 is q[j] | q[j+16] << 4; IQ4_NL too, IQ4_XS for each 32 columns
     Q5_0 Q5_1   the low four bits as in Q4_0; the fourth bit of q[j] is bit j of the 4 B as a u32
     Q2_0        byte j is q[4j] | q[4j+1] << 2 | q[4j+2] << 4 | q[4j+3] << 6
     Q2_K        the 16 B are scale | min << 4; q as in `_crumbs`
@@ -38,6 +42,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlmq_export.formats.gguf.types import lattices
 from vlmq_export.formats.gguf.types.table import TYPES
 
 
@@ -169,6 +174,23 @@ def _q2_0(b: Blocks) -> list[np.ndarray]:
     return [_bytes(b.d), q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6]
 
 
+def _iq4_xs(b: Blocks) -> list[np.ndarray]:
+    # The upper two bits of the eight scales are a u16, from low to high, and the lower four bits of
+    # each two scales are a byte.
+    scales = _held(b.scales).astype(np.uint16)
+    top = (scales >> 4 << 2 * np.arange(8, dtype=np.uint16)).sum(1, dtype=np.uint16)
+    low = (scales[:, ::2] & 15 | (scales[:, 1::2] & 15) << 4).astype(np.uint8)
+    high = np.ascontiguousarray(top, "<u2").view(np.uint8).reshape(-1, 2)
+    return [_bytes(b.d), high, low, _nibbles(b.codes.reshape(-1, 32)).reshape(-1, 128)]
+
+
+def _points(
+    pack: Callable[[np.ndarray, np.ndarray], list[np.ndarray]],
+) -> Callable[[Blocks], list[np.ndarray]]:
+    """A packer of `lattices.py` with d before its fields."""
+    return lambda b: [_bytes(b.d), *pack(b.codes, _held(b.scales))]
+
+
 @dataclass(frozen=True)
 class Packer:
     """How a block type is packed, and what its fields may be."""
@@ -193,6 +215,13 @@ PACKERS = {
     "Q6_K": Packer(_q6_k, 64, 16, 256),
     "TQ2_0": Packer(_tq2_0, 4),
     "Q2_0": Packer(_q2_0, 4),
+    "IQ4_NL": Packer(_q4_0, 16),
+    "IQ4_XS": Packer(_iq4_xs, 16, 8, 64),
+    "IQ3_S": Packer(_points(lattices.iq3_s), 16, 8, 16),
+    "IQ3_XXS": Packer(_points(lattices.iq3_xxs), 16, 8, 16),
+    "IQ2_S": Packer(_points(lattices.iq2_s), 6, 16, 16),
+    "IQ2_XS": Packer(_points(lattices.iq2_xs), 6, 16, 16),
+    "IQ2_XXS": Packer(_points(lattices.iq2_xxs), 6, 8, 16),
 }
 
 
@@ -200,7 +229,7 @@ def pack_blocks(name: str, blocks: Blocks) -> np.ndarray:
     """Blocks of the type `name` as they are in a file, uint8 [n, bytes of a block].
 
     Raises ValueError for a field that is missing, superfluous or of another shape, that does not
-    fit its bits, or that is not finite.
+    fit its bits, or that is not finite, and for codes that are no point of the type's lattice.
     """
     packer = PACKERS[name]
     _check_codes(name, packer, blocks)

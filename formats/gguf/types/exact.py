@@ -148,8 +148,9 @@ def _pack_native(linear: BlockLinear) -> np.ndarray:
 def _native_blocks(linear: BlockLinear, block: int) -> Blocks:
     """The fields of a linear that was solved on a block type, as the type stores them.
 
-    Q3_K stores a scale plus 32, Q6_K stores it as int8, and Q8_0 stores codes as int8. The solver
-    subtracts a minimum; the 32-blocks add m, which is its negative.
+    Q3_K and IQ4_XS store a scale plus 32, Q6_K stores it as int8, and Q8_0 stores codes as int8.
+    The solver subtracts a minimum; the 32-blocks add m, which is its negative. On a lattice the
+    scales are odd, and c is stored for 2c + 1.
     """
     grid, p = GRIDS[linear.type], linear.params
     codes = linear.solution.codes.numpy().reshape(-1, block)
@@ -160,7 +161,10 @@ def _native_blocks(linear: BlockLinear, block: int) -> Blocks:
     sub_blocks = block // grid.sub_block
     if sub_blocks == 1:
         return Blocks(d, codes, None if m is None else -m)
-    scales = p.scales.numpy().reshape(-1, sub_blocks) + (32 if linear.type == "Q3_K" else 0)
+    shift = 32 if linear.type in ("Q3_K", "IQ4_XS") else 0
+    scales = p.scales.numpy().reshape(-1, sub_blocks) + shift
+    if grid.lattice is not None:
+        scales = scales >> 1
     if linear.type == "Q6_K":
         scales = scales.astype(np.int8).view(np.uint8)
     mins = None if p.mins is None else p.mins.numpy().reshape(-1, sub_blocks).astype(np.uint8)

@@ -40,6 +40,16 @@ MIXES = {
     "Q8_0": "Q8_0",
     "TQ2_0": "TQ2_0",
     "Q2_0": "Q2_0",
+    "IQ2_XXS": "IQ2_XXS",
+    "IQ2_XS": "IQ2_XS",
+    "IQ2_S": "IQ2_XS",
+    "IQ2_M": "IQ2_S",
+    "IQ3_XXS": "IQ3_XXS",
+    "IQ3_XS": "IQ3_S",
+    "IQ3_S": "IQ3_S",
+    "IQ3_M": "IQ3_S",
+    "IQ4_NL": "IQ4_NL",
+    "IQ4_XS": "IQ4_XS",
 }
 # Other name of a mix → the mix.
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
@@ -60,9 +70,20 @@ FILE_TYPES = {
     "Q5_K_M": 17,
     "Q6_K": 18,
     "Q2_K_S": 21,
+    "IQ2_XXS": 19,
+    "IQ2_XS": 20,
+    "IQ3_XS": 22,
+    "IQ3_XXS": 23,
+    "IQ4_NL": 25,
+    "IQ3_S": 26,
+    "IQ3_M": 27,
+    "IQ2_S": 28,
+    "IQ2_M": 29,
+    "IQ4_XS": 30,
     "TQ2_0": 37,
     "Q2_0": 41,
 }
+_LATTICES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 # Type → the type that takes its place in rows that its blocks do not divide.
 FALLBACK = {
     "Q2_0": "Q4_0",
@@ -72,10 +93,15 @@ FALLBACK = {
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
+    **dict.fromkeys((*_LATTICES, "IQ4_XS"), "IQ4_NL"),
 }
 
-# The types that --target-bpw chooses from, in rows of whole super-blocks and in others.
-_BUDGET = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+# The types that --target-bpw chooses from, in rows of whole super-blocks and in others. Lattices
+# are among them only below so many bits per weight: above, they are hardly ever chosen, and take
+# long to solve. An embedding is never on one: a whole vocabulary of points takes too long.
+_BUDGET = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+_BUDGET_LATTICES = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+_LATTICES_BELOW = 4.0
 _NARROW_BUDGET = ("Q4_0", "Q5_0", "Q5_1", "Q8_0")
 
 
@@ -113,10 +139,13 @@ def module_types(model: ModelPlan, mix: str, given: Iterable[str] = ()) -> dict[
     return {layout.text[n].hub.removesuffix(".weight"): kind for n, kind in types.items()}
 
 
-def module_choices(model: ModelPlan, given: Iterable[str] = ()) -> dict[str, dict[str, int]]:
+def module_choices(
+    model: ModelPlan, target_bpw: float, given: Iterable[str] = ()
+) -> dict[str, dict[str, int]]:
     """Hub name of a module → type → bits of the whole matrix, for every matrix.
 
-    The types are those that a budget may choose from, or the one that an option names.
+    The types are those that a budget of `target_bpw` bits per weight may choose from, or the one
+    that an option names.
 
     given: options of the form `regex=TYPE`. Raises UsageError for one that makes no sense.
     """
@@ -127,6 +156,8 @@ def module_choices(model: ModelPlan, given: Iterable[str] = ()) -> dict[str, dic
             continue
         rows, columns = place.shape
         candidates = _BUDGET if columns % 256 == 0 else _NARROW_BUDGET
+        if candidates is _BUDGET and target_bpw < _LATTICES_BELOW and name != "token_embd.weight":
+            candidates = (*_BUDGET_LATTICES, *_BUDGET)
         if manual := _overridden(name, overrides):
             candidates = (manual,)
         kinds = [fallback(kind, columns) for kind in candidates]
@@ -196,14 +227,22 @@ def _by_rule(mix: str, t: Tensor, shape: Shape) -> str:
     """The type that llama.cpp's rules give a tensor."""
     base = MIXES[mix]
     if t.name == "output.weight" or (t.name == "token_embd.weight" and shape.tied):
-        return "Q8_0" if base == "Q8_0" or t.columns % TYPES[base].block else "Q6_K"
-    if t.name == "token_embd.weight" and base in ("TQ2_0", "Q2_0"):
-        return "Q4_K"
+        if base == "Q8_0" or t.columns % TYPES[base].block:
+            return "Q8_0"
+        return "Q5_K" if mix in (*_IQ2, "IQ3_XXS") else "Q6_K"
+    if t.name == "token_embd.weight":
+        return _EMBEDDINGS.get(mix, base)
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", t.name)
     if match is None:
         return base
     rule = _RULES.get(match[2])
     return rule(mix, base, int(match[1]), shape) if rule else base
+
+
+# Mixes whose base has two bits on a lattice → the type of what gets more.
+_IQ2 = {"IQ2_XXS": "Q2_K", "IQ2_XS": "Q2_K", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S"}
+# Mix → the type of an embedding that is not the output matrix, where it is not the base.
+_EMBEDDINGS = _IQ2 | {"IQ3_XXS": "IQ3_S", "TQ2_0": "Q4_K", "Q2_0": "Q4_K"}
 
 
 def _more_bits(layer: int, layers: int) -> bool:
@@ -213,26 +252,51 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 def _attn_v(mix: str, base: str, layer: int, shape: Shape) -> str:
     wide = shape.heads // shape.kv_heads >= 4
+    if mix in _IQ2:
+        return "Q4_K" if wide else _IQ2[mix]
     if mix == "Q2_K":
         return "Q4_K" if wide else "Q3_K"
-    if mix == "Q2_K_S":
+    if mix in ("Q2_K_S", "IQ3_XXS", "IQ3_XS", "IQ3_S"):
         return "Q4_K" if wide else base
+    if mix in ("IQ4_NL", "IQ4_XS"):
+        return "Q5_K" if wide else base
     if mix == "Q3_K_M":
         return "Q5_K" if layer < 2 else "Q4_K"
+    if mix == "IQ3_M":
+        return "Q4_K"
     if mix == "Q3_K_L" or (mix == "Q4_K_S" and layer < 4):
         return "Q5_K"
     return "Q6_K" if mix in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, shape.layers) else base
 
 
 def _attn_output(mix: str, base: str, _layer: int, _shape: Shape) -> str:
-    return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mix, base)
+    return {
+        "Q2_K": "Q3_K",
+        "Q3_K_M": "Q4_K",
+        "Q3_K_L": "Q5_K",
+        "IQ2_S": "IQ3_S",
+        "IQ2_M": "IQ3_S",
+        "IQ3_XXS": "IQ3_S",
+        "IQ3_M": "Q4_K",
+    }.get(mix, base)
+
+
+def _attn_q_or_k(mix: str, base: str, _layer: int, _shape: Shape) -> str:
+    return {"IQ3_XXS": "IQ2_S", "IQ3_XS": "IQ3_XXS"}.get(mix, base)
+
+
+def _ffn_in(mix: str, base: str, layer: int, shape: Shape) -> str:
+    middle = shape.layers // 8 <= layer < 7 * shape.layers // 8
+    return "IQ3_XXS" if mix == "IQ3_XS" and middle else base
 
 
 def _ffn_down(mix: str, base: str, layer: int, shape: Shape) -> str:
     early = layer < shape.layers // 8
+    if mix in _IQ2:
+        return _IQ2[mix] if early else base
     if mix == "Q2_K":
         return "Q3_K"
-    if mix == "Q2_K_S":
+    if mix in ("Q2_K_S", "IQ3_M"):
         return "Q4_K" if early else base
     if mix == "Q3_K_M":
         return "Q5_K" if layer < shape.layers // 16 else "Q4_K"
@@ -242,4 +306,12 @@ def _ffn_down(mix: str, base: str, layer: int, shape: Shape) -> str:
 
 
 # Part of a layer → its rule, a function of the mix, its base type, the layer and the shape.
-_RULES = {"attn_v": _attn_v, "attn_output": _attn_output, "ffn_down": _ffn_down}
+_RULES = {
+    "attn_q": _attn_q_or_k,
+    "attn_k": _attn_q_or_k,
+    "attn_v": _attn_v,
+    "attn_output": _attn_output,
+    "ffn_gate": _ffn_in,
+    "ffn_up": _ffn_in,
+    "ffn_down": _ffn_down,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,37 @@ def node_session(
     return session(serialized(graph), threads=threads, provider=provider)
 
 
+def table_session(table: Linear, threads: int) -> InferenceSession:
+    """A model of one GatherBlockQuantized node with the file's constants.
+
+    Output "y" [n, in] are the rows at input "ids", int64 [n], in the type of the scales.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows, columns = len(table.weight), table.in_features
+    kind = helper.np_dtype_to_tensor_dtype(table.scales.dtype)
+    constants = {"scales": table.scales, "zero_points": table.zero_points}
+    node = helper.make_node(
+        "GatherBlockQuantized",
+        ["codes", "ids", *constants],
+        ["y"],
+        domain="com.microsoft",
+        gather_axis=0,
+        quantize_axis=1,
+        bits=table.bits,
+        block_size=table.block_size,
+    )
+    constants["codes"] = table.weight.reshape(rows, -1)
+    graph = helper.make_graph(
+        [node],
+        "table",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("y", kind, ["n", columns])],
+        [numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in constants.items()],
+    )
+    return session(serialized(graph), threads=threads)
+
+
 @dataclass(frozen=True)
 class _Error:
     """How far a node is from the product that it stands for."""
@@ -138,13 +170,13 @@ def _errors(
     """
     errors: dict[int, list[_Error]] = {0: [], 4: []}
     rng = np.random.default_rng(0)
-    for name in reference.weights.linears:
+    for name, node_name in _products(reference):
         weights = reference.weights.array(f"{name}.weight").astype(np.float64)
         x = rng.standard_normal((LINEAR_ROWS, weights.shape[1])).astype(np.float32)
-        if name not in written.linears:
-            errors[0].append(_Error(math.inf, f"{name} (missing)", 0.0))
+        if node_name not in written.linears:
+            errors[0].append(_Error(math.inf, f"{node_name} (missing)", 0.0))
             continue
-        linear = written.linear(name)
+        linear = written.linear(node_name)
         x = x.astype(linear.scales.dtype)
         given = x if linear.order is None else x[:, linear.order]
         want = x.astype(np.float64) @ weights.T
@@ -154,8 +186,20 @@ def _errors(
                 linear, accuracy_level=level, threads=settings.threads, provider=provider
             )
             got = run(node, {"a": given}, ["y"])[0]
-            found.append(_Error(_worst_output(got, want, x, weights), name, gate))
+            found.append(_Error(_worst_output(got, want, x, weights), node_name, gate))
     return errors[0], errors[4]
+
+
+def _products(reference: Reference) -> Iterator[tuple[str, str]]:
+    """(hub name of a quantized matrix, name of the node that multiplies by it).
+
+    An embedding is looked up, and multiplied by where it is the output matrix too.
+    """
+    for name in reference.weights.linears:
+        if name != reference.architecture.family.embedding:
+            yield name, name
+        elif reference.architecture.tied:
+            yield name, "lm_head"
 
 
 def _worst_output(got: np.ndarray, want: np.ndarray, x: np.ndarray, weight: np.ndarray) -> float:

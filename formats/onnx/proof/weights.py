@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmq_export.formats.onnx.proof.nodes import node_session, serialized
+from vlmq_export.formats.onnx.proof.nodes import node_session, serialized, table_session
 from vlmq_export.formats.onnx.proof.runner import run, session
 from vlmq_export.formats.onnx.read import Linear, OnnxFolder, agreeing
 from vlmq_export.formats.proof.checks import Check, CheckSettings, compare_weights
@@ -34,19 +34,13 @@ def runtime_reader(
 ) -> list[Check]:
     """One row: the weights as ONNX Runtime decodes them.
 
-    The identity as input of a node returns its weights. Float constants come back as outputs.
+    The identity as input of a node returns its weights, and so do all ids as input of a table.
+    Float constants come back as outputs.
     """
 
     def read(name: str) -> np.ndarray | None:
-        module = name.removesuffix(".weight")
-        if module in written.linears:
-            return identity_through_node(written.linear(module), settings.threads)
-        names = _copies(name, reference)
-        if any(n not in written.floats for n in names):
-            return None
-        return agreeing(
-            [_constant_through_runtime(written, t) for n in names for t in written.floats[n]]
-        )
+        copies = [_through_runtime(written, n, settings.threads) for n in _copies(name, reference)]
+        return agreeing([array for found in copies for array in found]) if all(copies) else None
 
     name = "weights by ONNX Runtime (identity through each node)"
     return [_compare(name, written, reference, read)]
@@ -68,29 +62,46 @@ def _compare(
     reference: Reference,
     read: Callable[[str], np.ndarray | None],
 ) -> Check:
-    """Floats that the file holds in float16 are compared with the reference's rounded to it.
+    """Floats of a float16 decoder are compared with the reference's rounded to float16.
 
     Integers and their scales are never rounded.
     """
     items = (
-        (n, want.astype(written.stored_as(n), copy=False)) for n, want in reference.weights.items()
+        (n, want.astype(written.rounded_to(n), copy=False)) for n, want in reference.weights.items()
     )
     detail = "float weights against the reference's rounded to float16" if written.half else ""
     return compare_weights("onnx", name, items, read, count=reference.weights.count, detail=detail)
 
 
+def _through_runtime(written: OnnxFolder, name: str, threads: int) -> list[np.ndarray]:
+    """What the runtime says of a weight: once for each constant. Empty where the file lacks it."""
+    module = name.removesuffix(".weight")
+    if module not in written.linears:
+        return [_constant_through_runtime(written, t) for t in written.floats.get(name, [])]
+    linear = written.linear(module)
+    if linear.looked_up:
+        return [every_row(linear, threads)]
+    return [identity_through_node(linear, threads)]
+
+
 def _constant_through_runtime(written: OnnxFolder, tensor: TensorProto) -> np.ndarray:
-    """A constant of the file as the output of a graph that only returns it."""
-    from onnx import helper
+    """A constant of the file as float32, the output of a graph that only casts it."""
+    from onnx import TensorProto, helper
 
     graph = helper.make_graph(
-        [helper.make_node("Identity", [tensor.name], ["value"])],
+        [helper.make_node("Cast", [tensor.name], ["value"], to=TensorProto.FLOAT)],
         "constant",
         [],
-        [helper.make_tensor_value_info("value", tensor.data_type, list(tensor.dims))],
+        [helper.make_tensor_value_info("value", TensorProto.FLOAT, list(tensor.dims))],
         [tensor],
     )
     return run(session(serialized(graph), threads=1, folder=written.path), {})[0]
+
+
+def every_row(table: Linear, threads: int) -> np.ndarray:
+    """The rows of a table as the runtime decodes them, float32 [out, in]. Scales are widened."""
+    wide = replace(table, scales=table.scales.astype(np.float32))
+    return run(table_session(wide, threads), {"ids": np.arange(len(table.scales))}, ["y"])[0]
 
 
 def identity_through_node(linear: Linear, threads: int, rows: int = 1024) -> np.ndarray:

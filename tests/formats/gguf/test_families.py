@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from tests.artifacts import GRIDS, config_of, rtn_artifact, tower_of
+from tools.reference_vlm import tiny_checkpoints
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf import read
 from vlmq_export.formats.gguf.files.mmproj import stored_type
-from vlmq_export.formats.gguf.tables.families import GRAPHS, graphs_of
+from vlmq_export.formats.gguf.tables.families import graphs_of
 from vlmq_export.formats.gguf.tables.layout import Layout, Place, shapes
 from vlmq_export.formats.gguf.tables.params import image_params
 from vlmq_export.formats.model_plan import artifact_plan
@@ -21,11 +22,11 @@ from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.families import Family
 
 gguf = FORMATS["gguf"]
+ARCHES = [arch for arch in tiny_checkpoints.ARCHES if arch != "gemma3"]  # which is refused
 # llama.cpp wants every n-th block of Qwen2.5-VL's tower to have full attention, and of Qwen3-VL a
 # layer after the last one that takes DeepStack features.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
-ARCHES = {"qwen2vl": "QWEN2VL", "qwen3vl": "QWEN3VL", "qwen2": "QWEN2", "llama": "LLAMA"}
-NEW = ("qwen3_vl", "internvl", "llava_onevision", "idefics3", "smolvlm")
+NEW = ("qwen3_vl", "internvl", "llava_onevision", "idefics3", "smolvlm", "internvl3_5")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def artifact(tiny, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("arch", GRAPHS)
+@pytest.mark.parametrize("arch", ARCHES)
 def test_every_hub_tensor_has_a_place_and_every_place_a_tensor(arch, artifact):
     a = artifact(arch)
     weights, layout = Weights(a.path), Layout.of(a.architecture)
@@ -65,7 +66,7 @@ def _converter_name(name: str, module: str) -> str:
     return module
 
 
-@pytest.mark.parametrize("arch", GRAPHS)
+@pytest.mark.parametrize("arch", ARCHES)
 def test_names_are_llama_cpps_own(arch, artifact):
     """Compares with gguf-py's map of names, where it has an entry for the tensor.
 
@@ -74,7 +75,7 @@ def test_names_are_llama_cpps_own(arch, artifact):
     """
     layout = Layout.of(artifact(arch).architecture)
     t, v = layout.text_params, layout.vision_params
-    text = gguf_py.get_tensor_name_map(getattr(gguf_py.MODEL_ARCH, ARCHES[t.graph.arch]), t.layers)
+    text = gguf_py.get_tensor_name_map(gguf_py.MODEL_ARCH[t.graph.arch.upper()], t.layers)
     vision = gguf_py.get_tensor_name_map(gguf_py.MODEL_ARCH.MMPROJ, v.layers)
     suffixes, unknown = (".weight", ".bias"), []
     for name, place in layout.text.items():
@@ -142,7 +143,7 @@ def test_rows_that_do_not_fill_the_blocks_stay_in_float16():
 
 
 def test_metadata_that_only_one_family_has(artifact):
-    layouts = {arch: Layout.of(artifact(arch).architecture) for arch in GRAPHS}
+    layouts = {arch: Layout.of(artifact(arch).architecture) for arch in ARCHES}
     keys = {arch: layout.vision_params.keys() for arch, layout in layouts.items()}
     text = {arch: layout.text_params.keys() for arch, layout in layouts.items()}
     assert keys["qwen3_vl"]["clip.vision.is_deepstack_layers"] == [True, False, True]
@@ -154,7 +155,7 @@ def test_metadata_that_only_one_family_has(artifact):
     assert keys["llava_onevision"]["clip.vision.feature_layer"] == [3]
     assert "qwen2.rope.dimension_sections" not in text["internvl"]
     silu, gelu = "clip.use_silu", "clip.use_gelu"
-    switches = {arch: keys[arch].keys() & {silu, gelu} for arch in GRAPHS}
+    switches = {arch: keys[arch].keys() & {silu, gelu} for arch in ARCHES}
     wanted = {"qwen2_vl": set(), "qwen2_5_vl": {silu}} | {arch: {gelu} for arch in NEW}
     assert switches == wanted
 
@@ -204,8 +205,7 @@ YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [1
         ("qwen3_vl", VISION, {"deepstack_visual_indexes": [0, 1, 2]}, "fails at the last of 3"),
         ("qwen3_vl", TEXT, {"attention_bias": True}, "attention_bias"),
         ("qwen3_vl", TEXT, YARN, "rope type yarn"),
-        ("internvl", TEXT, {"model_type": "qwen3"},
-         "model_type is qwen3; llama.cpp's qwen2 knows only qwen2"),
+        ("internvl", TEXT, {"model_type": "llama"}, "model_type is llama"),
         ("internvl", VISION, {"norm_type": "rms_norm"},
          "norm_type is rms_norm; .* RMS norms .* 3200 columns and 45 layers"),
         ("internvl", VISION, {"use_qk_norm": True}, "use_qk_norm"),
@@ -232,7 +232,8 @@ def test_what_llama_cpp_cannot_express_is_refused_by_name(tiny, arch, where, cha
         Layout.of(Architecture.of(config))
 
 
-def test_a_family_that_llama_cpp_lacks_is_refused_by_name():
-    said = "model_type paligemma is not written to GGUF; known are qwen2_vl"
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+def test_a_family_without_an_entry_is_refused_by_name(name):
+    said = f"model_type {name} is not written to GGUF; known are qwen2_vl"
     with pytest.raises(FormatError, match=said):
-        graphs_of(Architecture({}, Family("paligemma", "", (), ()), tied=False))
+        graphs_of(Architecture({}, Family(name, "", (), ()), tied=False))

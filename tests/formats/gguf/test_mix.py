@@ -66,6 +66,8 @@ def test_overrides_win_in_order_and_fall_back_too():
         (256, "Q2_K", "Q2_K"),
         (224, "Q2_K", "Q4_0"),
         (224, "Q5_K", "Q5_1"),
+        (224, "IQ4_XS", "IQ4_NL"),
+        (224, "IQ2_XXS", "IQ4_NL"),
         (100, "Q6_K", "F16"),
     ],
 )
@@ -100,7 +102,7 @@ def test_one_line_for_names_that_are_none():
     wrong = {
         "attn_v": "give regex=TYPE",
         "(=Q8_0": "not a regular expression",
-        "a=IQ4_XS": "Q2_K",
+        "a=IQ9_XS": "Q2_K",
     }
     for given, said in wrong.items():
         with pytest.raises(UsageError, match=said):

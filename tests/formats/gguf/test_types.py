@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.quantizer.grids.test_blocks import random_points
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.gguf.read import _libggml, _to_float
 from vlmq_export.formats.gguf.types.decode import DECODERS, decode
@@ -31,13 +32,18 @@ from vlmq_export.formats.gguf.types.exact import (
 )
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.grids.blocks import GRIDS
 from vlmq_export.quantizer.grids.linears import QuantizedLinear
 from vlmq_export.quantizer.grids.solutions import Solution
 
 AFFINE = sorted(DECODERS)
-SUBS = {"Q2_K": 16, "Q3_K": 16, "Q4_K": 8, "Q5_K": 8, "Q6_K": 16}  # sub-blocks of a block
+# sub-blocks of a block
+SUBS = {"Q2_K": 16, "Q3_K": 16, "Q4_K": 8, "Q5_K": 8, "Q6_K": 16, "IQ4_XS": 8}
+LATTICES = {"IQ3_S": 8, "IQ3_XXS": 8, "IQ2_S": 16, "IQ2_XS": 16, "IQ2_XXS": 8}
+SUBS |= LATTICES
 # Stored scales of sub-blocks are below this number. Those of Q6_K may be any byte.
-SCALE_LIMIT = {"Q2_K": 16, "Q3_K": 64, "Q4_K": 64, "Q5_K": 64}
+SCALE_LIMIT = {"Q2_K": 16, "Q3_K": 64, "Q4_K": 64, "Q5_K": 64, "IQ4_XS": 64}
+SCALE_LIMIT |= dict.fromkeys(LATTICES, 16)
 OFFSET = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # types with an offset, m or dmin
 
 
@@ -57,9 +63,12 @@ def random_blocks(rng: np.random.Generator, name: str, n: int) -> Blocks:
     def sub_blocks() -> np.ndarray:
         return rng.integers(0, SCALE_LIMIT.get(name, 256), (n, SUBS[name]), dtype=np.uint8)
 
+    codes = rng.integers(low, limit, (n, t.block)).astype(dtype)
+    if lattice := GRIDS[name].lattice:
+        codes = random_points(lattice, rng, n, t.block)
     return Blocks(
         half(),
-        rng.integers(low, limit, (n, t.block)).astype(dtype),
+        codes,
         half() if name in OFFSET else None,
         sub_blocks() if name in SUBS else None,
         sub_blocks() if name in SUBS and name in OFFSET else None,
@@ -147,6 +156,20 @@ RAMP = bytes(i | (15 - i) << 4 for i in range(16))  # the codes 0, 1, … 15, 15
                 bytes([9 | 6 << 4] + [0] * 126 + [15 << 4]),
             ],
         ),
+        ("IQ4_NL", {}, [ONE, RAMP]),
+        (
+            "IQ4_XS",
+            {
+                "codes": [9] + [0] * 15 + [6] + [0] * 238 + [15],
+                "scales": [63, 1, 16, 0, 0, 0, 0, 34],
+            },
+            [
+                ONE,
+                bytes([3 | 1 << 4, 2 << 6]),
+                bytes([15 | 1 << 4, 0, 0, 2 << 4]),
+                bytes([9 | 6 << 4] + [0] * 126 + [15 << 4]),
+            ],
+        ),
         (
             "TQ2_0",
             {"codes": [3] + [0] * 127 + [2] + [0] * 127},
@@ -166,6 +189,7 @@ def test_golden_bytes(name, fields, expected):
     assert pack_blocks(name, blocks).tobytes() == b"".join(expected)
 
 
+IQ4 = gguf.quants.IQ4_NL.kvalues
 CENTRE = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0, "TQ2_0": 1, "Q2_0": 1}  # the code that decodes to 0
 
 
@@ -181,6 +205,13 @@ def slow_decode(name: str, b: Blocks, i: int) -> list[float]:
             out.append(d * f(q) + m)
         elif name == "Q6_K":
             out.append(d * f(b.scales.view(np.int8)[i, e // 16]) * f(q - 32))
+        elif name == "IQ4_NL":
+            out.append(d * f(IQ4[q]))
+        elif name in LATTICES:
+            step = 2 * int(b.scales[i, e // (256 // SUBS[name])]) + 1
+            out.append(d * f(step) * f(GRIDS[name].levels[q]))
+        elif name == "IQ4_XS":
+            out.append(d * f(int(b.scales[i, e // 32]) - 32) * f(IQ4[q]))
         elif name == "Q3_K":
             out.append(d * f(int(b.scales[i, e // 16]) - 32) * f(q - 4))
         else:
@@ -219,6 +250,23 @@ def test_packers_refuse_what_does_not_fit(name):
         fields = {k: getattr(good, k) for k in ("d", "codes", "m", "scales", "mins")} | change
         with pytest.raises(ValueError, match=name):
             pack_blocks(name, Blocks(**fields))
+
+
+@pytest.mark.parametrize("name", LATTICES)
+def test_packers_refuse_what_is_no_point(name):
+    good = random_blocks(np.random.default_rng(0), name, 2)
+    top, lattice = PACKERS[name].limit, GRIDS[name].lattice
+    codes = good.codes.copy()
+    codes[1, :8] = [0, top - 1, 0, top - 1, 0, top - 1, 0, top - 1]  # the largest magnitude alone
+    codes[1, 1] = top // 2  # beside the smallest
+    changes = [codes]
+    if lattice.even:
+        codes = good.codes.copy()
+        codes[0, 5] = top - 1 - codes[0, 5]  # the other sign
+        changes.append(codes)
+    for codes in changes:
+        with pytest.raises(ValueError, match=f"{name} holds"):
+            pack_blocks(name, replace(good, codes=codes))
 
 
 # --- decoders -------------------------------------------------------------------------------------
@@ -262,9 +310,9 @@ def test_plain_floats(name):
         assert np.array_equal(by_torch, ours, equal_nan=True)
 
 
-def test_a_type_that_is_not_affine_is_named():
-    with pytest.raises(FormatError, match="IQ4_NL"):
-        decode(np.zeros(18, np.uint8), TYPES["IQ4_NL"], (1, 32))
+def test_a_type_without_a_decoder_is_named():
+    with pytest.raises(FormatError, match="IQ1_M"):
+        decode(np.zeros(56, np.uint8), TYPES["IQ1_M"], (1, 256))
 
 
 # --- homes ----------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from vlmq_export.formats.gptq import requirements
 from vlmq_export.formats.gptq.inspect import inspect
 from vlmq_export.formats.gptq.plan import plan
 from vlmq_export.formats.gptq.proof import autogptq
-from vlmq_export.formats.gptq.proof.check import own_decoder
 from vlmq_export.formats.gptq.read import GptqFolder, read
 from vlmq_export.formats.gptq.write import write
+from vlmq_export.formats.in_transformers.proof.rows import own_decoder
 from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, TensorSpec, artifact_plan
 from vlmq_export.formats.proof.checks import Check, CheckSettings, compare_weights
 from vlmq_export.formats.proof.weights import Weights
@@ -214,7 +214,7 @@ def test_module_names(tmp_path):
 
 @pytest.mark.parametrize("names", ["hub", "module"])
 def test_shards(tmp_path, names):
-    options = replace(OPTIONS, gptq_shard_bytes=10_000, gptq_names=names)
+    options = replace(OPTIONS, shard_bytes=10_000, gptq_names=names)
     artifact, folder = written(tmp_path, options)
     index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
@@ -344,7 +344,7 @@ def test_mislabelled_symmetric_file(tmp_path, bits, version, label):
 
 
 def test_shard_outside_the_folder_is_not_read(tmp_path):
-    _, folder = written(tmp_path, replace(OPTIONS, gptq_shard_bytes=10_000))
+    _, folder = written(tmp_path, replace(OPTIONS, shard_bytes=10_000))
     outside = tmp_path / "elsewhere.safetensors"
     index = folder / "model.safetensors.index.json"
     before = index.read_text("utf-8")

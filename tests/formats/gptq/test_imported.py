@@ -62,7 +62,7 @@ def assert_same(ours: Artifact, theirs: Artifact) -> None:
         ("qwen2_vl", "w4g128", {}),
         ("qwen2_vl", "w4g128-dynamic", {"gptq_version": "v2"}),
         ("qwen2_vl", "w3-sym", {"gptq_names": "module"}),
-        ("qwen3_vl", "w3g128", {"gptq_shard_bytes": 400_000}),
+        ("qwen3_vl", "w3g128", {"shard_bytes": 400_000}),
         ("internvl", "w2g128", {"gptq_names": "module"}),
         ("llava_onevision", "w8g128", {}),
         ("qwen2_5_vl", "w4", {}),

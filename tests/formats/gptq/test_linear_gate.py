@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlmq_export.formats.gptq.proof.check import linear_row
+from vlmq_export.formats.gptq.proof.check import program
+from vlmq_export.formats.in_transformers.proof.rows import linear_row
 
 COLUMNS, ROWS, GROUP = 512, 256, 128
 NAME = "model.layers.0.mlp.down_proj"
@@ -18,7 +19,7 @@ def row_of(weight: np.ndarray, x: np.ndarray, y: np.ndarray) -> Any:
     weights = SimpleNamespace(linears=[NAME], floats=set(), array=lambda _name: weight)
     outcome = SimpleNamespace(linear=lambda _name: (x, y))
     reference: Any = SimpleNamespace(weights=weights)
-    return linear_row(outcome, lambda name: name, reference)  # type: ignore[arg-type]
+    return linear_row(program(4), outcome, lambda name: name, reference)  # type: ignore[arg-type]
 
 
 def product(weight: np.ndarray, x: np.ndarray) -> np.ndarray:

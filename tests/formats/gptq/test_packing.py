@@ -62,7 +62,7 @@ def test_pack_agrees_with_the_definition(data, bits, blocks, width):
 
 def test_unpack_in_chunks(monkeypatch):
     # A chunk then holds one row of the linear.
-    monkeypatch.setattr("vlmq_export.formats.gptq.read._CHUNK", 100)
+    monkeypatch.setattr("vlmq_export.formats.in_transformers.read._CHUNK", 100)
     codes = torch.randint(0, 8, (17, 64), dtype=torch.uint8)
     assert np.array_equal(unpack(pack_codes(codes, 3).numpy(), 3).T, codes.numpy())
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from vlmq_export.formats.contract import FormatOptions
-from vlmq_export.formats.gptq.runtimes import ALL_FAMILIES, RUNTIMES, one_of
+from vlmq_export.formats.gptq.runtimes import RUNTIMES
+from vlmq_export.formats.in_transformers.runtimes import ALL_FAMILIES, one_of
 from vlmq_export.formats.model_plan import ModelPlan
 from vlmq_export.planning.run_plan import plan_run
 from vlmq_export.quantizer.config import QuantConfig

@@ -270,6 +270,8 @@ PHI = {"text_config": {"model_type": "phi"}}
         ("idefics3", {"text_config": {"model_type": "phi"}}, "do not know this idefics3"),
         ("idefics3", {"vision_config": {"image_size": 350}}, "25 patches along a side"),
         ("smolvlm", {"text_config": scaled("yarn")}, None),
+        ("internvl3_5", {}, None),
+        ("gemma3", {}, "see both ways"),
         ("qwen2_vl", {}, None),
         ("qwen3_vl", {}, None),
         ("smolvlm", {}, None),

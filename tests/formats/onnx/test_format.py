@@ -109,7 +109,7 @@ def test_the_plan_tells_the_size_before(written):
     artifact, folder = written
     plan = FORMATS["onnx"].plan(artifact_plan(artifact), FormatOptions())
     size = sum(f.stat().st_size for f in folder.iterdir())
-    assert plan.refusals == [] and plan.size_bytes == pytest.approx(size, rel=0.05)
+    assert plan.refusals == [] and plan.size_bytes == pytest.approx(size, rel=0.02)
     assert any("4-bit container" in n for n in plan.notes)
     found = FORMATS["onnx"].inspect(folder)
     assert found.bits_per_weight == pytest.approx(plan.bits_per_weight, rel=0.02)
@@ -122,7 +122,7 @@ def test_the_plan_of_float16_tells_the_size_before(tmp_path):
     FORMATS["onnx"].write(artifact, folder, options)
     plan = FORMATS["onnx"].plan(artifact_plan(artifact), options)
     size = sum(f.stat().st_size for f in folder.iterdir())
-    assert plan.size_bytes == pytest.approx(size, rel=0.05)
+    assert plan.size_bytes == pytest.approx(size, rel=0.02)
     assert any("float16" in n for n in plan.notes)
 
 

@@ -34,6 +34,15 @@ def test_prompts_of_one_shape_are_answered_together(arch, artifacts, tiny, monke
     assert sum(sizes) == ROWS and max(sizes) > 1
 
 
+def test_a_penalty_for_repetition_changes_no_answer(artifacts):
+    """Qwen2.5-VL's generation_config.json asks for one, which no other runtime applies."""
+    reference = Reference(artifacts("w4g128").path, read_rows(HELDOUT)[:4])
+    inputs = [prompt.model_inputs() for prompt in reference.prompts]
+    greedy = dict(answers.greedy_answers(reference.model, inputs, frozenset({-1}), 8))
+    reference.model.generation_config.repetition_penalty = 100.0
+    assert dict(answers.greedy_answers(reference.model, inputs, frozenset({-1}), 8)) == greedy
+
+
 @pytest.mark.parametrize(
     ("told", "want"),
     [(None, {2}), ({}, {2}), ({"eos_token_id": 7}, {7}), ({"eos_token_id": [7, 9]}, {7, 9})],

@@ -123,6 +123,18 @@ def test_a_model_too_large_for_the_memory_is_compared_weight_by_weight_and_said_
     assert "model" not in vars(reference)  # the cached property: it was never loaded
 
 
+@pytest.mark.parametrize("arch", ["reference", "qwen2_vl", "qwen3_vl"])
+def test_positions_are_known_without_weights(arch, artifacts, tiny):
+    source = [] if arch == "reference" else [tiny(arch)]
+    reference = Reference(artifacts("w4g128", *source).path, read_rows(HELDOUT)[:3])
+    prompts = reference.prompts
+    known = [reference.position_ids(prompt) for prompt in prompts]
+    assert "model" not in vars(reference)
+    vars(reference)["_empty"] = reference.model
+    for prompt, positions in zip(prompts, known):
+        np.testing.assert_array_equal(positions, reference.position_ids(prompt))
+
+
 def test_a_model_that_writes_its_image_token_goes_on(tiny, tmp_path):
     """SmolVLM2's config.json switches the cache off. Each step would then see the images again."""
     made = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny("smolvlm"))

@@ -88,7 +88,15 @@ def gptq_folder(folder: Path) -> None:
     source = folder.with_name("artifact-of-gptq")
     artifact(source)
     folder.mkdir()
-    FORMATS["gptq"].write(Artifact(source), folder, FormatOptions(name="x", gptq_shard_bytes=3500))
+    FORMATS["gptq"].write(Artifact(source), folder, FormatOptions(name="x", shard_bytes=3500))
+
+
+def compressed_folder(folder: Path) -> None:
+    """The artifact above in the compressed-tensors format, in one file."""
+    source = folder.with_name("artifact-of-compressed")
+    artifact(source)
+    folder.mkdir()
+    FORMATS["compressed-tensors"].write(Artifact(source), folder, FormatOptions(name="x"))
 
 
 def gptq_model(folder: Path) -> None:

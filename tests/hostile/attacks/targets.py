@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.hostile.attacks import seeds
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats import NAMES
+from vlmq_export.formats.compressed_tensors.read import CompressedFolder
 from vlmq_export.formats.contract import FORMATS
 from vlmq_export.formats.gguf.read import GGUFFile
 from vlmq_export.formats.gptq.read import GptqFolder
@@ -147,6 +148,13 @@ def _read_gptq(folder: Path) -> None:
     inspect_path(folder)
 
 
+def _read_compressed(folder: Path) -> None:
+    read = CompressedFolder(folder)
+    for name in read.weight_names():
+        read.array(name)
+    FORMATS["compressed-tensors"].inspect(folder)
+
+
 def _read_onnx(folder: Path) -> None:
     try:
         read = OnnxFolder(folder)
@@ -223,6 +231,8 @@ TARGETS = {
     "run": Target(RUN, _run, _resume),
     "gptq-config": Target("config.json", seeds.gptq_folder, _read_gptq),
     "gptq-index": Target("model.safetensors.index.json", seeds.gptq_folder, _read_gptq),
+    "compressed-config": Target("config.json", seeds.compressed_folder, _read_compressed),
+    "compressed-shard": Target("model.safetensors", seeds.compressed_folder, _read_compressed),
     "gptq-shard": Target("model-00001-of-00002.safetensors", seeds.gptq_folder, _read_gptq),
     # cost: transformers builds the empty model for every input
     "import-config": Target("config.json", seeds.gptq_model, _read_import, cost=5),

@@ -4,28 +4,28 @@ import pytest
 import torch
 import transformers
 
-from tests.oracle import attention_gradients, layer_gradients
+from tests.oracle import block_gradients, layer_gradients
 from vlmq_export.quantizer.calibration.importance import (
-    MLP,
-    PROJECTIONS,
-    attention_block,
     clipped,
-    mlp_gradients,
     normalized,
     output_gradients,
     token_factors,
 )
 from vlmq_export.quantizer.calibration.statistics import Statistics
+from vlmq_export.quantizer.calibration.sub_blocks import passed
 from vlmq_export.quantizer.grids.affine import Affine
+from vlmq_export.quantizer.model.families import ATTENTION, MLP
 from vlmq_export.quantizer.solver.column_loop import solve
 from vlmq_export.quantizer.solver.hessian import column_term, prepare
+
+PROJECTIONS = [*ATTENTION.ins, ATTENTION.out]
 
 
 def gradients_of(layer, hidden, full, kwargs):
     """P of each projection, for X = hidden and X̃ = full."""
     with torch.no_grad():
-        target = attention_block(layer, full, kwargs)
-    return output_gradients(layer, hidden, target, kwargs)
+        target = passed(layer, ATTENTION, full, kwargs)
+    return output_gradients(layer, ATTENTION, hidden, target, kwargs)[0]
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
@@ -66,8 +66,8 @@ def decoder(request):
 def test_equals_autograd_over_the_whole_block(decoder):
     layer, hidden, full, kwargs = decoder
     ours = gradients_of(layer, hidden, full, kwargs)
-    brute = attention_gradients(layer, hidden, full, kwargs)
-    assert list(ours) == list(PROJECTIONS)
+    brute = block_gradients(layer, ATTENTION, hidden, full, kwargs)
+    assert list(ours) == PROJECTIONS
     for name in PROJECTIONS:
         assert ours[name].shape == brute[name].shape
         assert float(ours[name].abs().max()) > 0
@@ -77,10 +77,13 @@ def test_equals_autograd_over_the_whole_block(decoder):
 def test_of_the_mlp_equals_autograd_over_the_whole_layer(decoder):
     layer, hidden, full, kwargs = decoder
     with torch.no_grad():
-        ours = mlp_gradients(layer, *(attention_block(layer, x, kwargs) for x in (hidden, full)))
+        between, target = (passed(layer, ATTENTION, x, kwargs) for x in (hidden, full))
+        target = passed(layer, MLP, target, kwargs)
+    ours, after = output_gradients(layer, MLP, between, target, kwargs)
+    torch.testing.assert_close(after, layer(hidden, **kwargs))
     brute = layer_gradients(layer, hidden, full, kwargs)
-    assert list(ours) == list(MLP)
-    for name in MLP:
+    assert list(ours) == [*MLP.ins, MLP.out]
+    for name in ours:
         assert ours[name].shape == brute[name].shape
         assert float(ours[name].abs().max()) > 0
         torch.testing.assert_close(ours[name], brute[name], rtol=1e-4, atol=1e-6)
@@ -96,7 +99,7 @@ def test_block_is_the_layer_without_its_mlp(decoder):
     with torch.no_grad():
         layer(hidden, **kwargs)
     handle.remove()
-    torch.testing.assert_close(attention_block(layer, hidden, kwargs), seen[0])
+    torch.testing.assert_close(passed(layer, ATTENTION, hidden, kwargs), seen[0])
 
 
 def test_samples_do_not_weigh_on_each_other(decoder):

@@ -12,19 +12,21 @@ from vlmq_export import bundled
 from vlmq_export.quantizer.calibration import batches as batching
 from vlmq_export.quantizer.calibration.batches import decoder_inputs
 from vlmq_export.quantizer.calibration.collect import collect, importance_factors
-from vlmq_export.quantizer.calibration.importance import MLP, PROJECTIONS, normalized
-from vlmq_export.quantizer.calibration.layer_walk import DOWN, GATE_UP, OUT, QKV, LayerWalk
+from vlmq_export.quantizer.calibration.importance import normalized
+from vlmq_export.quantizer.calibration.layer_walk import LayerWalk
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.layers import decoder_layer
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.model.families import DECODER_GROUPS
+from vlmq_export.quantizer.model.families import DECODER, groups_of
 from vlmq_export.quantizer.model.streamed import load_model
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
 
 CPU = torch.device("cpu")
+GROUPS = groups_of(DECODER)
+PROJECTIONS, MLP = ((*block.ins, block.out) for block in DECODER)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,9 @@ def grouped(samples):
 @torch.no_grad()
 def test_layers_walked_one_by_one_are_the_model(walk, samples):
     model, layers = walk
-    batches = decoder_inputs(model, layers[0], samples, two_streams=True, device=CPU)
+    batches = decoder_inputs(model, samples, two_streams=True, device=CPU)
     for layer in layers:
-        walk = LayerWalk(layer, batches, two_streams=True)
+        walk = LayerWalk(layer, DECODER, batches, two_streams=True)
         walk.pass_full()
         assert walk.advance() == 0
     for sample in samples[:6]:
@@ -102,9 +104,9 @@ def test_inputs_are_those_of_the_linears_in_the_layers_own_forward(walk, samples
     """In both streams and every group, bit for bit. So are the layer's outputs."""
     model, layers = walk
     layer = layers[1]
-    batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
+    batches = decoder_inputs(model, samples[:6], two_streams=True, device=CPU)
     seen, expected = {}, []
-    for stage, (lead, *_) in enumerate(DECODER_GROUPS):
+    for stage, (lead, *_) in enumerate(GROUPS):
         layer.get_submodule(lead).register_forward_pre_hook(
             lambda _m, args, s=stage: seen.setdefault(s, args[0])
         )
@@ -117,8 +119,8 @@ def test_inputs_are_those_of_the_linears_in_the_layers_own_forward(walk, samples
         expected.append((inputs, own, full))
     for module in layer.modules():
         module._forward_pre_hooks.clear()
-    steps = LayerWalk(layer, batches, two_streams=True)
-    for stage in (QKV, OUT, GATE_UP, DOWN):
+    steps = LayerWalk(layer, DECODER, batches, two_streams=True)
+    for stage in range(4):
         for i, entering in enumerate(steps.inputs(stage)):
             assert torch.equal(entering.quantized, expected[i][0][0][stage].flatten(0, 1))
             assert torch.equal(entering.full, expected[i][0][1][stage].flatten(0, 1))
@@ -135,13 +137,13 @@ def test_each_projection_runs_once_a_stream(walk, samples):
     Their product is too wide to be kept until down is solved.
     """
     model, layers = walk
-    batches = decoder_inputs(model, layers[0], samples[:4], two_streams=True, device=CPU)
-    runs = {name: 0 for group in DECODER_GROUPS for name in group}
+    batches = decoder_inputs(model, samples[:4], two_streams=True, device=CPU)
+    runs = {name: 0 for group in GROUPS for name in group}
     for name in runs:
         layers[0].get_submodule(name).register_forward_hook(
             lambda *_, name=name: runs.__setitem__(name, runs[name] + 1)
         )
-    steps = LayerWalk(layers[0], batches, two_streams=True)
+    steps = LayerWalk(layers[0], DECODER, batches, two_streams=True)
     quantize_layer(steps, "l.", job_for(QuantConfig(method="gptaq", bits=3)))
     steps.advance()
     extra = {"mlp.gate_proj": len(batches), "mlp.up_proj": len(batches)}
@@ -149,7 +151,7 @@ def test_each_projection_runs_once_a_stream(walk, samples):
 
 
 def test_text_only_samples_travel_with_the_others(walk, samples):
-    model, layers = walk
+    model, _ = walk
     text = dataclasses.replace(
         samples[0],
         input_ids=torch.arange(5, 5 + len(samples[1].input_ids)),
@@ -158,9 +160,9 @@ def test_text_only_samples_travel_with_the_others(walk, samples):
         vision=torch.zeros(len(samples[1].input_ids), dtype=torch.bool),
         answer=samples[1].answer,
     )
-    (batch,) = decoder_inputs(model, layers[0], [text, samples[1]], two_streams=False, device=CPU)
+    (batch,) = decoder_inputs(model, [text, samples[1]], two_streams=False, device=CPU)
     for row, sample in enumerate((text, samples[1])):
-        (alone,) = decoder_inputs(model, layers[0], [sample], two_streams=False, device=CPU)
+        (alone,) = decoder_inputs(model, [sample], two_streams=False, device=CPU)
         torch.testing.assert_close(batch.quantized[row], alone.quantized[0], rtol=1e-5, atol=1e-5)
         positions = [b.kwargs["position_embeddings"] for b in (batch, alone)]
         for part, own in zip(*positions):
@@ -172,12 +174,12 @@ def test_a_sample_with_nan_is_left_out_and_counted_once(walk, samples):
     pixels = torch.full_like(samples[3].pixel_values, float("nan"))
     broken = dataclasses.replace(samples[3], pixel_values=pixels)
     chosen = [*samples[:3], broken, *samples[4:8]]
-    batches = decoder_inputs(model, layers[0], chosen, two_streams=True, device=CPU)
+    batches = decoder_inputs(model, chosen, two_streams=True, device=CPU)
     assert sum(b.drop_non_finite() for b in batches) == 1
     assert sum(int(b.valid.sum()) for b in batches) == 7
     for layer in layers[:2]:
         config = QuantConfig(method="vlmq-paper", bits=3)
-        steps = LayerWalk(layer, batches, two_streams=True)
+        steps = LayerWalk(layer, DECODER, batches, two_streams=True)
         for linear, metrics in quantize_layer(steps, "l.", job_for(config)):
             assert bool(torch.isfinite(linear.solution.scales).all())
             assert metrics["tokens"] == sum(len(s.input_ids) for s in chosen if s is not broken)
@@ -189,11 +191,11 @@ def test_a_sample_with_nan_is_left_out_and_counted_once(walk, samples):
 def test_the_quantized_stream_runs_on_what_will_be_on_disk(walk, samples):
     """A solved layer has the decoded integers as weights, and biases rounded to float16."""
     model, layers = walk
-    batches = decoder_inputs(model, layers[0], samples[:8], two_streams=True, device=CPU)
+    batches = decoder_inputs(model, samples[:8], two_streams=True, device=CPU)
     before = [b.quantized for b in batches]
     source = {n: p.clone() for n, p in layers[0].named_parameters()}
     expected_full = [layers[0](b.full, **b.kwargs) for b in batches]
-    steps = LayerWalk(layers[0], batches, two_streams=True)
+    steps = LayerWalk(layers[0], DECODER, batches, two_streams=True)
     solved = quantize_layer(steps, "l.", job_for(QuantConfig(method="gptaq", bits=3)))
     changed = set()
     for linear, _ in solved:
@@ -203,7 +205,7 @@ def test_the_quantized_stream_runs_on_what_will_be_on_disk(walk, samples):
         changed |= {f"{name}.weight", f"{name}.bias"}
         if module.bias is not None:
             assert torch.equal(module.bias, source[f"{name}.bias"].half().float())
-    assert [q.name.removeprefix("l.") for q, _ in solved] == [n for g in DECODER_GROUPS for n in g]
+    assert [q.name.removeprefix("l.") for q, _ in solved] == [n for g in GROUPS for n in g]
     for name, value in layers[0].named_parameters():
         assert name in changed or torch.equal(value, source[name])
     steps.advance()
@@ -219,13 +221,13 @@ def test_every_linear_has_factors_where_the_method_weighs_all(walk, samples):
     A method with `clip` cuts off the largest ones.
     """
     model, layers = walk
-    batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
+    batches = decoder_inputs(model, samples[:6], two_streams=True, device=CPU)
     for batch in batches:
         batch.quantized = batch.quantized * (1 + 0.05 * torch.randn(batch.quantized.shape))
     every = dataclasses.replace(METHODS["vlmq-paper"], weighs="all")
-    factors = importance_factors(LayerWalk(layers[0], batches, two_streams=True), every)
+    factors = importance_factors(LayerWalk(layers[0], DECODER, batches, two_streams=True), every)
     four = importance_factors(
-        LayerWalk(layers[0], batches, two_streams=True), METHODS["vlmq-paper"]
+        LayerWalk(layers[0], DECODER, batches, two_streams=True), METHODS["vlmq-paper"]
     )
     assert list(factors) == [*PROJECTIONS, *MLP]
     brute = [layer_gradients(layers[0], b.quantized, b.full, b.kwargs) for b in batches]
@@ -236,7 +238,7 @@ def test_every_linear_has_factors_where_the_method_weighs_all(walk, samples):
         )
     for name in PROJECTIONS:
         assert torch.equal(torch.cat(factors[name]), torch.cat(four[name]))
-    walk_again = LayerWalk(layers[0], batches, two_streams=True)
+    walk_again = LayerWalk(layers[0], DECODER, batches, two_streams=True)
     cut = importance_factors(walk_again, dataclasses.replace(every, clip=1.5))
     for name, parts in cut.items():
         g, before = torch.cat(parts).square(), torch.cat(factors[name]).square()
@@ -246,12 +248,12 @@ def test_every_linear_has_factors_where_the_method_weighs_all(walk, samples):
 def test_equal_streams_weigh_every_token_the_same(walk, samples):
     """The streams are equal in layer 0 and only there: the smallest drift gives importance."""
     model, layers = walk
-    batches = decoder_inputs(model, layers[0], samples[:6], two_streams=True, device=CPU)
-    equal = LayerWalk(layers[0], batches, two_streams=True)
+    batches = decoder_inputs(model, samples[:6], two_streams=True, device=CPU)
+    equal = LayerWalk(layers[0], DECODER, batches, two_streams=True)
     for factors in importance_factors(equal, METHODS["vlmq-paper"]).values():
         assert all(bool((g == 1).all()) for g in factors)
     batches[0].quantized = batches[0].quantized * 1.001
-    drifted = LayerWalk(layers[0], batches, two_streams=True)
+    drifted = LayerWalk(layers[0], DECODER, batches, two_streams=True)
     for factors in importance_factors(drifted, METHODS["vlmq-paper"]).values():
         assert float(torch.cat(factors).std()) > 0
         assert all(float(g.max()) == 0 for g in factors[1:])
@@ -265,16 +267,16 @@ def test_a_lost_sample_leaves_the_first_layer_its_equal_streams(walk, samples, m
     model, layers = walk
     pixels = torch.full_like(samples[0].pixel_values, float("nan"))
     chosen = [samples[0], dataclasses.replace(samples[0], pixel_values=pixels)]
-    (batch,) = decoder_inputs(model, layers[0], chosen, two_streams=True, device=CPU)
+    (batch,) = decoder_inputs(model, chosen, two_streams=True, device=CPU)
     assert batch.drop_non_finite() == 1
-    exact = LayerWalk.attention_target
+    exact = LayerWalk.target
 
     def noisy(self, index):
         target = exact(self, index)
         return target + 1e-6 * torch.randn(target.shape)
 
-    monkeypatch.setattr(LayerWalk, "attention_target", noisy)
-    equal = LayerWalk(layers[0], [batch], two_streams=True)
+    monkeypatch.setattr(LayerWalk, "target", noisy)
+    equal = LayerWalk(layers[0], DECODER, [batch], two_streams=True)
     for (g,) in importance_factors(equal, METHODS["vlmq"]).values():
         assert torch.equal(g, torch.ones(len(samples[0].input_ids)))
 
@@ -282,7 +284,7 @@ def test_a_lost_sample_leaves_the_first_layer_its_equal_streams(walk, samples, m
 def test_groups_see_what_the_groups_before_them_did(walk, samples, monkeypatch):
     """As with true_sequential: the input of o_proj comes from attention with quantized q, k, v."""
     model, layers = walk
-    batches = decoder_inputs(model, layers[0], samples[:8], two_streams=True, device=CPU)
+    batches = decoder_inputs(model, samples[:8], two_streams=True, device=CPU)
     steps_seen = []
 
     def spy(*args, **kwargs):
@@ -290,9 +292,9 @@ def test_groups_see_what_the_groups_before_them_did(walk, samples, monkeypatch):
         return steps_seen[-1]
 
     monkeypatch.setattr(decoder_layer, "collect", spy)
-    steps = LayerWalk(layers[0], batches, two_streams=True)
+    steps = LayerWalk(layers[0], DECODER, batches, two_streams=True)
     quantize_layer(steps, "l.", job_for(QuantConfig(method="gptaq", bits=2)))
-    seen = {names[0]: found[0].fitted for names, found in zip(DECODER_GROUPS, steps_seen)}
+    seen = {names[0]: found[0].fitted for names, found in zip(GROUPS, steps_seen)}
     # At the input of the first layer the streams are still equal.
     assert float(seen["self_attn.q_proj"].drift.abs().max()) == 0
     for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):

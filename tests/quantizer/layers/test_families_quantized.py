@@ -6,17 +6,18 @@ A tiny model of it is quantized with both streams, decoded by the reference and 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from tools.reference_vlm.tiny_checkpoints import ARCHES
 from vlmq_export import bundled
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
-from vlmq_export.formats.gptq.proof.check import own_decoder
 from vlmq_export.formats.gptq.read import GptqFolder
+from vlmq_export.formats.in_transformers.proof.rows import own_decoder
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.model.families import FAMILIES
 from vlmq_export.quantizer.model.streamed import load_model
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
@@ -33,7 +34,7 @@ def quantized(source, out) -> Artifact:
     return Artifact(out)
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=sorted(ARCHES))
 def made(request, tiny, tmp_path_factory) -> tuple[Artifact, Checkpoint, Reference]:
     source = tiny(request.param)
     artifact = quantized(source, tmp_path_factory.mktemp(request.param) / "artifact")
@@ -99,9 +100,10 @@ def test_features_and_positions_are_those_of_the_models_own_pass(made):
     else:
         assert reference.added_features(prompt) == []
     positions = torch.from_numpy(reference.position_ids(prompt))
-    hidden = model.get_decoder()(
-        inputs_embeds=embeds, position_ids=positions, use_cache=False, **kwargs
-    )
+    decoder = model.get_decoder()
+    if prompt.marks:  # the model makes masks of it, and its decoder takes masks alone
+        kwargs, decoder = {prompt.marks: prompt.vision[None].long()}, model.model
+    hidden = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, **kwargs)
     logits = model.lm_head(hidden.last_hidden_state)[0, :, : reference.vocabulary].numpy()
     want = reference.logits(prompt)
     assert np.linalg.norm(logits - want) / np.linalg.norm(want) < 1e-6
@@ -125,6 +127,19 @@ def test_gptq_holds_every_weight(made, tmp_path):
         row = own_decoder(GptqFolder(folder), reference)
         assert row.status == "passed", row
         assert row.compared == reference.weights.count, row
+
+
+def test_a_changed_norm_is_caught(made, tmp_path):
+    """The last bit of one gain of the norm behind or before the last linears of a layer."""
+    artifact, checkpoint, reference = made
+    FORMATS["gptq"].write(artifact, tmp_path, FormatOptions())
+    family = checkpoint.architecture.family
+    name = f"{family.layers}1.{family.blocks[-1].post or family.blocks[-1].norm}.weight"
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name].view(torch.int16)[7] ^= 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    row = own_decoder(GptqFolder(tmp_path), reference)
+    assert row.status == "failed" and name in row.worst, row
 
 
 @pytest.mark.parametrize("arch", ["llava_onevision", "internvl", "qwen3_vl"])

@@ -10,8 +10,8 @@ import shutil
 import pytest
 import torch
 
+from tests.jobs import quantized, tied_and_untied
 from tests.quantizer.run.test_quantize import files, write
-from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export import bundled
 from vlmq_export.errors import ArtifactError, Interrupted, UsageError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
@@ -28,14 +28,13 @@ from vlmq_export.quantizer.model.rotation import rotated
 from vlmq_export.quantizer.model.streamed import StreamedModel, load_model
 from vlmq_export.quantizer.ranks import ALONE
 from vlmq_export.quantizer.run.first_pass import first_pass
-from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONFIG = QuantConfig(method="vlmq", bits=3, group_size=64, head_bits=3)
+CONFIG = QuantConfig(method="vlmq-paper", bits=3, group_size=64, head_bits=3)
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +46,11 @@ def samples():
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Whether the output matrix is tied → a random Qwen2-VL of two layers."""
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        t: make_random_checkpoint(folder / str(t), "qwen2_vl", layers=2, depth=3, tied=t)
-        for t in (True, False)
-    }
+    return tied_and_untied(tmp_path_factory.mktemp("models"))
 
 
 def run(source, samples, out, config=CONFIG, **options):
-    options |= {"name": "m", "calibration": {}, "device": "cpu"}
-    quantize(Checkpoint(source), samples, config, out, **options)
-    return Artifact(out)
+    return quantized(source, samples, out, config, **options)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +168,7 @@ def test_slabs_of_a_head_share_the_samples_that_were_put_aside(checkpoints, samp
     model = StreamedModel(Checkpoint(checkpoints[False]), torch.device("cpu"))
     config = dataclasses.replace(CONFIG, method="auto", head_bits=3)
     job = Job.of(model.checkpoint.architecture, config)
-    batches = first_pass(model, samples, [], job, Shelf(model.device), ALONE)
+    batches = first_pass(model, samples, [], [], job, Shelf(model.device), ALONE)
     whole, metrics = output_head.quantize_head(model, batches, job)
     monkeypatch.setattr(output_head, "solve_unit", spy)
     monkeypatch.setattr(output_head, "SLAB", 100)
@@ -267,7 +260,9 @@ def test_a_manifest_with_an_impossible_head_is_damaged(solved, tmp_path):
         Artifact(tmp_path / "a")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "exact", "auto"])
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq", *(pytest.param(m, marks=pytest.mark.slow) for m in ("exact", "auto"))]
+)
 def test_methods_that_choose_or_scale_solve_a_head_too(method, checkpoints, samples, tmp_path):
     """AWQ and MBQ have nothing to scale before the head, and round it to nearest."""
     config = dataclasses.replace(CONFIG, method=method)

@@ -24,7 +24,7 @@ from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.recipes.recipe_file import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONFIG = QuantConfig(method="exact", bits=2, group_size=64, tune=6)
+CONFIG = QuantConfig(method="gptaq", bits=2, group_size=64, tune=6)
 
 
 def samples_of(source, count=24):
@@ -113,9 +113,7 @@ def test_some_samples_of_a_batch_leave_a_layer_as_in_the_whole_batch(name, tiny)
     for count in (3, 4):  # with three samples M-RoPE's first axis is as long as the second
         many = [sample] * count
         with model.filled_prefix(torch.cat([s.input_ids for s in many])) as prefix:
-            (batch,) = decoder_inputs(
-                prefix, model.layer(0), many, two_streams=False, device=model.device
-            )
+            (batch,) = decoder_inputs(prefix, many, two_streams=False, device=model.device)
         hidden = batch.quantized + 0.1 * torch.randn(batch.quantized.shape)
         rows = torch.tensor([2, 0])
         with torch.no_grad(), model.filled_layer(0) as layer:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.oracle import attention_gradients, brain_surgeon
+from tests.oracle import block_gradients, brain_surgeon
 from tests.quantizer.run.test_quantize import run
 from vlmq_export import bundled
 from vlmq_export.errors import Interrupted
@@ -16,6 +16,7 @@ from vlmq_export.quantizer.artifact.read import read_layer
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.families import ATTENTION
 from vlmq_export.quantizer.model.streamed import load_model
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
@@ -65,7 +66,7 @@ def slow_codes(method, model, full, samples, index: int) -> np.ndarray:
     for (h, kwargs), (h_full, _) in zip(*states):
         g = np.ones(h.shape[1])
         if method.importance != "none" and not torch.equal(h, h_full):
-            p = attention_gradients(layer, h, h_full, kwargs)[LINEAR][0].numpy()
+            p = block_gradients(layer, ATTENTION, h, h_full, kwargs)[LINEAR][0].numpy()
             g = np.abs(p).mean(1) if method.importance == "l1" else np.sqrt((p**2).sum(1))
         with torch.no_grad():
             rows.append([layer.input_layernorm(x)[0].numpy() for x in (h, h_full)] + [g])

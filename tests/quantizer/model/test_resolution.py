@@ -187,6 +187,13 @@ def test_a_tensor_of_another_shape_is_named(copy, name):
     assert f"{name} has shape" in said and "config.json asks for" in said
 
 
+def test_experts_are_refused_by_name(tiny):
+    config = json.loads((tiny("internvl") / "config.json").read_text())
+    config["text_config"]["model_type"] = "qwen3_moe"
+    with pytest.raises(CheckpointError, match=r"qwen3_moe, a mixture of experts, .* a dense model"):
+        Architecture.of(config)
+
+
 @pytest.mark.parametrize("arch", sorted(FAMILIES))
 def test_the_class_is_that_of_model_type(arch, copy):
     """Some checkpoints name the class without an output matrix, or none at all."""

@@ -21,7 +21,7 @@ from vlmq_export.quantizer.storage.tensors import read_infos, read_tensor
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3")
 
 
 def samples_of(folder, count=6):
@@ -47,10 +47,9 @@ def test_streamed_parts_are_the_whole_model(arch, generation, tiny):
     whole, streamed = load_model(checkpoint, CPU), StreamedModel(checkpoint, CPU)
     family = checkpoint.architecture.family
     options = {"two_streams": True, "device": CPU, "added": family.added}
-    first = whole.get_submodule(family.module_name(f"{family.layers}0"))
-    expected = decoder_inputs(whole, first, samples, **options)
+    expected = decoder_inputs(whole, samples, **options)
     with streamed.filled_prefix(ids_of(samples)) as prefix:
-        batches = decoder_inputs(prefix, streamed.layer(0), samples, **options)
+        batches = decoder_inputs(prefix, samples, **options)
     assert held(streamed.model) == 0
     layer = 0
     while f"{family.layers}{layer}.mlp.up_proj.weight" in checkpoint.tensors:
@@ -59,7 +58,7 @@ def test_streamed_parts_are_the_whole_model(arch, generation, tiny):
             assert held(streamed.model) == sum(p.nbytes for p in own.parameters()), layer
             assert all(torch.equal(p, q) for p, q in zip(own.parameters(), other.parameters()))
             for module, stream in ((own, expected), (other, batches)):
-                walk = LayerWalk(module, stream, two_streams=True)
+                walk = LayerWalk(module, family.blocks, stream, two_streams=True)
                 walk.pass_full()
                 walk.advance()
         for batch, other in zip(expected, batches):

@@ -110,12 +110,15 @@ def test_what_counts_is_the_length_of_the_samples():
     assert plan(lengths=share) == plan()
 
 
-def test_the_logits_of_mbq_count_on_the_device():
-    """A batch of 4096 tokens has logits of 2.5 GB at this vocabulary, three times at once."""
-    on_device = {"device_free": 80 * GB, "host_free": 8 * GB}
-    awq, mbq = (plan(method=m, **on_device) for m in ("awq", "mbq"))
-    assert awq.parts["gradients"] == 0 < mbq.parts["gradients"]
-    assert mbq.device - mbq.activations * (mbq.place == "device") > 3 * 4096 * 151_936 * 4
+def test_the_gradients_of_the_answers_count():
+    """The output matrix, and 512 positions of its logits three times; what enters every layer."""
+    awq, mbq = (plan(method=m) for m in ("awq", "mbq"))
+    assert awq.parts["gradients"] == 0
+    assert mbq.parts["gradients"] == (2048 + 3 * 512) * 151_936 * 4
+    one = 512 * 512 * 2048 * 4
+    assert awq.activations == 3 * one and mbq.activations == one + 4 * 2**30
+    few = Lengths((Length(512, 512),) * 8)
+    assert plan(method="mbq", lengths=few).activations == 37 * one * 8 // 512
     assert mbq.parts["batch"] > awq.parts["batch"]
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from vlmq_export.quantizer.config import ACT_ORDERS, QuantConfig
 from vlmq_export.quantizer.layers.damping import TIMES
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.families import MLP
 from vlmq_export.quantizer.model.streamed import load_model
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.run.refusals import check_shapes
@@ -83,8 +85,16 @@ def write(model, artifact: Artifact) -> None:
 # --- what comes out -------------------------------------------------------------------------------
 
 
+LONG = ("auto", "exact", "vlm-ptq")  # the longest, which go the ways of the others
+
+
 @pytest.mark.parametrize(
-    ("method", "folder"), [*((m, "small") for m in METHODS), ("vlmq", "reference")]
+    ("method", "folder"),
+    [
+        *((m, "small") for m in METHODS if m not in LONG),
+        *(pytest.param(m, "small", marks=pytest.mark.slow) for m in LONG),
+        pytest.param("vlmq", "reference", marks=pytest.mark.slow),
+    ],
 )
 def test_every_method_makes_a_whole_artifact(method, folder, small, samples, tmp_path):
     source = small if folder == "small" else bundled.REFERENCE_VLM
@@ -139,7 +149,10 @@ def test_every_grid_and_order(act_order, bits, group, symmetric, small, samples,
 
 @pytest.fixture(scope="module")
 def quality(samples, tmp_path_factory):
-    """method → (artifact at 2 bits, its KL to full precision at answer tokens of held-out rows)."""
+    """get(method) → (artifact at 2 bits, its KL at answer tokens of held-out rows), made once.
+
+    The KL is to full precision.
+    """
     preprocessor = Preprocessor(bundled.REFERENCE_VLM)
     held = [preprocessor.sample(row) for row in read_rows(bundled.HELDOUT)[:24]]
     model = load_model(Checkpoint(bundled.REFERENCE_VLM), CPU)
@@ -152,20 +165,26 @@ def quality(samples, tmp_path_factory):
     def answers():
         return [answer(sample) for sample in held]
 
-    full, out = answers(), {}
-    for method in ("rtn", "gptq", "vlmq-paper", "vlmq"):
+    full = answers()
+
+    @cache
+    def get(method):
         folder = tmp_path_factory.mktemp("quality") / method
         config = QuantConfig(method=method, bits=2)
         artifact = run(bundled.REFERENCE_VLM, samples[:32], folder, config)
         write(model, artifact)
         kl = [(a.exp() * (a - b)).sum(-1) for a, b in zip(full, answers())]
-        out[method] = artifact, float(torch.cat(kl).mean())
-    return out
+        return artifact, float(torch.cat(kl).mean())
+
+    return get
 
 
-@pytest.mark.parametrize("method", ["gptq", "vlmq-paper", "vlmq"])
+DEFAULT = pytest.param("vlmq", marks=pytest.mark.slow)  # runtime_tests/test_main_job.py has it too
+
+
+@pytest.mark.parametrize("method", ["gptq", "vlmq-paper", DEFAULT])
 def test_calibrated_methods_beat_rounding_on_held_out_answers(method, quality):
-    assert quality[method][1] < quality["rtn"][1] / 3
+    assert quality(method)[1] < quality("rtn")[1] / 3
 
 
 def test_first_layers_of_gptq_and_the_paper_agree(quality):
@@ -176,7 +195,7 @@ def test_first_layers_of_gptq_and_the_paper_agree(quality):
 
     def agreement(name):
         linears = (
-            quality[method][0].linear(f"model.layers.{name}") for method in ("gptq", "vlmq-paper")
+            quality(method)[0].linear(f"model.layers.{name}") for method in ("gptq", "vlmq-paper")
         )
         one, other = (linear.solution.codes for linear in linears)
         return float((one == other).float().mean())
@@ -186,50 +205,53 @@ def test_first_layers_of_gptq_and_the_paper_agree(quality):
     assert agreement("5.self_attn.q_proj") < 0.99
 
 
-@pytest.mark.parametrize("method", ["vlmq-paper", "vlmq"])
+@pytest.mark.parametrize("method", ["vlmq-paper", DEFAULT])
 def test_metrics_say_what_was_solved(method, quality):
-    for record in quality[method][0].manifest.modules:
+    for record in quality(method)[0].manifest.modules:
         m = record.metrics
         times = TIMES if METHODS[method].damping == "held-out" else (1.0,)
         assert m["damp"] in [0.01 * t for t in times]
         assert m["fallback"] is False and m["dead_columns"] == 0
         assert m["loss"] > 0 and 0 < m["relative_error"] < 1
-        if record.name.endswith(("gate_proj", "up_proj", "down_proj")):
+        asks, mlp = METHODS[method].asks_answers, record.name.endswith((*MLP.ins, MLP.out))
+        if mlp and not asks:
             assert m["effective_tokens"] == m["tokens"]
-        elif record.layer > 0:
+        elif asks or record.layer > 0:
             assert 0 < m["effective_tokens"] < m["tokens"]
 
 
 # --- resuming -------------------------------------------------------------------------------------
 
-RECIPE = QuantConfig(method="vlmq", bits=2, group_size=128, act_order="dynamic")
+RECIPE = QuantConfig(method="vlmq", bits=4, group_size=128, act_order="dynamic")
 
 
 @pytest.fixture(scope="module")
-def unkilled(samples, tmp_path_factory):
+def unkilled(small, samples, tmp_path_factory):
     """The artifact of a run that was never stopped."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("unkilled") / "a"
-    run(bundled.REFERENCE_VLM, samples[:12], folder, RECIPE)
+    run(small, samples[:12], folder, RECIPE)
     torch.set_num_threads(before)
     return folder
 
 
-def test_two_runs_have_the_same_bytes(unkilled, samples, tmp_path):
-    run(bundled.REFERENCE_VLM, samples[:12], tmp_path / "a", RECIPE)
+def test_two_runs_have_the_same_bytes(unkilled, small, samples, tmp_path):
+    run(small, samples[:12], tmp_path / "a", RECIPE)
     assert files(tmp_path / "a") == files(unkilled)
 
 
-def test_stopping_after_every_layer_and_resuming_gives_the_same_bytes(unkilled, samples, tmp_path):
+def test_stopping_after_every_layer_and_resuming_gives_the_same_bytes(
+    unkilled, small, samples, tmp_path
+):
     folder, manifest = tmp_path / "a", tmp_path / "a" / "manifest.json"
 
     def go_on(**options):
-        run(bundled.REFERENCE_VLM, samples[:12], folder, RECIPE, **options)
+        run(small, samples[:12], folder, RECIPE, **options)
 
     solved = []
-    for layer in range(1, 6):
-        says = f"stopped after layer {layer} of 6; continue with --resume"
+    for layer in range(1, 3):
+        says = f"stopped after layer {layer} of 3; continue with --resume"
         with pytest.raises(Interrupted, match=says) as caught:
             go_on(resume=layer > 1, should_stop=lambda: True)
         assert caught.value.exit_code == 75
@@ -256,22 +278,25 @@ from vlmq_export.quantizer.samples.rows import read_rows
 torch.set_num_threads(1)
 p = Preprocessor(bundled.REFERENCE_VLM)
 samples = [p.sample(row) for row in read_rows(bundled.CALIBRATION)[:12]]
-config = QuantConfig(method="vlmq", bits=2, group_size=128, act_order="dynamic")
+config = QuantConfig(method="vlmq", bits=4, group_size=128, act_order="dynamic")
 options = {"name": "m", "calibration": {"rows": 12}, "device": "cpu", "resume": True}
 print("ready", flush=True)
-quantize(Checkpoint(bundled.REFERENCE_VLM), samples, config, Path(sys.argv[1]), **options)
+quantize(Checkpoint(Path(sys.argv[1])), samples, config, Path(sys.argv[2]), **options)
 """
 
 
-def test_kill_9_at_a_random_moment_and_resume_gives_the_same_bytes(unkilled, samples, tmp_path):
+@pytest.mark.slow
+def test_kill_9_at_a_random_moment_and_resume_gives_the_same_bytes(
+    unkilled, small, samples, tmp_path
+):
     folder = tmp_path / "a"
     seed = int.from_bytes(os.urandom(2), "little")
     moment = random.Random(seed)
-    command = [sys.executable, "-c", CHILD, str(folder)]
+    command = [sys.executable, "-c", CHILD, str(small), str(folder)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     child = subprocess.Popen(command, text=True, **pipes)
     assert child.stdout.readline().strip() == "ready"
-    published = moment.randrange(0, 5)  # wait for this many layers, then for up to 0.3 s
+    published = moment.randrange(0, 2)  # wait for this many layers, then for up to 0.3 s
 
     def reached():
         return (folder / "run.json").exists() and len(list(folder.glob("layer-*"))) >= published
@@ -281,8 +306,8 @@ def test_kill_9_at_a_random_moment_and_resume_gives_the_same_bytes(unkilled, sam
     time.sleep(moment.random() * 0.3)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, f"the run ended before it could be killed, seed {seed}"
-    (folder / ".layer-00003.safetensors.12345.tmp").write_bytes(b"half a layer")
-    run(bundled.REFERENCE_VLM, samples[:12], folder, RECIPE, resume=True)
+    (folder / ".layer-00001.safetensors.12345.tmp").write_bytes(b"half a layer")
+    run(small, samples[:12], folder, RECIPE, resume=True)
     assert files(folder) == files(unkilled), f"seed {seed}"
 
 

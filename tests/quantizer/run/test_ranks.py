@@ -1,6 +1,7 @@
 """Two ranks compute what one process does, except for the order of sums."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -33,6 +34,29 @@ def test_alone_changes_nothing():
     assert ALONE.broadcast_json({"a": 1}, 0) == {"a": 1}
     with joined(torch.device("cpu")) as ranks:
         assert ranks is ALONE
+
+
+def test_one_process_of_torchrun_is_a_group(monkeypatch):
+    """What many ranks do, one does too: on one GPU this is what proves NCCL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    called = []
+    reduce = torch.distributed.all_reduce
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *a: called.append(1) or reduce(*a))
+    with joined(torch.device("cpu")) as ranks:
+        assert ranks.grouped and ranks.size == 1 and ranks.first
+        value = torch.arange(3.0)
+        assert torch.equal(ranks.summed(value.clone()), value)
+        assert ranks.total(1.5, 2) == [1.5, 2] and ranks.largest(3) == 3
+        assert torch.equal(ranks.broadcast(value, 0), value)
+        assert ranks.broadcast_json({"a": 1}, 0) == {"a": 1}
+        evidence = Evidence(Statistics.empty(4, drift=True))
+        assert summed_on(0, evidence, ranks) is evidence
+    assert len(called) >= 4
 
 
 def test_batches_are_shared_out_whole():
@@ -104,26 +128,31 @@ def test_collectives_of_two_processes(tmp_path):
     torchrun(str(script))
 
 
-def test_two_ranks_choose_the_codes_of_one_process(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("gptq", ()), ("gguf", ("--bits", "4", "--vision-bits", "4"))],
+    ids=["decoder", "vision tower too"],
+)
+def test_two_ranks_choose_the_codes_of_one_process(name, more, tmp_path):
     model = make_random_checkpoint(tmp_path / "model", "qwen2_vl", layers=2, depth=3)
     artifacts = []
-    for name, start in (("one", call), ("two", torchrun)):
-        options = ["--format", "gptq", "--samples", "9", "--no-verify", "--quiet"]
-        options += ["--device", "cpu", "--out", str(tmp_path / name)]
+    for out, start in (("one", call), ("two", torchrun)):
+        options = ["--format", name, "--samples", "9", "--no-verify", "--quiet", *more]
+        options += ["--device", "cpu", "--out", str(tmp_path / out)]
         start("-m", "vlmq_export", str(model), *options)
-        artifacts.append(Artifact(tmp_path / name / "artifact"))
+        artifacts.append(Artifact(tmp_path / out / "artifact"))
     one, two = artifacts
     same = total = 0
-    for name in one.linear_names():
-        codes = one.linear(name).solution.codes, two.linear(name).solution.codes
+    for linear in one.linear_names():
+        codes = one.linear(linear).solution.codes, two.linear(linear).solution.codes
         same, total = same + int((codes[0] == codes[1]).sum()), total + codes[0].numel()
-        a, b = one.records[name].metrics, two.records[name].metrics
+        a, b = one.records[linear].metrics, two.records[linear].metrics
         assert a["tokens"] == b["tokens"]
         assert a["effective_tokens"] == pytest.approx(b["effective_tokens"], rel=1e-3)
     losses = [sum(r.metrics["loss"] for r in x.records.values()) for x in artifacts]
     assert same / total >= SAME_CODES, same / total
     assert losses[1] == pytest.approx(losses[0], rel=LOSS)
-    files = [{p.name for p in (tmp_path / n / "gptq").iterdir()} for n in ("one", "two")]
+    files = [{p.name for p in (tmp_path / n / name).iterdir()} for n in ("one", "two")]
     assert files[0] == files[1]
 
 
@@ -151,6 +180,7 @@ with joined(torch.device("cpu")) as ranks:
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_keep_their_activations_on_disk(tmp_path):
     """Each process numbers its own files, so that they need a folder each."""
     model = make_random_checkpoint(tmp_path / "model", "qwen2_vl", layers=1, depth=1)

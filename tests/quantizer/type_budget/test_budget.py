@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.artifacts import edit
 from tests.vlmq_export.test_cli import call, refused
+from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export import bundled
 from vlmq_export.errors import UsageError
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
@@ -26,6 +27,7 @@ from vlmq_export.quantizer.model.streamed import load_model
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.quantizer.solver.nearest import nearest_in_blocks
+from vlmq_export.quantizer.type_budget import likeness
 from vlmq_export.quantizer.type_budget.knapsack import choose
 from vlmq_export.quantizer.type_budget.sensitivity import measured
 
@@ -122,35 +124,84 @@ def test_parts_of_the_matrices_measure_the_same(reference):
     assert rounded["down"]["Q2_K"] > whole["down"]["Q2_K"]  # solving costs less than rounding
 
 
-BUDGET = 3.4
+def test_a_lattice_costs_what_the_probes_say(reference):
+    """It is solved on two of three matrices, and costs the others as much more than its K type."""
+    model, samples = reference
+    layers = model.model.language_model.layers
+    modules = {str(i): layers[i].self_attn.v_proj for i in range(3)}
+    kinds = {"0": ["IQ2_XXS", "IQ3_S", "Q2_K", "Q3_K"], "1": ["Q2_K"], "2": ["IQ2_XXS", "Q2_K"]}
+    costs = measured(model, modules, kinds, modules, samples[:8], QuantConfig())
+    assert {name: [*each] for name, each in costs.items()} == kinds
+    assert costs["0"]["IQ2_XXS"] > costs["0"]["Q2_K"] > costs["0"]["IQ3_S"] > 0
+    ratio = costs["0"]["IQ2_XXS"] / costs["0"]["Q2_K"]
+    assert costs["2"]["IQ2_XXS"] == pytest.approx(ratio * costs["2"]["Q2_K"])
+
+
+def test_probes_are_spread_over_the_matrices():
+    many = {str(i): ["IQ2_S", "Q2_K"] for i in range(42)} | {"e": ["IQ2_S", "Q2_K"], "v": ["IQ2_S"]}
+    linears = {*many} - {"e"}
+    assert likeness.probes(many, linears) == ["5", "15", "25", "35"]
+    few = {"a": ["IQ2_S", "Q2_K"], "b": ["Q2_K"], "c": ["IQ2_S", "Q2_K"]}
+    assert likeness.probes(few, {"a", "b", "c"}) == ["a", "c"]
+    assert likeness.quick(["IQ2_S"]) == ["IQ2_S"]  # --tensor-type leaves no other
+
+
+def test_the_ratio_is_the_mean_of_the_probes():
+    kinds = {"a": ["IQ2_S", "Q2_K"], "b": ["Q2_K"], "c": ["IQ3_S", "Q3_K"]}
+    costs = {"a": {"Q2_K": 3.0}, "b": {"Q2_K": 1.0}, "c": {"Q3_K": 5.0}}
+    full = likeness.completed(costs, kinds, [{"IQ2_S": 0.25}, {"IQ2_S": 4.0}, {"IQ2_S": 1.0}])
+    assert full["a"] == {"IQ2_S": pytest.approx(3.0), "Q2_K": 3.0}
+    assert full["b"] == {"Q2_K": 1.0}
+    assert full["c"] == {"IQ3_S": 5.0, "Q3_K": 5.0}  # no probe could tell
+
+
+BUDGET = 4.2
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """An output folder that keeps a budget, and the flags that it was made with."""
-    out = tmp_path_factory.mktemp("begun") / "out"
-    flags = ["--format", "gguf", "--method", "gptq", "--samples", 8, "--target-bpw", BUDGET]
+    folder = tmp_path_factory.mktemp("begun")
+    model, out = make_random_checkpoint(folder / "model", layers=3, depth=3), folder / "out"
+    flags = [model, "--format", "gguf", "--method", "gptq", "--samples", 8, "--target-bpw", BUDGET]
     flags += ["--tensor-type", "attn_v=Q8_0", "--no-verify", "--quiet"]
     code, _, err = call(*flags, "--out", out)
     assert code == 0, err
     return out, flags
 
 
-def test_the_file_keeps_the_budget(begun, tmp_path):
-    out, flags = begun
+def written(out):
+    """The matrices of the GGUF in an output folder, and their bits per weight."""
     tensors = GGUFFile(find_files(out / "gguf")[0]).tensors
     matrices = [t for t in tensors.values() if len(t.shape) == 2]
     bits = sum(8 * t.nbytes for t in matrices) / sum(t.shape[0] * t.shape[1] for t in matrices)
+    return matrices, bits
+
+
+def test_the_file_keeps_the_budget(begun, tmp_path):
+    out, flags = begun
+    matrices, bits = written(out)
     assert BUDGET - 0.05 < bits <= BUDGET
     assert {t.type for t in matrices if "attn_v" in t.name} == {"Q8_0"}
     assert all(TYPES[t.type].block > 1 for t in matrices)
     config = Artifact(out / "artifact").config
     assert config.gguf_type == "" and len(config.types) == len(matrices)
-    assert "3.4 bits per weight" in (out / "README.md").read_text("utf-8")
+    assert f"{BUDGET} bits per weight" in (out / "README.md").read_text("utf-8")
     code, _, err = call(*flags, "--out", out, "--resume")
     assert code == 0, err
     again = ("--format", "gguf", "--gguf-type", "Q4_K_M", "--out", tmp_path / "x")
     assert "already" in refused(out / "artifact", *again, code=2)
+
+
+@pytest.mark.slow
+def test_a_budget_below_the_k_types_is_met_by_lattices(begun, tmp_path):
+    _, flags = begun
+    flags = [*flags[: flags.index(BUDGET)], 2.4, "--no-verify", "--quiet"]
+    code, _, err = call(*flags, "--out", tmp_path / "out")
+    assert code == 0, err
+    matrices, bits = written(tmp_path / "out")
+    assert 2.35 < bits <= 2.4
+    assert {"IQ2_XXS"} < {t.type for t in matrices}
 
 
 @pytest.mark.parametrize(
@@ -193,4 +244,4 @@ def test_what_cannot_be_is_refused_before_any_work(flags, said, tmp_path):
 def test_a_budget_below_the_smallest_types_is_refused(tmp_path):
     said = refused("--format", "gguf", "--target-bpw", 2, "--out", tmp_path / "o", code=2)
     assert "--target-bpw" in said
-    assert "1.312 times" in said
+    assert "1.039 times" in said

@@ -7,7 +7,8 @@ act_group_aware and gptaq.
 
 GPTQModel runs in a process of its own, because importing it patches transformers and safetensors.
 Its processor needs torchvision, so that our tokenized samples take the place of its dataset
-preparation. Everything after that is its own.
+preparation. Everything after that is its own. It knows SmolVLM2 by name, but not SmolVLM, whose
+decoder lies at the same place: SmolVLM gets the same definition.
 """
 
 import json
@@ -28,15 +29,20 @@ def main(request: dict) -> None:
     """Quantize as the request says, and write the model into its folder `out`."""
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.models.auto import MODEL_MAP, SUPPORTED_MODELS
     from gptqmodel.models.definitions.base_qwen2_vl import BaseQwen2VLGPTQ
     from gptqmodel.models.definitions.qwen2_5_vl import Qwen2_5_VLQModel
+    from gptqmodel.models.definitions.smolvlm import SmolVLMQModel
     from gptqmodel.quantization.config import GPTAQConfig
 
     torch.manual_seed(0)
     preprocessor = Preprocessor(Path(request["model"]))
     rows = read_rows(Path(request["rows"]))[request.get("first", 0) :][: request["samples"]]
     samples = [preprocessor.sample(row).model_inputs() for row in rows]
-    for cls in (BaseQwen2VLGPTQ, Qwen2_5_VLQModel):
+    SmolVLMQModel.require_pkgs = None
+    MODEL_MAP["idefics3"] = SmolVLMQModel
+    SUPPORTED_MODELS.append("idefics3")
+    for cls in (BaseQwen2VLGPTQ, Qwen2_5_VLQModel, SmolVLMQModel):
         cls.require_load_processor = False
         cls.prepare_dataset = lambda self, calibration_dataset, *_, **__: calibration_dataset
     order = "desc_act" if request["desc_act"] else "act_group_aware"

@@ -1,6 +1,7 @@
-"""Runs a GPTQ folder in transformers with gptqmodel, in a process of its own.
+"""Runs a folder in transformers, in a process of its own.
 
-This is the side that starts `worker.py`, waits for it, and reads the files that it leaves.
+This is the side that starts a format's `worker.py`, waits for it, and reads the files that it
+leaves.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save_file
@@ -31,7 +33,7 @@ def _untold(_done: int) -> None:
 
 
 class RuntimeFailed(VlmqError):
-    """transformers with gptqmodel could not run the folder. The message is the worker's last line.
+    """transformers could not run the folder. The message is the worker's last line.
 
     kernel: class name of the quantized linears, if the model was loaded.
     """
@@ -45,18 +47,19 @@ class RuntimeFailed(VlmqError):
 class Request:
     """What the worker is asked to do."""
 
+    worker: str  # module of the format that is started
     folder: str
     out: str  # folder for the results
-    bits: int
     prompts: list[str]  # safetensors files with the model's inputs
     vocabulary: int
     limit: int  # tokens of an answer
     stop_ids: list[int]
     threads: int
     dtype: str = "float32"
-    backend: str | None = None  # kernel of gptqmodel; None: what the loader picks
-    # Scales are widened to float32. Decoded weights and single linears are left in files too.
+    loading: dict[str, Any] = field(default_factory=dict)  # what the format's own loader is told
+    # Scales are widened to float32. With logits, decoded weights and single linears are left too.
     exact: bool = False
+    logits: bool = True  # whether more is wanted than the answers
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def save_prompts(samples: list[Sample], folder: Path) -> list[str]:
 class Worker:
     """A process that works on requests one after the other.
 
-    Importing gptqmodel takes longer than everything that a small model is asked, so that all
+    Importing a runtime takes longer than everything that a small model is asked, so that all
     requests share a process. It works while the caller does something else, until `outcome` is
     asked for. Where it dies over one request, another goes on with the next.
     """
@@ -156,13 +159,12 @@ class Worker:
 
     def _start(self) -> subprocess.Popen:
         """Start the process on the requests that wait."""
-        module = "vlmq_export.formats.gptq.proof.worker"
         first = Path(self._waiting[0].out)
         files = [str(Path(request.out) / "request.json") for request in self._waiting]
         self._stderr = first / "stderr"
         with self._stderr.open("wb") as stderr:
             return subprocess.Popen(
-                [sys.executable, "-m", module, *files],
+                [sys.executable, "-m", self._waiting[0].worker, *files],
                 env=_environment(self._waiting[0]),
                 cwd=first,
                 stdin=subprocess.DEVNULL,

@@ -1,0 +1,63 @@
+"""What a compressed-tensors folder would be, from shapes alone: size, refusals, who can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vlmq_export.formats.compressed_tensors.layout import entries, schemes
+from vlmq_export.formats.compressed_tensors.runtimes import RUNTIMES
+from vlmq_export.formats.contract import FormatOptions, FormatPlan
+from vlmq_export.formats.in_transformers import runtimes
+from vlmq_export.formats.in_transformers.files import (
+    bits_per_weight,
+    embedding_refusals,
+    group_refusals,
+)
+from vlmq_export.formats.model_plan import ModelPlan
+
+
+def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
+    """Size, bits per weight and refusals. The size is that of the tensors, without other files."""
+    if refusals := [*_refusals(model), *group_refusals(model)]:
+        return FormatPlan(0.0, 0, refusals)
+    table = list(entries(model.linears, model.floats, model.config))
+    size = sum(e.nbytes for e in table)
+    return FormatPlan(bits_per_weight(model, table), size, [], notes(model, options))
+
+
+def _refusals(model: ModelPlan) -> Iterator[str]:
+    """What the layout or its reader in transformers cannot hold."""
+    config = model.config
+    if config.types:
+        yield (
+            "the integers are on GGUF's block types;"
+            " leave out --format compressed-tensors, or quantize again"
+        )
+    if config.vision_bits:
+        yield (
+            f"--vision-bits {config.vision_bits}: these files hold the vision tower in floats,"
+            " which this run would not have calibrated on; leave out --format compressed-tensors,"
+            " or the option"
+        )
+    if config.act_order == "dynamic" and config.group_size != -1:
+        yield (
+            "--act-order dynamic: compressed-tensors has no groups of permuted columns since 0.20;"
+            " use gar, static or off, or --group-size -1"
+        )
+    yield from embedding_refusals(config, "compressed-tensors")
+    if len(schemes(config)) > 1 and not (config.symmetric and config.head.symmetric):
+        yield (
+            f"--head-bits {config.head_bits}: transformers 5.24 decodes all linears of a file with"
+            f" zero-points by one grid; use --head-bits {config.bits}, or --sym at 2 to 4 bits"
+        )
+
+
+def notes(model: ModelPlan, options: FormatOptions) -> list[str]:
+    """What the user should know of this file: who loads it, and how."""
+    found = list(runtimes.notes(RUNTIMES, model, options))
+    if not model.config.symmetric:
+        found.append(
+            "transformers 5.24 loads zero-points only with"
+            " quantization_config=CompressedTensorsConfig(dequantize=True)"
+        )
+    return found

@@ -1,0 +1,120 @@
+"""Reads a compressed-tensors folder. Nothing here is shared with the writer and the library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.in_transformers.read import QuantizedFolder, unpack
+
+_HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of some linears, as config.json states it."""
+
+    bits: int
+    symmetric: bool
+    group_size: int  # −1: one scale an output channel
+
+
+class CompressedFolder(QuantizedFolder):
+    """A written folder in the layout `pack-quantized`."""
+
+    title, format, method = "compressed-tensors", "compressed-tensors", "compressed-tensors"
+    parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+    def _read_grid(self) -> None:
+        q = self.quantization
+        groups = q.get("config_groups")
+        stated = list(groups.values()) if isinstance(groups, dict) else []
+        if q.get("format") != "pack-quantized" or not 1 <= len(stated) <= 2:
+            raise FormatError(
+                f"{self.path}: format {q.get('format')} with {len(stated)} config_groups is not"
+                " readable here"
+            )
+        self.grid, self.head_grid = (self._grid(group) for group in (stated[0], stated[-1]))
+
+    def _grid(self, group: Any) -> Grid:
+        """The grid of a config group. Raises FormatError for one that is no grid of integers."""
+        w = group.get("weights") if isinstance(group, dict) else None
+        w = w if isinstance(w, dict) else {}
+        bits, symmetric = w.get("num_bits"), w.get("symmetric")
+        strategy, size = w.get("strategy"), w.get("group_size")
+        size = -1 if strategy == "channel" else size
+        if (
+            strategy not in ("group", "channel")
+            or type(bits) is not int
+            or not 2 <= bits <= 8
+            or type(symmetric) is not bool
+            or type(size) is not int
+            or (size < 1 and strategy == "group")
+        ):
+            raise FormatError(
+                f"{self.path}: weights of {bits} bits by {w.get('strategy')} in groups of"
+                f" {w.get('group_size')} are not readable here"
+            )
+        return Grid(bits, symmetric, size)
+
+    def grid_of(self, module: str) -> Grid:
+        """The grid of a linear by its name in the file."""
+        return self.head_grid if module.rpartition(".")[2] == _HEAD else self.grid
+
+    def decode(self, module: str) -> np.ndarray:
+        """The weights of a quantized module, by its name in the file: float32 [N, K].
+
+        weight[n, k] = scale[n, g] · (code[n, k] − zero[n, g]) with g = k // group_size. Only the
+        product is rounded.
+        """
+        packed = self._part(module, "weight_packed", "I32")
+        scales = self._part(module, "weight_scale", "F16")
+        shape = self._part(module, "weight_shape", "I64")
+        grid = self.grid_of(module)
+        bits = grid.bits
+        n, k = (int(size) for size in shape) if shape.shape == (2,) else (0, 0)
+        columns = k if grid.group_size == -1 else grid.group_size
+        if (
+            k < 1
+            or k % columns
+            or packed.shape != (n, -(-k * bits // 32))
+            or scales.shape != (n, k // columns)
+        ):
+            raise self._misfit(module)
+        codes = unpack(packed.T, bits).T[:, :k]  # [N, K]
+        if grid.symmetric:
+            zeros = np.full((n, 1), 2 ** (bits - 1), np.int16)
+        else:
+            zeros = self._zeros(module, bits, scales.shape).repeat(columns, axis=1)
+        steps = codes.astype(np.int16) - zeros
+        return steps.astype(np.float32) * scales.astype(np.float32).repeat(columns, axis=1)
+
+    def _zeros(self, module: str, bits: int, shape: tuple[int, ...]) -> np.ndarray:
+        """The zero-points of a linear, int16 [N, G]."""
+        n, groups = shape
+        words = self._part(module, "weight_zero_point", "I32")
+        if words.shape != (-(-n * bits // 32), groups):
+            raise self._misfit(module)
+        return unpack(words, bits)[:n].astype(np.int16)
+
+    def _part(self, module: str, part: str, dtype: str) -> np.ndarray:
+        """A part of a linear that is stored as `dtype`, in safetensors' spelling."""
+        value = self.raw(f"{module}.{part}")
+        if self.tensors[f"{module}.{part}"].dtype != dtype:
+            raise self._misfit(module)
+        return value.numpy()
+
+    def _misfit(self, module: str) -> FormatError:
+        return FormatError(
+            f"{self.path}: the tensors of {module} do not fit together; export again"
+        )
+
+
+def read(path: str | Path) -> dict[str, np.ndarray | None]:
+    """Every weight, decoded, by hub name. The whole model has to fit in memory."""
+    folder = CompressedFolder(path)
+    return {name: folder.array(name) for name in folder.weight_names()}

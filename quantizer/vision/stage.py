@@ -1,0 +1,99 @@
+"""The vision tower and the projector, quantized before the decoder sees an image.
+
+Their linears are solved as a whole, and written into one file. A run that is resumed reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmq_export.quantizer.artifact.manifest import VISION, ModuleRecord, layer_file
+from vlmq_export.quantizer.artifact.read import read_layer
+from vlmq_export.quantizer.artifact.write import write_layer
+from vlmq_export.quantizer.calibration.batches import HELD_OUT
+from vlmq_export.quantizer.calibration.layer_walk import put
+from vlmq_export.quantizer.calibration.offload import Shelf
+from vlmq_export.quantizer.config import VISION_GROUP
+from vlmq_export.quantizer.grids.linears import Linear
+from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.layers.stack import Matrix, Solved
+from vlmq_export.quantizer.layers.unit import solve_unit
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.streamed import StreamedModel, tower_linears
+from vlmq_export.quantizer.ranks import ALONE, Ranks
+from vlmq_export.quantizer.samples.sample import Sample
+from vlmq_export.quantizer.vision.tower import quantize_tower, tower_job
+from vlmq_export.quantizer.vision.walk import Picture, TowerWalk
+
+
+def tower_names(checkpoint: Checkpoint) -> list[str]:
+    """Hub names of the tower's and the projector's linears that can be quantized.
+
+    ggml's blocks have 32 columns. Linears whose rows they do not fill stay float in every format.
+    """
+    names = tower_linears(checkpoint)
+    return [n for n in names if checkpoint.info(f"{n}.weight").shape[1] % VISION_GROUP == 0]
+
+
+def solve_vision(
+    model: StreamedModel,
+    names: Sequence[str],  # hub names of the linears that the recipe quantizes
+    samples: Sequence[Sample],
+    job: Job,
+    folder: Path,  # of the artifact, which is this run's
+    shelf: Shelf,
+    ranks: Ranks = ALONE,
+    tell: Callable[[int, int], None] = lambda *_: None,  # steps done, steps in all
+) -> list[Linear]:
+    """Solve these linears and write them. What an earlier run wrote is read.
+
+    A linear that no image comes by is left out, and stays float. Raises ArtifactError where the
+    file is damaged, CalibrationError where no sample has finite activations.
+    """
+    if not names:
+        return []
+    if (folder / layer_file(VISION)).is_file():
+        return read_layer(folder, VISION)
+    own = tower_job(job)
+    if own.method.calibrated:
+        modules = [job.family.module_name(name) for name in names]
+        pictures, two = ranks.share(_pictures(samples)), own.method.two_streams
+        with model.filled_prefix(torch.cat([sample.input_ids for sample in samples])) as prefix:
+            walk = TowerWalk(prefix, modules, pictures, shelf, two_streams=two)
+            solved = quantize_tower(walk, own, ranks, tell)
+    else:
+        solved = [_rounded(model, name, own) for name in names]
+    linears = [linear for linear, _ in solved]
+    if ranks.first:
+        records = [ModuleRecord.of(linear, VISION, metrics) for linear, metrics in solved]
+        write_layer(folder, VISION, linears, records)
+    return linears
+
+
+def put_tower(model: Any, tower: Sequence[Linear], job: Job) -> None:
+    """Give transformers' model the tower that ships."""
+    for linear in tower:
+        put(model, job.family.module_name(linear.name), linear)
+
+
+def _pictures(samples: Sequence[Sample]) -> list[Picture]:
+    """The images of each sample that has some, the shortest prompts first."""
+    some = [sample for sample in samples if sample.pixel_values is not None]
+    some.sort(key=lambda sample: len(sample.input_ids))
+    return [
+        Picture(sample.image_inputs(), held=place % HELD_OUT == HELD_OUT // 2)
+        for place, sample in enumerate(some)
+    ]
+
+
+def _rounded(model: StreamedModel, name: str, job: Job) -> Solved:
+    """One linear rounded to nearest."""
+    source, bias = model.checkpoint, f"{name}.bias"
+    weight = source.tensor(f"{name}.weight").to(model.device)
+    own = source.tensor(bias).to(model.device) if bias in source.tensors else None
+    (solved,) = solve_unit([Matrix(name, weight, own)], None, job)
+    return solved

@@ -1,0 +1,89 @@
+"""The linears of the vision tower and the projector, before the decoder.
+
+They are solved in the order in which data flows, as those of a decoder layer are, with the same
+targets. All patches count the same: importance is measured in the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from vlmq_export.errors import CalibrationError
+from vlmq_export.quantizer.calibration.collect import Evidence, summed_on
+from vlmq_export.quantizer.calibration.statistics import Statistics
+from vlmq_export.quantizer.host import give_back
+from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.layers.broadcast import broadcast
+from vlmq_export.quantizer.layers.stack import Matrix, Solved
+from vlmq_export.quantizer.layers.unit import solve_unit
+from vlmq_export.quantizer.ranks import ALONE, Ranks
+from vlmq_export.quantizer.vision.walk import TowerWalk
+
+
+def tower_job(job: Job) -> Job:
+    """The job as the tower knows it: without importance, tuning, and scales of input channels."""
+    method = job.method
+    own = replace(
+        method,
+        importance="none",
+        residual=False,
+        tuned=False,
+        calibrated=method.calibrated and not method.scaling,
+        ranges="minmax",
+        own=False,
+    )
+    return replace(job, method=own)
+
+
+def quantize_tower(
+    walk: TowerWalk,
+    job: Job,  # of `tower_job`
+    ranks: Ranks = ALONE,
+    tell: Callable[[int, int], None] = lambda *_: None,  # segments done, segments in all
+) -> list[Solved]:
+    """Solve every linear that the walk comes by, and leave the decoded weights in the model.
+
+    Raises CalibrationError where no sample has finite activations.
+    """
+    solved: list[Solved] = []
+    for number, segment in enumerate(walk.segments):
+        tell(number, len(walk.segments))
+        for names in segment.groups:
+            evidence = summed_on(0, _evidence(walk, names, job, ranks), ranks)
+            parts: Sequence[Solved | None] = [None] * len(names)
+            if evidence is not None:
+                parts = solve_unit(_matrices(walk, names, job), evidence.to_float32(), job)
+            for name, part in zip(names, parts):
+                linear, metrics = broadcast(part, ranks, 0)
+                walk.put(name, linear)
+                solved.append((linear, metrics))
+        walk.advance()
+        give_back()
+    return solved
+
+
+def _matrices(walk: TowerWalk, names: Sequence[str], job: Job) -> list[Matrix]:
+    modules = {name: walk.model.get_submodule(name) for name in names}
+    return [Matrix(job.family.hub_name(n), m.weight, m.bias) for n, m in modules.items()]
+
+
+def _evidence(walk: TowerWalk, names: Sequence[str], job: Job, ranks: Ranks) -> Evidence:
+    """The statistics of what enters these linears, from the samples of this rank."""
+    module, method = walk.model.get_submodule(names[0]), job.method
+    drift = method.drift != "plain"
+
+    def empty() -> Statistics:
+        return Statistics.empty(module.in_features, drift=drift, device=module.weight.device)
+
+    found = Evidence(empty(), empty() if method.holds_out else None)
+    for picture, entering in walk.inputs(names[0]):
+        aside = found.held is not None and picture.held
+        sums = found.held if aside and found.held is not None else found.fitted
+        sums.add(entering.quantized, entering.full if drift else None)
+    if not ranks.count(found.everything.tokens if found.held else found.fitted.tokens):
+        raise CalibrationError(
+            f"no sample has finite activations at {job.family.hub_name(names[0])};"
+            " the model or the images are damaged"
+        )
+    return found

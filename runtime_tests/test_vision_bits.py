@@ -1,0 +1,185 @@
+"""A quantized vision tower in llama.cpp and in ONNX Runtime, and changed files that are caught."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from runtime_tests import test_gguf, test_onnx
+from tools.reference_vlm.tiny_checkpoints import ARCHES, make_tiny
+from vlmq_export.bundled import CALIBRATION, HELDOUT
+from vlmq_export.formats.contract import FORMATS, FormatOptions
+from vlmq_export.formats.gguf.read import GGUFFile, find_files
+from vlmq_export.formats.gguf.types.table import TYPES
+from vlmq_export.formats.model_plan import artifact_plan, model_plan
+from vlmq_export.formats.onnx.read import OnnxFolder
+from vlmq_export.formats.proof.checks import CheckSettings
+from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.run.quantize import quantize
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import read_rows
+
+SETTINGS = CheckSettings(images=2, questions=4, threads=1)
+# Options of make_tiny. llama.cpp's Qwen2.5-VL repeats its pattern of windows, and Qwen3-VL needs
+# more layers than there are stacked features.
+SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
+ODD = "llava_onevision, odd"  # rows of 500 columns, as SigLIP has some of 4304
+CONFIG = QuantConfig(method="gptq", bits=4, group_size=64, vision_bits=8)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """get(family, format, bits) → (reference, folder); each is made once."""
+    solved, made = {}, {}
+
+    def solve(arch, bits):
+        if (arch, bits) not in solved:
+            folder = tmp_path_factory.mktemp(f"{arch.replace(', ', '-')}-{bits}")
+            family, _, odd = arch.partition(", ")
+            shape = {"shape": {"vision_config": {"intermediate_size": 500}}} if odd else {}
+            source = make_tiny(folder / "source", family, **SHAPE.get(family, {}), **shape)
+            preprocessor = Preprocessor(source)
+            samples = [preprocessor.sample(row) for row in read_rows(CALIBRATION)[:3]]
+            config = QuantConfig(**CONFIG.to_dict() | {"vision_bits": bits})
+            given = {"name": "tiny-vlm", "calibration": {}, "device": "cpu"}
+            quantize(Checkpoint(source), samples, config, folder / "artifact", **given)
+            solved[arch, bits] = folder
+        return solved[arch, bits]
+
+    def get(arch, name, bits=8):
+        if (arch, name, bits) not in made:
+            folder = solve(arch, bits)
+            (folder / name).mkdir()
+            FORMATS[name].write(Artifact(folder / "artifact"), folder / name, FormatOptions())
+            made[arch, name, bits] = folder / name
+        reference = Reference(made[arch, name, bits].parent / "artifact", read_rows(HELDOUT)[:4])
+        return reference, made[arch, name, bits]
+
+    return get
+
+
+CASES = ["qwen2_5_vl", "llava_onevision", "internvl", "idefics3", ODD]
+OTHERS = [a for a in ARCHES if a not in (*CASES, "gemma3")]
+
+
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def check(name, reference, folder):
+    return FORMATS[name].check(folder, reference, FormatOptions(), SETTINGS)
+
+
+def size_of(folder) -> int:
+    return sum(
+        f.stat().st_size for f in folder.iterdir() if f.suffix in (".gguf", ".onnx", ".data")
+    )
+
+
+@pytest.mark.parametrize("arch", [*CASES, *slow(*OTHERS)])
+def test_eight_bits_pass_every_gate_of_llama_cpp(arch, exported):
+    reference, folder = exported(arch, "gguf")
+    rows = check("gguf", reference, folder)
+    test_gguf.assert_all_pass(rows)
+    assert test_gguf.row(rows, "every product of the vision tower").value < 1e-7
+    assert test_gguf.row(rows, "image embeddings of the mmproj's float32 twin").value < 1e-3
+    mmproj = find_files(folder)[1]
+    assert mmproj.name.endswith("-Q8_0.gguf")
+    types = {t.type for t in GGUFFile(mmproj).tensors.values()}
+    assert types == ({"F32", "F16", "Q8_0"} if arch == ODD else {"F32", "Q8_0"})
+    if arch == "internvl":  # computed after the twin's run, whose arrays are others
+        other = test_gguf.row(rows, "image embeddings with the class token's position row")
+        assert "this build wants it last" in other.detail
+
+
+@pytest.mark.parametrize("arch", [*CASES[:2], *slow(*CASES[2:], *OTHERS)])
+def test_eight_bits_pass_every_gate_of_onnx_runtime(arch, exported):
+    reference, folder = exported(arch, "onnx")
+    test_onnx.assert_all_pass(check("onnx", reference, folder))
+    tower = [n for n in OnnxFolder(folder).linears if reference.architecture.family.is_vision(n)]
+    assert tower and {OnnxFolder(folder).linear(n).bits for n in tower} == {8}
+    assert {OnnxFolder(folder).linear(n).block_size for n in tower} == {32}
+
+
+@pytest.mark.parametrize("bits", [4, *slow(2, 3)])
+@pytest.mark.parametrize("name", ["gguf", *slow("onnx")])
+def test_other_widths_pass_too(name, bits, exported):
+    reference, folder = exported("llava_onevision", name, bits)
+    rows = check(name, reference, folder)
+    (test_gguf if name == "gguf" else test_onnx).assert_all_pass(rows)
+    if name == "gguf":
+        types = {t.type for t in GGUFFile(find_files(folder)[1]).tensors.values()}
+        assert types == {"F32", "Q4_0"}
+
+
+def test_both_formats_hold_the_same_integers(exported):
+    """Q8_0's codes and scales, byte for byte, are those of MatMulNBits."""
+    _, folder = exported("llava_onevision", "gguf")
+    file = GGUFFile(find_files(folder)[1])
+    onnx = OnnxFolder(exported("llava_onevision", "onnx")[1])
+    name = next(n for n in onnx.linears if n.endswith("layers.1.mlp.fc1"))
+    blocks = file.raw("v.blk.1.ffn_up.weight").reshape(-1, 34)
+    node = onnx.linear(name)
+    scales = blocks[:, :2].copy().view("<f2").reshape(node.scales.shape)
+    assert (scales == node.scales).all()
+    codes = blocks[:, 2:].view("i1").astype(int).reshape(node.weight.shape)
+    assert (codes == node.weight.astype(int) - 128).all()
+    assert (node.zero_points == 128).all()
+
+
+# mobius' graphs are 8 % of so small a Qwen2.5-VL, with the option or without, and are estimated.
+PLANNED = [("gguf", "qwen2_5_vl"), *((n, a) for n in ("gguf", "onnx") for a in (CASES[1], ODD))]
+
+
+@pytest.mark.parametrize(("name", "arch"), PLANNED)
+def test_the_plan_of_the_artifact_is_that_of_the_source(name, arch, exported):
+    _, folder = exported(arch, name)
+    artifact = Artifact(folder.parent / "artifact")
+    source = model_plan(Checkpoint(folder.parent / "source"), artifact.config, "tiny-vlm")
+    sizes = [
+        FORMATS[name].plan(model, FormatOptions()).size_bytes
+        for model in (source, artifact_plan(artifact))
+    ]
+    assert sizes[0] == sizes[1]
+    assert abs(sizes[0] / size_of(folder) - 1) < 0.02
+
+
+# --- changed files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("byte", [0, 5], ids=["scale", "code"])
+def test_one_changed_byte_of_the_mmproj_is_caught_and_named(byte, exported, tmp_path):
+    reference, folder = exported("llava_onevision", "gguf")
+    file = find_files(shutil.copytree(folder, tmp_path / "gguf"))[1]
+    name = "v.blk.1.ffn_up.weight"
+    t = GGUFFile(file).tensors[name]
+    assert t.type == "Q8_0"
+    data = bytearray(file.read_bytes())
+    data[t.offset + 7 * TYPES["Q8_0"].nbytes + byte] ^= 1
+    file.write_bytes(data)
+    rows = check("gguf", reference, tmp_path / "gguf")
+    caught = [r for r in rows if r.level == "L1" and r.status == "failed"]
+    assert len(caught) == 3 and all(name in r.worst for r in caught)
+    product = test_gguf.row(rows, "every product of the vision tower")
+    assert product.status == "failed" and name in product.worst
+
+
+def test_one_changed_code_of_vision_onnx_is_caught_and_named(exported, tmp_path):
+    reference, folder = exported("llava_onevision", "onnx")
+    shutil.copytree(folder, tmp_path / "onnx")
+    written = OnnxFolder(tmp_path / "onnx")
+    name = next(n for n in written.linears if n.endswith("layers.1.mlp.fc1"))
+    node, _ = written._linears[name]
+    entry = {e.key: e.value for e in node.weight.external_data}
+    data = tmp_path / "onnx" / entry["location"]
+    content = bytearray(data.read_bytes())
+    content[int(entry["offset"]) + 99] ^= 1
+    data.write_bytes(content)
+    rows = check("onnx", reference, tmp_path / "onnx")
+    caught = [r for r in rows if r.status == "failed"]
+    assert {r.level for r in caught} >= {"L1", "L2"}
+    assert all(name in r.worst for r in caught if r.level in ("L1", "L2"))

@@ -1,0 +1,26 @@
+"""The bench of quantized vision towers measures the tower that it says."""
+
+import torch
+
+from tools.bench.vision import Bench, nearest
+from vlmq_export.bundled import CALIBRATION, HELDOUT
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import read_rows
+from vlmq_export.quantizer.vision import stage
+
+
+def test_a_rounded_tower_costs_more_than_a_solved_one_and_more_bits_cost_less(tiny):
+    torch.set_num_threads(1)
+    folder = tiny("internvl")
+    preprocessor, own = Preprocessor(folder), stage.tower_job
+    taken, heldout = (
+        [preprocessor.sample(row) for row in read_rows(file)[:4]] for file in (CALIBRATION, HELDOUT)
+    )
+    bench = Bench(Checkpoint(folder), taken, heldout, QuantConfig("exact", group_size=64))
+    solved, finer = bench.tower_alone(3), bench.tower_alone(8)
+    with nearest():
+        rounded = bench.tower_alone(3)
+    assert stage.tower_job is own
+    assert 0 < finer < solved < rounded

@@ -1,0 +1,136 @@
+"""What a quantized vision tower costs, alone and under a quantized decoder.
+
+    python -m tools.bench.vision build/reference-smolvlm --bits 8,4 --samples 128 --rows 128
+
+A row is a width of the tower, by the solver or rounded to nearest. The first figure is the KL
+divergence at the answers of a model that has this tower and its own decoder, the second that of a
+model whose decoder is quantized on top, as `--vision-bits` does. Both are to the source.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from vlmq_export.bundled import CALIBRATION, HELDOUT, REFERENCE_VLM
+from vlmq_export.formats.proof.decoded import DecodedCheckpoint
+from vlmq_export.formats.proof.weights import Weights
+from vlmq_export.quantizer.calibration.offload import Shelf
+from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.grids.linears import Linear
+from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.methods import method_named
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.streamed import StreamedModel
+from vlmq_export.quantizer.run.quantize import quantize
+from vlmq_export.quantizer.run.side_by_side import answer_distances
+from vlmq_export.quantizer.samples.preprocessor import Preprocessor
+from vlmq_export.quantizer.samples.rows import read_rows
+from vlmq_export.quantizer.samples.sample import Sample
+from vlmq_export.quantizer.vision import stage
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model with its samples."""
+
+    checkpoint: Checkpoint
+    samples: list[Sample]  # of calibration
+    heldout: list[Sample]
+    config: QuantConfig  # without `vision_bits`
+
+    def tower_alone(self, bits: int) -> float:
+        """KL where the decoder stays as it is."""
+        job = Job.of(self.checkpoint.architecture, replace(self.config, vision_bits=bits))
+        names, model = stage.tower_names(self.checkpoint), StreamedModel(self.checkpoint, CPU)
+        with tempfile.TemporaryDirectory() as folder:
+            tower = stage.solve_vision(model, names, self.samples, job, Path(folder), Shelf(CPU))
+        return self.distance(StreamedModel(_WithTower(self.checkpoint, tower), CPU))
+
+    def with_decoder(self, bits: int) -> float:
+        """KL where the decoder is quantized too."""
+        config = replace(self.config, vision_bits=bits)
+        given = {"name": "m", "calibration": {}, "device": "cpu"}
+        with tempfile.TemporaryDirectory() as folder:
+            artifact = Path(folder) / "a"
+            quantize(self.checkpoint, list(self.samples), config, artifact, **given)
+            decoded = DecodedCheckpoint(Weights(artifact), artifact / "source")
+            return self.distance(StreamedModel(decoded, CPU))
+
+    def distance(self, other: StreamedModel) -> float:
+        """KL at the held-out answers, in thousandths of a nat."""
+        source = StreamedModel(self.checkpoint, CPU)
+        each = answer_distances(source, other, self.heldout)
+        return 1000 * float(torch.cat([distance.kl for distance in each]).mean())
+
+
+class _WithTower:
+    """A `WeightFiles`: a checkpoint with other weights in its vision tower."""
+
+    def __init__(self, checkpoint: Checkpoint, tower: Sequence[Linear]):
+        self._source = checkpoint
+        self.path, self.architecture = checkpoint.path, checkpoint.architecture
+        self.written_config, self.tensors = checkpoint.written_config, checkpoint.tensors
+        self.info = checkpoint.info
+        self._tower = {f"{linear.name}.weight": linear for linear in tower}
+
+    def tensor(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor:
+        if name in self._tower:
+            return self._tower[name].decode()
+        return self._source.tensor(name, rows)
+
+
+@contextmanager
+def nearest() -> Iterator[None]:
+    """The tower is rounded to nearest, whatever method the decoder is solved by."""
+    own = stage.tower_job
+    stage.tower_job = lambda job: replace(own(job), method=method_named("rtn"))
+    try:
+        yield
+    finally:
+        stage.tower_job = own
+
+
+def main(
+    model: Annotated[Path, typer.Argument()] = REFERENCE_VLM,
+    bits: str = "8,4",
+    samples: int = 128,
+    rows: int = 128,
+    group_size: int = 128,
+    decoder: Annotated[bool, typer.Option(help="Whether the second figure is measured.")] = True,
+) -> None:
+    """Print the table."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    preprocessor = Preprocessor(model)
+    taken, heldout = (
+        [preprocessor.sample(row) for row in read_rows(file)[:count]]
+        for file, count in ((CALIBRATION, samples), (HELDOUT, rows))
+    )
+    bench = Bench(Checkpoint(model), taken, heldout, QuantConfig(group_size=group_size))
+    print("| tower | alone | with a decoder of 4 bits |\n|---|---|---|")
+
+    def row(title: str, width: int) -> None:
+        alone = bench.tower_alone(width) if width else 0.0
+        both = f"{bench.with_decoder(width):.3g}" if decoder else ""
+        print(f"| {title} | {alone:.3g} | {both} |", flush=True)
+
+    row("as it is", 0)
+    for width in map(int, bits.split(",")):
+        row(f"{width} bits, solved", width)
+        with nearest():
+            row(f"{width} bits, to nearest", width)
+
+
+if __name__ == "__main__":
+    typer.run(main)

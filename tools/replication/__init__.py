@@ -1,0 +1,1 @@
+"""The papers' tables: their calibration set, and one row by one command."""
