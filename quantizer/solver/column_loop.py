@@ -142,13 +142,15 @@ class ColumnLoop:
         # A group is fitted on weights that carry every earlier update. Only ranges of whole groups
         # may therefore straddle two lazy blocks.
         self.lazy = block if group >= block else block // group * group
-        self._leaf = self._leaf_of_columns
+        # A method that is bound to the loop would hold it, and its tensors with it, until Python
+        # next looks for cycles.
+        self._leaf = ColumnLoop._leaf_of_columns
         if isinstance(grid, BlockGrid) and grid.lattice is not None:
-            self._leaf = self._leaf_of_points
+            self._leaf = ColumnLoop._leaf_of_points
         elif own_term is None and kernels.usable(target.device, grid):
-            self._leaf = self._leaf_in_kernel
+            self._leaf = ColumnLoop._leaf_in_kernel
         elif own_term is None and host_columns.usable(target, grid):
-            self._leaf = self._leaf_on_host
+            self._leaf = ColumnLoop._leaf_on_host
         takes = kernels.BLOCK if kernels.usable(target.device, grid) else LEAF
         self.units = sorted({group, self.lazy, min(takes, group, self.lazy)}, reverse=True)
 
@@ -165,7 +167,7 @@ class ColumnLoop:
         lazy = not inside and size <= self.lazy  # this range is a whole lazy block
         unit = next((u for u in self.units if u < size), None)
         if unit is None:
-            self._leaf(start, stop)
+            self._leaf(self, start, stop)
         else:
             middle = start + -(-size // unit) // 2 * unit
             self.run(start, middle, inside=inside or lazy)

@@ -4,6 +4,7 @@ Peak memory follows one layer and the samples, never the number of layers.
 """
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.host import free_memory, peak_host
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.families import FAMILIES
+from vlmq_export.quantizer.run import quantize as run_quantize
 from vlmq_export.quantizer.run.memory_plan import Shapes, memory_plan
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
@@ -145,6 +147,36 @@ def test_no_more_activations_rest_than_planned(method, tmp_path, monkeypatch):
     planned = memory_plan(shapes, config, Lengths.of(samples), host_free=GB)
     # awq is planned for o_proj as well, which this model's grouped heads leave without a scale.
     assert 0.6 * planned.activations < most[0] <= planned.activations, (most, planned.activations)
+
+
+@pytest.mark.parametrize("method", ["gptq", "exact", "vlmq", "vlmq-paper", "awq"])
+def test_a_layer_leaves_no_tensors_in_cycles(method, tmp_path, monkeypatch):
+    """Tensors in a cycle stay until Python looks for cycles, which may be layers later."""
+    model = make_tiny(tmp_path / "m", "qwen2_5_vl", layers=2, depth=1)
+    samples = [Preprocessor(model).sample(row) for row in read_rows(CALIBRATION)[:3]]
+    held = []
+
+    def watched(solve):
+        def solved(*args, **options):
+            gc.collect()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            try:
+                result = solve(*args, **options)
+                gc.collect()
+            finally:
+                gc.set_debug(0)
+            held.append(sum(x.nbytes for x in gc.garbage if isinstance(x, torch.Tensor)))
+            gc.garbage.clear()
+            return result
+
+        return solved
+
+    monkeypatch.setattr(run_quantize, "quantize_layer", watched(run_quantize.quantize_layer))
+    monkeypatch.setattr(run_quantize, "scale_layer", watched(run_quantize.scale_layer))
+    options = {"name": "m", "calibration": {}, "device": "cpu"}
+    config = QuantConfig(method=method, group_size=32)
+    quantize(Checkpoint(model), samples, config, tmp_path / "a", **options)
+    assert held == [0, 0]
 
 
 def test_images_count_as_far_as_the_first_pass():
