@@ -128,6 +128,9 @@ def test_families_heads_and_faults_in_one_process(tmp_path, tiny, folder, refere
     for arch in FAMILIES:
         made = rtn_artifact(tmp_path / f"{arch}-artifact", GRIDS["w4g128"], tiny(arch))
         cases[arch] = exported(tmp_path / arch, made)
+    # A model that owns a parameter, without zero-points: it generates only if decoded at once.
+    made = rtn_artifact(tmp_path / "llava-artifact", GRIDS["w8g128"], tiny("llava_onevision"))
+    cases["llava_onevision"] = exported(tmp_path / "llava_onevision", made)
     for name, config in HEADS.items():
         cases[name] = exported(tmp_path / name, with_head(tmp_path / f"{name}-artifact", config))
     requests = [request_for(f, tmp_path / f"{n}-out", r) for n, (f, r) in cases.items()]

@@ -45,19 +45,36 @@ def _refusals(model: ModelPlan) -> Iterator[str]:
             " use gar, static or off, or --group-size -1"
         )
     yield from embedding_refusals(config, "compressed-tensors")
-    if len(schemes(config)) > 1 and not (config.symmetric and config.head.symmetric):
+    if len(schemes(config)) == 1:
+        return
+    if not (config.symmetric and config.head.symmetric):
         yield (
             f"--head-bits {config.head_bits}: transformers 5.24 decodes all linears of a file with"
             f" zero-points by one grid; use --head-bits {config.bits}, or --sym at 2 to 4 bits"
         )
+    elif _answers_only_decoded(model):
+        yield (
+            f"--head-bits {config.head_bits}: transformers 5.24 cannot decode two grids while it"
+            " loads, and compressed-tensors 0.20.1 then breaks generate() of this model;"
+            f" use --head-bits {config.bits}"
+        )
+
+
+def _answers_only_decoded(model: ModelPlan) -> bool:
+    """Whether `generate` runs only where transformers decoded the weights while it loaded them.
+
+    The library's own decoding wraps each module that has parameters of its own, and makes a plain
+    dict of the image features that pass through it. LLaVA-OneVision's model owns the newline.
+    """
+    return model.architecture.family.newline > 0
 
 
 def notes(model: ModelPlan, options: FormatOptions) -> list[str]:
     """What the user should know of this file: who loads it, and how."""
     found = list(runtimes.notes(RUNTIMES, model, options))
+    decoded = "quantization_config=CompressedTensorsConfig(dequantize=True)"
     if not model.config.symmetric:
-        found.append(
-            "transformers 5.24 loads zero-points only with"
-            " quantization_config=CompressedTensorsConfig(dequantize=True)"
-        )
+        found.append(f"transformers 5.24 loads zero-points only with {decoded}")
+    elif _answers_only_decoded(model):
+        found.append(f"transformers 5.24 generates with this model only with {decoded}")
     return found

@@ -16,6 +16,7 @@ import yaml
 from vlmq_export import bundled
 from vlmq_export.errors import VlmqError, one_line
 from vlmq_export.formats.compressed_tensors import runtimes as compressed
+from vlmq_export.formats.compressed_tensors.layout import schemes
 from vlmq_export.formats.gguf.files.imatrix import IMATRIX
 from vlmq_export.formats.gptq import runtimes as gptq
 from vlmq_export.planning.run_plan import RunPlan
@@ -47,7 +48,7 @@ def facts(out: Path, recipe: Recipe, artifact: Artifact, plan: RunPlan) -> dict:
         "by_gptqmodel": by_gptq["GPTQModel.load"],
         "by_vllm": loads["vLLM"],
         "by_sglang": loads["SGLang"],
-        "zero_points": not model.config.symmetric,
+        "one_grid": len(schemes(model.config)) == 1,
         "by_genai": (out / "onnx" / "genai_config.json").is_file(),
         "by_ollama": (out / "gguf" / "Modelfile").is_file(),
         "mrope": family.mrope,

@@ -36,7 +36,7 @@ def program(folder: CompressedFolder) -> Program:
     """transformers on a folder, loaded as its grid asks for."""
     family = folder.family
     loading = {
-        "dequantize": not folder.grid.symmetric,
+        "dequantize": folder.grid == folder.head_grid,
         "linears": [family.module_name(name) for name in folder.linears],
     }
     return Program(

@@ -14,8 +14,8 @@ from vlmq_export.formats.in_transformers.proof.worker import Loaded, from_pretra
 def load(request: dict) -> Loaded:
     """The folder with its weights decoded.
 
-    transformers 5.24 finds no place for packed zero-points, unless it decodes while it loads.
-    Without them the library decodes before the first call, which is asked for here.
+    transformers decodes a folder of one grid while it loads. A folder of two is decoded by the
+    library before the first call, which is asked for here.
     """
     from transformers import CompressedTensorsConfig
 

@@ -32,6 +32,7 @@ from vlmq_export.inspection import inspect_path
 from vlmq_export.proving.parity import required_runtimes
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.families import FAMILIES
 
 pytestmark = pytest.mark.skipif(
@@ -197,6 +198,18 @@ def test_plan_refuses(config, shape, word):
 )
 def test_plan_does_not_refuse_what_the_layout_holds(config):
     assert plan(model_plan(QuantConfig(**config)), OPTIONS).refusals == []
+
+
+def test_two_grids_are_refused_for_a_model_that_owns_a_parameter():
+    """compressed-tensors breaks its `generate` unless transformers decoded while it loaded."""
+    config = QuantConfig(symmetric=True, head_bits=8)
+    model = model_plan(config)
+    llava = replace(model, architecture=Architecture.of({"model_type": "llava_onevision"}))
+    (refusal,) = plan(llava, OPTIONS).refusals
+    assert "generate() of this model; use --head-bits 4" in refusal
+    one = replace(llava, config=QuantConfig(symmetric=True))
+    assert not plan(one, OPTIONS).refusals
+    assert any("generates with this model only with" in note for note in plan(one, OPTIONS).notes)
 
 
 def test_permuted_groups_are_refused_before_a_weight_is_read(tmp_path):
