@@ -113,6 +113,7 @@ def export(
     onnx_provider: options.OnnxProvider = None,
     gguf_type: options.GgufType = None,
     target_bpw: options.TargetBpw = None,
+    target_size: options.TargetSize = None,
     tensor_type: options.TensorType = None,
     emit_imatrix: options.EmitImatrix = None,
     class_row: options.ClassRow = None,
@@ -133,8 +134,7 @@ def export(
     verbose: options.Verbose = 0,
 ) -> None:
     """Quantize MODEL and write it for each --format, then prove each file in its runtime."""
-    given = {k: v for k, v in locals().items() if k in Recipe.model_fields}
-    flags = {k: v for k, v in given.items() if v is not None and v != []}
+    flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v not in (None, [])}
 
     def job() -> int:
         asked = load_recipe(recipe, flags)

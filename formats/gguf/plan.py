@@ -11,15 +11,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from math import prod
 
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats import NATIVE_MIX
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
-from vlmq_export.formats.gguf.files.metadata import read_tokenizer
-from vlmq_export.formats.gguf.files.mmproj import stored_type
+from vlmq_export.formats.gguf.files.metadata import Tokenizer, read_tokenizer
+from vlmq_export.formats.gguf.size import part_bytes, tensor_bytes, vision_types
 from vlmq_export.formats.gguf.tables.layout import Layout
-from vlmq_export.formats.gguf.tables.params import image_params, text_params, vision_params
+from vlmq_export.formats.gguf.tables.params import (
+    ImageParams,
+    image_params,
+    text_params,
+    vision_params,
+)
 from vlmq_export.formats.gguf.types.exact import grid_home, planned_home, why_homeless
 from vlmq_export.formats.gguf.types.mix import MIXES, module_types
 from vlmq_export.formats.gguf.types.table import TYPES
@@ -27,32 +31,30 @@ from vlmq_export.formats.model_plan import ModelPlan, embedding_note, tower_note
 from vlmq_export.quantizer.config import VISION_GROUP, QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
 
-# Bytes of a value in the file, by the dtype of the source. Wider floats are stored as F32.
-_DTYPE_BYTES = {"F32": 4, "F64": 4, "F16": 2, "BF16": 2}
-# Bytes of metadata per token: its text, its type and its merge, on average over Qwen2's vocabulary.
-_TOKEN_BYTES = 36
-
 
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     """The plan of both files.
 
-    If the export is refused, the bits per weight and the size count only the linears that have a
-    block type.
+    If the export is refused, the bits per weight count only the linears that have a block type, and
+    of the size some parts may be missing.
     """
     homes = _homes(model)
-    refusals = _refusals(model, options, homes)
+    kinds = homes | model.config.types
     inexpressible = _inexpressible(model.architecture)
-    layout = None if inexpressible else Layout.of(model.architecture, options.mmproj_class_row)
-    if layout is not None:
-        inexpressible += _unreadable(model, layout)
+    refusals = [*_refusals(model, options, homes), *inexpressible]
     bits, weights = _stored(model, homes)
-    biases = sum(4 * linear.out_features for linear in model.linears if linear.bias)
-    floats = _float_bytes(model, layout, options)
+    layout, parts = None, {}
+    if not inexpressible:
+        layout = Layout.of(model.architecture, options.mmproj_class_row)
+        tokenizer, image, unreadable = _beside(model, layout)
+        refusals += unreadable
+        parts = part_bytes(model, layout, options, kinds, tokenizer, image)
     return FormatPlan(
         bits / weights if weights else 0.0,
-        bits // 8 + biases + floats + _TOKEN_BYTES * _vocabulary(model),
-        list(dict.fromkeys([*refusals, *inexpressible])),
-        [*plan_notes(model, homes | model.config.types), *vision_notes(model, layout, options)],
+        sum(parts.values()),
+        list(dict.fromkeys(refusals)),
+        [*plan_notes(model, kinds), *vision_notes(model, layout, options)],
+        parts,
     )
 
 
@@ -77,7 +79,7 @@ def _refusals(
     ]
     refusals += [
         f"{name}: no block type of {config.gguf_type or 'llama.cpp'} divides its rows;"
-        " leave --gguf-type and --target-bpw out"
+        " leave --gguf-type, --target-bpw and --target-size out"
         for name, kind in config.types.items()
         if kind == "F16"
     ]
@@ -129,49 +131,30 @@ def _inexpressible(architecture: Architecture) -> list[str]:
     return found
 
 
-def _unreadable(model: ModelPlan, layout: Layout) -> list[str]:
-    """What the writer would miss in the files beside the weights, at most one line for each file.
+def _beside(
+    model: ModelPlan, layout: Layout
+) -> tuple[Tokenizer | None, ImageParams | None, list[str]]:
+    """Tokenizer and image processor as the writer will read them.
 
-    Tokenizer and image processor are read as the writer will read them.
+    What it would miss in the files beside the weights is at most one line for each of the two.
     """
+    tokenizer = image = None
     found = []
-    for read in (
-        lambda: read_tokenizer(model.folder, model.architecture, layout.text_params.vocabulary),
-        lambda: image_params(model.folder),
-    ):
-        try:
-            read()
-        except VlmqError as e:
-            found.append(str(e))
-    return found
+    try:
+        tokenizer = read_tokenizer(model.folder, model.architecture, layout.text_params.vocabulary)
+    except VlmqError as e:
+        found.append(str(e))
+    try:
+        image = image_params(model.folder)
+    except VlmqError as e:
+        found.append(str(e))
+    return tokenizer, image, found
 
 
-def _float_bytes(model: ModelPlan, layout: Layout | None, options: FormatOptions) -> int:
-    """Bytes of all tensors that are not among the plan's linears.
-
-    Without a layout, the tensors of the vision tower count with their size in the source.
-    """
-    total, aside = 0, frozenset()
-    if layout is not None:
-        aside = layout.unused | {place.hub for place in layout.vision.values()}
-        aside |= {layout.head} if layout.text_params.tied else set()
-        total += sum(_tower_bytes(model, layout, options).values())
-    for t in model.floats:
-        if kind := model.config.types.get(t.name.removesuffix(".weight")):
-            total += t.shape[0] * TYPES[kind].row_bytes(t.shape[1])
-        elif t.name not in aside:
-            total += t.numel * (4 if len(t.shape) == 1 else _DTYPE_BYTES.get(t.dtype, 4))
-    return total
-
-
-def _tower_bytes(model: ModelPlan, layout: Layout, options: FormatOptions) -> Counter[str]:
-    """Type → bytes of all tensors of the mmproj that have it."""
-    config, found = model.config.vision, Counter[str]()
-    solved = {f"{x.name}.weight": planned_home(config, x.in_features) for x in model.tower}
-    for place in layout.vision.values():
-        kind = solved.get(place.hub) or stored_type(place, options.mmproj_dtype)
-        found[kind] += prod(place.shape[:-1]) * TYPES[kind].row_bytes(place.shape[-1])
-    return found
+def _tower_bytes(model: ModelPlan, layout: Layout, options: FormatOptions) -> int:
+    """Bytes of all tensors of the mmproj."""
+    types = vision_types(model, layout, options)
+    return sum(tensor_bytes(place.shape, types[n]) for n, place in layout.vision.items())
 
 
 def vision_notes(model: ModelPlan, layout: Layout | None, options: FormatOptions) -> list[str]:
@@ -180,14 +163,7 @@ def vision_notes(model: ModelPlan, layout: Layout | None, options: FormatOptions
         return []
     sizes = [_tower_bytes(m, layout, options) for m in (model, replace(model, tower=[]))]
     kind = planned_home(model.config.vision, VISION_GROUP) or ""
-    return tower_note(model, kind, *(sum(each.values()) for each in sizes))
-
-
-def _vocabulary(model: ModelPlan) -> int:
-    """The rows of the embedding."""
-    rows = {t.name.removesuffix(".weight"): t.shape[0] for t in model.floats if t.shape}
-    rows |= {x.name: x.out_features for x in model.linears}
-    return rows.get(model.architecture.family.embedding, 0)
+    return tower_note(model, kind, *sizes)
 
 
 def plan_notes(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:

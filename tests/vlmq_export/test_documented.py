@@ -79,7 +79,7 @@ def test_a_documented_command_runs(page, command, home, monkeypatch, capsys):
     if words[0] not in ("verify", "inspect") and "--dry-run" not in words:
         words += ["--no-verify", "--overwrite"]
         words += [] if words[0] == "small/artifact" else QUICK
-        words += ["--method", "gptq"] if "--target-bpw" in words else []
+        words += ["--method", "gptq"] if {"--target-bpw", "--target-size"} & {*words} else []
     with pytest.raises(SystemExit) as ended:
         app(words, prog_name="vlmq-export")
     assert ended.value.code in (0, None), capsys.readouterr().err

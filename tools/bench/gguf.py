@@ -79,6 +79,7 @@ from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.formats.model_plan import with_types
 from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.planning.budget import budget_of
 from vlmq_export.planning.target_bpw import measured_costs
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.model.architecture import Architecture
@@ -175,7 +176,9 @@ class Calibrated:
         """Matrix → type → bits and KL, as --target-bpw measures them for any budget."""
         recipe = Recipe(model=str(self.model), target_bpw=2.5, format=["gguf"])
         plan = open_source(recipe.model).plan(recipe).model
-        return measured_costs(plan, recipe, self.checkpoint, self.samples, 10**10, lambda *_: None)
+        choices = budget_of(plan, recipe).choices
+        given = plan, recipe, choices, self.checkpoint, self.samples
+        return measured_costs(*given, 10**10, lambda *_: None)
 
     def energies(self, contender: str) -> dict[str, np.ndarray]:
         """The imatrix of a contender, from full-precision inputs: hub name → float32 [in]."""

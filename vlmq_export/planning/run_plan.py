@@ -49,7 +49,14 @@ class RunPlan:
 def plan_run(model: ModelPlan, recipe: Recipe) -> RunPlan:
     """What would be written. Raises CheckpointError for settings that a format needs."""
     options = recipe.format_options(model.name)
-    return RunPlan(model, {f: _format_plan(f, model, options) for f in recipe.format})
+    formats = {f: format_plan(f, model, options) for f in recipe.format}
+    for planned in formats.values():
+        if recipe.target_bytes is not None and planned.size_bytes > recipe.target_bytes:
+            planned.refusals.append(
+                f"{recipe.block_types}: types that are chosen already take"
+                f" {planned.size_bytes / 1e9:.4g} GB; quantize the float model again"
+            )
+    return RunPlan(model, formats)
 
 
 def group_refusals(model: ModelPlan) -> list[str]:
@@ -204,7 +211,7 @@ def _pixels(config: dict) -> int:
     return 3 * frames * side**2 * _patches(config)
 
 
-def _format_plan(name: str, model: ModelPlan, options: FormatOptions) -> FormatPlan:
+def format_plan(name: str, model: ModelPlan, options: FormatOptions) -> FormatPlan:
     """What one format would write. Raises CheckpointError for settings that it does not find."""
     not_there = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
     try:

@@ -1,4 +1,4 @@
-"""--target-bpw: the block type of each matrix, within a budget of bits per weight.
+"""--target-bpw and --target-size: the block type of each matrix, within a budget of bits.
 
 The types are planned from shapes alone, and chosen once what each of them costs is measured.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from math import prod
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -16,8 +15,8 @@ from torch import nn
 
 from vlmq_export.callbacks import Progress
 from vlmq_export.errors import ArtifactError, UsageError
-from vlmq_export.formats.gguf.types.mix import module_choices
 from vlmq_export.formats.model_plan import ModelPlan
+from vlmq_export.planning.budget import Choices, budget_of, largest_types, weights_of
 from vlmq_export.quantizer.arithmetic import exact_arithmetic, pick_device
 from vlmq_export.quantizer.grids.blocks import GRIDS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
@@ -43,16 +42,26 @@ def planned_types(model: ModelPlan, recipe: Recipe) -> dict[str, str]:
     """
     if not model.job.method.calibrated:
         raise UsageError(
-            "--target-bpw measures on calibration samples,"
+            f"{recipe.block_types} measures on calibration samples,"
             f" which --method {recipe.method} does not use"
         )
-    bits = _choices(model, recipe)
-    weights = _weights(model, bits)
+    budget = budget_of(model, recipe)
+    weights = weights_of(model, budget.choices)
     costs = {
         n: {k: (b, weights[n] * 4.0 ** -GRIDS[k].bits_per_weight) for k, b in kinds.items()}
-        for n, kinds in bits.items()
+        for n, kinds in budget.choices.items()
     }
-    return choose(costs, _budget(recipe, weights))
+    return choose(costs, budget.bits)
+
+
+def spare_note(model: ModelPlan, recipe: Recipe) -> list[str]:
+    """Says so where a --target-size leaves every matrix its largest type."""
+    if recipe.target_size is None or model.config.types != largest_types(model, recipe):
+        return []
+    return [
+        f"{recipe.block_types} is more than the largest types take: every matrix has its largest,"
+        " and a larger size changes nothing"
+    ]
 
 
 def chosen_types(
@@ -69,7 +78,7 @@ def chosen_types(
     types = None
     if ranks.first:
         if begun is not None and begun.is_file():
-            types = _begun_with(begun, _choices(model, recipe))
+            types = _begun_with(begun, budget_of(model, recipe).choices)
         else:
             types = measured_types(model, recipe, checkpoint, samples, memory, progress)
     return ranks.broadcast_json(types, 0)
@@ -100,10 +109,18 @@ def measured_types(
     memory: int,
     progress: Progress,
 ) -> dict[str, str]:
-    """Hub module → type, of the least measured cost within the budget."""
-    costs = measured_costs(model, recipe, checkpoint, samples, memory, progress)
-    weights = _weights(model, costs)
-    types = choose(costs, _budget(recipe, weights))
+    """Hub module → type, of the least measured cost within the budget.
+
+    Nothing is measured where every matrix may have its largest type.
+    """
+    budget = budget_of(model, recipe)
+    if budget.holds_largest:
+        log.info("%s: every matrix has its largest type", recipe.block_types)
+        return budget.largest
+    choices = budget.choices
+    costs = measured_costs(model, recipe, choices, checkpoint, samples, memory, progress)
+    weights = weights_of(model, costs)
+    types = choose(costs, budget.bits)
     spent, expected = (sum(costs[n][k][i] for n, k in types.items()) for i in (0, 1))
     spread = ", ".join(f"{n} {k}" for k, n in sorted(Counter(types.values()).items()))
     log.info(
@@ -118,13 +135,14 @@ def measured_types(
 def measured_costs(
     model: ModelPlan,
     recipe: Recipe,
+    bits: Choices,
     checkpoint: Checkpoint,
     samples: list[Sample],
     memory: int,
     progress: Progress,
 ) -> Costs:
     """The types of each matrix with what they cost. The whole model is loaded for it."""
-    bits, family = _choices(model, recipe), checkpoint.architecture.family
+    family = checkpoint.architecture.family
     whole = load_model(checkpoint, pick_device(recipe.device))
     modules = {name: cast(Matrix, whole.get_submodule(family.module_name(name))) for name in bits}
     # An embedding is only rounded.
@@ -142,22 +160,3 @@ def measured_costs(
             progress=lambda done, total: progress("measure types", done, total),
         )
     return {n: {k: (b, cost[n][k]) for k, b in kinds.items()} for n, kinds in bits.items()}
-
-
-def _choices(model: ModelPlan, recipe: Recipe) -> dict[str, dict[str, int]]:
-    """Hub module → type → bits of the whole matrix: what may be chosen from."""
-    assert recipe.target_bpw is not None, "types are chosen for a --target-bpw"
-    return module_choices(model, recipe.target_bpw, recipe.tensor_type)
-
-
-def _budget(recipe: Recipe, weights: Mapping[str, int]) -> int:
-    """The bits that matrices of these sizes may take together."""
-    assert recipe.target_bpw is not None, "types are chosen for a --target-bpw"
-    return int(recipe.target_bpw * sum(weights.values()))
-
-
-def _weights(model: ModelPlan, names: Iterable[str]) -> dict[str, int]:
-    """The number of weights of each matrix, by the hub name of its module."""
-    sizes = {x.name: x.out_features * x.in_features for x in model.linears}
-    sizes |= {t.name.removesuffix(".weight"): prod(t.shape) for t in model.floats}
-    return {name: sizes[name] for name in names}

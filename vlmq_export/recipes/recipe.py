@@ -23,6 +23,7 @@ from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.recipes.choices import CHOICES
 
 _WIDTHS = "the runtimes decode 2, 3, 4 or 8 bits"
+_CHOOSE_TYPES = ("gguf_type", "target_bpw", "target_size")  # keys that exclude each other
 
 
 class Recipe(BaseModel):
@@ -75,6 +76,8 @@ class Recipe(BaseModel):
     gguf_type: str | None = None  # a mix of block types in place of the affine grid: Q4_K_M
     # Bits per weight over all matrices, for block types chosen by measured cost.
     target_bpw: Annotated[float, Field(gt=0, le=16)] | None = None
+    # The same for a package, model and mmproj, of at most so many GB of 10⁹ bytes.
+    target_size: Annotated[float, Field(gt=0, le=10**6)] | None = None
     # REGEX=TYPE on GGUF tensor names, over the mix. The first match wins.
     tensor_type: list[str] = Field(default_factory=list)
 
@@ -137,13 +140,13 @@ class Recipe(BaseModel):
             raise ValueError("--emit-imatrix writes beside the GGUF; add --format gguf")
         if self.tensor_type and self.block_types is None and self.asks_for_affine:
             raise ValueError(
-                "--tensor-type changes a mix of GGUF's block types; give --gguf-type or"
-                " --target-bpw too, or --format gguf alone, which is a mix by itself"
+                "--tensor-type changes a mix of GGUF's block types; give --gguf-type, --target-bpw"
+                " or --target-size too, or --format gguf alone, which is a mix by itself"
             )
-        if self.gguf_type is not None and self.target_bpw is not None:
-            raise ValueError(
-                "--gguf-type and --target-bpw exclude each other: both choose the types"
-            )
+        chosen = [k for k in _CHOOSE_TYPES if getattr(self, k) is not None]
+        if len(chosen) > 1:
+            one, other = (f"--{key.replace('_', '-')}" for key in chosen[:2])
+            raise ValueError(f"{one} and {other} exclude each other: both choose the types")
         if self.block_types is not None:
             self._check_types(self.block_types)
         if len(set(self.format)) != len(self.format):
@@ -200,7 +203,19 @@ class Recipe(BaseModel):
         """The flag that makes llama.cpp's block types the grid, or None."""
         if self.target_bpw is not None:
             return f"--target-bpw {self.target_bpw:g}"
+        if self.target_size is not None:
+            return f"--target-size {self.target_size:g}"
         return None if self.gguf_type is None else f"--gguf-type {self.gguf_type}"
+
+    @property
+    def types_by_cost(self) -> bool:
+        """Whether block types are chosen by what each would cost."""
+        return self.target_bpw is not None or self.target_size is not None
+
+    @property
+    def target_bytes(self) -> int | None:
+        """`target_size` in bytes."""
+        return None if self.target_size is None else round(self.target_size * 1e9)
 
     @property
     def asks_for_affine(self) -> bool:
@@ -225,6 +240,8 @@ class Recipe(BaseModel):
         """The grid in words, for report and card."""
         if self.target_bpw is not None:
             return f"{self.target_bpw:g} bits per weight"
+        if self.target_size is not None:
+            return f"{self.target_size:g} GB"
         return self.gguf_type or f"{self.bits} bits"
 
     @property
@@ -279,6 +296,8 @@ class Recipe(BaseModel):
             return f"{self.gguf_type}-{method}"
         if self.target_bpw is not None:
             return f"{self.target_bpw:g}bpw-{method}"
+        if self.target_size is not None:
+            return f"{self.target_size:g}GB-{method}"
         group = "" if self.group_size == -1 else f"g{self.quant_config().group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
         head = "" if self.head_bits is None else f"-head{self.head_bits}"

@@ -126,7 +126,7 @@ def _grid(recipe: Recipe) -> str:
     """The grid of the linears: `to 4 bits, groups of 128, asymmetric`."""
     if recipe.block_types:
         by_cost = f"chosen by measured cost for {recipe.grid}"
-        types = by_cost if recipe.target_bpw else recipe.gguf_type
+        types = by_cost if recipe.types_by_cost else recipe.gguf_type
         return f"on the block types of llama.cpp, {types}"
     size = recipe.quant_config().group_size
     groups = "one scale an output channel" if size == -1 else f"groups of {size}"

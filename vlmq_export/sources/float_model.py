@@ -19,7 +19,7 @@ from vlmq_export.planning.run_plan import (
     plan_run,
 )
 from vlmq_export.planning.run_time import Reading, plan_time, tell_time
-from vlmq_export.planning.target_bpw import chosen_types, planned_types
+from vlmq_export.planning.target_bpw import chosen_types, planned_types, spare_note
 from vlmq_export.quantizer.arithmetic import pick_device
 from vlmq_export.quantizer.config import GROUP_SIZES
 from vlmq_export.quantizer.host import free_memory
@@ -72,9 +72,12 @@ class FloatModel(Source):
         if recipe.gguf_type is not None:
             mix = mix_named(recipe.gguf_type)
             model = with_types(model, module_types(model, mix, recipe.tensor_type), mix)
-        elif recipe.target_bpw is not None:
+        elif recipe.types_by_cost:
             model = with_types(model, planned_types(model, recipe))
-        return plan_run(model, recipe)
+        plan = plan_run(model, recipe)
+        for planned in plan.formats.values():
+            planned.notes.extend(spare_note(model, recipe))
+        return plan
 
     def foreseen(self, plan: RunPlan, recipe: Recipe, data: CalibrationRows) -> RunPlan:
         lengths, unusable = Lengths(()), ""
@@ -114,7 +117,7 @@ class FloatModel(Source):
         )
         samples, planned = filling.calibration.samples, plan.memory
         assert planned is not None, "a float model's plan has a plan of memory"
-        if recipe.target_bpw is not None:
+        if recipe.types_by_cost:
             with filling.timed("choose types"):
                 types = chosen_types(
                     plan.model,

@@ -38,16 +38,15 @@ class SavedArtifact(Source):
 
     def recipe_for(self, recipe: Recipe) -> Recipe:
         config = self.artifact.config
-        if config.types:
-            asked, mix = recipe.gguf_type, config.gguf_type
-            other = asked is not None and mix_named(asked) != mix
-            if other or (recipe.target_bpw is not None and mix):
-                raise UsageError(
-                    f"{recipe.block_types}: the artifact has {mix} already;"
-                    " quantize the model again"
-                )
-            recipe = recipe.model_copy(update={"gguf_type": mix or None})
-        return fixed_grid(recipe, config, "artifact")
+        mix, asked = config.gguf_type, recipe.gguf_type
+        by_cost = bool(config.types) and not mix
+        other = asked is not None and mix_named(asked) != mix
+        if other or (recipe.types_by_cost and not by_cost):
+            has = mix or ("types by cost" if by_cost else f"{config.bits} bits")
+            raise UsageError(
+                f"{recipe.block_types}: the artifact has {has} already; quantize the model again"
+            )
+        return fixed_grid(recipe.model_copy(update={"gguf_type": mix or None}), config, "artifact")
 
     def plan(self, recipe: Recipe) -> RunPlan:
         return plan_run(artifact_plan(self.artifact), recipe)

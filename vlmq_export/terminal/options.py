@@ -140,6 +140,8 @@ _GGUF_TYPE = "Solve on llama.cpp's own types: IQ2_XXS … IQ4_XS, Q2_K … Q4_K_
 GgufType = Annotated[str | None, _option(_GGUF_TYPE, panel="GGUF")]
 _TARGET_BPW = "Choose those types by measured cost, to this many bits per weight over all matrices."
 TargetBpw = Annotated[float | None, _option(_TARGET_BPW)]
+_TARGET_SIZE = "The same, to this many GB (10^9 bytes) of model and mmproj together."
+TargetSize = Annotated[float | None, _option(_TARGET_SIZE)]
 _TENSOR_TYPE = "REGEX=TYPE on GGUF tensor names, over the mix; repeat."
 TensorType = Annotated[list[str] | None, _option(_TENSOR_TYPE)]
 _IMATRIX = "Also write imatrix.gguf, from the calibration images, for stock llama-quantize."

@@ -81,7 +81,7 @@ def test_fallback(columns, kind, wanted):
         ({"gguf_type": "Q4_K_M", "bits": 3}, "--bits and --gguf-type Q4_K_M exclude each other"),
         ({"gguf_type": "Q4_K_M", "act_order": "dynamic"}, "use gar or off"),
         ({"gguf_type": "Q4_K_M", "format": ["gptq"]}, "only GGUF holds these integers"),
-        ({"tensor_type": ["a=Q8_0"]}, "give --gguf-type or --target-bpw too"),
+        ({"tensor_type": ["a=Q8_0"]}, "give --gguf-type, --target-bpw or --target-size too"),
         ({"tensor_type": ["a=Q8_0"], "format": ["gguf"], "bits": 4}, "--format gguf alone"),
     ],
 )
@@ -129,3 +129,15 @@ def test_an_artifact_on_block_types_is_refused_for_other_formats(tmp_path):
         said = refused(out / "artifact", *again, code=2)
         assert f"leave out --format {name}" in said and "GGUF's block types" in said
         assert not (tmp_path / name).exists()
+    for flag, value in (("--gguf-type", "Q2_K"), ("--target-bpw", 4), ("--target-size", 1)):
+        again = (flag, value, "--format", "gguf", "--out", tmp_path / "again")
+        said = refused(out / "artifact", *again, code=2)
+        assert f"{flag} {value}: the artifact has Q4_0 already" in said
+
+
+def test_block_types_are_refused_for_an_artifact_of_affine_integers(artifacts, tmp_path):
+    for flag, value in (("--gguf-type", "Q2_K"), ("--target-bpw", 4), ("--target-size", 1)):
+        again = (flag, value, "--format", "gguf", "--out", tmp_path / "again")
+        said = refused(artifacts("w4g128").path, *again, code=2)
+        assert f"{flag} {value}: the artifact has 4 bits already" in said
+    assert not (tmp_path / "again").exists()

@@ -366,7 +366,7 @@ def test_flags_that_ask_for_another_grid_are_refused(published, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("flag", [{"gguf_type": "Q4_K_M"}, {"target_bpw": 4.0}])
+@pytest.mark.parametrize("flag", [{"gguf_type": "Q4_K_M"}, {"target_bpw": 4.0}, {"target_size": 1}])
 def test_flags_that_would_round_again_are_refused(published, tmp_path, flag):
     recipe = Recipe(model=str(published), format=["gguf"], out=tmp_path / "out", **flag)
     with pytest.raises(UsageError, match="the checkpoint has its integers already"):
