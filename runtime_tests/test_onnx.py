@@ -77,7 +77,7 @@ def test_level_4_is_shipped_only_on_request_and_has_a_gate_of_its_own(tmp_path):
 def damage(folder, graph, name, kind, rng):
     """Change one random value of a constant by the least that can matter.
 
-    kind: "ulp" (a float32 by one unit in the last place) or "bit" (one bit of a byte, the lower of
+    kind: "ulp" (a float by one unit in the last place) or "bit" (one bit of a byte, the lower of
         its first or second half).
     """
     model = onnx.load(folder / f"{graph}.onnx", load_external_data=False)
@@ -87,9 +87,10 @@ def damage(folder, graph, name, kind, rng):
     data = bytearray(file.read_bytes() if file else tensor.raw_data)
     offset, length = int(entry.get("offset", 0)), int(entry.get("length", len(data)))
     if kind == "ulp":
-        at = offset + 4 * rng.randrange(length // 4)
-        value = np.frombuffer(bytes(data[at : at + 4]), "<f4")
-        data[at : at + 4] = np.nextafter(value, np.float32(np.inf)).astype("<f4").tobytes()
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        at = offset + dtype.itemsize * rng.randrange(length // dtype.itemsize)
+        value = np.frombuffer(data, dtype, 1, at)
+        data[at : at + dtype.itemsize] = np.nextafter(value, dtype.type(np.inf)).tobytes()
     else:
         data[offset + rng.randrange(length)] ^= 1 << rng.randrange(0, 8, 4)
     if file:
@@ -143,12 +144,13 @@ def test_what_the_runtime_refuses_is_a_failed_row(exported, tmp_path):
 
 
 def overwrite(folder, graph, name, change):
-    """Apply `change` to the float32 values of one constant in the data file."""
+    """Apply `change` to the values of one constant in the data file."""
     model = onnx.load(folder / f"{graph}.onnx", load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.name == name)
     entry = {e.key: e.value for e in tensor.external_data}
     file, offset = folder / entry["location"], int(entry["offset"])
-    values = np.memmap(file, "<f4", "r+", offset, tuple(tensor.dims))
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    values = np.memmap(file, dtype, "r+", offset, tuple(tensor.dims))
     change(values)
     values.flush()
 

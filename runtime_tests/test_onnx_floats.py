@@ -1,6 +1,7 @@
 """Float tensors in the bytes of the source: what they take, and that no number changes for it.
 
-The packages are compared with the same ones whose 16-bit constants are widened to float32.
+The packages are compared with the same ones whose 16-bit constants are widened to float32. Scales
+are among them.
 """
 
 import random
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
+from runtime_tests import test_head
 from runtime_tests.test_onnx import assert_all_pass, damage, export, run_check, weight_rows
 from tests.artifacts import GRIDS
 from tools.reference_vlm.model import make_random_checkpoint
@@ -20,7 +22,9 @@ from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.onnx import write as writer
 from vlmq_export.formats.onnx.passes.widen import widen
 from vlmq_export.formats.onnx.proof.runner import OnnxRunner
+from vlmq_export.formats.proof.checks import relative_error
 from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.storage.tensors import DTYPES
 
 GRAPHS = ("vision", "embedding", "text")
@@ -125,6 +129,50 @@ def test_floats_take_the_bytes_of_the_source_and_no_number_changes(packages, tmp
     reference, folder = packages(graph)
     assert_no_float_is_wider_than_in_the_source(reference, folder)
     assert_numbers_are_those_of_float32_constants(reference, folder, tmp_path)
+
+
+def scales(graph):
+    """The scales of a graph, whatever the runtime calls them once they are cast."""
+    return [t for t in graph.initializer if ".scales" in t.name]
+
+
+@pytest.mark.parametrize("graph", KINDS)
+def test_scales_are_float16_and_merged_ones_too(packages, graph):
+    _, folder = packages(graph)
+    assert {t.data_type for t in scales(load(folder, "text").graph)} == {onnx.TensorProto.FLOAT16}
+
+
+def test_every_quantized_part_of_a_tied_model_computes_what_it_did(tmp_path):
+    """The tower, the embedding, and the output matrix that shares its scales."""
+    source = make_random_checkpoint(tmp_path / "model", "qwen2_vl", layers=2, depth=3, tied=True)
+    config = QuantConfig("rtn", 4, 128, vision_bits=8, embedding_bits=8)
+    reference, folder = test_head.export(tmp_path, config, source, "onnx")
+    for graph, module in (
+        ("vision", "visual.blocks.0."),
+        ("embedding", "model.embed_tokens"),
+        ("text", "lm_head"),
+    ):
+        found = scales(load(folder, graph).graph)
+        assert any(t.name.startswith(module) for t in found)
+        assert {t.data_type for t in found} == {onnx.TensorProto.FLOAT16}
+        cast = scales(optimized(folder, graph, tmp_path))
+        assert {t.data_type for t in cast} == {onnx.TensorProto.FLOAT}
+    assert_numbers_are_those_of_float32_constants(reference, folder, tmp_path)
+
+
+# Without fused operators activations differ in their last bits, and level 4 rounds them to 8 bits.
+UNFUSED = {0: 1e-6, 4: 1e-2}
+
+
+@pytest.mark.parametrize("level", UNFUSED)
+def test_a_session_without_graph_optimization_computes_the_same(tmp_path, monkeypatch, level):
+    """No Cast is folded there. Scales of level 4 have none: its kernel would compute nonsense."""
+    reference, folder = written(tmp_path, onnx_accuracy_level=level)
+    want = numbers(reference, folder)
+    off = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    monkeypatch.setattr(onnxruntime.GraphOptimizationLevel, "ORT_ENABLE_ALL", off)
+    for got, expected in zip(numbers(reference, folder), want, strict=True):
+        assert relative_error(got, expected) < UNFUSED[level]
 
 
 def test_a_head_of_its_own_takes_the_bytes_of_the_source(tmp_path):

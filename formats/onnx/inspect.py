@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmq_export.formats.contract import Inspection, TensorRow
-from vlmq_export.formats.onnx.read import GRAPHS, check_external, guarded, load_graph
+from vlmq_export.formats.onnx.read import GRAPHS, check_external, guarded, load_graph, stored_inputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -32,11 +32,12 @@ def inspect(path: Path) -> Inspection:
         own = _rows(model)
         rows += own
         sizes = {row.name: row.nbytes for row in own}
+        producers = {o: n for n in model.graph.node for o in n.output}
         for node in model.graph.node:
             if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
                 continue
             attributes = {a.name: a.i for a in node.attribute}
-            stored += sum(sizes.get(name, 0) for name in node.input)
+            stored += sum(sizes.get(name, 0) for name in stored_inputs(node, producers))
             if node.op_type == "GatherBlockQuantized":  # codes of whole bytes
                 quantized += 8 * sizes[node.input[0]] // attributes["bits"]
                 continue

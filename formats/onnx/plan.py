@@ -21,8 +21,8 @@ from vlmq_export.quantizer.storage.tensors import DTYPES
 
 # Bytes of nodes and names in the graphs for each quantized linear, and for each tensor of a vision
 # tower that torch traced or mobius made.
-_LINEAR_BYTES, _TRACED_BYTES, _MOBIUS_BYTES = 3_000, 1_400, 4_100
-_TOWER_BYTES = 500  # what a tensor of the tower takes more where it is quantized
+_LINEAR_BYTES, _TRACED_BYTES, _MOBIUS_BYTES = 3_300, 1_400, 4_100
+_TOWER_BYTES = 800  # what a tensor of the tower takes more where it is quantized
 
 
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
@@ -34,10 +34,11 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     if refusals:
         return FormatPlan(0.0, 0, refusals)
     width = 2 if options.onnx_dtype == "float16" else 4
-    stored = sum(_stored_bytes(linear, model.config, width) for linear in model.linears)
-    size = stored + _float_bytes(model, width) + _graph_bytes(model) + _tower_bytes(model)
+    scale = width if options.onnx_accuracy_level == 4 else 2
+    stored = sum(_stored_bytes(linear, model.config, scale) for linear in model.linears)
+    size = stored + _float_bytes(model, width) + _graph_bytes(model) + _tower_bytes(model, options)
     weights = sum(x.out_features * x.in_features for x in model.linears)
-    table = embedding_note(model, lambda x: _stored_bytes(x, model.config, width))
+    table = embedding_note(model, lambda x: _stored_bytes(x, model.config, scale))
     return FormatPlan(8 * stored / weights, size, [], [*notes_for(model, options), *table])
 
 
@@ -75,7 +76,7 @@ def _option_refusals(config: QuantConfig, options: FormatOptions) -> Iterator[st
 def _stored_bytes(
     linear: LinearSpec,
     config: QuantConfig,
-    width: int,  # bytes of a scale
+    scale: int,  # bytes of one
 ) -> int:
     """Bytes of a quantized linear: codes, scales, zero-points, and its order of columns.
 
@@ -85,16 +86,17 @@ def _stored_bytes(
     block, bits = block_size_for(own.group_size), container_bits(own.bits)
     assert block is not None, "a group size without a block is refused"
     blocks = -(-linear.in_features // block)
-    codes, scales, zeros = blocks * block * bits // 8, width * blocks, -(-blocks * bits // 8)
+    codes, scales, zeros = blocks * block * bits // 8, scale * blocks, -(-blocks * bits // 8)
     stored = linear.out_features * (codes + scales + zeros + 2 * linear.bias)
     if _permuted(own):
         stored += 8 * linear.in_features
     return stored
 
 
-def _tower_bytes(model: ModelPlan) -> int:
+def _tower_bytes(model: ModelPlan, options: FormatOptions) -> int:
     """Bytes of the quantized linears of the vision tower, which computes in float32."""
-    return sum(_stored_bytes(linear, model.config.vision, 4) for linear in model.tower)
+    scale = 4 if options.onnx_accuracy_level == 4 else 2
+    return sum(_stored_bytes(linear, model.config.vision, scale) for linear in model.tower)
 
 
 def _float_bytes(model: ModelPlan, width: int) -> int:
@@ -135,10 +137,11 @@ def _permuted(config: QuantConfig) -> bool:
 def notes_for(model: ModelPlan, options: FormatOptions) -> list[str]:
     """What the user should know of these files."""
     config = model.config
-    return [*_graph_notes(config, options), *_grid_notes(config), *_vision_notes(model)]
+    vision = _vision_notes(model, options)
+    return [*_graph_notes(config, options), *_grid_notes(config), *vision]
 
 
-def _vision_notes(model: ModelPlan) -> list[str]:
+def _vision_notes(model: ModelPlan, options: FormatOptions) -> list[str]:
     """What becomes of a quantized vision tower."""
     is_vision = model.architecture.family.is_vision
     rest = sum(t.numel * DTYPES[t.dtype].itemsize for t in model.floats if is_vision(t.name))
@@ -146,7 +149,7 @@ def _vision_notes(model: ModelPlan) -> list[str]:
     if all(linear.dtype for linear in model.tower):
         before = rest + sum(x.numel * DTYPES[x.dtype].itemsize for x in model.tower)
     kind = f"MatMulNBits of {model.config.vision_bits} bits"
-    return tower_note(model, kind, rest + _tower_bytes(model), before)
+    return tower_note(model, kind, rest + _tower_bytes(model, options), before)
 
 
 def _graph_notes(config: QuantConfig, options: FormatOptions) -> Iterator[str]:

@@ -55,7 +55,7 @@ class Linear:
     bits: int
     block_size: int
     weight: np.ndarray  # uint8 [out, blocks, bytes of a block]
-    scales: np.ndarray  # float32 or float16 [out, blocks]
+    scales: np.ndarray  # float32 or float16 [out, blocks], in the type that the node reads
     zero_points: np.ndarray  # uint8 [out, bytes of a row]
     order: np.ndarray | None  # int64 [in]: the columns that a Gather before the node takes
     in_features: int
@@ -97,6 +97,7 @@ class _Node:
     weight: TensorProto
     scales: TensorProto
     zeros: TensorProto
+    cast: bool  # whether a Cast to float32 stands between the scales and the node
     order: TensorProto | None = None  # of the Gather before the node
     looked_up: bool = False  # whether it is a GatherBlockQuantized
 
@@ -136,7 +137,7 @@ class OnnxFolder:
         for node in model.graph.node:
             if node.op_type == "GatherBlockQuantized":
                 module = node.input[0].removesuffix(".qweight")
-                found = self._table(node, module, constants)
+                found = self._table(node, module, producers, constants)
                 self._linears[module] = found, slice(None)
             elif node.op_type == "MatMulNBits":
                 module = node.input[1].removesuffix(".qweight")
@@ -159,9 +160,9 @@ class OnnxFolder:
         constants: Mapping[str, TensorProto],
     ) -> _Node:
         """A MatMulNBits node, if it has the inputs and attributes that we write."""
-        inputs = node.input[1:4]
-        incomplete = any(len(node.input) < 4 or i not in constants for i in inputs)
-        if incomplete or (len(node.input) > 4 and node.input[4]):
+        inputs = stored_inputs(node, producers)
+        incomplete = len(inputs) < 4 or any(i not in constants for i in inputs[1:4])
+        if incomplete or (len(inputs) > 4 and inputs[4]):
             raise FormatError(
                 f"{self.path}: {module} lacks zero_points or has a g_idx,"
                 " which ONNX Runtime computes wrong"
@@ -170,24 +171,33 @@ class OnnxFolder:
         order = None
         if gather is not None and gather.op_type == "Gather":
             order = constants[gather.input[1]] if gather.input[1] == f"{module}.order" else None
-        weight, scales, zeros = (constants[i] for i in inputs)
+        weight, scales, zeros = (constants[i] for i in inputs[1:4])
         attributes = {a.name: a.i for a in node.attribute}
-        found = _Node(attributes, weight, scales, zeros, order)
+        cast = scales.name != node.input[2]
+        found = _Node(attributes, weight, scales, zeros, cast, order)
         self._check_shapes(module, found)
         return found
 
-    def _table(self, node: NodeProto, module: str, constants: Mapping[str, TensorProto]) -> _Node:
+    def _table(
+        self,
+        node: NodeProto,
+        module: str,
+        producers: Mapping[str, NodeProto],
+        constants: Mapping[str, TensorProto],
+    ) -> _Node:
         """A GatherBlockQuantized node, if it takes rows of a table as we write it."""
-        if len(node.input) != 4 or any(node.input[i] not in constants for i in (0, 2, 3)):
+        inputs = stored_inputs(node, producers)
+        if len(inputs) != 4 or any(inputs[i] not in constants for i in (0, 2, 3)):
             raise FormatError(f"{self.path}: {module} lacks scales or zero_points; export again")
-        codes, scales, zeros = (constants[node.input[i]] for i in (0, 2, 3))
+        codes, scales, zeros = (constants[inputs[i]] for i in (0, 2, 3))
         attributes = {"gather_axis": 0, "quantize_axis": 1, "bits": 4}  # the operator's defaults
         attributes |= {a.name: a.i for a in node.attribute}
         if (attributes["gather_axis"], attributes["quantize_axis"]) != (0, 1):
             raise FormatError(f"{self.path}: {module} does not take rows; export again")
         rows, size = codes.dims
         attributes |= {"N": rows, "K": 8 * size // attributes["bits"]}
-        found = _Node(attributes, codes, scales, zeros, looked_up=True)
+        cast = scales.name != node.input[2]
+        found = _Node(attributes, codes, scales, zeros, cast, looked_up=True)
         self._check_shapes(module, found)
         return found
 
@@ -298,6 +308,8 @@ class OnnxFolder:
                 )
         bits, block = node.attributes["bits"], node.attributes["block_size"]
         scales = self.array(node.scales)[rows]
+        if node.cast:
+            scales = scales.astype(np.float32)
         return Linear(
             name,
             bits,
@@ -333,6 +345,20 @@ class OnnxFolder:
         if module in self._linears:
             return self.linear(module).decode()
         return agreeing([self.array(t) for t in self.floats.get(name, [])])
+
+
+def stored_inputs(node: NodeProto, producers: Mapping[str, NodeProto]) -> list[str]:
+    """The inputs of a MatMulNBits or a GatherBlockQuantized, by the names that constants have.
+
+    Its scales are the third. They may be what a Cast to float32 gives, and then this is its input.
+    producers: value → the node that gives it.
+    """
+    inputs = list(node.input)
+    cast = producers.get(inputs[2]) if len(inputs) > 2 else None
+    if cast is not None and cast.op_type == "Cast":
+        (to,) = (a.i for a in cast.attribute if a.name == "to")
+        inputs[2] = cast.input[0] if to == _FLOAT32 else inputs[2]
+    return inputs
 
 
 def _head_rows(attention: NodeProto, outputs: int) -> list[int]:

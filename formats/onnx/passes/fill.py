@@ -6,8 +6,11 @@ has a bias. The first two nodes are replaced, and the addition stays. A vision t
 becomes GatherBlockQuantized if it is quantized. A tied output matrix is a linear on the embedding's
 integers. The large constants are lazy: a tensor is read from the artifact when its file is written.
 
-No float tensor takes more bytes than the artifact has for it. A parameter of a float32 graph may
-therefore have a constant of 16 bits, until `widen` puts a Cast between the two.
+No float tensor takes more bytes than the artifact has for it, and scales are float16. A parameter
+of a float32 graph may therefore have a constant of 16 bits, until `widen` puts a Cast between the
+two. At accuracy_level 4 scales have the type that the graph computes in. Its kernel takes them from
+constants while a session is made, and behind a Cast it computes nonsense where the session has
+turned graph optimization off.
 """
 
 from __future__ import annotations
@@ -23,7 +26,6 @@ from vlmq_export.formats.onnx.graphs.edit import (
     add_constant,
     name_of,
     name_outputs,
-    numpy_type,
     parameters,
     shape_of,
 )
@@ -51,7 +53,7 @@ def fill(model: ir.Model, artifact: Artifact, accuracy_level: int) -> list[str]:
     for value in parameters(graph):
         name = name_of(value)
         if name == embedding and name in quantized:
-            _replace_table(graph, value, artifact, table)
+            _replace_table(graph, value, artifact, table, accuracy_level)
             done.append(table)
         elif name in quantized:
             _replace_linear(graph, value, artifact, quantized[name], accuracy_level)
@@ -135,8 +137,13 @@ def _packed(artifact: Artifact, name: str) -> NBits:
     )
 
 
-def _replace_table(graph: ir.Graph, table: ir.Value, artifact: Artifact, name: str) -> None:
-    """Gather(table, ids) becomes GatherBlockQuantized, which decodes the rows that it takes."""
+def _replace_table(
+    graph: ir.Graph, table: ir.Value, artifact: Artifact, name: str, accuracy_level: int
+) -> None:
+    """Gather(table, ids) becomes GatherBlockQuantized, which decodes the rows that it takes.
+
+    `accuracy_level` is that of a tied output matrix, which reads the same scales.
+    """
     packed = _packed(artifact, name)
     _check_shape(table, artifact.records[name])
     uses = list(table.uses())
@@ -145,7 +152,8 @@ def _replace_table(graph: ir.Graph, table: ir.Value, artifact: Artifact, name: s
             f"{name} is not one Gather in the graph; this mobius version is not supported"
         )
     gather, attributes = uses[0].node, {"gather_axis": 0, "quantize_axis": 1}
-    codes, scales, zeros = _constants(graph, artifact, name, packed, table, flat=True)
+    constants = _constants(graph, artifact, name, packed, table, accuracy_level, flat=True)
+    codes, scales, zeros = constants
     attributes |= {"bits": packed.bits, "block_size": packed.block_size}
     node = ir.Node(
         DOMAIN,
@@ -179,7 +187,7 @@ def _replace_linear(
         gather = _gather(graph, activations, packed.order, name)
         activations = gather.outputs[0]
         new.append(gather)
-    constants = _constants(graph, artifact, source, packed, weight)
+    constants = _constants(graph, artifact, source, packed, weight, accuracy_level)
     out_features, in_features = shape_of(weight)
     attributes = {
         "K": in_features,
@@ -236,7 +244,8 @@ def _constants(
     artifact: Artifact,
     source: str,  # hub name of the matrix in the artifact
     packed: NBits,
-    weight: ir.Value,  # the parameter that they replace; the scales have its type
+    weight: ir.Value,  # the parameter that they replace; the scales are read in its type
+    accuracy_level: int,
     *,
     flat: bool = False,  # whether the blocks of a row lie in one axis: codes are [out, bytes]
 ) -> list[ir.Value]:
@@ -245,7 +254,7 @@ def _constants(
     The packed codes are made once more when the file is written, so that those of one matrix at a
     time are in memory.
     """
-    name, dtype = name_of(weight).removesuffix(".weight"), numpy_type(weight)
+    name, computed = name_of(weight).removesuffix(".weight"), weight.dtype or ir.DataType.FLOAT
     rows, blocks, size = packed.weight.shape
     shape = (rows, blocks * size) if flat else packed.weight.shape
     codes = ir.LazyTensor(
@@ -253,9 +262,12 @@ def _constants(
         ir.DataType.UINT8,
         ir.Shape(shape),
     )
+    stored = packed.scales.astype(computed.numpy()) if accuracy_level == 4 else packed.scales
+    scales = add_constant(graph, f"{name}.scales", ir.Tensor(stored))
+    scales.type = ir.TensorType(computed)
     return [
         add_constant(graph, f"{name}.qweight", codes),
-        add_constant(graph, f"{name}.scales", ir.Tensor(packed.scales.astype(dtype))),
+        scales,
         add_constant(graph, f"{name}.zero_points", ir.Tensor(packed.zero_points)),
     ]
 

@@ -195,4 +195,7 @@ def _joined(graph: ir.Graph, name: str, values: list[ir.Value | None]) -> ir.Val
     def read() -> ir.Tensor:
         return ir.Tensor(np.concatenate([t.numpy() for t in tensors]), name=name)
 
-    return add_constant(graph, name, ir.LazyTensor(read, tensors[0].dtype, shape))
+    joined = add_constant(graph, name, ir.LazyTensor(read, tensors[0].dtype, shape))
+    # Scales may be stored in less than the graph computes in, until `widen` casts them.
+    joined.type = None if values[0] is None else values[0].type
+    return joined

@@ -25,7 +25,7 @@ class NBits:
     bits: int
     block_size: int
     weight: np.ndarray  # uint8 [out, blocks, block_size·bits/8]
-    scales: np.ndarray  # float32 [out, blocks]
+    scales: np.ndarray  # float16 [out, blocks]
     zero_points: np.ndarray  # uint8 [out, ceil(blocks·bits/8)]
     # int64 [in]: the columns of A in the order of the groups; None: the groups lie in order.
     order: np.ndarray | None
@@ -69,8 +69,7 @@ def pack_linear(
 ) -> NBits:
     """The inputs of MatMulNBits that decode to the same weights exactly.
 
-    float16 scales are widened to float32. A group that is longer than a block has its scale and its
-    zero-point in each of its blocks.
+    A group that is longer than a block has its scale and its zero-point in each of its blocks.
     """
     block = block_size_for(group_size)
     assert block is not None, f"plan() refuses group size {group_size}"
@@ -86,7 +85,7 @@ def pack_linear(
         width,
         block,
         pack_bits(codes.reshape(out_features, blocks, block), width),
-        np.ascontiguousarray(scales[:, group_of_block], np.float32),
+        np.ascontiguousarray(scales[:, group_of_block]),
         pack_bits(zero_points[:, group_of_block], width),
         None if natural else order.astype(np.int64),
     )

@@ -49,9 +49,9 @@ def test_table_and_output_matrix_decode_to_the_artifact_s_weights(written):
 
 
 def test_inspect_counts_the_table(written):
-    """Four bits a code, and a float32 scale and a zero-point of four bits for 32 of them."""
+    """Four bits a code, and a float16 scale and a zero-point of four bits for 32 of them."""
     found = inspect(written[1] / "embedding.onnx")
-    assert found.bits_per_weight == pytest.approx(4 + (32 + 4) / 32)
+    assert found.bits_per_weight == pytest.approx(4 + (16 + 4) / 32)
 
 
 def table(model):
@@ -76,11 +76,18 @@ def with_other_scales(model):
     scales.CopyFrom(numpy_helper.from_array(np.ones((2, 2), np.float32), scales.name))
 
 
+def with_other_cast(model):
+    """The scales pass through a Cast that rounds them, and the runtime refuses its type."""
+    (cast,) = (n for n in model.graph.node if table(model).input[2] in n.output)
+    cast.attribute[0].i = onnx.TensorProto.BFLOAT16
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (without_zero_points, "lacks scales or zero_points"),
         (with_other_scales, "has shape"),
+        (with_other_cast, "lacks scales or zero_points"),
         (of_table("bits", 3), "3 bits in blocks of 32"),
         (of_table("bits", 0), "damaged graph"),
         (of_table("block_size", 48), "4 bits in blocks of 48"),
