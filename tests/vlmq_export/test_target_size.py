@@ -75,6 +75,15 @@ def test_the_plan_of_these_types_is_what_was_written(written, size):
     assert sum(found.parts.values()) == found.size_bytes
 
 
+def test_a_split_package_is_no_larger_than_planned(written, tmp_path):
+    artifact = Artifact(written[3_040_000][0] / "artifact")
+    options = FormatOptions(name="x" * 200, gguf_split_bytes=30_000)
+    FORMATS["gguf"].write(artifact, tmp_path / "gguf", options)
+    assert len([*(tmp_path / "gguf").glob("*-of-*.gguf")]) > 5
+    found = FORMATS["gguf"].plan(artifact_plan(artifact), options)
+    assert 0 <= found.size_bytes - package(tmp_path) < 2 * SLACK
+
+
 def test_the_dry_run_keeps_the_size(model):
     for size, keys in ((3.04e-3, {}), (2.2e-3, {"vision_bits": 8}), (2.1e-3, {"mmproj": "q8_0"})):
         found = planned(model, target_size=size, **keys)
