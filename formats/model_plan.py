@@ -140,7 +140,7 @@ def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelP
         shape = checkpoint.info(own if own in checkpoint.tensors else tied).shape
         linears.append(LinearSpec(head, shape[0], shape[1], False))
         architecture = architecture.untied()
-    names = tower_names(checkpoint) if config.vision_bits else []
+    names = tower_names(checkpoint, short=config.vision_short) if config.vision_bits else []
     tower = [_linear(checkpoint, linear) for linear in names]
     solved = [*linears, *tower]
     taken |= {f"{linear.name}.{part}" for linear in solved for part in ("weight", "bias")}

@@ -28,6 +28,7 @@ SETTINGS = CheckSettings(images=2, questions=4, threads=1)
 # more layers than there are stacked features.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
 ODD = "llava_onevision, odd"  # rows of 500 columns, as SigLIP has some of 4304
+SHORT = f"{ODD}, short"  # the same, with these rows quantized too, in ONNX alone
 CONFIG = QuantConfig(method="gptq", bits=4, group_size=64, vision_bits=8)
 
 
@@ -39,12 +40,13 @@ def exported(tmp_path_factory):
     def solve(arch, bits):
         if (arch, bits) not in solved:
             folder = tmp_path_factory.mktemp(f"{arch.replace(', ', '-')}-{bits}")
-            family, _, odd = arch.partition(", ")
+            family, *odd = arch.split(", ")
             shape = {"shape": {"vision_config": {"intermediate_size": 500}}} if odd else {}
             source = make_tiny(folder / "source", family, **SHAPE.get(family, {}), **shape)
             preprocessor = Preprocessor(source)
             samples = [preprocessor.sample(row) for row in read_rows(CALIBRATION)[:3]]
-            config = QuantConfig(**CONFIG.to_dict() | {"vision_bits": bits})
+            changed = {"vision_bits": bits, "vision_short": arch == SHORT}
+            config = QuantConfig(**CONFIG.to_dict() | changed)
             given = {"name": "tiny-vlm", "calibration": {}, "device": "cpu"}
             quantize(Checkpoint(source), samples, config, folder / "artifact", **given)
             solved[arch, bits] = folder
@@ -105,6 +107,16 @@ def test_eight_bits_pass_every_gate_of_onnx_runtime(arch, exported):
     assert {OnnxFolder(folder).linear(n).block_size for n in tower} == {32}
 
 
+@pytest.mark.parametrize("bits", [8, *slow(2, 3, 4)])
+def test_rows_with_a_short_last_group_pass_every_gate_of_onnx_runtime(bits, exported):
+    reference, folder = exported(SHORT, "onnx", bits)
+    test_onnx.assert_all_pass(check("onnx", reference, folder))
+    written = OnnxFolder(folder)
+    odd = [written.linear(n) for n in written.linears if written.linear(n).in_features == 500]
+    assert odd and {linear.block_size for linear in odd} == {32}
+    assert {linear.scales.shape[1] for linear in odd} == {16}
+
+
 @pytest.mark.parametrize("bits", [4, *slow(2, 3)])
 @pytest.mark.parametrize("name", ["gguf", *slow("onnx")])
 def test_other_widths_pass_too(name, bits, exported):
@@ -133,6 +145,7 @@ def test_both_formats_hold_the_same_integers(exported):
 
 # mobius' graphs are 8 % of so small a Qwen2.5-VL, with the option or without, and are estimated.
 PLANNED = [("gguf", "qwen2_5_vl"), *((n, a) for n in ("gguf", "onnx") for a in (CASES[1], ODD))]
+PLANNED += [("onnx", SHORT)]
 
 
 @pytest.mark.parametrize(("name", "arch"), PLANNED)
@@ -168,16 +181,21 @@ def test_one_changed_byte_of_the_mmproj_is_caught_and_named(byte, exported, tmp_
     assert product.status == "failed" and name in product.worst
 
 
-def test_one_changed_code_of_vision_onnx_is_caught_and_named(exported, tmp_path):
-    reference, folder = exported("llava_onevision", "onnx")
+@pytest.mark.parametrize(
+    ("arch", "module", "at"),
+    [("llava_onevision", "mlp.fc1", 99), (SHORT, "mlp.fc2", 7 * 512 + 499)],
+    ids=["whole", "the last code of a short group"],
+)
+def test_one_changed_code_of_vision_onnx_is_caught_and_named(arch, module, at, exported, tmp_path):
+    reference, folder = exported(arch, "onnx")
     shutil.copytree(folder, tmp_path / "onnx")
     written = OnnxFolder(tmp_path / "onnx")
-    name = next(n for n in written.linears if n.endswith("layers.1.mlp.fc1"))
+    name = next(n for n in written.linears if n.endswith(f"layers.1.{module}"))
     node, _ = written._linears[name]
     entry = {e.key: e.value for e in node.weight.external_data}
     data = tmp_path / "onnx" / entry["location"]
     content = bytearray(data.read_bytes())
-    content[int(entry["offset"]) + 99] ^= 1
+    content[int(entry["offset"]) + at] ^= 1
     data.write_bytes(content)
     rows = check("onnx", reference, tmp_path / "onnx")
     caught = [r for r in rows if r.status == "failed"]

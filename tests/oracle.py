@@ -77,10 +77,11 @@ def brain_surgeon(
     a = hessian.astype(np.float64)[np.ix_(order, order)]
     d = None if drift is None else drift.astype(np.float64)[np.ix_(order, order)]
     codes = np.zeros((rows, n), np.int64)
-    scales, zeros = np.zeros((rows, n // group)), np.zeros((rows, n // group), np.int64)
+    groups = -(-n // group)  # the last one may be shorter
+    scales, zeros = np.zeros((rows, groups)), np.zeros((rows, groups), np.int64)
     if static:
         for r in range(rows):
-            for g in range(n // group):
+            for g in range(groups):
                 values = weights[r, g * group : (g + 1) * group].astype(np.float64)
                 scales[r, g], zeros[r, g] = fit_group(values, bits, False)
     pending = np.zeros_like(w)  # what GPTAQ's term adds after the block, once the block ends

@@ -68,7 +68,7 @@ class ModuleRecord:
     @property
     def groups(self) -> int:
         """The number of groups in a row of an affine grid."""
-        return 1 if self.group_size == -1 else self.in_features // self.group_size
+        return 1 if self.group_size == -1 else -(-self.in_features // self.group_size)
 
     def packed_bits(self) -> float:
         """Bits that codes, scales and zero-points take once packed.
@@ -163,6 +163,7 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
     if not isinstance(m.model_type, str) or not dicts:
         problems.append("model_type, source, calibration or phases of another type")
     known = all(bits in (0, *BITS) for bits in (config.head_bits, config.vision_bits))
+    known = known and isinstance(config.vision_short, bool)
     known = known and config.embedding_bits in (0, *EMBEDDING_TYPES)
     known = known and isinstance(config.method, str)
     known = known and isinstance(config.act_order, str) and config.act_order in ACT_ORDERS
@@ -174,19 +175,22 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
         )
     names: set[str] = set()
     for record in m.modules:
-        problems += _record_problems(record, names)
+        problems += _record_problems(record, names, short=config.vision_short)
         names.add(str(record.name))
     return problems if m.modules else [*problems, "no linears"]
 
 
-def _record_problems(r: ModuleRecord, names: set[str]) -> list[str]:
-    """The first problem of one record, if any. `names` are those of the records before it."""
+def _record_problems(r: ModuleRecord, names: set[str], *, short: bool) -> list[str]:
+    """The first problem of one record, if any. `names` are those of the records before it.
+
+    short: whether the last group of a row of the vision tower may be shorter than the others.
+    """
     sizes = (r.layer, r.out_features, r.in_features)
     if not isinstance(r.name, str) or r.name in names:
         return [f"linear {r.name!r} twice"]
     if not all(type(n) is int and VISION <= n < 2**31 for n in sizes) or min(sizes[1:]) < 1:
         return [f"{r.name} has layer and shape {sizes}"]
-    if not _fits(r):
+    if not _fits(r, short=short and r.layer == VISION):
         grid = r.type or f"{r.bits} bits in groups of {r.group_size}"
         return [f"{r.name} has {r.in_features} columns of {grid}"]
     flags = isinstance(r.bias, bool) and isinstance(r.energy, bool)
@@ -198,12 +202,15 @@ def _record_problems(r: ModuleRecord, names: set[str]) -> list[str]:
     return []
 
 
-def _fits(r: ModuleRecord) -> bool:
-    """Whether the columns of a matrix fall into whole groups of a grid that there is."""
+def _fits(r: ModuleRecord, *, short: bool) -> bool:
+    """Whether the columns of a matrix fall into groups of a grid that there is.
+
+    short: whether the last group may be shorter.
+    """
     if r.type:
         known = isinstance(r.type, str) and r.type in GRIDS
         return known and r.in_features % GRIDS[r.type].block == 0
-    return _is_grid(r) and (r.group_size == -1 or r.in_features % r.group_size == 0)
+    return _is_grid(r) and (short or r.group_size == -1 or r.in_features % r.group_size == 0)
 
 
 def _is_grid(g: QuantConfig | ModuleRecord) -> bool:

@@ -36,9 +36,10 @@ class Solution:
     def decode(self) -> torch.Tensor:
         """float32 [out, in]. Only the product is rounded."""
         codes, scales, zeros = self.codes.float(), self.scales.float(), self.zero_points.float()
-        group = self.codes.shape[1] // scales.shape[1]  # columns per group
-        by_group = self.g_idx.view(-1, group)
-        if bool((by_group == by_group[:, :1]).all()):  # groups lie together: no gather is needed
+        group, rest = divmod(self.codes.shape[1], scales.shape[1])  # columns per group
+        # Where all groups are as long, and lie together, no gather is needed.
+        by_group = self.g_idx.view(-1, 1 if rest else group)
+        if not rest and bool((by_group == by_group[:, :1]).all()):
             first = self.g_idx[::group].long()
             grouped = codes.view(len(codes), -1, group)
             return grouped.sub_(zeros[:, first, None]).mul_(scales[:, first, None]).view_as(codes)

@@ -170,7 +170,8 @@ def _refuse(checkpoint: Checkpoint, job: Job, samples: Sequence[Sample], ranks: 
     shapes = [(n, checkpoint.info(f"{n}.weight").shape) for n in names]
     check_shapes([_LinearShape(n, shape[1]) for n, shape in shapes], job)
     if job.config.vision_bits:
-        check_vision(tower_names(checkpoint), samples, job)
+        tower = tower_names(checkpoint, short=job.config.vision_short)
+        check_vision(tower, samples, job)
     if job.method.tuned and ranks.size > 1:
         raise UsageError("--tune works in one process; start without torchrun, or leave --tune out")
     if job.method.tuned and len(samples) <= HELD_OUT // 2:
@@ -236,7 +237,7 @@ def _outside_the_layers(
         with run.clock("vision"):
             tower = solve_vision(
                 run.model,
-                tower_names(run.checkpoint),
+                tower_names(run.checkpoint, short=run.job.config.vision_short),
                 samples,
                 run.job,
                 run.folder,

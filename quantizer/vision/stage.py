@@ -17,7 +17,6 @@ from vlmq_export.quantizer.artifact.write import write_layer
 from vlmq_export.quantizer.calibration.batches import HELD_OUT
 from vlmq_export.quantizer.calibration.layer_walk import put
 from vlmq_export.quantizer.calibration.offload import Shelf
-from vlmq_export.quantizer.config import VISION_GROUP
 from vlmq_export.quantizer.grids.linears import Linear
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers.stack import Matrix, Solved
@@ -26,17 +25,19 @@ from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.streamed import StreamedModel, tower_linears
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 from vlmq_export.quantizer.samples.sample import Sample
+from vlmq_export.quantizer.vision.padding import cut, filled, missing
 from vlmq_export.quantizer.vision.tower import quantize_tower, tower_job
 from vlmq_export.quantizer.vision.walk import Picture, TowerWalk
 
 
-def tower_names(checkpoint: Checkpoint) -> list[str]:
-    """Hub names of the tower's and the projector's linears that can be quantized.
+def tower_names(checkpoint: Checkpoint, *, short: bool = False) -> list[str]:
+    """Hub names of the tower's and the projector's linears that are to be quantized.
 
-    ggml's blocks have 32 columns. Linears whose rows they do not fill stay float in every format.
+    ggml's blocks have 32 columns. Linears whose rows they do not fill stay float in every format of
+    a run, unless the last group of a row may be `short`.
     """
     names = tower_linears(checkpoint)
-    return [n for n in names if checkpoint.info(f"{n}.weight").shape[1] % VISION_GROUP == 0]
+    return [n for n in names if short or not missing(checkpoint.info(f"{n}.weight").shape[1])]
 
 
 def solve_vision(
@@ -95,5 +96,5 @@ def _rounded(model: StreamedModel, name: str, job: Job) -> Solved:
     source, bias = model.checkpoint, f"{name}.bias"
     weight = source.tensor(f"{name}.weight").to(model.device)
     own = source.tensor(bias).to(model.device) if bias in source.tensors else None
-    (solved,) = solve_unit([Matrix(name, weight, own)], None, job)
-    return solved
+    (solved,) = solve_unit([Matrix(name, filled(weight), own)], None, job)
+    return cut(solved, weight.shape[1])

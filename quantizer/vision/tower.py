@@ -18,6 +18,7 @@ from vlmq_export.quantizer.layers.broadcast import broadcast
 from vlmq_export.quantizer.layers.stack import Matrix, Solved
 from vlmq_export.quantizer.layers.unit import solve_unit
 from vlmq_export.quantizer.ranks import ALONE, Ranks
+from vlmq_export.quantizer.vision.padding import cut, filled, missing
 from vlmq_export.quantizer.vision.walk import TowerWalk
 
 
@@ -53,7 +54,12 @@ def quantize_tower(
             evidence = summed_on(0, _evidence(walk, names, job, ranks), ranks)
             parts: Sequence[Solved | None] = [None] * len(names)
             if evidence is not None:
-                parts = solve_unit(_matrices(walk, names, job), evidence.to_float32(), job)
+                matrices = _matrices(walk, names, job)
+                whole = [replace(m, weight=filled(m.weight)) for m in matrices]
+                parts = [
+                    cut(solution, m.weight.shape[1])
+                    for m, solution in zip(matrices, solve_unit(whole, evidence.to_float32(), job))
+                ]
             for name, part in zip(names, parts):
                 linear, metrics = broadcast(part, ranks, 0)
                 walk.put(name, linear)
@@ -74,13 +80,15 @@ def _evidence(walk: TowerWalk, names: Sequence[str], job: Job, ranks: Ranks) -> 
     drift = method.drift != "plain"
 
     def empty() -> Statistics:
-        return Statistics.empty(module.in_features, drift=drift, device=module.weight.device)
+        columns = module.in_features + missing(module.in_features)
+        return Statistics.empty(columns, drift=drift, device=module.weight.device)
 
     found = Evidence(empty(), empty() if method.holds_out else None)
     for picture, entering in walk.inputs(names[0]):
         aside = found.held is not None and picture.held
         sums = found.held if aside and found.held is not None else found.fitted
-        sums.add(entering.quantized, entering.full if drift else None)
+        full = entering.full if drift else None
+        sums.add(filled(entering.quantized), None if full is None else filled(full))
     if not ranks.count(found.everything.tokens if found.held else found.fitted.tokens):
         raise CalibrationError(
             f"no sample has finite activations at {job.family.hub_name(names[0])};"

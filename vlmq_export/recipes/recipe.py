@@ -269,6 +269,7 @@ class Recipe(BaseModel):
             head_bits=self.head_bits or 0,
             embedding_bits=self.embedding_bits,
             vision_bits=self.vision_bits,
+            vision_short=bool(self.vision_bits) and set(self.format) == {"onnx"},
         )
 
     def format_options(self, name: str) -> FormatOptions:

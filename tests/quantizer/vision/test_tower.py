@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.jobs import job_for
-from tools.reference_vlm.tiny_checkpoints import ARCHES
+from tools.reference_vlm.tiny_checkpoints import ARCHES, make_tiny
 from vlmq_export import bundled
 from vlmq_export.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from vlmq_export.formats.model_plan import model_plan
@@ -106,6 +106,7 @@ def test_linears_whose_rows_do_not_fill_blocks_stay_float(every):
     inside = {name for name in linears if every.job.family.is_vision(name)}
     assert set(every.names) == {name for name in inside if linears[name] % 32 == 0}
     assert every.names
+    assert set(tower_names(every.checkpoint, short=True)) == inside
 
 
 def test_the_statistics_are_those_of_whole_models(every):
@@ -321,6 +322,51 @@ def test_the_option_takes_off(tmp_path):
     assert load_recipe(file, {}).vision_bits == 8
     assert load_recipe(file, {"vision_bits": "off"}).vision_bits == 0
     assert Recipe(vision_bits=8).label() == "w4g128-vlmq-vision8"
+
+
+def odd_tower(folder):
+    """Rows of 500 columns, as SigLIP has some of 4304."""
+    shape = {"vision_config": {"intermediate_size": 500}}
+    return make_tiny(folder, "llava_onevision", shape=shape)
+
+
+def test_short_groups_are_quantized_where_onnx_is_the_only_format(tmp_path):
+    checkpoint = Checkpoint(odd_tower(tmp_path / "model"))
+
+    def plan(*formats):
+        recipe = Recipe(format=list(formats), vision_bits=8, bits=4, group_size=64)
+        model = model_plan(checkpoint, recipe.quant_config(), "m")
+        notes = plan_run(model, recipe).formats[formats[0]].notes
+        return {x.in_features for x in model.tower}, " ".join(notes)
+
+    alone, told = plan("onnx")
+    assert 500 in alone and "stay float" not in told
+    for formats in (("onnx", "gguf"), ("gguf",)):
+        shared, told = plan(*formats)
+        assert 500 not in shared and "rows of 500 columns" in told and "stay float" in told
+
+
+def test_gguf_refuses_a_tower_with_short_groups_by_name(tmp_path):
+    checkpoint = Checkpoint(odd_tower(tmp_path / "model"))
+    recipe = Recipe(format=["onnx"], vision_bits=8, bits=4, group_size=64)
+    model = model_plan(checkpoint, recipe.quant_config(), "m")
+    (said,) = plan_run(model, recipe.model_copy(update={"format": ["gguf"]})).refusals
+    assert "rows of 500 columns" in said and "quantize again" in said
+
+
+def test_a_calibrated_tower_has_short_groups_in_its_artifact(tmp_path):
+    config = dataclasses.replace(CONFIG, vision_short=True)
+    own = Given(odd_tower(tmp_path / "model"), config)
+    own.run(tmp_path / "a")
+    artifact = Artifact(tmp_path / "a")
+    assert artifact.config.vision_short
+    found = [linear for linear in artifact.linears() if linear.in_features == 500]
+    assert found
+    for linear in found:
+        assert linear.solution.scales.shape[1] == 16 and not linear.out_of_range()
+        weight = own.checkpoint.tensor(f"{linear.name}.weight").float()
+        assert float((linear.decode() - weight).norm() / weight.norm()) < 0.2
+        assert artifact.records[linear.name].metrics["dead_columns"] < 12
 
 
 @pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])
