@@ -7,6 +7,8 @@ EVALUATION := tests/vlmq_export/evaluation
 export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 export OMP_WAIT_POLICY ?= PASSIVE
+# Packages are installed uncompiled, so a module must be allowed to leave its compiled form behind when it is first imported.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo setup test test-faults test-eval test-triton test-slow reference-smolvlm lint format docs clean
 

@@ -210,8 +210,8 @@ def test_a_right_kernel_passes_the_gate_at_the_widths_of_real_models(columns, gr
     scales = rng.uniform(1e-3, 1e-2, (32, groups)).astype(np.float16)
     g_idx = np.arange(columns) // (columns // groups)
     p = pack_linear(codes, scales, np.full((32, groups), 8, np.uint8), g_idx, 4, group)
-    stored = (p.bits, p.block_size, p.weight, p.scales, p.zero_points, p.order)
-    linear = Linear("x", *stored, columns, 0)
+    wide = p.scales.astype(np.float32)  # as the Cast of a file leaves them
+    linear = Linear("x", p.bits, p.block_size, p.weight, wide, p.zero_points, p.order, columns, 0)
     x = rng.standard_normal((16, columns)).astype(np.float32)
     exact = x.astype(np.float64) @ linear.decode().astype(np.float64).T
     y = node_session(linear, accuracy_level=0, threads=1).run(["y"], {"a": x})[0]

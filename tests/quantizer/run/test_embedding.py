@@ -174,7 +174,7 @@ def test_the_plan_of_a_3b_is_smaller_by_what_the_table_saves(tmp_path):
     for bits in (8, 4):
         saved = {n: 8 * (sizes[0][n] - sizes[bits][n]) / numel for n in ("onnx", "gguf")}
         assert saved["gguf"] == pytest.approx(16 - bits - 0.5)
-        assert saved["onnx"] == pytest.approx(16 - bits - (32 + bits) / 32, rel=1e-3)
+        assert saved["onnx"] == pytest.approx(16 - bits - (16 + bits) / 32, rel=1e-3)
 
 
 def test_a_killed_run_goes_on_with_the_pieces_that_it_has(checkpoints, tmp_path, monkeypatch):
