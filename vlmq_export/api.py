@@ -45,8 +45,8 @@ def plan(recipe: Recipe, *, push_to_hub: str | None = None) -> RunPlan:
     >>> planned = plan(Recipe(format=["gguf"], bits=4))
     >>> planned.refusals
     []
-    >>> planned.formats["gguf"].bits_per_weight
-    5.0
+    >>> round(planned.formats["gguf"].bits_per_weight, 2)
+    5.09
 
     push_to_hub: as of `export`. UsageError is raised where nothing could be uploaded.
     """

@@ -46,7 +46,8 @@ def run(
     if not recipe.format:
         raise UsageError(f"no --format given; choose one or more of {', '.join(formats.NAMES)}")
     source = open_source(recipe.model)
-    recipe = source.recipe_for(recipe)
+    data = CalibrationRows(recipe)
+    recipe = source.recipe_for(recipe, data)
     plan = _planned(source, recipe)
     _refuse(plan.refusals)
     _tell(plan)
@@ -55,7 +56,6 @@ def run(
     device = source.device(recipe)
     out = recipe.out or Path(f"vlmq-{plan.model.name}-{source.label(recipe)}")
     refuse_output(out, source.path, recipe, overwrite=overwrite, resume=resume)
-    data = CalibrationRows(recipe)
     rows = held_out(data) if recipe.verify else []
     source.check_settings(verify=recipe.verify)
     plan = source.foreseen(plan, recipe, data)
@@ -109,10 +109,10 @@ def dry_run(recipe: Recipe, push_to_hub: str | None = None) -> RunPlan:
     cannot be used, and UsageError for an upload that cannot be.
     """
     source = open_source(recipe.model)
-    recipe = source.recipe_for(recipe)
+    data = CalibrationRows(recipe)
+    recipe = source.recipe_for(recipe, data)
     if push_to_hub:
         hub.refuse_push(push_to_hub, recipe)
-    data = CalibrationRows(recipe)
     if recipe.calibration is not None or recipe.verify_data is not None:
         _ = held_out(data) if recipe.verify else data.taken
     plan = source.foreseen(_planned(source, recipe), recipe, data)

@@ -37,7 +37,7 @@ def _refusals(model: ModelPlan) -> Iterator[str]:
         yield (
             f"--vision-bits {config.vision_bits}: these files hold the vision tower in floats,"
             " which this run would not have calibrated on; leave out --format compressed-tensors,"
-            " or the option"
+            " or quantize with --vision-bits off"
         )
     if config.act_order == "dynamic" and config.group_size != -1:
         yield (

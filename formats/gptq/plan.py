@@ -60,12 +60,13 @@ def _option_refusals(model: ModelPlan, options: FormatOptions) -> Iterator[str]:
     if config.vision_bits:
         yield (
             f"--vision-bits {config.vision_bits}: GPTQ files hold the vision tower in floats, which"
-            " this run would not have calibrated on; leave out --format gptq, or the option"
+            " this run would not have calibrated on; leave out --format gptq, or quantize with"
+            " --vision-bits off"
         )
     if config.head_bits:
         yield (
             f"--head-bits {config.head_bits}: transformers loads quantized linears of the decoder"
-            " layers only (optimum 2.3); leave out --format gptq, or the option"
+            " layers only (optimum 2.3); leave out --format gptq, or quantize with --head-bits off"
         )
     yield from embedding_refusals(config, "gptq")
 

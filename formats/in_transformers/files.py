@@ -148,7 +148,7 @@ def embedding_refusals(config: QuantConfig, format: str) -> list[str]:
         return []
     return [
         f"--embedding-bits {config.embedding_bits}: transformers reads quantized linears, and the"
-        f" embedding in floats; leave out --format {format}, or the option"
+        f" embedding in floats; leave out --format {format}, or quantize with --embedding-bits off"
     ]
 
 

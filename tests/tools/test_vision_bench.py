@@ -24,3 +24,10 @@ def test_a_rounded_tower_costs_more_than_a_solved_one_and_more_bits_cost_less(ti
         rounded = bench.tower_alone(3)
     assert stage.tower_job is own
     assert 0 < finer < solved < rounded
+
+
+def test_an_embedding_of_more_bits_costs_less(tiny):
+    folder = tiny("internvl")
+    heldout = [Preprocessor(folder).sample(row) for row in read_rows(HELDOUT)[:2]]
+    bench = Bench(Checkpoint(folder), [], heldout, QuantConfig("rtn", group_size=64))
+    assert 0 < bench.embedding_alone(8) < bench.embedding_alone(4) / 10

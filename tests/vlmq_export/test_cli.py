@@ -138,7 +138,8 @@ def test_dry_run_lists_what_would_be_refused(tmp_path, monkeypatch):
 
 def test_low_bit_groups_cost_more_in_gguf_and_the_dry_run_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call("--format", "gguf", "--bits", 2, "--dry-run", "--json")
+    flags = ("--format", "gguf", "--bits", 2, "--embedding-bits", "off", "--dry-run", "--json")
+    code, out, _ = call(*flags)
     gguf = json.loads(out)["formats"]["gguf"]
     assert code == 0 and gguf["bits_per_weight"] == pytest.approx(4.5)
     assert any("--group-size" in note for note in gguf["notes"])

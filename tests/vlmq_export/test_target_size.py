@@ -15,6 +15,7 @@ from vlmq_export.formats.gguf.read import GGUFFile, find_files
 from vlmq_export.formats.model_plan import artifact_plan
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.recipes.recipe_file import load_recipe
+from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.locate import open_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,8 +35,8 @@ def package(out):
 
 def planned(model, **keys):
     """The plan of a run, without its time."""
-    source = open_source(str(model))
-    return source.plan(source.recipe_for(Recipe(model=str(model), format=["gguf"], **keys)))
+    source, recipe = open_source(str(model)), Recipe(model=str(model), format=["gguf"], **keys)
+    return source.plan(source.recipe_for(recipe, CalibrationRows(recipe)))
 
 
 def least_of(model, **keys):
@@ -49,7 +50,7 @@ def least_of(model, **keys):
 def written(model, tmp_path_factory):
     """Size in bytes → an output folder of it, with the vision tower in 16 or 8 bits."""
     found = {}
-    for size, flags in ((3_040_000, ()), (2_200_000, ("--vision-bits", 8))):
+    for size, flags in ((3_040_000, ("--vision-bits", "off")), (2_200_000, ())):
         out = tmp_path_factory.mktemp("out") / str(size)
         given = (model, *QUICK, *flags, "--target-size", size / 1e9, "--out", out)
         code, _, err = call(*given)
@@ -85,7 +86,7 @@ def test_a_split_package_is_no_larger_than_planned(written, tmp_path):
 
 
 def test_the_dry_run_keeps_the_size(model):
-    for size, keys in ((3.04e-3, {}), (2.2e-3, {"vision_bits": 8}), (2.1e-3, {"mmproj": "q8_0"})):
+    for size, keys in ((3.04e-3, {"vision_bits": 0}), (2.2e-3, {}), (2.1e-3, {"mmproj": "q8_0"})):
         found = planned(model, target_size=size, **keys)
         assert found.refusals == []
         assert 0.97 * size * 1e9 < found.formats["gguf"].size_bytes <= size * 1e9
@@ -113,14 +114,14 @@ def test_the_artifact_is_written_again_within_the_size_alone(written, tmp_path):
 
 
 def test_the_least_size_that_is_named_can_be(model, tmp_path):
-    least = least_of(model)
-    assert least_of(model, vision_bits=8) < least
-    assert planned(model, target_size=least).refusals == []
-    flags = (model, "--format", "gguf", "--target-size", least * 0.999)
+    least = least_of(model, vision_bits=0)
+    assert least_of(model) < least
+    assert planned(model, target_size=least, vision_bits=0).refusals == []
+    flags = (model, "--format", "gguf", "--vision-bits", "off", "--target-size", least * 0.999)
     for run in (("--dry-run",), ("--out", tmp_path / "o")):
         said = refused(*flags, *run, code=2)
         assert f"at least {least:g} GB, and about" in said and "with --vision-bits 8" in said
-        assert "vision-bits" not in refused(*flags[:-1], 1e-3, "--vision-bits", 8, *run, code=2)
+        assert "vision-bits" not in refused(*flags[:3], "--target-size", 1e-3, *run, code=2)
     assert not (tmp_path / "o").exists()
 
 
@@ -163,12 +164,12 @@ def test_what_cannot_be_is_refused_before_any_work(flags, said, tmp_path):
 
 
 def test_the_recipe_comes_back_from_its_file(tmp_path):
-    recipe = Recipe(format=["gguf"], target_size=2.5, vision_bits=8)
+    recipe = Recipe(format=["gguf"], target_size=2.5, vision_bits=4)
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     again = load_recipe(file, {})
     assert again == recipe and again.target_bytes == 2_500_000_000
-    assert recipe.label() == "2.5GB-vlmq-vision8" and recipe.grid == "2.5 GB"
+    assert recipe.label() == "2.5GB-vlmq-vision4" and recipe.grid == "2.5 GB"
 
 
 @pytest.fixture(scope="module")
@@ -179,16 +180,16 @@ def published(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("size", "keys"), [(2.5, {}), (2.0, {"vision_bits": 8})])
+@pytest.mark.parametrize(("size", "keys"), [(2.5, {"vision_bits": 0}), (2.0, {})])
 def test_a_published_3b_is_planned_within_its_size(published, size, keys):
     found = planned(published, target_size=size, **keys)
     assert found.refusals == []
     assert 0.999 * size * 1e9 < found.formats["gguf"].size_bytes <= size * 1e9
 
 
-def test_a_published_3b_of_two_gb_needs_a_smaller_vision_tower(published):
+def test_a_published_3b_of_two_gb_has_no_room_for_a_tower_of_16_bits(published):
     with pytest.raises(UsageError) as raised:
-        planned(published, target_size=2.0)
+        planned(published, target_size=2.0, vision_bits=0)
     assert str(raised.value) == (
         "--target-size 2: the package takes at least 2.164 GB, and about 1.67 with --vision-bits 8;"
         " raise it"

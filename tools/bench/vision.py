@@ -1,10 +1,11 @@
-"""What a quantized vision tower costs, alone and under a quantized decoder.
+"""What a quantized vision tower or embedding costs, alone and under a quantized decoder.
 
     python -m tools.bench.vision build/reference-smolvlm --bits 8,4 --samples 128 --rows 128
 
-A row is a width of the tower, by the solver or rounded to nearest. The first figure is the KL
-divergence at the answers of a model that has this tower and its own decoder, the second that of a
-model whose decoder is quantized on top, as `--vision-bits` does. Both are to the source.
+A row is a width of the tower, by the solver or rounded to nearest, or a width of the embedding,
+which is always rounded to nearest. The first figure is the KL divergence at the answers of a model
+of which nothing else is quantized, the second that of a model whose decoder is quantized too, as
+`--vision-bits` and `--embedding-bits` do. Both are to the source.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.streamed import StreamedModel
+from vlmq_export.quantizer.run.outer import solve_outer
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.run.side_by_side import answer_distances
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
@@ -47,7 +49,7 @@ class Bench:
     checkpoint: Checkpoint
     samples: list[Sample]  # of calibration
     heldout: list[Sample]
-    config: QuantConfig  # without `vision_bits`
+    config: QuantConfig  # of the decoder
 
     def tower_alone(self, bits: int) -> float:
         """KL where the decoder stays as it is."""
@@ -55,11 +57,18 @@ class Bench:
         names, model = stage.tower_names(self.checkpoint), StreamedModel(self.checkpoint, CPU)
         with tempfile.TemporaryDirectory() as folder:
             tower = stage.solve_vision(model, names, self.samples, job, Path(folder), Shelf(CPU))
-        return self.distance(StreamedModel(_WithTower(self.checkpoint, tower), CPU))
+        return self.distance(StreamedModel(_With(self.checkpoint, tower), CPU))
 
-    def with_decoder(self, bits: int) -> float:
-        """KL where the decoder is quantized too."""
-        config = replace(self.config, vision_bits=bits)
+    def embedding_alone(self, bits: int) -> float:
+        """KL where nothing else is quantized. A tied output matrix is the quantized embedding."""
+        job = Job.of(self.checkpoint.architecture, replace(self.config, embedding_bits=bits))
+        with tempfile.TemporaryDirectory() as folder:
+            table = solve_outer(self.checkpoint, job, Path(folder), CPU)
+        return self.distance(StreamedModel(_With(self.checkpoint, table), CPU))
+
+    def with_decoder(self, **bits: int) -> float:
+        """KL where the decoder is quantized too, beside what `bits` names of the recipe."""
+        config = replace(self.config, **bits)
         given = {"name": "m", "calibration": {}, "device": "cpu"}
         with tempfile.TemporaryDirectory() as folder:
             artifact = Path(folder) / "a"
@@ -74,20 +83,21 @@ class Bench:
         return 1000 * float(torch.cat([distance.kl for distance in each]).mean())
 
 
-class _WithTower:
-    """A `WeightFiles`: a checkpoint with other weights in its vision tower."""
+class _With:
+    """A `WeightFiles`: a checkpoint, some of whose matrices are quantized."""
 
-    def __init__(self, checkpoint: Checkpoint, tower: Sequence[Linear]):
+    def __init__(self, checkpoint: Checkpoint, quantized: Sequence[Linear]):
         self._source = checkpoint
         self.path, self.architecture = checkpoint.path, checkpoint.architecture
         self.written_config, self.tensors = checkpoint.written_config, checkpoint.tensors
         self.info = checkpoint.info
-        self._tower = {f"{linear.name}.weight": linear for linear in tower}
+        self._quantized = {f"{linear.name}.weight": linear for linear in quantized}
 
     def tensor(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor:
-        if name in self._tower:
-            return self._tower[name].decode()
-        return self._source.tensor(name, rows)
+        if name not in self._quantized:
+            return self._source.tensor(name, rows)
+        decoded = self._quantized[name].decode()
+        return decoded if rows is None else decoded[list(rows)]
 
 
 @contextmanager
@@ -118,18 +128,21 @@ def main(
         for file, count in ((CALIBRATION, samples), (HELDOUT, rows))
     )
     bench = Bench(Checkpoint(model), taken, heldout, QuantConfig(group_size=group_size))
-    print("| tower | alone | with a decoder of 4 bits |\n|---|---|---|")
+    print("| quantized | alone | with a decoder of 4 bits |\n|---|---|---|")
 
-    def row(title: str, width: int) -> None:
-        alone = bench.tower_alone(width) if width else 0.0
-        both = f"{bench.with_decoder(width):.3g}" if decoder else ""
+    def row(title: str, alone: float, **config: int) -> None:
+        both = f"{bench.with_decoder(**config):.3g}" if decoder else ""
         print(f"| {title} | {alone:.3g} | {both} |", flush=True)
 
-    row("as it is", 0)
-    for width in map(int, bits.split(",")):
-        row(f"{width} bits, solved", width)
+    widths = [int(width) for width in bits.split(",")]
+    row("nothing else", 0.0)
+    for width in widths:
+        row(f"tower, {width} bits, solved", bench.tower_alone(width), vision_bits=width)
         with nearest():
-            row(f"{width} bits, to nearest", width)
+            alone = bench.tower_alone(width)
+            row(f"tower, {width} bits, to nearest", alone, vision_bits=width)
+    for width in sorted({8, 4} & {*widths}, reverse=True):
+        row(f"embedding, {width} bits", bench.embedding_alone(width), embedding_bits=width)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def compared(recipe: Recipe, device: torch.device, clock: Clock) -> Iterator[tup
     """(part, planned seconds, seconds) of one run, with the plan's phases last."""
     source = open_source(recipe.model)
     assert isinstance(source, FloatModel)
-    recipe = source.recipe_for(recipe)
     data = CalibrationRows(recipe)
+    recipe = source.recipe_for(recipe, data)
     plan = source.foreseen(source.plan(recipe), recipe, data)
     limit = limit_of(recipe, source.checkpoint)
     reading = Reading(source.preprocessor, data.taken, limit, workers=1, clock=clock)

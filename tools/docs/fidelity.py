@@ -27,6 +27,7 @@ from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
+from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.locate import open_source
 
 
@@ -40,7 +41,8 @@ def figures(folder: Path, samples: int, rows: int) -> dict[str, tuple[float, flo
     found = {}
     for flags, given in FLAGS.items():
         source = open_source(str(folder))
-        recipe = source.recipe_for(Recipe(model=str(folder), **given))
+        recipe = Recipe(model=str(folder), **given)
+        recipe = source.recipe_for(recipe, CalibrationRows(recipe))
         config = source.plan(recipe).model.config
         key = repr(asdict(config))
         if key not in known:

@@ -20,6 +20,7 @@ from vlmq_export.planning.run_plan import fitted_types, plan_memory
 from vlmq_export.planning.run_time import quantize_seconds
 from vlmq_export.quantizer.run.machine import measured
 from vlmq_export.quantizer.samples.sample import Length, Lengths
+from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.locate import open_source
 
 TOKENS, IMAGE = 512, 384  # of a sample, and those of its image
@@ -32,7 +33,8 @@ def rows(folder: Path, name: str) -> list[str]:
     """The table's lines of one model."""
     source, lines = open_source(str(folder)), []
     for form in FORMATS:
-        recipe = source.recipe_for(Recipe(model=str(folder), format=[form]))
+        recipe = Recipe(model=str(folder), format=[form])
+        recipe = source.recipe_for(recipe, CalibrationRows(recipe))
         model = source.plan(recipe).model
         types = fitted_types(model)
         machine = measured(torch.device("cpu"), types, time.process_time)

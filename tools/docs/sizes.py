@@ -35,7 +35,7 @@ _7B = {
 MODELS = {"Qwen2.5-VL-3B": QWEN2_5_VL_3B, "Qwen2.5-VL-7B": QWEN2_5_VL_3B | _7B}
 FLAGS = {  # as a user types them → the recipe
     "--format gguf": {"format": ["gguf"]},
-    "--format gguf --vision-bits 8": {"format": ["gguf"], "vision_bits": 8},
+    "--format gguf --vision-bits off": {"format": ["gguf"], "vision_bits": 0},
     "--format gguf --gguf-type Q3_K_M": {"format": ["gguf"], "gguf_type": "Q3_K_M"},
     "--format gguf --gguf-type Q2_K": {"format": ["gguf"], "gguf_type": "Q2_K"},
     "--format gguf --bits 8": {"format": ["gguf"], "bits": 8},
@@ -45,10 +45,11 @@ FLAGS = {  # as a user types them → the recipe
     "--format gptq --bits 3": {"format": ["gptq"], "bits": 3},
     "--format gptq --bits 2": {"format": ["gptq"], "bits": 2},
     "--format onnx": {"format": ["onnx"]},
-    "--format onnx --vision-bits 8 --embedding-bits 8": {
+    "--format onnx --vision-bits off --embedding-bits off --head-bits off": {
         "format": ["onnx"],
-        "vision_bits": 8,
-        "embedding_bits": 8,
+        "vision_bits": 0,
+        "embedding_bits": 0,
+        "head_bits": 0,
     },
     "--format onnx --bits 8": {"format": ["onnx"], "bits": 8},
 }

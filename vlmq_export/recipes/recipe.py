@@ -23,6 +23,9 @@ from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.recipes.choices import CHOICES
 
 _WIDTHS = "the runtimes decode 2, 3, 4 or 8 bits"
+_OUTSIDE = ("head_bits", "embedding_bits", "vision_bits")  # widths outside the decoder layers
+OUTSIDE_BITS = 8  # what they are where nothing is said of them and every format holds them
+HOLD_OUTSIDE = {"gguf", "onnx"}  # formats that hold all three quantized
 _CHOOSE_TYPES = ("gguf_type", "target_bpw", "target_size")  # keys that exclude each other
 
 
@@ -54,9 +57,11 @@ class Recipe(BaseModel):
     seq_len: Annotated[int, Field(ge=8, le=2**20)] | None = None
     long_images: str = "scale"
     skip_bad_rows: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of bad rows to leave out
-    head_bits: int | None = None  # None: the output head stays as it is
-    embedding_bits: int = 0  # 0 or `off`: the token embedding stays as it is
-    vision_bits: int = 0  # 0 or `off`: vision tower and projector stay as they are
+    # What lies outside the decoder layers: 0 or `off` leaves it as it is. None: 8 bits where every
+    # format holds them and the model allows it.
+    head_bits: int | None = None  # of an output head that is not the embedding
+    embedding_bits: int | None = None  # of the token embedding
+    vision_bits: int | None = None  # of vision tower and projector
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     verify_data: Path | None = None  # None: what calibration leaves, or the bundled rows
     verify: bool = True
@@ -96,11 +101,11 @@ class Recipe(BaseModel):
             return value
         return [one.strip() for x in given for one in x.split(",")]
 
-    @field_validator("embedding_bits", "vision_bits", mode="before")
+    @field_validator(*_OUTSIDE, mode="before")
     @classmethod
     def _or_off(cls, value: Any) -> Any:
         """`off` may be said in words. YAML reads it as false."""
-        return 0 if value in ("off", None) or value is False else value
+        return 0 if value == "off" or value is False else value
 
     @field_validator(*CHOICES)
     @classmethod
@@ -117,14 +122,14 @@ class Recipe(BaseModel):
         """The recipe, where its keys can be had together and its numbers are possible."""
         if self.bits not in BITS:
             raise ValueError(f"--bits {self.bits}: {_WIDTHS}")
-        if self.head_bits not in (None, *BITS):
-            raise ValueError(f"--head-bits {self.head_bits}: {_WIDTHS}")
-        if self.embedding_bits not in (0, *EMBEDDING_TYPES):
+        if self.head_bits not in (None, 0, *BITS):
+            raise ValueError(f"--head-bits {self.head_bits}: {_WIDTHS}; off keeps it float")
+        if self.embedding_bits not in (None, 0, *EMBEDDING_TYPES):
             raise ValueError(
                 f"--embedding-bits {self.embedding_bits}: the runtimes look rows up in 4 or 8 bits;"
                 " off leaves the embedding as it is"
             )
-        if self.vision_bits not in (0, *BITS):
+        if self.vision_bits not in (None, 0, *BITS):
             raise ValueError(f"--vision-bits {self.vision_bits}: {_WIDTHS}; off keeps it float")
         if self.tune:
             self._check_tuning()
@@ -178,7 +183,7 @@ class Recipe(BaseModel):
                 f"--act-order {self.act_order}: with {given} a block's columns stay together;"
                 " use gar or off"
             )
-        if self.head_bits is not None:
+        if self.head_bits:
             raise ValueError(
                 f"--head-bits and {given} exclude each other: the mix names the head's type; "
                 "--tensor-type '^output.weight$=Q8_0' gives it another"
@@ -220,9 +225,10 @@ class Recipe(BaseModel):
     @property
     def asks_for_affine(self) -> bool:
         """Whether it names anything that only an affine grid has, or a second format."""
-        named = {"bits", "group_size", "sym", "head_bits", "tune"} & self.model_fields_set
+        named = {"bits", "group_size", "sym", "tune"} & self.model_fields_set
+        outside = self.head_bits or self.embedding_bits
         ordered = self.act_order in ("static", "dynamic")
-        named = named or self.embedding_bits or ordered or METHODS[self.method].affine_only
+        named = named or outside or ordered or METHODS[self.method].affine_only
         return bool(named or self.format != ["gguf"])
 
     def with_native_types(self) -> Recipe:
@@ -234,6 +240,16 @@ class Recipe(BaseModel):
         if self.block_types is not None or self.asks_for_affine:
             return self
         return self.model_copy(update={"gguf_type": NATIVE_MIX})
+
+    @property
+    def holds_outside(self) -> bool:
+        """Whether every format holds vision tower, embedding and output head quantized."""
+        return bool(self.format) and HOLD_OUTSIDE.issuperset(self.format)
+
+    @property
+    def tower_type_named(self) -> bool:
+        """Whether --mmproj says what the vision tower is stored as."""
+        return "gguf" in self.format and "mmproj" in self.model_fields_set
 
     @property
     def grid(self) -> str:
@@ -267,8 +283,8 @@ class Recipe(BaseModel):
             rotate=self.rotate,
             tune=self.tune,
             head_bits=self.head_bits or 0,
-            embedding_bits=self.embedding_bits,
-            vision_bits=self.vision_bits,
+            embedding_bits=self.embedding_bits or 0,
+            vision_bits=self.vision_bits or 0,
             vision_short=bool(self.vision_bits) and set(self.format) == {"onnx"},
         )
 
@@ -289,10 +305,13 @@ class Recipe(BaseModel):
         )
 
     def label(self) -> str:
-        """A short name of the quantization: w4g128, w3 (per channel), w8g128-sym."""
+        """A short name of the quantization: w4g128, w3 (per channel), w8g128-sym.
+
+        Eight bits outside the decoder layers are usual, and go without saying.
+        """
         method = self.method if self.rotate == "off" else f"{self.method}-rotated"
         method += f"-tuned{self.tune}" if self.tune else ""
-        method += f"-vision{self.vision_bits}" if self.vision_bits else ""
+        method += _unusual("vision", self.vision_bits)
         if self.gguf_type is not None:
             return f"{self.gguf_type}-{method}"
         if self.target_bpw is not None:
@@ -301,10 +320,14 @@ class Recipe(BaseModel):
             return f"{self.target_size:g}GB-{method}"
         group = "" if self.group_size == -1 else f"g{self.quant_config().group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
-        head = "" if self.head_bits is None else f"-head{self.head_bits}"
-        embedding = f"-embed{self.embedding_bits}" if self.embedding_bits else ""
-        return f"w{self.bits}{group}{sym}{head}{embedding}-{method}"
+        outside = _unusual("head", self.head_bits) + _unusual("embed", self.embedding_bits)
+        return f"w{self.bits}{group}{sym}{outside}-{method}"
 
     def to_yaml(self) -> str:
         """The recipe as a file that `load_recipe` reads: every key, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _unusual(part: str, bits: int | None) -> str:
+    """The part of a label for a width outside the decoder layers."""
+    return f"-{part}{bits}" if bits not in (None, 0, OUTSIDE_BITS) else ""

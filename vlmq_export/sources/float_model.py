@@ -39,6 +39,7 @@ from vlmq_export.sources.calibration import (
     limit_of,
 )
 from vlmq_export.sources.origin import Origin
+from vlmq_export.sources.small_parts import kept_note, with_small_parts
 from vlmq_export.sources.source import Filling, Source
 
 log = logging.getLogger("vlmq_export")
@@ -58,15 +59,15 @@ class FloatModel(Source):
     def label(self, recipe: Recipe) -> str:
         return recipe.label()
 
-    def recipe_for(self, recipe: Recipe) -> Recipe:
-        recipe = recipe.with_native_types()
+    def recipe_for(self, recipe: Recipe, data: CalibrationRows) -> Recipe:
+        refuse_misfit(self.checkpoint)
+        recipe = with_small_parts(recipe.with_native_types(), self.checkpoint, data)
         if recipe.group_size is not None or recipe.block_types is not None:
             return recipe
         model = model_plan(self.checkpoint, recipe.quant_config(), self.origin.name)
         return recipe.model_copy(update={"group_size": largest_group(model) or GROUP_SIZES[0]})
 
     def plan(self, recipe: Recipe) -> RunPlan:
-        refuse_misfit(self.checkpoint)
         checkpoint = rotated(self.checkpoint, recipe.rotate, recipe.seed)
         model = model_plan(checkpoint, recipe.quant_config(), self.origin.name)
         if recipe.gguf_type is not None:
@@ -75,8 +76,8 @@ class FloatModel(Source):
         elif recipe.types_by_cost:
             model = with_types(model, planned_types(model, recipe))
         plan = plan_run(model, recipe)
-        for planned in plan.formats.values():
-            planned.notes.extend(spare_note(model, recipe))
+        for name, planned in plan.formats.items():
+            planned.notes.extend([*spare_note(model, recipe), *kept_note(recipe, name)])
         return plan
 
     def foreseen(self, plan: RunPlan, recipe: Recipe, data: CalibrationRows) -> RunPlan:

@@ -10,6 +10,7 @@ from vlmq_export.formats.model_plan import model_plan
 from vlmq_export.output.folder import publish
 from vlmq_export.planning.run_plan import RunPlan, plan_run
 from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.origin import Origin
 from vlmq_export.sources.source import Filling, Source, fixed_grid
 
@@ -25,7 +26,7 @@ class GptqModel(Source):
     def companions(self) -> list[Path]:
         return self.checkpoint.companions
 
-    def recipe_for(self, recipe: Recipe) -> Recipe:
+    def recipe_for(self, recipe: Recipe, data: CalibrationRows) -> Recipe:
         if recipe.block_types is not None:
             raise UsageError(
                 f"{recipe.block_types}: the checkpoint has its integers already;"

@@ -12,6 +12,7 @@ from vlmq_export.output.folder import publish
 from vlmq_export.planning.run_plan import RunPlan, plan_run
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.origin import Origin
 from vlmq_export.sources.source import Filling, Source, fixed_grid
 
@@ -36,7 +37,7 @@ class SavedArtifact(Source):
     def floats(self) -> Path | None:
         return None
 
-    def recipe_for(self, recipe: Recipe) -> Recipe:
+    def recipe_for(self, recipe: Recipe, data: CalibrationRows) -> Recipe:
         config = self.artifact.config
         mix, asked = config.gguf_type, recipe.gguf_type
         by_cost = bool(config.types) and not mix

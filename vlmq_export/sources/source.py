@@ -76,9 +76,10 @@ class Source(ABC):
     # -- what a run may do with it -------------------------------------------------------------
 
     @abstractmethod
-    def recipe_for(self, recipe: Recipe) -> Recipe:
+    def recipe_for(self, recipe: Recipe, data: CalibrationRows) -> Recipe:
         """The recipe with the grid that the source has already, if it has one.
 
+        data: the rows that it calibrates on, which are read only where a default depends on them.
         Raises UsageError for a flag that asks for another grid: it must not be ignored.
         """
 
@@ -134,15 +135,16 @@ def fixed_grid(recipe: Recipe, config: QuantConfig, what: str) -> Recipe:
         "act_order": config.act_order,
         "rotate": config.rotate,
         "tune": config.tune,
-        "head_bits": config.head_bits or None,
+        "head_bits": config.head_bits,
         "embedding_bits": config.embedding_bits,
         "vision_bits": config.vision_bits,
     }
     for key, value in fixed.items():
         if key in recipe.model_fields_set and getattr(recipe, key) not in (None, value):
             flag = "--" + key.replace("_", "-")
+            has = value if value or isinstance(value, bool) else "none"
             raise UsageError(
-                f"{flag} {getattr(recipe, key)}: the {what} has"
-                f" {'none' if value is None else value} already; quantize the float model again"
+                f"{flag} {getattr(recipe, key)}: the {what} has {has} already;"
+                " quantize the float model again"
             )
     return recipe.model_copy(update=fixed | {"method": config.method, "seed": config.seed})

@@ -64,15 +64,18 @@ Method = Annotated[
 _ROTATE = "Hadamard rotations before rounding.  [default: off]"
 Rotate = Annotated[str | None, _option(_ROTATE, choices="rotate")]
 _HEAD_BITS = (
-    "Quantize the output head too, to 2, 3, 4 or 8 bits; GPTQ files cannot hold it."
-    "  [default: as it is]"
+    "Bits of the output head: 2, 3, 4, 8 or off; not in GPTQ."
+    "  [default: 8 for ONNX and GGUF, else off]"
 )
-HeadBits = Annotated[int | None, _option(_HEAD_BITS)]
-_EMBEDDING_BITS = "Quantize the token embedding to 8 or 4 bits, in ONNX and GGUF.  [default: off]"
+HeadBits = Annotated[str | None, _option(_HEAD_BITS)]
+_EMBEDDING_BITS = (
+    "Bits of the token embedding: 8, 4 or off; in ONNX and GGUF alone."
+    "  [default: 8 for ONNX and GGUF, else off]"
+)
 EmbeddingBits = Annotated[str | None, _option(_EMBEDDING_BITS)]
 _VISION_BITS = (
-    "Quantize vision tower and projector too, to 2, 3, 4 or 8 bits, for GGUF and ONNX; or off."
-    "  [default: off]"
+    "Bits of vision tower and projector: 2, 3, 4, 8 or off; in ONNX and GGUF alone."
+    "  [default: 8 for ONNX and GGUF, else off]"
 )
 VisionBits = Annotated[str | None, _option(_VISION_BITS)]
 _TUNE = "Steps of gradient descent on a solved layer, kept if held-out samples gain.  [default: 0]"

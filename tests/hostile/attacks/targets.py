@@ -33,6 +33,7 @@ from vlmq_export.quantizer.samples.images import load_image
 from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import load_recipe
+from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.gptq_model import GptqModel
 from vlmq_export.sources.locate import open_source
 
@@ -137,7 +138,7 @@ def _read_layer(folder: Path) -> None:
 def _read_import(folder: Path) -> None:
     source = open_source(str(folder))
     if isinstance(source, GptqModel):
-        source.plan(source.recipe_for(ALL))
+        source.plan(source.recipe_for(ALL, CalibrationRows(ALL)))
         source.checkpoint.linear(source.checkpoint.linears[0])
 
 

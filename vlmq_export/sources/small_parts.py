@@ -1,0 +1,60 @@
+"""The widths outside the decoder layers, where a recipe says nothing of them.
+
+Vision tower, embedding and output head get 8 bits where every format of the run holds them
+(docs/decisions/0011-eight-bits-outside-the-decoder.md).
+"""
+
+from __future__ import annotations
+
+from vlmq_export.quantizer.config import EMBEDDING_GROUP
+from vlmq_export.quantizer.methods import METHODS
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.vision.stage import tower_names
+from vlmq_export.recipes.recipe import HOLD_OUTSIDE, OUTSIDE_BITS, Recipe
+from vlmq_export.sources.calibration import CalibrationRows
+
+
+def with_small_parts(recipe: Recipe, checkpoint: Checkpoint, data: CalibrationRows) -> Recipe:
+    """The recipe, with a width for each part that it leaves open; 0 where the part stays float.
+
+    data: the rows that it calibrates on. They are read only to see whether any has an image.
+    Raises CalibrationError for rows that cannot be used.
+    """
+    # A mix of block types names a type for the embedding and for the output head.
+    affine = recipe.holds_outside and recipe.block_types is None
+    architecture = checkpoint.architecture
+    width = architecture.text["hidden_size"]
+    small = {
+        "vision_bits": lambda: recipe.holds_outside and _tower_can(recipe, checkpoint, data),
+        "embedding_bits": lambda: affine and width % EMBEDDING_GROUP == 0,
+        "head_bits": lambda: affine and not architecture.tied,
+    }
+    return recipe.model_copy(
+        update={
+            key: OUTSIDE_BITS if can() else 0
+            for key, can in small.items()
+            if getattr(recipe, key) is None
+        }
+    )
+
+
+def kept_note(recipe: Recipe, name: str) -> list[str]:
+    """What a format could hold smaller, were it not for another format of the run."""
+    if recipe.holds_outside or recipe.vision_bits or name not in HOLD_OUTSIDE:
+        return []
+    others = " and ".join(other for other in recipe.format if other not in HOLD_OUTSIDE)
+    return [
+        f"vision tower, embedding and output head stay as they are, because {others} cannot hold"
+        f" them all quantized; without {others} they take {OUTSIDE_BITS} bits"
+    ]
+
+
+def _tower_can(recipe: Recipe, checkpoint: Checkpoint, data: CalibrationRows) -> bool:
+    """Whether the vision tower has linears to quantize, and images to calibrate them on."""
+    short = recipe.model_copy(update={"vision_bits": OUTSIDE_BITS}).quant_config().vision_short
+    if recipe.tower_type_named or not tower_names(checkpoint, short=short):
+        return False
+    method = METHODS[recipe.method]
+    if recipe.calibration is None or not method.calibrated or method.scaling:
+        return True
+    return any(row.images for row in data.taken)
