@@ -29,6 +29,10 @@ from vlmq_export.quantizer.vision.padding import cut, filled, missing
 from vlmq_export.quantizer.vision.tower import quantize_tower, tower_job
 from vlmq_export.quantizer.vision.walk import Picture, TowerWalk
 
+# Pictures that statistics are made of. With 32, 128 and 512 of them, the first reference's tower at
+# 8 bits costs a KL of 1.3, .75 and .70 · 10⁻⁶ (to nearest: 4.6), in 11, 22 and 76 s.
+COUNTED = 128
+
 
 def tower_names(checkpoint: Checkpoint, *, short: bool = False) -> list[str]:
     """Hub names of the tower's and the projector's linears that are to be quantized.
@@ -85,8 +89,13 @@ def _pictures(samples: Sequence[Sample]) -> list[Picture]:
     """The images of each sample that has some, the shortest prompts first."""
     some = [sample for sample in samples if sample.pixel_values is not None]
     some.sort(key=lambda sample: len(sample.input_ids))
+    step = -(-len(some) // COUNTED)
     return [
-        Picture(sample.image_inputs(), held=place % HELD_OUT == HELD_OUT // 2)
+        Picture(
+            sample.image_inputs(),
+            counted=place % step == 0,
+            held=place // step % HELD_OUT == HELD_OUT // 2,
+        )
         for place, sample in enumerate(some)
     ]
 

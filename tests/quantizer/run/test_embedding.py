@@ -283,7 +283,7 @@ def test_a_width_asks_for_integers_that_formats_share():
     """`--format gguf` alone would choose llama.cpp's own types."""
     assert Recipe(format=["gguf"], embedding_bits=8).asks_for_affine
     assert not load_recipe(None, {"format": "gguf", "embedding_bits": "off"}).asks_for_affine
-    assert Recipe(embedding_bits=8).label() == "w4g128-embed8-vlmq"
+    assert Recipe(embedding_bits=4).label() == "w4g128-embed4-vlmq"
 
 
 def test_rows_that_are_no_groups_are_refused(checkpoints):

@@ -26,6 +26,7 @@ from vlmq_export.quantizer.run.first_pass import first_pass
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import Row, read_rows
+from vlmq_export.quantizer.vision import stage
 from vlmq_export.quantizer.vision.stage import put_tower, solve_vision, tower_names
 from vlmq_export.quantizer.vision.tower import _evidence, tower_job
 from vlmq_export.quantizer.vision.walk import Picture, TowerWalk
@@ -50,9 +51,10 @@ class Given:
         self.samples = [preprocessor.sample(row) for row in rows]
         self.names = tower_names(self.checkpoint)
 
-    def solved(self, folder):
-        model = StreamedModel(self.checkpoint, CPU)
-        return solve_vision(model, self.names, self.samples, self.job, folder, Shelf(CPU))
+    def solved(self, folder, samples=None):
+        folder.mkdir(exist_ok=True)
+        model, samples = StreamedModel(self.checkpoint, CPU), samples or self.samples
+        return solve_vision(model, self.names, samples, self.job, folder, Shelf(CPU))
 
     def run(self, out, config=None, **options):
         given = {"name": "m", "calibration": {"rows": ROWS}, "device": "cpu"} | options
@@ -133,6 +135,22 @@ def test_the_statistics_are_those_of_whole_models(every):
                     other.get_submodule(name).weight.data = coarse
                     walk.put(name, Coarse(coarse))
             walk.advance()
+
+
+def test_of_many_pictures_some_are_counted(given, tmp_path, monkeypatch):
+    """Every 3rd of 8 samples, from the shortest on: the integers are those of these alone."""
+    samples = given.samples * (8 // len(given.samples))
+    monkeypatch.setattr(stage, "COUNTED", 3)
+    pictures = stage._pictures(samples)
+    assert [p.counted for p in pictures] == [i % 3 == 0 for i in range(8)]
+    monkeypatch.setattr(stage, "COUNTED", 8)
+    assert all(p.counted for p in stage._pictures(samples))
+    kept = sorted(samples, key=lambda s: len(s.input_ids))[::3]
+    monkeypatch.setattr(stage, "COUNTED", 3)
+    few = given.solved(tmp_path / "few", samples)
+    monkeypatch.setattr(stage, "COUNTED", 8)
+    same = given.solved(tmp_path / "same", kept)
+    assert all(torch.equal(a.decode(), b.decode()) for a, b in zip(few, same, strict=True))
 
 
 @dataclasses.dataclass
@@ -315,13 +333,13 @@ def test_a_width_that_no_format_has_is_refused(given, tmp_path):
 
 def test_the_option_takes_off(tmp_path):
     file = tmp_path / "recipe.yaml"
-    for said in ("off", "'off'", "null"):
+    for said, bits in (("off", 0), ("'off'", 0), ("null", None)):
         file.write_text(f"vision_bits: {said}\n")
-        assert load_recipe(file, {}).vision_bits == 0
+        assert load_recipe(file, {}).vision_bits == bits
     file.write_text("vision_bits: 8\n")
     assert load_recipe(file, {}).vision_bits == 8
     assert load_recipe(file, {"vision_bits": "off"}).vision_bits == 0
-    assert Recipe(vision_bits=8).label() == "w4g128-vlmq-vision8"
+    assert Recipe(vision_bits=4).label() == "w4g128-vlmq-vision4"
 
 
 def odd_tower(folder):
