@@ -65,8 +65,7 @@ class FormatPlan:
     refusals: list[str] = field(default_factory=list)
     # What the user should know, such as a dearer container or a dropped fast path.
     notes: list[str] = field(default_factory=list)
-    # Part of the model → its bytes, which are `size_bytes` together; empty where they are not told
-    # apart.
+    # Part of the model → its bytes, which are `size_bytes` together; empty if it is refused.
     parts: dict[str, int] = field(default_factory=dict)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,12 @@ from vlmq_export.quantizer.config import VISION_GROUP, QuantConfig
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.families import Family
+from vlmq_export.quantizer.storage.tensors import DTYPES
 from vlmq_export.quantizer.vision.stage import tower_names
+
+# The parts of a model whose sizes a plan tells apart. Metadata is all that is no weight.
+PARTS: tuple[str, ...] = ("text", "embedding", "head", "vision", "metadata")
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,37 @@ class ModelPlan:
     def job(self) -> Job:
         """The same with its method looked up. Raises UsageError for one that is not known."""
         return Job.of(self.architecture, self.config)
+
+
+def part_of(name: str, family: Family) -> str:
+    """The part that a module or a tensor belongs to, by its hub name: one of PARTS."""
+    if family.is_vision(name):
+        return "vision"
+    owners = {family.embedding: "embedding", family.head: "head"}
+    return owners.get(name) or owners.get(name.rpartition(".")[0]) or "text"
+
+
+def sized_parts(model: ModelPlan, sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Part → bytes, from the bytes of modules or tensors by their hub names."""
+    found = dict.fromkeys(PARTS, 0)
+    for name, size in sizes:
+        found[part_of(name, model.architecture.family)] += size
+    return found
+
+
+def source_parts(model: ModelPlan) -> dict[str, int]:
+    """Part → bytes of the source's tensors; empty where they are not known.
+
+    An output matrix that the source has not, because it is the embedding, takes none.
+    """
+    solved = [linear for linear in (*model.linears, *model.tower) if linear.dtype]
+    if not solved:
+        return {}
+    width = {x.name: DTYPES[x.dtype].itemsize for x in (*solved, *model.floats)}
+    biases = [(x.name, width[x.name] * x.out_features) for x in solved if x.bias]
+    return sized_parts(
+        model, [*((x.name, width[x.name] * x.numel) for x in (*solved, *model.floats)), *biases]
+    )
 
 
 def tower_note(model: ModelPlan, kind: str, now: int, before: int | None) -> list[str]:
@@ -135,10 +171,10 @@ def model_plan(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModelP
         linears.insert(0, _linear(checkpoint, embedding))
         taken = {f"{head}.weight"} if architecture.tied else set()
     if config.head_bits:
-        own = f"{head}.weight"
-        tied = f"{embedding}.weight"
-        shape = checkpoint.info(own if own in checkpoint.tensors else tied).shape
-        linears.append(LinearSpec(head, shape[0], shape[1], False))
+        if f"{head}.weight" in checkpoint.tensors:
+            linears.append(replace(_linear(checkpoint, head), bias=False))
+        else:
+            linears.append(replace(_linear(checkpoint, embedding), name=head, dtype=""))
         architecture = architecture.untied()
     names = tower_names(checkpoint, short=config.vision_short) if config.vision_bits else []
     tower = [_linear(checkpoint, linear) for linear in names]

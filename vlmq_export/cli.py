@@ -236,6 +236,7 @@ def inspect(path: options.InspectPath, as_json: options.AsJson = False) -> None:
 
 def _plan(recipe: Recipe, push_to_hub: str | None, as_json: bool) -> int:
     from vlmq_export import api
+    from vlmq_export.formats.model_plan import source_parts
     from vlmq_export.terminal.tables import print_plan, samples_of
 
     plan = api.plan(recipe, push_to_hub=push_to_hub)
@@ -243,6 +244,7 @@ def _plan(recipe: Recipe, push_to_hub: str | None, as_json: bool) -> int:
         print_json(
             {
                 "model": plan.model.name,
+                "source": source_parts(plan.model),
                 "formats": plan.formats,
                 "samples": samples_of(plan),
                 "memory": plan.memory,

@@ -13,7 +13,7 @@ from vlmq_export.formats.in_transformers.files import (
     embedding_refusals,
     group_refusals,
 )
-from vlmq_export.formats.model_plan import ModelPlan
+from vlmq_export.formats.model_plan import ModelPlan, sized_parts
 
 
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
@@ -21,8 +21,9 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     if refusals := [*_refusals(model), *group_refusals(model)]:
         return FormatPlan(0.0, 0, refusals)
     table = list(entries(model.linears, model.floats, model.config))
-    size = sum(e.nbytes for e in table)
-    return FormatPlan(bits_per_weight(model, table), size, [], notes(model, options))
+    parts = sized_parts(model, ((e.source, e.nbytes) for e in table))
+    size, bits = sum(parts.values()), bits_per_weight(model, table)
+    return FormatPlan(bits, size, [], notes(model, options), parts)
 
 
 def _refusals(model: ModelPlan) -> Iterator[str]:

@@ -18,9 +18,8 @@ from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.gguf.tables.params import ImageParams
 from vlmq_export.formats.gguf.types.exact import planned_home
 from vlmq_export.formats.gguf.types.table import TYPES
-from vlmq_export.formats.model_plan import ModelPlan
+from vlmq_export.formats.model_plan import PARTS, ModelPlan
 
-PARTS: tuple[str, ...] = ("text", "embedding", "head", "vision", "metadata")
 _ALIGNMENT = 32  # bytes; each tensor begins at a multiple
 # Bytes that a file's keys general.* and vlmq.* take at most, with its magic number and counts, and
 # half the Modelfile. Names are at most 255 bytes long, and the title of a licence 120 characters.

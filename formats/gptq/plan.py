@@ -19,7 +19,7 @@ from vlmq_export.formats.in_transformers.files import (
     embedding_refusals,
     group_refusals,
 )
-from vlmq_export.formats.model_plan import ModelPlan
+from vlmq_export.formats.model_plan import ModelPlan, sized_parts
 
 FUSED_CPU_GROUPS = (32, 64, 128, 256)  # those of the 4-bit kernel that GPTQModel picks on CPU
 
@@ -31,8 +31,9 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         return FormatPlan(0.0, 0, refusals)
     rename = renamer(model.architecture, options)
     table = list(entries(model.linears, model.floats, model.config, rename))
-    size = sum(e.nbytes for e in table)
-    return FormatPlan(bits_per_weight(model, table), size, [], notes(model, options))
+    parts = sized_parts(model, ((e.source, e.nbytes) for e in table))
+    size, bits = sum(parts.values()), bits_per_weight(model, table)
+    return FormatPlan(bits, size, [], notes(model, options), parts)
 
 
 def _option_refusals(model: ModelPlan, options: FormatOptions) -> Iterator[str]:

@@ -9,8 +9,8 @@ from vlmq_export.formats.contract import FormatOptions, FormatPlan
 from vlmq_export.formats.model_plan import (
     LinearSpec,
     ModelPlan,
-    TensorSpec,
     embedding_note,
+    sized_parts,
     tower_note,
 )
 from vlmq_export.formats.onnx.genai_config import genai_files
@@ -35,11 +35,19 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         return FormatPlan(0.0, 0, refusals)
     width = 2 if options.onnx_dtype == "float16" else 4
     scale = width if options.onnx_accuracy_level == 4 else 2
-    stored = sum(_stored_bytes(linear, model.config, scale) for linear in model.linears)
-    size = stored + _float_bytes(model, width) + _graph_bytes(model) + _tower_bytes(model, options)
+    stored = {x.name: _stored_bytes(x, model.config, scale) for x in model.linears}
+    parts = sized_parts(model, [*stored.items(), *_float_bytes(model, width)])
+    parts["vision"] += _tower_bytes(model, options)
+    parts["metadata"] += _table_bytes(model, width) + _graph_bytes(model)
     weights = sum(x.out_features * x.in_features for x in model.linears)
     table = embedding_note(model, lambda x: _stored_bytes(x, model.config, scale))
-    return FormatPlan(8 * stored / weights, size, [], [*notes_for(model, options), *table])
+    return FormatPlan(
+        8 * sum(stored.values()) / weights,
+        sum(parts.values()),
+        [],
+        [*notes_for(model, options), *table],
+        parts,
+    )
 
 
 def _genai_refusals(model: ModelPlan, options: FormatOptions) -> list[str]:
@@ -99,24 +107,26 @@ def _tower_bytes(model: ModelPlan, options: FormatOptions) -> int:
     return sum(_stored_bytes(linear, model.config.vision, scale) for linear in model.tower)
 
 
-def _float_bytes(model: ModelPlan, width: int) -> int:
-    """Bytes of all other tensors: those of the source, or less where the graph computes in less.
+def _float_bytes(model: ModelPlan, width: int) -> Iterator[tuple[str, int]]:
+    """Name and bytes of all other tensors: as in the source, or less where the graph takes less.
 
     The vision tower computes in float32, the decoder in floats of `width` bytes. A tied output
     matrix lies in the embedding's bytes.
     """
+    for tensor in model.floats:
+        most = 4 if model.architecture.family.is_vision(tensor.name) else width
+        yield tensor.name, tensor.numel * min(DTYPES[tensor.dtype].itemsize, most)
+
+
+def _table_bytes(model: ModelPlan, width: int) -> int:
+    """Bytes of the cosines and sines of every position, which mobius stores.
+
+    Traced graphs compute them.
+    """
     architecture = model.architecture
-    is_vision = architecture.family.is_vision
-
-    def size(tensor: TensorSpec) -> int:
-        stored = DTYPES[tensor.dtype].itemsize
-        return tensor.numel * min(stored, 4 if is_vision(tensor.name) else width)
-
-    tables = 0
-    if architecture.model_type not in TRACED:
-        # mobius stores cosines and sines of every position. Traced graphs compute them.
-        tables = width * architecture.text["max_position_embeddings"] * architecture.head_dim
-    return sum(map(size, model.floats)) + tables
+    if architecture.model_type in TRACED:
+        return 0
+    return width * architecture.text["max_position_embeddings"] * architecture.head_dim
 
 
 def _graph_bytes(model: ModelPlan) -> int:

@@ -8,8 +8,10 @@ from tests.vlmq_export.test_cli import call, refused
 from tools.docs.sizes import MODELS, headers
 from vlmq_export import Recipe
 from vlmq_export.bundled import CALIBRATION
+from vlmq_export.formats.model_plan import source_parts
 from vlmq_export.planning.run_plan import RunPlan
 from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.recipes.recipe_file import load_recipe
 from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.locate import open_source
@@ -120,3 +122,37 @@ def test_an_artifact_with_them_goes_to_the_formats_that_hold_them(untied, tmp_pa
     for part in ("vision", "embedding", "head"):
         assert f"--{part}-bits 8: " in said and f"quantize with --{part}-bits off" in said
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("small", [True, False])
+def test_the_parts_are_the_whole(small, tied, tiny):
+    """Of the source, by the bytes of its files, and of every format."""
+    model = tiny("internvl", tied=tied)
+    stored = sum(info.nbytes for info in Checkpoint(model).tensors.values())
+    forms = ["onnx", "gguf"] if small else ["onnx", "gguf", "gptq", "compressed-tensors"]
+    found = planned(model, format=forms, bits=4, group_size=32)
+    assert found.refusals == []
+    before = source_parts(found.model)
+    assert sum(before.values()) == stored and (before["head"] > 0) is not tied
+    for plan in found.formats.values():
+        assert sum(plan.parts.values()) == plan.size_bytes
+        assert plan.parts["text"] < before["text"] / 2
+        assert (plan.parts["embedding"] < before["embedding"]) is small
+        assert plan.parts["head"] == before["head"] or (small and not tied)
+
+
+def test_the_dry_run_shows_the_parts_before_and_after(tiny):
+    code, out, err = call(tiny("internvl", tied=False), "-f", "onnx", "--dry-run")
+    assert code == 0, err
+    table = out[out.index("\nMB") : out.index("\nbits per weight")].strip()
+    rows = dict(line.split(maxsplit=1) for line in table.splitlines())
+    assert rows["MB"].split() == ["source", "onnx"]
+    for part in ("text", "embedding", "head", "vision", "all"):
+        before, after = map(float, rows[part].split())
+        assert 0 < after < before
+    code, out, err = call(tiny("internvl", tied=False), "-f", "onnx", "--dry-run", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert f"{told['source']['text'] / 1e6:.2f}" == rows["text"].split()[0]
+    assert f"{told['formats']['onnx']['parts']['text'] / 1e6:.2f}" == rows["text"].split()[1]

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from vlmq_export.errors import NOT_PROVEN, one_line
 from vlmq_export.formats.contract import Inspection
+from vlmq_export.formats.model_plan import PARTS, source_parts
 from vlmq_export.planning.run_plan import RunPlan, narrow_groups
 from vlmq_export.planning.run_time import spoken
 from vlmq_export.proving.scores import Evaluation
@@ -42,14 +43,7 @@ def print_plan(plan: RunPlan) -> None:
     if why := narrow_groups(model):
         out.print(why, highlight=False)
     out.print(_modules(plan))
-    table = Table("format", "bits per weight", "size", box=None, pad_edge=False)
-    for name, planned in plan.formats.items():
-        if planned.refusals:
-            table.add_row(name, "refused", "")
-        else:
-            size = f"{planned.size_bytes / 2**20:,.1f} MiB"
-            table.add_row(name, f"{planned.bits_per_weight:.3f}", size)
-    out.print(table)
+    out.print(_sizes(plan))
     if found := samples_of(plan):
         looked = "" if found["share"] == 1 else f", from a count of {found['share']:.0%} of them"
         tokens = f"{found['tokens']:,} tokens, {found['image_tokens']:,} of images"
@@ -77,6 +71,25 @@ def _modules(plan: RunPlan) -> Table:
     table = Table("modules", "count", "out", "in", box=None, pad_edge=False)
     for (kind, rows, columns), count in kinds.items():
         table.add_row(plain(kind), str(count), str(rows), str(columns))
+    return table
+
+
+def _sizes(plan: RunPlan) -> Table:
+    """What each part of the model takes in the source and in each format."""
+    source = source_parts(plan.model)
+    columns = {"source": source} | {n: p.parts for n, p in plan.formats.items()}
+    totals = {name: sum(parts.values()) for name, parts in columns.items()}
+    unit, scale = ("GB", 1e9) if max(totals.values()) >= 1e9 else ("MB", 1e6)
+    table = Table(unit, *columns, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in PARTS:
+        sizes = [parts.get(part, 0) for parts in columns.values()]
+        if any(sizes):
+            table.add_row(part, *(f"{size / scale:.2f}" if size else "" for size in sizes))
+    table.add_row("all", *(f"{size / scale:.2f}" if size else "" for size in totals.values()))
+    bits = [f"{p.bits_per_weight:.2f}" if p.parts else "refused" for p in plan.formats.values()]
+    table.add_row("bits per weight", "", *bits)
     return table
 
 

@@ -30,7 +30,8 @@ SAMPLES = 6
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imatrix") / "out"
-    method = ("--bits", 4, "--method", "vlmq-paper", "--samples", SAMPLES)
+    floats = ("--vision-bits", "off", "--embedding-bits", "off")  # what layer 0 is shown
+    method = ("--bits", 4, *floats, "--method", "vlmq-paper", "--samples", SAMPLES)
     code, _, err = call(*EMIT, *method, "--no-verify", "--out", folder, "--quiet")
     assert code == 0, err
     return folder

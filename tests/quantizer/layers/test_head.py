@@ -247,7 +247,7 @@ def test_options_that_make_no_sense_are_one_line():
     says = r"--head-bits and --gguf-type .* exclude each other: the mix names the head's"
     with pytest.raises(UsageError, match=says):
         load_recipe(None, {"head_bits": 4, "gguf_type": "Q4_K_M"})
-    assert Recipe(head_bits=8).label() == "w4g128-head8-vlmq"
+    assert Recipe(head_bits=4).label() == "w4g128-head4-vlmq"
     assert Recipe().quant_config().head_bits == 0
 
 
