@@ -22,6 +22,7 @@ from vlmq_export.quantizer.storage.whole_files import write_atomic
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.report import card, figures
 from vlmq_export.report.files import files_of, run_with
+from vlmq_export.report.widths import width_map
 
 if TYPE_CHECKING:
     from vlmq_export.result import Result
@@ -56,6 +57,7 @@ def write(
         "manifest": manifest,
         "contents": contents(records, recipe),
         "layers": layer_errors(records),
+        "widths": width_map(records),
         "errors": figures.error_charts(records),
         "low_importance": figures.low_importance_charts(records),
         "low_ratio": figures.low_importance_ratio(records),
