@@ -83,8 +83,8 @@ def _svg(cells: Sequence[Cell], colours: dict[str, str]) -> Markup:
         )
         if width >= LABELLED:
             parts.append(
-                f'<text class="cell" x="{x + width / 2 - 0.5:g}" y="{y + 12}"'
-                f' text-anchor="middle">{cell.bits:.3g}</text>'
+                f'<text style="fill:{_ink(colours[cell.kind])}" x="{x + width / 2 - 0.5:g}"'
+                f' y="{y + 12}" text-anchor="middle">{cell.bits:.3g}</text>'
             )
     bottom = TOP + HEIGHT * len(rows) + 12
     for layer, anchor in ((0, "start"), (layers - 1, "end")):
@@ -95,6 +95,12 @@ def _svg(cells: Sequence[Cell], colours: dict[str, str]) -> Markup:
         f'<svg class="widths" viewBox="0 0 {size}" width="{size.split()[0]}" role="img">'
         f"{''.join(parts)}</svg>"
     )
+
+
+def _ink(colour: str) -> str:
+    """White on dark colours, and nearly black on light ones."""
+    light = sum(w * int(colour[i : i + 2], 16) for w, i in ((0.3, 1), (0.6, 3), (0.1, 5)))
+    return "#fff" if light < 128 else "#111"
 
 
 def _colour(share: float) -> str:
