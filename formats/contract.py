@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from vlmq_export.formats import NAMES
 
 if TYPE_CHECKING:
-    from vlmq_export.formats.model_plan import ModelPlan
+    from vlmq_export.formats.model_plan import LinearSpec, ModelPlan
     from vlmq_export.formats.proof.answers import Answerer
     from vlmq_export.formats.proof.checks import Check, CheckSettings
     from vlmq_export.formats.proof.reference import Reference
     from vlmq_export.quantizer.artifact.read import Artifact
+    from vlmq_export.quantizer.config import QuantConfig
 
 # What an option may be, each with a few words for the command's help.
 GPTQ_VERSIONS = {"v1": "zero-points stored minus one", "v2": "zero-points stored as they are"}
@@ -94,7 +95,7 @@ class Format:
 
     A package in this folder is a format if it has these modules with these functions:
 
-        plan.py            plan(model, options)
+        plan.py            plan(model, options), linear_bits(linear, config, options)
         write.py           write(artifact, folder, options)
         inspect.py         inspect(path)
         proof/check.py     check(folder, reference, options, settings); at_work(folder, reference,
@@ -126,6 +127,17 @@ class Format:
     def plan(self, model: ModelPlan, options: FormatOptions) -> FormatPlan:
         """What would be written, from headers alone. Refusals come first."""
         return self._module("plan").plan(model, options)
+
+    def linear_bits(
+        self, linear: LinearSpec, config: QuantConfig, options: FormatOptions
+    ) -> int | None:
+        """Bits of a linear's weight in the files, with scales and zero-points.
+
+        None where the format cannot hold it.
+
+        config: the recipe of this one linear.
+        """
+        return self._module("plan").linear_bits(linear, config, options)
 
     def write(self, artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
         """Write the files into an empty folder. Returns notes for the log and the card."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -209,6 +210,27 @@ def embedding_note(model: ModelPlan, size_of: Callable[[LinearSpec], int]) -> li
         for x in found
         if model.config.embedding_bits
     ]
+
+
+def widths_note(model: ModelPlan, bits_of: Callable[[LinearSpec], int | None]) -> list[str]:
+    """How many linears of the decoder have which width, and what they take; else nothing.
+
+    bits_of: gives the bits of a linear in the format.
+    """
+    widths = model.config.widths
+    chosen = [x for x in model.linears if x.name in widths]
+    if not chosen:
+        return []
+    taken = sum(bits_of(x) or 0 for x in chosen) / sum(x.numel for x in chosen)
+    counts = sorted(Counter(widths[x.name] for x in chosen).items())
+    first, *others = [f"{n} linears at {bits} bits" for bits, n in counts]
+    spread = ", ".join([first, *(said.replace("linears ", "") for said in others)])
+    return [f"mixed widths, {taken:.3f} bits per weight: {spread}"]
+
+
+def with_widths(model: ModelPlan, widths: dict[str, int]) -> ModelPlan:
+    """The same run with a width of each linear of the decoder. widths: hub module → bits."""
+    return replace(model, config=replace(model.config, widths=widths))
 
 
 def with_types(model: ModelPlan, types: dict[str, str], mix: str = "") -> ModelPlan:

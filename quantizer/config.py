@@ -53,15 +53,21 @@ class QuantConfig:
     vision_short: bool = False
     gguf_type: str = ""  # the mix that `types` came from: Q4_K_M
     types: dict[str, str] = field(default_factory=dict)  # hub module → GGUF block type
+    # Hub module → bits, for every linear of the decoder; empty: they all have `bits`.
+    widths: dict[str, int] = field(default_factory=dict)
 
     @property
     def head(self) -> QuantConfig:
-        """The recipe of the output head.
+        """The recipe of the output head."""
+        return self.at(self.head_bits)
+
+    def at(self, bits: int) -> QuantConfig:
+        """The recipe of a linear of another width, in the same groups.
 
         8 bits are symmetric there, because no runtime format holds them otherwise.
         """
-        symmetric = self.head_bits == 8 or (self.symmetric and self.bits != 8)
-        return replace(self, bits=self.head_bits, symmetric=symmetric)
+        symmetric = bits == 8 or (self.symmetric and self.bits != 8)
+        return replace(self, bits=bits, symmetric=symmetric, widths={})
 
     @property
     def embedding(self) -> QuantConfig:
@@ -83,6 +89,7 @@ class QuantConfig:
             symmetric=True,
             act_order=order,
             types={},
+            widths={},
         )
 
     def of(self, name: str) -> QuantConfig:
@@ -90,7 +97,9 @@ class QuantConfig:
         module = name.rpartition(".")[2]
         if self.head_bits and module == "lm_head":
             return self.head
-        return self.embedding if self.embedding_bits and module == "embed_tokens" else self
+        if self.embedding_bits and module == "embed_tokens":
+            return self.embedding
+        return self.at(self.widths[name]) if name in self.widths else self
 
     def groups(self, in_features: int) -> int:
         """The number of groups in a row of `in_features` columns."""
@@ -103,7 +112,8 @@ class QuantConfig:
     def to_dict(self) -> dict:
         """The recipe as manifest.json stores it.
 
-        What stays float, embedding or tower, has no key, as in earlier versions.
+        What stays float, embedding or tower, has no key, as in earlier versions. Nor have widths
+        where all linears have one.
         """
-        later = ("embedding_bits", "vision_bits", "vision_short")
+        later = ("embedding_bits", "vision_bits", "vision_short", "widths")
         return {key: value for key, value in asdict(self).items() if key not in later or value}

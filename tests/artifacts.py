@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from vlmq_export.quantizer.artifact.write import (
     write_manifest,
     write_source,
 )
-from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.config import BITS, QuantConfig
 from vlmq_export.quantizer.grids.affine import grid_for
 from vlmq_export.quantizer.grids.linears import QuantizedLinear
 from vlmq_export.quantizer.grids.solutions import Solution
@@ -64,6 +65,17 @@ ROPE_KEYS = {
         "original_max_position_embeddings": 512,
     },
 }
+
+
+def mixed(config: QuantConfig, source: Path = REFERENCE_VLM) -> QuantConfig:
+    """The recipe with every width somewhere, alike for linears of one input."""
+    architecture = Checkpoint(source).architecture
+    family, widths = architecture.family, {}
+    for layer in range(architecture.layers):
+        for i, names in enumerate(family.groups):
+            bits = BITS[(layer + i) % len(BITS)]
+            widths |= {f"{family.layers}{layer}.{name}": bits for name in names}
+    return replace(config, widths=widths)
 
 
 def rtn_artifact(
@@ -107,7 +119,7 @@ def _rounded(
 ) -> QuantizedLinear:
     """One linear of the checkpoint on the grid of the recipe."""
     weight = checkpoint.tensor(f"{name}.weight").float()  # [out, in]
-    columns = weight.shape[1]
+    columns, config = weight.shape[1], config.of(name)
     permuted = config.act_order == "dynamic"
     order = torch.randperm(columns, generator=draw) if permuted else torch.arange(columns)
     grid, group = grid_for(config, columns), config.group_columns(columns)

@@ -21,14 +21,14 @@ def inspect(path: str | Path) -> Inspection:
         n, words = folder.tensors[f"{module}.weight_packed"].shape
         weights += n * (words * 32 // folder.grid_of(module).bits)
     q = folder.quantization
-    grid = folder.grid
+    heads = [name for name in folder.linears if name.endswith("lm_head")]
+    used = [folder.grid_of(name) for name in folder.linears if name not in heads]
+    widths = sorted({grid.bits for grid in used})
     stated = {
-        "bits": grid.bits,
-        "group_size": grid.group_size,
-        "sym": grid.symmetric,
-        "head bits": folder.head_grid.bits,
+        "bits": ", ".join(str(bits) for bits in widths),
+        "group_size": used[0].group_size if used else None,
+        "sym": used[0].symmetric if used else None,
+        **({"head bits": folder.grid_of(heads[0]).bits} if heads else {}),
         **{key: q.get(key) for key in ("format", "ignore", "version", "quantizer")},
     }
-    if not any(module.endswith("lm_head") for module in folder.linears):
-        del stated["head bits"]
     return inspection(folder, "compressed-tensors pack-quantized", weights, stated)

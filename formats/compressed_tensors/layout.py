@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from vlmq_export._version import __version__
 from vlmq_export.formats.in_transformers.files import Entry, float_entries
+from vlmq_export.formats.in_transformers.widths import width_patterns
 from vlmq_export.formats.model_plan import LinearSpec, TensorSpec
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.families import Family
@@ -41,8 +42,18 @@ def words(values: int, bits: int) -> int:
     return -(-values * bits // 32)
 
 
-def schemes(config: QuantConfig) -> list[tuple[list[str], QuantConfig]]:
-    """The grids of a file, each with what it is for. A head on the grid of the rest shares it."""
+def schemes(config: QuantConfig, family: Family) -> list[tuple[list[str], QuantConfig]]:
+    """The grids of a file, each with what it is for. A head on the grid of the rest shares it.
+
+    Where linears have several widths, each of them is named. `Linear`, the name of a class, would
+    also be found in those that vLLM gives its fused linears.
+    """
+    if config.widths:
+        patterns = width_patterns(config.widths, family)
+        named = {bits: [f"re:{one}" for one in each] for bits, each in patterns.items()}
+        if config.head_bits:
+            named.setdefault(config.head_bits, []).append(HEAD)
+        return [(targets, config.at(bits)) for bits, targets in named.items()]
     if not config.head_bits:
         return [(["Linear"], config)]
     head = config.head
@@ -79,7 +90,7 @@ def quantization_config(config: QuantConfig, family: Family) -> dict:
             {"targets": targets, "weights": weights, "format": PACKED}
         )
 
-    groups = {f"group_{i}": scheme(*one) for i, one in enumerate(schemes(config))}
+    groups = {f"group_{i}": scheme(*one) for i, one in enumerate(schemes(config, family))}
     stated = QuantizationConfig(
         config_groups=dict(groups),
         format=PACKED,

@@ -13,7 +13,8 @@ from vlmq_export.formats.in_transformers.files import (
     embedding_refusals,
     group_refusals,
 )
-from vlmq_export.formats.model_plan import ModelPlan, sized_parts
+from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, sized_parts, widths_note
+from vlmq_export.quantizer.config import QuantConfig
 
 
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
@@ -24,6 +25,11 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     parts = sized_parts(model, ((e.source, e.nbytes) for e in table))
     size, bits = sum(parts.values()), bits_per_weight(model, table)
     return FormatPlan(bits, size, [], notes(model, options), parts)
+
+
+def linear_bits(linear: LinearSpec, config: QuantConfig, options: FormatOptions) -> int:
+    """Bits of a quantized linear, without its bias. config: the recipe of this one linear."""
+    return 8 * sum(e.nbytes for e in entries([linear], [], config) if e.part != "bias")
 
 
 def _refusals(model: ModelPlan) -> Iterator[str]:
@@ -46,7 +52,10 @@ def _refusals(model: ModelPlan) -> Iterator[str]:
             " use gar, static or off, or --group-size -1"
         )
     yield from embedding_refusals(config, "compressed-tensors")
-    if len(schemes(config)) == 1:
+    if config.widths:
+        yield from _mixed_refusals(model)
+        return
+    if len(schemes(config, model.architecture.family)) == 1:
         return
     if not (config.symmetric and config.head.symmetric):
         yield (
@@ -61,6 +70,21 @@ def _refusals(model: ModelPlan) -> Iterator[str]:
         )
 
 
+def _mixed_refusals(model: ModelPlan) -> Iterator[str]:
+    """What transformers cannot load of several widths."""
+    if not model.config.symmetric:
+        yield (
+            "mixed widths: transformers 5.24 decodes all linears of a file with zero-points by one"
+            " grid; add --sym, or leave out --format compressed-tensors"
+        )
+    elif _answers_only_decoded(model):
+        yield (
+            "mixed widths: transformers 5.24 cannot decode two grids while it loads, and"
+            " compressed-tensors 0.20.1 then breaks generate() of this model; leave out"
+            " --format compressed-tensors, or give one width with --bits"
+        )
+
+
 def _answers_only_decoded(model: ModelPlan) -> bool:
     """Whether `generate` runs only where transformers decoded the weights while it loaded them.
 
@@ -72,9 +96,11 @@ def _answers_only_decoded(model: ModelPlan) -> bool:
 
 def notes(model: ModelPlan, options: FormatOptions) -> list[str]:
     """What the user should know of this file: who loads it, and how."""
-    found = list(runtimes.notes(RUNTIMES, model, options))
+    config = model.config
+    found = widths_note(model, lambda x: linear_bits(x, config.of(x.name), options))
+    found += runtimes.notes(RUNTIMES, model, options)
     decoded = "quantization_config=CompressedTensorsConfig(dequantize=True)"
-    if not model.config.symmetric:
+    if not config.symmetric:
         found.append(f"transformers 5.24 loads zero-points only with {decoded}")
     elif _answers_only_decoded(model):
         found.append(f"transformers 5.24 generates with this model only with {decoded}")

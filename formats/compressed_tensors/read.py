@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from vlmq_export.errors import FormatError
-from vlmq_export.formats.in_transformers.read import QuantizedFolder, unpack
+from vlmq_export.formats.in_transformers.read import QuantizedFolder, named_linears, unpack
 
+_BITS = (2, 3, 4, 5, 6, 7, 8)
 _HEAD = "lm_head"
+_CLASS, _HEAD_TARGET, _NAMES = "Linear", r"re:.*lm_head", "re:"  # what a target may be
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,31 @@ class CompressedFolder(QuantizedFolder):
         q = self.quantization
         groups = q.get("config_groups")
         stated = list(groups.values()) if isinstance(groups, dict) else []
-        if q.get("format") != "pack-quantized" or not 1 <= len(stated) <= 2:
+        if q.get("format") != "pack-quantized" or not 1 <= len(stated) <= len(_BITS) + 1:
             raise FormatError(
                 f"{self.path}: format {q.get('format')} with {len(stated)} config_groups is not"
                 " readable here"
             )
-        self.grid, self.head_grid = (self._grid(group) for group in (stated[0], stated[-1]))
+        self.groups = [(self._grid(group), self._targets(group)) for group in stated]
+
+    @property
+    def grids(self) -> set[Grid]:
+        """The different grids of the file."""
+        return {grid for grid, _ in self.groups}
+
+    def _targets(self, group: dict) -> set[str]:
+        """What a config group is for: `Linear`, `lm_head`, and linears by names in the layers.
+
+        Raises FormatError for a target that this program does not write.
+        """
+        targets, found = group.get("targets"), set[str]()
+        for target in targets if isinstance(targets, list) else [None]:
+            said = str(target)
+            names = named_linears(said.removeprefix(_NAMES)) if said.startswith(_NAMES) else None
+            if said not in (_CLASS, _HEAD_TARGET) and names is None:
+                raise FormatError(f"{self.path}: the target {said[:80]!r} is not readable here")
+            found |= {_HEAD} if said == _HEAD_TARGET else names or {_CLASS}
+        return found
 
     def _grid(self, group: Any) -> Grid:
         """The grid of a config group. Raises FormatError for one that is no grid of integers."""
@@ -50,7 +71,7 @@ class CompressedFolder(QuantizedFolder):
         if (
             strategy not in ("group", "channel")
             or type(bits) is not int
-            or not 2 <= bits <= 8
+            or bits not in _BITS
             or type(symmetric) is not bool
             or type(size) is not int
             or (size < 1 and strategy == "group")
@@ -63,7 +84,11 @@ class CompressedFolder(QuantizedFolder):
 
     def grid_of(self, module: str) -> Grid:
         """The grid of a linear by its name in the file."""
-        return self.head_grid if module.rpartition(".")[2] == _HEAD else self.grid
+        own = _HEAD if module.rpartition(".")[2] == _HEAD else self.in_layers(module)
+        for target in (own, _CLASS):  # a name goes before the class
+            if found := [grid for grid, targets in self.groups if target in targets]:
+                return found[0]
+        raise FormatError(f"{self.path}: no config group is for {module}; export again")
 
     def decode(self, module: str) -> np.ndarray:
         """The weights of a quantized module, by its name in the file: float32 [N, K].

@@ -27,7 +27,13 @@ from vlmq_export.formats.gguf.tables.params import (
 from vlmq_export.formats.gguf.types.exact import grid_home, planned_home, why_homeless
 from vlmq_export.formats.gguf.types.mix import MIXES, module_types
 from vlmq_export.formats.gguf.types.table import TYPES
-from vlmq_export.formats.model_plan import ModelPlan, embedding_note, tower_note
+from vlmq_export.formats.model_plan import (
+    LinearSpec,
+    ModelPlan,
+    embedding_note,
+    tower_note,
+    widths_note,
+)
 from vlmq_export.quantizer.config import VISION_GROUP, QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
 
@@ -65,6 +71,16 @@ def _homes(model: ModelPlan) -> dict[str, str | None]:
         x.name: config.types.get(x.name) or planned_home(config.of(x.name), x.in_features)
         for x in model.linears
     }
+
+
+def linear_bits(linear: LinearSpec, config: QuantConfig, options: FormatOptions) -> int | None:
+    """Bits of a quantized linear in its block type, filled up to whole steps of 32 bytes.
+
+    config: the recipe of this one linear.
+    """
+    if home := planned_home(config, linear.in_features):
+        return 8 * tensor_bytes((linear.out_features, linear.in_features), home)
+    return None
 
 
 def _refusals(
@@ -179,10 +195,12 @@ def plan_notes(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:
     """
     config = model.config
     counts = Counter(home for home in homes.values() if home)
-    notes = [*_spread(counts), *_costs(model, homes, counts), *_embedding(model, homes)]
+    mixed = widths_note(model, lambda x: _stored(replace(model, linears=[x]), homes)[0])
+    notes = [*mixed, *_spread(counts), *_costs(model, homes, counts), *_embedding(model, homes)]
     if config.types:
         return [*notes, *_fallbacks(config)]
-    if config.bits == 4 and not config.symmetric and not _inexpressible(model.architecture):
+    usual = config.bits == 4 and not config.symmetric and not config.widths
+    if usual and not _inexpressible(model.architecture):
         notes.append(_shared(model, homes))
     return [*notes, *_output_matrix(model)]
 
@@ -208,6 +226,8 @@ def _costs(
 ) -> Iterator[str]:
     """Where a grid takes more bits than its codes suggest, or fewer than planned."""
     config = model.config
+    if config.widths:  # what each takes is known when they are chosen
+        return
     dear = {
         x.in_features
         for x in model.linears

@@ -16,7 +16,9 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     folder = GptqFolder(path if path.is_dir() else path.parent)
-    codes = (folder.tensors[f"{module}.qweight"] for module in folder.linears)
-    weights = sum(t.numel * 32 // folder.bits for t in codes)
+    weights = sum(
+        folder.tensors[f"{module}.qweight"].numel * 32 // folder.grid_of(module)[0]
+        for module in folder.linears
+    )
     kind = f"GPTQ {folder.version} safetensors"
     return inspection(folder, kind, weights, folder.quantization)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from vlmq_export._version import __version__
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.in_transformers.files import Entry, float_entries
+from vlmq_export.formats.in_transformers.widths import width_patterns
 from vlmq_export.formats.model_plan import LinearSpec, TensorSpec
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.families import Family
 
 VERSIONS = {"v1": "gptq", "v2": "gptq_v2"}  # option --gptq-version → `checkpoint_format`
 # GPTQModel loads an asymmetric v1 file only if `meta.quantizer` lists GPTQModel itself, in a
@@ -34,11 +37,11 @@ def entries(
     the widest first.
     """
     for linear in linears:
-        n, k = linear.out_features, linear.in_features
+        n, k, bits = linear.out_features, linear.in_features, config.of(linear.name).bits
         groups = config.groups(k)
         shapes = {
-            "qweight": ((k * config.bits // 32, n), "I32"),
-            "qzeros": ((groups, n * config.bits // 32), "I32"),
+            "qweight": ((k * bits // 32, n), "I32"),
+            "qzeros": ((groups, n * bits // 32), "I32"),
             "scales": ((groups, n), "F16"),
             "g_idx": ((k,), "I32"),
         }
@@ -64,11 +67,13 @@ def quantization_config(
     family = architecture.family
     layers = family.module_name(family.layers).rstrip(".")
     named = {} if layers in OPTIMUM_FINDS else {"block_name_to_quantize": layers}
+    usual = usual_grid(config)
+    rules = {"dynamic": _dynamic(config, usual, family)} if config.widths else {}
     return {
         "quant_method": "gptq",
-        "bits": config.bits,
-        "group_size": config.group_size,
-        "sym": config.symmetric,
+        "bits": usual.bits,
+        "group_size": usual.group_size,
+        "sym": usual.symmetric,
         "desc_act": permuted,
         "checkpoint_format": VERSIONS[version],
         "lm_head": False,
@@ -80,4 +85,25 @@ def quantization_config(
             "static_groups": config.act_order == "static",
             "act_group_aware": config.act_order == "gar",
         },
-    } | named
+        **rules,
+        **named,
+    }
+
+
+def usual_grid(config: QuantConfig) -> QuantConfig:
+    """The grid that the file states for all linears; with widths, that of the most linears."""
+    if not config.widths:
+        return config
+    ((bits, _),) = Counter(sorted(config.widths.values())).most_common(1)
+    return config.at(bits)
+
+
+def _dynamic(config: QuantConfig, usual: QuantConfig, family: Family) -> dict[str, dict]:
+    """GPTQModel's rules for the linears of other widths: expression → what is different."""
+    rules = {}
+    for bits, patterns in width_patterns(config.widths, family).items():
+        own = config.at(bits)
+        sym = {} if own.symmetric == usual.symmetric else {"sym": own.symmetric}
+        if bits != usual.bits:
+            rules |= {f"+:{pattern}": {"bits": bits, **sym} for pattern in patterns}
+    return rules

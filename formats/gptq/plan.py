@@ -19,7 +19,8 @@ from vlmq_export.formats.in_transformers.files import (
     embedding_refusals,
     group_refusals,
 )
-from vlmq_export.formats.model_plan import ModelPlan, sized_parts
+from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, sized_parts, widths_note
+from vlmq_export.quantizer.config import QuantConfig
 
 FUSED_CPU_GROUPS = (32, 64, 128, 256)  # those of the 4-bit kernel that GPTQModel picks on CPU
 
@@ -36,6 +37,11 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     return FormatPlan(bits, size, [], notes(model, options), parts)
 
 
+def linear_bits(linear: LinearSpec, config: QuantConfig, options: FormatOptions) -> int:
+    """Bits of a quantized linear, without its bias. config: the recipe of this one linear."""
+    return 8 * sum(e.nbytes for e in entries([linear], [], config, str) if e.part != "bias")
+
+
 def _option_refusals(model: ModelPlan, options: FormatOptions) -> Iterator[str]:
     """Options that no reader, or not the reader that they are for, could follow."""
     config, model_type = model.config, model.architecture.model_type
@@ -47,6 +53,16 @@ def _option_refusals(model: ModelPlan, options: FormatOptions) -> Iterator[str]:
         yield (
             f"--gptq-names module is for GPTQModel.load, which has no class for {model_type};"
             " use --gptq-names hub"
+        )
+    if config.widths and model_type not in GPTQMODEL_LOADS:
+        yield (
+            "mixed widths load in GPTQModel.load alone, which has no class for"
+            f" {model_type}; leave out --format gptq, or give one width with --bits"
+        )
+    elif config.widths and options.gptq_names != "module":
+        yield (
+            "mixed widths load in GPTQModel.load alone, as transformers builds all linears of one"
+            " width (optimum 2.3); add --gptq-names module"
         )
     if config.types:
         yield "the integers are on GGUF's block types; leave out --format gptq, or quantize again"
@@ -86,7 +102,9 @@ def _shape_refusals(model: ModelPlan) -> Iterator[str]:
 
 def notes(model: ModelPlan, options: FormatOptions) -> list[str]:
     """What the user should know of this file: who loads it, and how fast its kernels are."""
+    config = model.config
     return [
+        *widths_note(model, lambda x: linear_bits(x, config.of(x.name), options)),
         *runtimes.notes(RUNTIMES, model, options),
         *_kernel_notes(model),
         *_reader_notes(model, options),
@@ -101,7 +119,7 @@ def _kernel_notes(model: ModelPlan) -> Iterator[str]:
             "--act-order dynamic permutes g_idx (desc_act true): kernels gather activations, and"
             " ORT-GenAI's importer gets it wrong when asymmetric; static or gar avoid it"
         )
-    if config.bits == 4 and config.group_size not in FUSED_CPU_GROUPS:
+    if config.bits == 4 and not config.widths and config.group_size not in FUSED_CPU_GROUPS:
         yield (
             f"group size {config.group_size}: the 4-bit kernel that transformers may pick on CPU"
             " refuses it; load with"

@@ -45,6 +45,7 @@ RUNTIMES: tuple[Reader, ...] = (
         "transformers + gptqmodel",
         f"run by runtime_tests/test_gptq.py ({_GPTQMODEL})",
         ran=True,
+        mixed=False,
     ),
     Reader(
         "GPTQModel.load",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,25 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
         bit = whole.reshape(-1, values, bits)
         out[first : first + step] = np.packbits(bit, axis=2, bitorder="little")[:, :, 0]
     return out.T
+
+
+# The one form of expression that says which linears have a width. Expressions from a file are never
+# run, as some take forever.
+_NAMED = re.compile(
+    r"\.\*model\\\.layers\\\.\((\d{1,9}(?:\|\d{1,9})*)\)\\\.(\w+)\\\.\((\w+(?:\|\w+)*)\)\$"
+)
+
+
+def named_linears(pattern: object) -> set[str] | None:
+    """The linears that an expression over names stands for: {`0.self_attn.q_proj`, …}.
+
+    None for an expression of another form.
+    """
+    found = _NAMED.fullmatch(pattern) if isinstance(pattern, str) else None
+    if found is None:
+        return None
+    layers, parent, ends = found.groups()
+    return {f"{i}.{parent}.{end}" for i in layers.split("|") for end in ends.split("|")}
 
 
 class QuantizedFolder(ABC):
@@ -137,6 +157,10 @@ class QuantizedFolder(ABC):
     def hub_name(self, stored: str) -> str:
         """The hub name of a tensor or a module, by its name in the file."""
         return self.family.hub_name(stored)
+
+    def in_layers(self, stored: str) -> str:
+        """A module's name behind that of the decoder layers, by its name in the file."""
+        return self.hub_name(stored).removeprefix(self.family.layers)
 
     def weight_names(self) -> list[str]:
         """Hub names of every weight that the folder holds, quantized ones first."""

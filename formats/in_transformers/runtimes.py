@@ -28,6 +28,7 @@ class Runtime:
     bits: tuple[int, ...] = BITS
     zero_points: tuple[int, ...] = BITS  # the bits at which it loads grids with zero-points
     group_sizes: tuple[int, ...] = ()  # empty: whatever is written
+    mixed: bool = True  # whether it loads linears of several widths
     permuted: bool = True  # whether it loads groups whose columns are permuted (`desc_act`)
     families: tuple[str, ...] = ALL_FAMILIES
     other_families: str = ""  # what it does with the others, in words
@@ -40,9 +41,12 @@ class Runtime:
         config, architecture = model.config, model.architecture
         if architecture.model_type not in self.families:
             yield f"{architecture.model_type}: {self.other_families}"
-        if config.bits not in self.bits:
-            yield f"{config.bits} bits (--bits {one_of(self.bits)})"
-        elif not config.symmetric and config.bits not in self.zero_points:
+        grids = [config.at(bits) for bits in sorted({*config.widths.values()})] or [config]
+        if config.widths and not self.mixed:
+            yield "mixed widths (--bits in place of --target-bpw)"
+        if odd := [str(grid.bits) for grid in grids if grid.bits not in self.bits]:
+            yield f"{' and '.join(odd)} bits (--bits {one_of(self.bits)})"
+        elif any(not grid.symmetric and grid.bits not in self.zero_points for grid in grids):
             yield "zero-points (--sym)"
         if self.group_sizes and config.group_size not in self.group_sizes:
             yield f"groups of {config.group_size} (--group-size {one_of(self.group_sizes)})"
@@ -53,6 +57,8 @@ class Runtime:
         """The options that its files ask for."""
         if self.bits != BITS:
             yield f"`--bits {one_of(self.bits)}`"
+        if not self.mixed:
+            yield "no mixed widths"
         if not self.zero_points:
             yield "`--sym`"
         elif set(self.bits) - set(self.zero_points):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
@@ -12,6 +13,7 @@ from vlmq_export.formats.model_plan import (
     embedding_note,
     sized_parts,
     tower_note,
+    widths_note,
 )
 from vlmq_export.formats.onnx.genai_config import genai_files
 from vlmq_export.formats.onnx.graphs.families import TRACED, graph_refusals
@@ -33,8 +35,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         refusals += _genai_refusals(model, options)
     if refusals:
         return FormatPlan(0.0, 0, refusals)
-    width = 2 if options.onnx_dtype == "float16" else 4
-    scale = width if options.onnx_accuracy_level == 4 else 2
+    width, scale = 2 if options.onnx_dtype == "float16" else 4, _scale_bytes(options)
     stored = {x.name: _stored_bytes(x, model.config, scale) for x in model.linears}
     parts = sized_parts(model, [*stored.items(), *_float_bytes(model, width)])
     parts["vision"] += _tower_bytes(model, options)
@@ -48,6 +49,20 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
         [*notes_for(model, options), *table],
         parts,
     )
+
+
+def linear_bits(linear: LinearSpec, config: QuantConfig, options: FormatOptions) -> int:
+    """Bits of a quantized linear in the data of the decoder, without its bias.
+
+    config: the recipe of this one linear.
+    """
+    return 8 * _stored_bytes(replace(linear, bias=False), config, _scale_bytes(options))
+
+
+def _scale_bytes(options: FormatOptions) -> int:
+    """Bytes of a scale of the decoder."""
+    width = 2 if options.onnx_dtype == "float16" else 4
+    return width if options.onnx_accuracy_level == 4 else 2
 
 
 def _genai_refusals(model: ModelPlan, options: FormatOptions) -> list[str]:
@@ -147,8 +162,9 @@ def _permuted(config: QuantConfig) -> bool:
 def notes_for(model: ModelPlan, options: FormatOptions) -> list[str]:
     """What the user should know of these files."""
     config = model.config
+    mixed = widths_note(model, lambda x: linear_bits(x, config.of(x.name), options))
     vision = _vision_notes(model, options)
-    return [*_graph_notes(config, options), *_grid_notes(config), *vision]
+    return [*mixed, *_graph_notes(config, options), *_grid_notes(config), *vision]
 
 
 def _vision_notes(model: ModelPlan, options: FormatOptions) -> list[str]:
@@ -189,7 +205,7 @@ def _grid_notes(config: QuantConfig) -> Iterator[str]:
     if config.head_bits:
         embedding = "" if config.embedding_bits else "; the embedding stays as it was"
         yield f"the output head is a tensor of its own, {config.head_bits} bits{embedding}"
-    if 3 in (config.bits, config.head_bits, config.vision_bits):
+    if 3 in (config.head_bits, config.vision_bits, *(config.widths.values() or (config.bits,))):
         yield (
             "3-bit codes lie in the 4-bit container, at the size of 4 bits;"
             " no runtime decodes three"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -174,6 +174,8 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
             f" order {config.act_order}"
         )
     names: set[str] = set()
+    if not _are_widths(config.widths, {str(record.name) for record in m.modules}):
+        problems.append("widths that are no bits of its linears")
     for record in m.modules:
         problems += _record_problems(record, names, short=config.vision_short)
         names.add(str(record.name))
@@ -211,6 +213,13 @@ def _fits(r: ModuleRecord, *, short: bool) -> bool:
         known = isinstance(r.type, str) and r.type in GRIDS
         return known and r.in_features % GRIDS[r.type].block == 0
     return _is_grid(r) and (short or r.group_size == -1 or r.in_features % r.group_size == 0)
+
+
+def _are_widths(widths: object, names: Collection[str]) -> bool:
+    """Whether this maps linears of the artifact to widths that an affine grid can have."""
+    if not isinstance(widths, dict) or not widths.keys() <= {*names}:
+        return False
+    return all(type(bits) is int and bits in BITS for bits in widths.values())
 
 
 def _is_grid(g: QuantConfig | ModuleRecord) -> bool:

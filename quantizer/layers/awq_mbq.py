@@ -38,7 +38,8 @@ from vlmq_export.quantizer.solver.nearest import round_to_nearest
 POWERS = tuple(i / 20 for i in range(20))  # values of t that are tried
 CLIPS = tuple(1 - i / 20 for i in range(10))  # AWQ: shares of a group's largest magnitude
 _UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
-GridOf = Callable[[int], tuple[Affine, int]]  # columns → the grid, and the columns per scale
+# Linear and its columns → its grid, and the columns per scale.
+GridOf = Callable[[str, int], tuple[Affine, int]]
 # A float tensor by its name in the layer → its value as the file can hold it, float32.
 Stored = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -76,7 +77,8 @@ def scaled_layer(
     )
     clips = []
     for step, names in enumerate(groups):
-        energy = _energy(walk, step, grid_of, clipping=ratios is None, ranks=ranks)
+        _, group = grid_of(names[0], modules[names[0]].in_features)
+        energy = _energy(walk, step, group, clipping=ratios is None, ranks=ranks)
         scale = torch.ones_like(energy.magnitude)
         fold = _fold_of(walk, step)
         if fold is not None:
@@ -91,7 +93,7 @@ def scaled_layer(
     for names, grams, scale in clips:
         for name in (n for n in names if n not in _UNCLIPPED):
             if grams is not None:
-                grid, _ = grid_of(len(scale))
+                grid, _ = grid_of(name, len(scale))
                 out.weights[name] = clipped(out.weights[name], grams, scale, grid)
     return out
 
@@ -111,15 +113,13 @@ class _Energy:
     grams: torch.Tensor | None  # Σ x xᵀ of each group, float32 [groups, group, group]
 
 
-def _energy(
-    walk: LayerWalk, step: int, grid_of: GridOf, *, clipping: bool, ranks: Ranks
-) -> _Energy:
+def _energy(walk: LayerWalk, step: int, group: int, *, clipping: bool, ranks: Ranks) -> _Energy:
     """What enters the linears of a step, over all samples of all ranks."""
     total = grams = None
     count = 0
     for entering in walk.inputs(step):
         x = entering.quantized
-        part = x.view(len(x), -1, grid_of(x.shape[1])[1]).transpose(0, 1)  # [groups, tokens, group]
+        part = x.view(len(x), -1, group).transpose(0, 1)  # [groups, tokens, group]
         total = x.abs().sum(0).double() + (0 if total is None else total)
         if clipping:
             grams = (part.mT @ part).double() + (0 if grams is None else grams)
@@ -147,8 +147,8 @@ def _search(
     try:
         for power in POWERS:
             scale = scale_of(magnitude, power)
-            for module, weight in zip(modules, source):
-                grid, group = grid_of(weight.shape[1])
+            for name, module, weight in zip(names, modules, source):
+                grid, group = grid_of(name, weight.shape[1])
                 rounded = round_to_nearest(weight * scale, grid, group=group).decode()
                 module.weight.copy_(rounded / scale)
             losses.append(

@@ -134,8 +134,8 @@ def scale_layer(
     keeps its source weights, because these methods calibrate on the full-precision stream.
     """
 
-    def grid_of(columns: int) -> tuple[Affine, int]:
-        choice = job.grid("", columns)
+    def grid_of(name: str, columns: int) -> tuple[Affine, int]:
+        choice = job.grid(prefix + name, columns)
         assert isinstance(choice.grid, Affine), "refused before the run: see run/refusals.py"
         return choice.grid, choice.group
 

@@ -37,12 +37,13 @@ def solve_unit(
 
 def _stacks(matrices: Sequence[Matrix], job: Job) -> list[Stack]:
     """Matrices of one grid together, grids in the order in which they come first."""
-    by_type: dict[str, list[Matrix]] = {}
+    by_grid: dict[tuple[str, int], list[Matrix]] = {}
     for m in matrices:
-        by_type.setdefault(job.grid(m.name, m.weight.shape[1]).block_type, []).append(m)
+        choice = job.grid(m.name, m.weight.shape[1])
+        by_grid.setdefault((choice.block_type, choice.grid.bits), []).append(m)
     return [
         Stack.of(alike, job.grid(alike[0].name, alike[0].weight.shape[1]))
-        for alike in by_type.values()
+        for alike in by_grid.values()
     ]
 
 

@@ -275,7 +275,8 @@ def tries_of(config: QuantConfig) -> int:
     """
     method = method_of(config)
     found = []
+    bits = min(config.widths.values(), default=config.bits)  # the fewest have the most ranges
     for each in (method, *(METHODS[name] for name in method.candidates)):
-        moves = moves_of(each, config.bits, config.symmetric)
+        moves = moves_of(each, bits, config.symmetric)
         found.append(len(each.refine.shrink) * len(moves))
     return max(found)

@@ -1,4 +1,4 @@
-"""A knapsack: the type of each matrix that costs least in all, within a budget of bits.
+"""A knapsack: the type or width of each matrix that costs least in all, within a budget of bits.
 
 On the lower convex hull of a matrix's (bits, cost) points, each step to a larger type gains less
 per bit than the step before it. So the steps of all matrices can be taken in one order, the largest
@@ -8,29 +8,34 @@ Otherwise its cost is above the optimum by at most the gain of one step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from vlmq_export.errors import UsageError
 
+Matrix = TypeVar("Matrix", bound=Hashable)  # its name, or the names of those that share a kind
+Kind = TypeVar("Kind", bound=Hashable)  # a block type, or the bits of a width
+
 
 class _Step(NamedTuple):
-    """From one type of a matrix to the next larger one on its hull."""
+    """From one kind of a matrix to the next larger one on its hull."""
 
-    matrix: str
-    before: str
-    after: str
+    matrix: Hashable
+    before: Hashable
+    after: Hashable
     bits: int  # that it takes
     gain: float  # of cost, per bit
 
 
-def choose(costs: Mapping[str, Mapping[str, tuple[int, float]]], budget: int) -> dict[str, str]:
-    """matrix → type, of least total cost within `budget` bits. costs: matrix → type → (bits, cost).
+def choose(
+    costs: Mapping[Matrix, Mapping[Kind, tuple[int, float]]], budget: int
+) -> dict[Matrix, Kind]:
+    """matrix → kind, of least total cost within `budget` bits. costs: matrix → kind → (bits, cost).
 
-    Raises UsageError where not even the smallest types fit.
+    Raises UsageError where not even the smallest kinds fit.
     """
-    chosen: dict[str, str] = {}
+    chosen: dict[Any, Any] = {}
     steps: list[_Step] = []
     left = budget
     for matrix, kinds in costs.items():
@@ -51,16 +56,18 @@ def choose(costs: Mapping[str, Mapping[str, tuple[int, float]]], budget: int) ->
     return chosen
 
 
-def _step(matrix: str, kinds: Mapping[str, tuple[int, float]], before: str, after: str) -> _Step:
-    """The step of a matrix from one of its types to another."""
+def _step(
+    matrix: Hashable, kinds: Mapping[Kind, tuple[int, float]], before: Kind, after: Kind
+) -> _Step:
+    """The step of a matrix from one of its kinds to another."""
     (bits_before, cost_before), (bits_after, cost_after) = kinds[before], kinds[after]
     bits = bits_after - bits_before
     return _Step(matrix, before, after, bits, (cost_before - cost_after) / bits)
 
 
-def _hull(kinds: Mapping[str, tuple[int, float]]) -> list[str]:
-    """Types on the lower convex hull, from the smallest on, as long as more bits cost less."""
-    hull: list[str] = []
+def _hull(kinds: Mapping[Kind, tuple[int, float]]) -> list[Kind]:
+    """Kinds on the lower convex hull, from the smallest on, as long as more bits cost less."""
+    hull: list[Kind] = []
     for kind, (bits, cost) in sorted(kinds.items(), key=lambda item: item[1]):
         if hull and cost >= kinds[hull[-1]][1]:
             continue

@@ -16,7 +16,7 @@ import torch
 
 from vlmq_export.quantizer.solver.hessian import weighted_loss
 
-LIKE = {
+LIKE: dict[Kind, str] = {
     "IQ2_XXS": "Q2_K",
     "IQ2_XS": "Q2_K",
     "IQ2_S": "Q2_K",
@@ -24,11 +24,12 @@ LIKE = {
     "IQ3_S": "Q3_K",
 }
 PROBES = 4  # matrices on which lattices are solved
-Kinds = Mapping[str, Iterable[str]]  # matrix → types to try
-Ratios = dict[str, float]  # lattice → its weighted error over that of LIKE's type
+Kind = str | int  # a block type, or the bits of a width, which is like no other
+Kinds = Mapping[str, Iterable[Kind]]  # matrix → kinds to try
+Ratios = dict[Kind, float]  # lattice → its weighted error over that of LIKE's type
 
 
-def quick(kinds: Iterable[str]) -> list[str]:
+def quick(kinds: Iterable[Kind]) -> list[Kind]:
     """The types that every matrix is solved on: those that are no lattices, or the only one."""
     kinds = list(kinds)
     return [k for k in kinds if k not in LIKE] if len(kinds) > 1 else kinds
@@ -41,17 +42,17 @@ def probes(kinds: Kinds, solved: Container[str]) -> list[str]:
     return names[step // 2 :: step][:PROBES]
 
 
-def ratios(errors: Mapping[str, torch.Tensor], hessian: torch.Tensor) -> Ratios:
+def ratios(errors: Mapping[Kind, torch.Tensor], hessian: torch.Tensor) -> Ratios:
     """The ratios of one matrix from type → Ŵ − W, [out, in], and A, float32 [in, in]."""
     loss = {k: weighted_loss(e.float(), torch.zeros(()), hessian) for k, e in errors.items()}
     return {k: loss[k] / loss[LIKE[k]] for k in loss if k in LIKE and loss[LIKE[k]] > 0}
 
 
 def completed(
-    costs: Mapping[str, Mapping[str, float]], kinds: Kinds, found: Sequence[Ratios]
-) -> dict[str, dict[str, float]]:
+    costs: Mapping[str, Mapping[Kind, float]], kinds: Kinds, found: Sequence[Ratios]
+) -> dict[str, dict[Kind, float]]:
     """The costs, with those of the lattices that were not measured. found: of each probe."""
-    logs: dict[str, list[float]] = defaultdict(list)
+    logs: dict[Kind, list[float]] = defaultdict(list)
     for probe in found:
         for kind, ratio in probe.items():
             logs[kind].append(math.log(ratio))

@@ -1,4 +1,4 @@
-"""What each block type of each matrix would cost: the KL divergence of the model's answers.
+"""What each block type or width of each matrix would cost: the KL divergence of the answers.
 
 To second order, a change ΔW of one matrix moves the distribution of the answers by
 
@@ -15,7 +15,11 @@ the end of the network with the whole covariance of inputs and gradients, which 
 
 ΔW is the solver's error, from statistics of one half of the samples. Its cost is measured on the
 other half. That of a lattice follows from that of a K type (likeness.py). The costs of the matrices
-are taken to add up; `knapsack.choose` then chooses types. docs/gguf.md says how well this works.
+are taken to add up; `knapsack.choose` then chooses. docs/gguf.md says how well this works for block
+types, docs/widths.md for widths.
+
+On a block type ΔW is that of the plain column loop. At two bits the range matters most, and so a
+width is solved with the ranges and the descent that the recipe's method has.
 """
 
 from __future__ import annotations
@@ -32,30 +36,36 @@ from vlmq_export.quantizer.calibration.hooks import before
 from vlmq_export.quantizer.calibration.statistics import Statistics
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.blocks import GRIDS, BlockGrid
+from vlmq_export.quantizer.grids.choice import grid_choice
+from vlmq_export.quantizer.layers.attempt import attempt, prepared
+from vlmq_export.quantizer.layers.stack import Matrix as Source
+from vlmq_export.quantizer.layers.stack import Stack
+from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.solver.block_loop import solve_blocks
 from vlmq_export.quantizer.solver.hessian import Hessian, prepare
 from vlmq_export.quantizer.solver.nearest import nearest_in_blocks
 from vlmq_export.quantizer.type_budget import likeness
+from vlmq_export.quantizer.type_budget.likeness import Kind
 
 SAMPLES = 128  # of each half; the relative error of a cost is about √(2 / samples)
 _ROWS = 4096  # rows of an embedding that are rounded at once
 Matrix = nn.Linear | nn.Embedding
-Errors = Mapping[str, Mapping[str, torch.Tensor]]  # matrix → type → ΔW, bfloat16 [out, in]
+Errors = Mapping[str, Mapping[Kind, torch.Tensor]]  # matrix → kind → ΔW, bfloat16 [out, in]
 
 
 def measured(
     model: nn.Module,  # the whole model, float32
     modules: Mapping[str, Matrix],  # matrix → the module that has it; a tied matrix stands once
-    kinds: Mapping[str, Iterable[str]],  # matrix → types to try
+    kinds: Mapping[str, Iterable[Kind]],  # matrix → types or widths to try
     solved: Container[str],  # matrices that will be solved; the others are rounded to nearest
     samples: Sequence[Sample],
     config: QuantConfig,
     *,
     memory: int | None = None,  # bytes for what is held besides the model; None: any number
     progress: Callable[[int, int], None] = lambda *_: None,
-) -> dict[str, dict[str, float]]:
-    """matrix → type → KL per answer token, in nats, that this one matrix at that type would cost.
+) -> dict[str, dict[Kind, float]]:
+    """matrix → kind → KL per answer token, in nats, that this one matrix at that kind would cost.
 
     Raises CalibrationError where no sample has a finite gradient.
     """
@@ -64,7 +74,7 @@ def measured(
     tried = {name: likeness.quick(each) for name, each in kinds.items()}
     probes, ratios = likeness.probes(kinds, solved), []
     parts = _parts(modules, tried, memory)
-    costs: dict[str, dict[str, float]] = {}
+    costs: dict[str, dict[Kind, float]] = {}
     model.requires_grad_(False)
     for done, part in enumerate(parts):
         here = {name: modules[name] for name in part}
@@ -85,7 +95,7 @@ def measured(
 
 
 def _parts(
-    modules: Mapping[str, Matrix], kinds: Mapping[str, Iterable[str]], memory: int | None
+    modules: Mapping[str, Matrix], kinds: Mapping[str, Iterable[Kind]], memory: int | None
 ) -> list[list[str]]:
     """The matrices, in parts that are measured at the same time: as many as fit, at least one.
 
@@ -129,19 +139,43 @@ def _adds_to(sums: Statistics) -> Callable[[tuple, dict], None]:
 @torch.no_grad()
 def _errors(
     weight: torch.Tensor,  # W, [out, in]
-    kinds: Iterable[str],
+    kinds: Iterable[Kind],
     sums: Statistics | None,  # of the inputs; None: there are none, and W is rounded to nearest
     config: QuantConfig,
-) -> dict[str, torch.Tensor]:
-    """type → Ŵ − W, bfloat16 [out, in], where Ŵ is W solved on that type."""
+) -> dict[Kind, torch.Tensor]:
+    """kind → Ŵ − W, bfloat16 [out, in], where Ŵ is W solved on that kind."""
     weight = weight.detach().float()
+    types = [kind for kind in kinds if isinstance(kind, str)]
     if sums is None:
-        return {kind: (_rounded(weight, GRIDS[kind]) - weight).bfloat16() for kind in kinds}
+        return {kind: (_rounded(weight, GRIDS[kind]) - weight).bfloat16() for kind in types}
     sums = sums.to_float32()
+    widths = [kind for kind in kinds if isinstance(kind, int)]
+    return _on_types(weight, types, sums, config) | _at_widths(weight, widths, sums, config)
+
+
+def _at_widths(
+    weight: torch.Tensor, widths: Iterable[int], sums: Statistics, config: QuantConfig
+) -> dict[Kind, torch.Tensor]:
+    """width → Ŵ − W, where Ŵ is solved with the ranges and the descent of the recipe's method."""
+    own = method_named(config.method)
+    method = Method(refine=own.refine, neighbours=own.neighbours)
+    found: dict[Kind, torch.Tensor] = {}
+    for bits in widths:
+        choice = grid_choice(config.at(bits), "", weight.shape[1])
+        stack = Stack.of([Source("", weight)], choice)
+        (solved,) = attempt(stack, prepared(stack, sums, config), None, method, config)
+        found[bits] = (solved.solution.decode() - weight).bfloat16()
+    return found
+
+
+def _on_types(
+    weight: torch.Tensor, types: Iterable[str], sums: Statistics, config: QuantConfig
+) -> dict[Kind, torch.Tensor]:
+    """type → Ŵ − W, where Ŵ is solved by the plain column loop."""
     order = "off" if config.act_order == "off" else "gar"
-    found: dict[str, torch.Tensor] = {}
+    found: dict[Kind, torch.Tensor] = {}
     hessians: dict[tuple[int, int], Hessian] = {}  # by the columns of a block and of a point
-    for kind in kinds:
+    for kind in types:
         grid = GRIDS[kind]
         key = grid.block, grid.together
         if key not in hessians:
@@ -159,10 +193,10 @@ def _errors(
 
 
 def _ratios(
-    weight: torch.Tensor, kinds: Iterable[str], sums: Statistics, config: QuantConfig
+    weight: torch.Tensor, kinds: Iterable[Kind], sums: Statistics, config: QuantConfig
 ) -> likeness.Ratios:
     """What lattices err on this matrix, over what the types err that they are likened to."""
-    lattices = [kind for kind in kinds if kind in likeness.LIKE]
+    lattices = [kind for kind in kinds if isinstance(kind, str) and kind in likeness.LIKE]
     both = dict.fromkeys([*lattices, *(likeness.LIKE[kind] for kind in lattices)])
     return likeness.ratios(_errors(weight, both, sums, config), sums.to_float32().hessian)
 
@@ -179,8 +213,8 @@ def _costs(
     samples: Sequence[Sample],
     draws: torch.Generator,
     progress: Callable[[int], None],
-) -> dict[str, dict[str, float]]:
-    """matrix → type → KL per answer token over these samples.
+) -> dict[str, dict[Kind, float]]:
+    """matrix → kind → KL per answer token over these samples.
 
     A sample whose gradients are not finite is left out.
     """

@@ -109,7 +109,7 @@ def test_the_artifact_is_written_again_within_the_size_alone(written, tmp_path):
     code, _, err = call(*again, "--target-size", 0.00304, "--out", tmp_path / "a")
     assert code == 0, err
     said = refused(*again, "--target-size", 0.003, "--out", tmp_path / "b", code=2)
-    assert "--target-size 0.003: types that are chosen already take 0.0030" in said
+    assert "--target-size 0.003: what is chosen already takes 0.0030" in said
     assert not (tmp_path / "b").exists()
 
 
@@ -150,7 +150,10 @@ def test_large_matrices_of_given_types_leave_the_smallest_to_the_others(model):
         (("--head-bits", 4), "--head-bits and --target-size 0.005 exclude each other"),
         (("--embedding-bits", 8), "--embedding-bits and --target-size 0.005 exclude each other"),
         (("--tune", 10), "--tune and --target-size 0.005 exclude each other"),
-        (("--format", "gptq"), "--target-size 0.005: only GGUF holds these integers"),
+        (
+            ("--tensor-type", "a=Q4_K", "--format", "onnx"),
+            "--target-size 0.005 chooses widths here",
+        ),
         (("--method", "rtn"), "--method rtn does not use"),
         (("--target-size", 0), "--target-size: Input should be greater than 0"),
         (("--target-size", "nan"), "--target-size: Input should be"),

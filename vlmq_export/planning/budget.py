@@ -99,16 +99,16 @@ def _too_small(model: ModelPlan, recipe: Recipe, least: int) -> str:
 
     least: bits of the whole package.
     """
-    said = f"{recipe.block_types}: the package takes at least {_at_least(least)} GB"
+    said = f"{recipe.block_types}: the package takes at least {at_least(least)} GB"
     # The vision tower in Q8_0 is as large however its integers are found.
     eight = recipe.model_copy(update={"mmproj": "q8_0"})
     saved = 0 if model.tower else _not_chosen(model, recipe) - _not_chosen(model, eight)
     if saved:
-        said += f", and about {_at_least(least - saved)} with --vision-bits 8"
+        said += f", and about {at_least(least - saved)} with --vision-bits 8"
     return f"{said}; raise it"
 
 
-def _at_least(bits: int) -> str:
+def at_least(bits: int) -> str:
     """Bits in GB, rounded up to four digits, so that as much is enough."""
     size = ceil(bits / 8)
     digit = 10 ** max(0, floor(log10(size)) - 3)

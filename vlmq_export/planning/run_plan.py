@@ -53,7 +53,7 @@ def plan_run(model: ModelPlan, recipe: Recipe) -> RunPlan:
     for planned in formats.values():
         if recipe.target_bytes is not None and planned.size_bytes > recipe.target_bytes:
             planned.refusals.append(
-                f"{recipe.block_types}: types that are chosen already take"
+                f"{recipe.by_cost}: what is chosen already takes"
                 f" {planned.size_bytes / 1e9:.4g} GB; quantize the float model again"
             )
     return RunPlan(model, formats)

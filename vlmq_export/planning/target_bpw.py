@@ -9,17 +9,19 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from vlmq_export.callbacks import Progress
 from vlmq_export.errors import ArtifactError, UsageError
 from vlmq_export.formats.model_plan import ModelPlan
-from vlmq_export.planning.budget import Choices, budget_of, largest_types, weights_of
+from vlmq_export.planning.budget import budget_of, largest_types, weights_of
 from vlmq_export.quantizer.arithmetic import exact_arithmetic, pick_device
 from vlmq_export.quantizer.grids.blocks import GRIDS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.rotation import rotated
 from vlmq_export.quantizer.model.streamed import load_model
 from vlmq_export.quantizer.ranks import Ranks
 from vlmq_export.quantizer.samples.sample import Sample
@@ -29,8 +31,6 @@ from vlmq_export.quantizer.type_budget.sensitivity import Matrix, measured
 from vlmq_export.recipes.recipe import Recipe
 
 log = logging.getLogger("vlmq_export")
-# Hub module → type → bits of the whole matrix, and KL per answer token that it would cost.
-Costs = dict[str, dict[str, tuple[int, float]]]
 
 
 def planned_types(model: ModelPlan, recipe: Recipe) -> dict[str, str]:
@@ -56,7 +56,11 @@ def planned_types(model: ModelPlan, recipe: Recipe) -> dict[str, str]:
 
 def spare_note(model: ModelPlan, recipe: Recipe) -> list[str]:
     """Says so where a --target-size leaves every matrix its largest type."""
-    if recipe.target_size is None or model.config.types != largest_types(model, recipe):
+    if (
+        recipe.target_size is None
+        or recipe.widths_by_cost
+        or model.config.types != largest_types(model, recipe)
+    ):
         return []
     return [
         f"{recipe.block_types} is more than the largest types take: every matrix has its largest,"
@@ -78,27 +82,32 @@ def chosen_types(
     types = None
     if ranks.first:
         if begun is not None and begun.is_file():
-            types = _begun_with(begun, budget_of(model, recipe).choices)
+            types = begun_with(begun, "types", budget_of(model, recipe).choices)
         else:
             types = measured_types(model, recipe, checkpoint, samples, memory, progress)
     return ranks.broadcast_json(types, 0)
 
 
-def _begun_with(file: Path, choices: Mapping[str, Collection[str]]) -> dict[str, str]:
-    """The types of the run that a run.json belongs to.
+def begun_with(
+    file: Path, key: Literal["types", "widths"], choices: Mapping[str, Collection[Any]]
+) -> dict[str, Any]:
+    """The types or widths of the run that a run.json belongs to.
 
     Raises ArtifactError where they are missing, or are none that this recipe could choose.
     """
     config = read_json(file, error=ArtifactError).get("config")
-    found = config.get("types") if isinstance(config, dict) else None
-    types = found if isinstance(found, dict) else {}
-    same = types.keys() == choices.keys()
-    if not same or any(kind not in [*choices[name]] for name, kind in types.items()):
+    found = config.get(key) if isinstance(config, dict) else None
+    chosen = found if isinstance(found, dict) else {}
+    same = chosen.keys() == choices.keys()
+    kinds = {name: {*each} for name, each in choices.items()}
+    if not same or any(
+        type(kind) not in (str, int) or kind not in kinds[name] for name, kind in chosen.items()
+    ):
         raise ArtifactError(
-            f"{file}: its types are not those of this recipe; give the same --tensor-type,"
+            f"{file}: its {key} are not those of this recipe; give the same flags,"
             " or start again without --resume"
         )
-    return types
+    return chosen
 
 
 def measured_types(
@@ -135,15 +144,18 @@ def measured_types(
 def measured_costs(
     model: ModelPlan,
     recipe: Recipe,
-    bits: Choices,
+    bits: Mapping[str, Mapping[Any, int]],
     checkpoint: Checkpoint,
     samples: list[Sample],
     memory: int,
     progress: Progress,
-) -> Costs:
-    """The types of each matrix with what they cost. The whole model is loaded for it."""
+) -> dict[str, dict[Any, tuple[int, float]]]:
+    """The types or widths of each matrix with what they cost. The whole model is loaded for it.
+
+    bits: hub module → type or width → bits of the whole matrix.
+    """
     family = checkpoint.architecture.family
-    whole = load_model(checkpoint, pick_device(recipe.device))
+    whole = _whole_model(checkpoint, recipe)
     modules = {name: cast(Matrix, whole.get_submodule(family.module_name(name))) for name in bits}
     # An embedding is only rounded.
     solved = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
@@ -157,6 +169,19 @@ def measured_costs(
             samples,
             model.config,
             memory=room,
-            progress=lambda done, total: progress("measure types", done, total),
+            progress=lambda done, total: progress("measure costs", done, total),
         )
     return {n: {k: (b, cost[n][k]) for k, b in kinds.items()} for n, kinds in bits.items()}
+
+
+def _whole_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
+    """The model whose matrices are solved: the source's, or that with its weights rotated."""
+    whole = load_model(checkpoint, pick_device(recipe.device))
+    turned = rotated(checkpoint, recipe.rotate, recipe.seed)
+    for name in turned.tensors if turned is not checkpoint else ():
+        path, _, part = checkpoint.architecture.family.module_name(name).rpartition(".")
+        module = whole.get_submodule(path)
+        if part in dict(module.named_parameters(recurse=False)):
+            value = turned.tensor(name).to(next(module.parameters()).device, torch.float32)
+            module.register_parameter(part, nn.Parameter(value, requires_grad=False))
+    return whole

@@ -79,9 +79,11 @@ class Recipe(BaseModel):
     split_max_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}[MG]$")] | None = None
     emit_imatrix: bool = False  # write an imatrix.gguf for stock llama-quantize beside the GGUF
     gguf_type: str | None = None  # a mix of block types in place of the affine grid: Q4_K_M
-    # Bits per weight over all matrices, for block types chosen by measured cost.
+    # Bits per weight, for types or widths chosen by measured cost: with GGUF alone over all
+    # matrices, with other formats over the linears of the decoder.
     target_bpw: Annotated[float, Field(gt=0, le=16)] | None = None
-    # The same for a package, model and mmproj, of at most so many GB of 10⁹ bytes.
+    # The same for at most so many GB of 10⁹ bytes: with GGUF the package, model and mmproj; with
+    # other formats what the largest of them is planned to take.
     target_size: Annotated[float, Field(gt=0, le=10**6)] | None = None
     # REGEX=TYPE on GGUF tensor names, over the mix. The first match wins.
     tensor_type: list[str] = Field(default_factory=list)
@@ -143,6 +145,10 @@ class Recipe(BaseModel):
                 raise ValueError(f"--{key.replace('_', '-')}: a name with a null byte")
         if self.emit_imatrix and "gguf" not in self.format:
             raise ValueError("--emit-imatrix writes beside the GGUF; add --format gguf")
+        if self.tensor_type and self.widths_by_cost:
+            raise ValueError(
+                f"--tensor-type names GGUF's block types; {self.by_cost} chooses widths here"
+            )
         if self.tensor_type and self.block_types is None and self.asks_for_affine:
             raise ValueError(
                 "--tensor-type changes a mix of GGUF's block types; give --gguf-type, --target-bpw"
@@ -154,6 +160,8 @@ class Recipe(BaseModel):
             raise ValueError(f"{one} and {other} exclude each other: both choose the types")
         if self.block_types is not None:
             self._check_types(self.block_types)
+        if self.widths_by_cost:
+            self._check_widths(str(self.by_cost))
         if len(set(self.format)) != len(self.format):
             raise ValueError("--format is given twice with the same value")
         return self
@@ -203,19 +211,34 @@ class Recipe(BaseModel):
                 f"{given}: only GGUF holds these integers; export other formats without it"
             )
 
+    def _check_widths(self, given: str) -> None:
+        """Raises ValueError for what `given`, the flag that asks for mixed widths, excludes."""
+        if self.bits != type(self).model_fields["bits"].default:
+            raise ValueError(f"--bits and {given} exclude each other: the widths are chosen")
+
     @property
     def block_types(self) -> str | None:
         """The flag that makes llama.cpp's block types the grid, or None."""
+        if self.by_cost is not None:
+            return None if self.widths_by_cost else self.by_cost
+        return None if self.gguf_type is None else f"--gguf-type {self.gguf_type}"
+
+    @property
+    def by_cost(self) -> str | None:
+        """The flag by which types or widths are chosen by what each would cost, or None."""
         if self.target_bpw is not None:
             return f"--target-bpw {self.target_bpw:g}"
-        if self.target_size is not None:
-            return f"--target-size {self.target_size:g}"
-        return None if self.gguf_type is None else f"--gguf-type {self.gguf_type}"
+        return None if self.target_size is None else f"--target-size {self.target_size:g}"
 
     @property
     def types_by_cost(self) -> bool:
         """Whether block types are chosen by what each would cost."""
-        return self.target_bpw is not None or self.target_size is not None
+        return self.by_cost is not None and not self.widths_by_cost
+
+    @property
+    def widths_by_cost(self) -> bool:
+        """Whether widths of affine grids are: for any format but GGUF, which has block types."""
+        return self.by_cost is not None and not {*self.format} <= {"gguf"}
 
     @property
     def target_bytes(self) -> int | None:
@@ -314,14 +337,14 @@ class Recipe(BaseModel):
         method += _unusual("vision", self.vision_bits)
         if self.gguf_type is not None:
             return f"{self.gguf_type}-{method}"
-        if self.target_bpw is not None:
-            return f"{self.target_bpw:g}bpw-{method}"
-        if self.target_size is not None:
-            return f"{self.target_size:g}GB-{method}"
+        width = f"w{self.bits}" if self.target_bpw is None else f"{self.target_bpw:g}bpw"
+        width = width if self.target_size is None else f"{self.target_size:g}GB"
+        if self.types_by_cost:
+            return f"{width}-{method}"
         group = "" if self.group_size == -1 else f"g{self.quant_config().group_size}"
         sym = "-sym" if self.symmetric and self.bits != 8 else ""
         outside = _unusual("head", self.head_bits) + _unusual("embed", self.embedding_bits)
-        return f"w{self.bits}{group}{sym}{outside}-{method}"
+        return f"{width}{group}{sym}{outside}-{method}"
 
     def to_yaml(self) -> str:
         """The recipe as a file that `load_recipe` reads: every key, defaults included."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,10 +96,12 @@ def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
     heads = [r for r in records if r.name.endswith("lm_head")]
     embeddings = [r for r in records if r.layer == OUTER]
     tower = [r for r in records if r.layer == VISION]
-    count = len(records) - len(heads) - len(embeddings) - len(tower)
+    outside = [*heads, *embeddings, *tower]
+    linears = [r for r in records if r not in outside]
+    count = len(linears)
     text = [
         f"{count} linears of the language backbone are quantized by `{recipe.method}`"
-        f" {_grid(recipe)}."
+        f" {_grid(recipe, linears)}."
     ]
     if heads:
         grid = "on its type" if recipe.block_types else f"to {recipe.head_bits} bits"
@@ -124,7 +127,7 @@ def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
     return " ".join(text)
 
 
-def _grid(recipe: Recipe) -> str:
+def _grid(recipe: Recipe, linears: Sequence[ModuleRecord]) -> str:
     """The grid of the linears: `to 4 bits, groups of 128, asymmetric`."""
     if recipe.block_types:
         by_cost = f"chosen by measured cost for {recipe.grid}"
@@ -133,7 +136,13 @@ def _grid(recipe: Recipe) -> str:
     size = recipe.quant_config().group_size
     groups = "one scale an output channel" if size == -1 else f"groups of {size}"
     symmetry = "symmetric" if recipe.symmetric else "asymmetric"
-    return f"to {recipe.bits} bits, {groups}, {symmetry}"
+    counts = sorted(Counter(r.bits for r in linears).items())
+    if len(counts) > 1:
+        spread = ", ".join(f"{n} to {bits}" for bits, n in counts)
+        cost = f", chosen by measured cost for {recipe.grid}" if recipe.by_cost else ""
+        symmetry += " below 8 bits" if not recipe.symmetric and counts[-1][0] == 8 else ""
+        return f"to mixed widths ({spread} bits){cost}, {groups}, {symmetry}"
+    return f"to {recipe.bits if not linears else linears[0].bits} bits, {groups}, {symmetry}"
 
 
 _TOWER = ["vision tower", "projector"]

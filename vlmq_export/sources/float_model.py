@@ -10,7 +10,8 @@ import torch
 
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.formats.gguf.types.mix import mix_named, module_types
-from vlmq_export.formats.model_plan import model_plan, with_types
+from vlmq_export.formats.model_plan import model_plan, with_types, with_widths
+from vlmq_export.planning.mixed_widths import chosen_widths, planned_widths, spare_width_note
 from vlmq_export.planning.run_plan import (
     RunPlan,
     largest_group,
@@ -75,9 +76,12 @@ class FloatModel(Source):
             model = with_types(model, module_types(model, mix, recipe.tensor_type), mix)
         elif recipe.types_by_cost:
             model = with_types(model, planned_types(model, recipe))
+        elif recipe.widths_by_cost:
+            model = with_widths(model, planned_widths(model, recipe))
         plan = plan_run(model, recipe)
+        spare = [*spare_note(model, recipe), *spare_width_note(model, recipe)]
         for name, planned in plan.formats.items():
-            planned.notes.extend([*spare_note(model, recipe), *kept_note(recipe, name)])
+            planned.notes.extend([*(spare if not plan.refusals else []), *kept_note(recipe, name)])
         return plan
 
     def foreseen(self, plan: RunPlan, recipe: Recipe, data: CalibrationRows) -> RunPlan:
@@ -118,19 +122,16 @@ class FloatModel(Source):
         )
         samples, planned = filling.calibration.samples, plan.memory
         assert planned is not None, "a float model's plan has a plan of memory"
-        if recipe.types_by_cost:
+        if recipe.by_cost:
+            begun = folder / RUN if filling.resume else None
+            model, given = plan.model, (samples, planned.host_free, ranks, begun)
+            choice = model, recipe, self.checkpoint, *given, callbacks.progress
             with filling.timed("choose types"):
-                types = chosen_types(
-                    plan.model,
-                    recipe,
-                    self.checkpoint,
-                    samples,
-                    planned.host_free,
-                    ranks,
-                    folder / RUN if filling.resume else None,
-                    callbacks.progress,
-                )
-            plan = replace(plan, model=with_types(plan.model, types))
+                if recipe.types_by_cost:
+                    model = with_types(model, chosen_types(*choice))
+                else:
+                    model = with_widths(model, chosen_widths(*choice))
+            plan = replace(plan, model=model)
         own = Lengths.of(samples[:: ranks.size])  # of this rank: samples are shared out by length
         memory = plan_memory(plan.model, own, planned.host_free, planned.device_free)
         _tell_memory(memory)

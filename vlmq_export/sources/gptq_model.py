@@ -27,10 +27,9 @@ class GptqModel(Source):
         return self.checkpoint.companions
 
     def recipe_for(self, recipe: Recipe, data: CalibrationRows) -> Recipe:
-        if recipe.block_types is not None:
+        if asked := recipe.block_types or recipe.by_cost:
             raise UsageError(
-                f"{recipe.block_types}: the checkpoint has its integers already;"
-                " quantize the float model again"
+                f"{asked}: the checkpoint has its integers already; quantize the float model again"
             )
         return fixed_grid(recipe, self.checkpoint.quant_config, "checkpoint")
 

@@ -40,12 +40,15 @@ class SavedArtifact(Source):
     def recipe_for(self, recipe: Recipe, data: CalibrationRows) -> Recipe:
         config = self.artifact.config
         mix, asked = config.gguf_type, recipe.gguf_type
-        by_cost = bool(config.types) and not mix
+        types = bool(config.types) and not mix  # chosen by cost
         other = asked is not None and mix_named(asked) != mix
-        if other or (recipe.types_by_cost and not by_cost):
-            has = mix or ("types by cost" if by_cost else f"{config.bits} bits")
+        other = other or (recipe.types_by_cost and not types)
+        if other or (recipe.widths_by_cost and not config.widths):
+            has = "types by cost" if types else f"{config.bits} bits"
+            has = mix or ("mixed widths" if config.widths else has)
             raise UsageError(
-                f"{recipe.block_types}: the artifact has {has} already; quantize the model again"
+                f"{recipe.block_types or recipe.by_cost}: the artifact has {has} already;"
+                " quantize the model again"
             )
         return fixed_grid(recipe.model_copy(update={"gguf_type": mix or None}), config, "artifact")
 

@@ -141,9 +141,9 @@ OnnxProvider = Annotated[str | None, _option(_PROVIDER, choices="onnx_provider")
 # -- GGUF ------------------------------------------------------------------------------------------
 _GGUF_TYPE = "Solve on llama.cpp's own types: IQ2_XXS … IQ4_XS, Q2_K … Q4_K_M, Q8_0; GGUF only."
 GgufType = Annotated[str | None, _option(_GGUF_TYPE, panel="GGUF")]
-_TARGET_BPW = "Choose those types by measured cost, to this many bits per weight over all matrices."
+_TARGET_BPW = "Types by measured cost, to so many bits per weight; with other formats 2 to 8 bits."
 TargetBpw = Annotated[float | None, _option(_TARGET_BPW)]
-_TARGET_SIZE = "The same, to this many GB (10^9 bytes) of model and mmproj together."
+_TARGET_SIZE = "The same, to so many GB (10^9 bytes) of the files; of GGUF, model and mmproj."
 TargetSize = Annotated[float | None, _option(_TARGET_SIZE)]
 _TENSOR_TYPE = "REGEX=TYPE on GGUF tensor names, over the mix; repeat."
 TensorType = Annotated[list[str] | None, _option(_TENSOR_TYPE)]

@@ -117,7 +117,8 @@ def _add_recipe(writer: gguf.GGUFWriter, config: QuantConfig) -> None:
     if config.types:
         writer.add_string("vlmq.method", config.method)
         return
-    for key in ("method", "bits", "group_size", "symmetric", "act_order"):
+    own = () if config.widths else ("bits", "symmetric")  # else each linear has its own
+    for key in ("method", *own, "group_size", "act_order"):
         writer.add_string(f"vlmq.{key}", str(getattr(config, key)))
 
 

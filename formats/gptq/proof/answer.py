@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlmq_export.errors import MissingRuntime
 from vlmq_export.formats.contract import FormatOptions
-from vlmq_export.formats.gptq.proof.check import program
+from vlmq_export.formats.gptq.proof.check import program_for
 from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.formats.gptq.requirements import missing
 from vlmq_export.formats.in_transformers.proof import answer
@@ -21,4 +21,4 @@ def answerer(folder: Path, reference: Reference, options: FormatOptions, threads
     """
     if lacking := missing():
         raise MissingRuntime(f"{lacking} not installed; pip install 'vlmq-export[gptq]'")
-    return answer.answerer(program(GptqFolder(folder).bits), folder, reference, threads)
+    return answer.answerer(program_for(GptqFolder(folder)), folder, reference, threads)

@@ -64,10 +64,8 @@ def decode(module: ModuleType, folder: GptqFolder, name: str) -> np.ndarray:
     """
     parts = {part: folder.raw(f"{name}.{part}") for part in PARTS}
     k, n = parts["g_idx"].shape[0], parts["qweight"].shape[1]
-    group_size = folder.quantization["group_size"]
-    linear = module.QuantLinear(
-        folder.bits, group_size, k, n, bias=False, weight_dtype=torch.float32
-    )
+    group_size, (bits, _) = folder.quantization["group_size"], folder.grid_of(name)
+    linear = module.QuantLinear(bits, group_size, k, n, bias=False, weight_dtype=torch.float32)
     linear.load_state_dict(parts | {"scales": parts["scales"].float()})
     with _SecondFactor() as factor:
         linear(torch.zeros(1, k))

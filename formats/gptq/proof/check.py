@@ -4,6 +4,9 @@
     L2  each quantized linear alone in its kernel
     L3  logits and greedy answers of transformers with gptqmodel
 
+transformers gives every linear one width. A folder of mixed widths is loaded by GPTQModel.load,
+which builds the same modules in transformers' model.
+
 The model is run in float32 with the kernel gptq_torch. The kernel that the loader picks by itself
 computes in float16, and is reported without a gate.
 """
@@ -27,21 +30,28 @@ from vlmq_export.formats.proof.checks import Check, CheckSettings, Steps, compar
 from vlmq_export.formats.proof.reference import Reference
 
 
-def program(bits: int) -> Program:
-    """gptqmodel on a folder of so many bits."""
-    exact = {"bits": bits, "backend": "gptq_torch"}
+def program(bits: int, *, mixed: bool = False) -> Program:
+    """gptqmodel on a folder of so many bits, or of mixed widths."""
+    exact = {"backend": "gptq_torch"} | ({"mixed": True} if mixed else {"bits": bits})
     return Program(
         "gptq",
         worker="vlmq_export.formats.gptq.proof.worker",
         library="gptqmodel",
-        exact="gptq_torch in float32",
+        exact="GPTQModel.load in float32" if mixed else "gptq_torch in float32",
         widened="scales upcast to float32",
         exact_loading=exact,
-        usual_loading={},
-        advice=f'load with GPTQConfig(bits={bits}, backend="gptq_torch")',
+        usual_loading={"mixed": True} if mixed else {},
+        advice="load with backend=BACKEND.GPTQ_TORCH"
+        if mixed
+        else f'load with GPTQConfig(bits={bits}, backend="gptq_torch")',
         # GPTQModel's C++ kernel takes about 100 s to compile on 2 cores.
         usual_seconds=420.0,
     )
+
+
+def program_for(folder: GptqFolder) -> Program:
+    """gptqmodel on this folder."""
+    return program(folder.bits, mixed=folder.mixed)
 
 
 def at_work(
@@ -51,7 +61,7 @@ def at_work(
 
     Raises FormatError when the folder cannot be opened.
     """
-    return rows.at_work(program(GptqFolder(folder).bits), folder, reference, settings)
+    return rows.at_work(program_for(GptqFolder(folder)), folder, reference, settings)
 
 
 def check(
@@ -76,8 +86,8 @@ def check(
     else:
         why = reference.too_large
     if why:
-        return found + program(opened.bits).not_run(why)
-    return found + rows_of(program(opened.bits), opened, reference, settings, steps, begun)
+        return found + program_for(opened).not_run(why)
+    return found + rows_of(program_for(opened), opened, reference, settings, steps, begun)
 
 
 def autogptq_decoder(folder: GptqFolder, reference: Reference) -> Check:

@@ -231,7 +231,7 @@ def test_the_types_of_a_run_that_is_resumed_are_checked(begun, tmp_path, damage)
     [
         (("--gguf-type", "Q4_K_M"), "exclude each other"),
         (("--bits", 3), "exclude each other"),
-        (("--format", "gptq"), "only GGUF holds these integers"),
+        (("--tensor-type", "a=Q4_K", "--format", "onnx"), "--target-bpw 3.5 chooses widths here"),
         (("--method", "rtn"), "--method rtn does not use"),
     ],
 )

@@ -1,0 +1,48 @@
+"""How a folder says which linears have which width: regular expressions over their names.
+
+Programs name a linear as the hub does, as transformers does, or in their own way, and those that
+fuse q, k and v, or gate and up, look for the fused name. One expression names them all:
+
+    .*model\\.layers\\.(0|3|5)\\.self_attn\\.(q_proj|k_proj|v_proj|qkv_proj)$
+
+The layers of a vision tower do not match, as they follow another name than `model`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from vlmq_export.quantizer.model.families import Family
+
+# Last names of linears with one input → the linear that programs fuse them to.
+_FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+
+
+def width_patterns(widths: Mapping[str, int], family: Family) -> dict[int, list[str]]:
+    """Bits → the expressions that together name the linears of this width, from the fewest bits on.
+
+    widths: hub module → bits.
+    """
+    layers: dict[int, dict[tuple[str, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
+    count = len({name.removeprefix(family.layers).partition(".")[0] for name in widths})
+    for layer in range(count):
+        for group in family.groups:
+            alike: dict[int, list[str]] = defaultdict(list)
+            for name in group:
+                alike[widths[f"{family.layers}{layer}.{name}"]].append(name)
+            for bits, names in alike.items():
+                layers[bits][tuple(names)].append(str(layer))
+    return {
+        bits: [_pattern(names, found) for names, found in groups.items()]
+        for bits, groups in sorted(layers.items())
+    }
+
+
+def _pattern(names: tuple[str, ...], layers: list[str]) -> str:
+    """The expression of linears with one input, by their names in a layer, in some layers."""
+    parent = names[0].rpartition(".")[0].replace(".", r"\.")
+    ends = tuple(name.rpartition(".")[2] for name in names)
+    if fused := _FUSED.get(ends):
+        ends = (*ends, fused)
+    return rf".*model\.layers\.({'|'.join(layers)})\.{parent}\.({'|'.join(ends)})$"
