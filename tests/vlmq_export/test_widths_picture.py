@@ -1,9 +1,12 @@
 """The picture of a mixture of widths: a cell for each matrix, and a key."""
 
 import re
+from collections import Counter
 
 from tests.vlmq_export.test_cli import call
+from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export.quantizer.artifact.manifest import OUTER, VISION, ModuleRecord
+from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.report.figures import PROJECTIONS
 from vlmq_export.report.widths import width_map
 
@@ -60,10 +63,14 @@ def test_many_layers_stay_on_the_page():
 
 
 def test_the_report_of_a_mixture_shows_it(tmp_path):
-    given = ("--format", "gguf", "--target-bpw", 3, "--method", "gptq", "--samples", 4)
+    model = make_random_checkpoint(tmp_path / "model", layers=2, depth=3)
+    given = (model, "--format", "gguf", "--target-bpw", 4.8, "--method", "gptq", "--samples", 4)
     floats = ("--vision-bits", "off", "--no-verify", "--quiet")
     code, _, err = call(*given, *floats, "--out", tmp_path / "out")
     assert code == 0, err
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "<h2>Bits of each matrix</h2>" in page and "Chosen by what each width" in page
-    assert page.count("<rect") == 43  # 42 linears, and the embedding
+    assert page.count("<rect") == 15  # 14 linears, and the embedding
+    records = Artifact(tmp_path / "out" / "artifact").manifest.modules
+    for kind, count in Counter(record.type for record in records).items():
+        assert f"{count} linears {kind} (" in page  # of the types that were chosen

@@ -10,7 +10,7 @@ import torch
 
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.formats.gguf.types.mix import mix_named, module_types
-from vlmq_export.formats.model_plan import model_plan, with_types, with_widths
+from vlmq_export.formats.model_plan import ModelPlan, model_plan, with_types, with_widths
 from vlmq_export.planning.mixed_widths import chosen_widths, planned_widths, spare_width_note
 from vlmq_export.planning.run_plan import (
     RunPlan,
@@ -78,6 +78,11 @@ class FloatModel(Source):
             model = with_types(model, planned_types(model, recipe))
         elif recipe.widths_by_cost:
             model = with_widths(model, planned_widths(model, recipe))
+        return self._of_types(model, recipe)
+
+    @staticmethod
+    def _of_types(model: ModelPlan, recipe: Recipe) -> RunPlan:
+        """The plan of a run on the types and widths that the model has by now."""
         plan = plan_run(model, recipe)
         spare = [*spare_note(model, recipe), *spare_width_note(model, recipe)]
         for name, planned in plan.formats.items():
@@ -131,7 +136,7 @@ class FloatModel(Source):
                     model = with_types(model, chosen_types(*choice))
                 else:
                     model = with_widths(model, chosen_widths(*choice))
-            plan = replace(plan, model=model)
+            plan = replace(plan, model=model, formats=self._of_types(model, recipe).formats)
         own = Lengths.of(samples[:: ranks.size])  # of this rank: samples are shared out by length
         memory = plan_memory(plan.model, own, planned.host_free, planned.device_free)
         _tell_memory(memory)
