@@ -301,7 +301,7 @@ _GEMMA3_GRAPH = TextGraph(
     _decoder(bias=False, head_norms=True, gemma=True),
     rope_types=("default", "linear"),
     head_keys=True,
-    windows=True,
+    windows=6,
     gelu=True,
     scalar=_gemma3_scalar,
     fixed={

@@ -40,7 +40,9 @@ class TextGraph:
     rope_types: tuple[str, ...]  # those of config.json that the graph computes
     sections: bool = False  # whether rotary pairs are divided among time, height and width
     head_keys: bool = False  # whether head_dim is written, and need not be hidden / heads
-    windows: bool = False  # whether some layers may see a window of tokens, and have their own base
+    # n, where llama.cpp has every n-th layer see all tokens and the others a window, unless the
+    # file says which. None: all layers see all tokens.
+    windows: int | None = None
     gelu: bool = False  # whether the MLP's activation is GELU, which llama.cpp reads from a table
     # Layers, hidden, heads and head_dim → the only query_pre_attn_scalar that the graph computes.
     scalar: Callable[[int, int, int, int], int] | None = None
@@ -145,9 +147,10 @@ class TextParams:
             own |= {"attention.key_length": self.head_dim, "attention.value_length": self.head_dim}
         if self.rope_factor != 1:
             own |= {"rope.scaling.type": "linear", "rope.scaling.factor": self.rope_factor}
-        if self.windows:
+        if self.windows and self.graph.windows:
             own["attention.sliding_window"] = self.window
-            own["attention.sliding_window_pattern"] = list(self.windows)
+            if self.windows != tuple((i + 1) % self.graph.windows != 0 for i in range(self.layers)):
+                own["attention.sliding_window_pattern"] = list(self.windows)
             own["rope.freq_base_swa"] = self.window_theta
         if self.stacked:
             own["n_deepstack_layers"] = self.stacked

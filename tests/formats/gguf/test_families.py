@@ -181,6 +181,16 @@ def test_what_gemma3_says_of_its_layers(artifact):
         )
 
 
+def test_the_published_pattern_of_windows_is_llama_cpp_s_own(tiny):
+    """A file without the key has a sixth layer of all tokens, and so have the published models."""
+    config = config_of(tiny("gemma3"))
+    for n, said in ((6, False), (5, True), (1, False)):
+        text = {**config[TEXT], "num_hidden_layers": 7, "sliding_window_pattern": n}
+        keys = Layout.of(Architecture.of({**config, TEXT: text})).text_params.keys()
+        assert ("gemma3.attention.sliding_window" in keys) == (n > 1)
+        assert ("gemma3.attention.sliding_window_pattern" in keys) == said
+
+
 def test_gemma3_27b_divides_its_queries_by_another_root(tiny):
     """llama.cpp knows the model by its 62 layers; 168 = 5376 / 32, and not its head of 128."""
     sizes = {"hidden_size": 5376, "num_attention_heads": 32, "head_dim": 128}
