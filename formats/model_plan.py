@@ -134,11 +134,13 @@ def decoder_attention(architecture: Architecture) -> tuple[str, set[str]]:
     """The type of the decoder's rotary positions, and what its layers attend over.
 
     The type is a key of transformers' ROPE_INIT_FUNCTIONS, or `default`. Layers attend over
-    `full_attention`, or `sliding_attention`.
+    `full_attention`, or `sliding_attention`. Where these have positions of their own, the type is
+    that of `full_attention`.
     """
     text = architecture.text
     layers = set(text.get("layer_types") or ["full_attention"])
-    return str((text.get("rope_parameters") or {}).get("rope_type", "default")), layers
+    rope = text.get("rope_parameters") or {}
+    return str(rope.get("full_attention", rope).get("rope_type", "default")), layers
 
 
 def require_even_positions(side: int) -> None:

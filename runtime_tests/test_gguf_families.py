@@ -19,7 +19,8 @@ from tools.reference_vlm.tiny_checkpoints import make_tiny
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf.files.container import write_container
-from vlmq_export.formats.gguf.files.metadata import PRE_TOKENIZERS, add_tokenizer, read_tokenizer
+from vlmq_export.formats.gguf.files.metadata import add_keys
+from vlmq_export.formats.gguf.files.tokenizer import PRE_TOKENIZERS, read_tokenizer
 from vlmq_export.formats.gguf.proof import emulate
 from vlmq_export.formats.gguf.proof.rows import Exported
 from vlmq_export.formats.gguf.proof.twin_file import copy_container
@@ -30,7 +31,7 @@ from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.families import FAMILIES
 
-ARCHES = [arch for arch in EVERY if arch != "gemma3"]  # which is refused
+ARCHES = EVERY
 SETTINGS = CheckSettings(images=2, questions=2, threads=1)
 # Options of make_tiny, for the reasons that tests/formats/gguf/test_families.py gives.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
@@ -269,7 +270,7 @@ def test_llama_cpp_splits_text_as_the_pre_tokenizer_that_the_file_names(pre, tmp
 
         def metadata(writer, name=name):
             writer.add_block_count(1)
-            add_tokenizer(writer, replace(read, pre=name))
+            add_keys(writer, replace(read, pre=name).keys())
 
         write_container(file, "qwen2", metadata, [])
         wrong[name] = [w for w in WORDS if llama_tokens(file, w) != tokenizer.encode(w).ids]

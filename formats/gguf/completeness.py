@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlmq_export.errors import FormatError
-from vlmq_export.formats.gguf.files.metadata import Tokenizer, read_tokenizer
+from vlmq_export.formats.gguf.files.tokenizer import Tokenizer, read_tokenizer
 from vlmq_export.formats.gguf.read import GGUFFile
 from vlmq_export.formats.gguf.tables.graphs import TextParams
 from vlmq_export.formats.gguf.tables.layout import Layout, shapes
@@ -28,7 +28,7 @@ _TEXT_KEYS = {
     "general.name": _ANY,
     "general.file_type": _ANY,
     "general.quantization_version": 2,
-    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.model": _ANY,
     "tokenizer.ggml.pre": _ANY,
     "tokenizer.ggml.eos_token_id": _ANY,
 }
@@ -36,6 +36,11 @@ _VISION_KEYS = {
     "general.type": "mmproj",
     "clip.vision.image_mean": _ANY,
     "clip.vision.image_std": _ANY,
+}
+# Algorithm of a tokenizer → the keys that it cannot do without.
+_ALGORITHMS = {
+    "gpt2": ("ggml.merges",),
+    "llama": ("ggml.scores", "ggml.unknown_token_id", "ggml.add_space_prefix"),
 }
 # Where neither of the two activations is switched on, llama.cpp computes quick-GELU.
 _ACTIVATIONS = {"clip.use_gelu": False, "clip.use_silu": False}
@@ -119,25 +124,16 @@ def _token_problems(
                 f"key tokenizer.ggml.{key} has {n} entries where the embedding has"
                 f" {p.vocabulary} rows"
             )
-    if not metadata.get("tokenizer.ggml.merges"):
-        problems.append("key tokenizer.ggml.merges is missing")
-    if metadata.get("tokenizer.ggml.add_bos_token") is None:
-        problems.append("key tokenizer.ggml.add_bos_token is missing")
-    if tokenizer is None:
-        return problems
-    for key, want in (
-        ("ggml.pre", tokenizer.pre),
-        ("ggml.tokens", tokenizer.tokens),
-        ("ggml.token_type", tokenizer.types),
-        ("ggml.merges", tokenizer.merges),
-        ("ggml.eos_token_id", tokenizer.eos),
-        ("ggml.bos_token_id", tokenizer.bos),
-        ("ggml.padding_token_id", tokenizer.pad),
-        ("ggml.add_bos_token", tokenizer.add_bos),
-        ("chat_template", tokenizer.chat_template),
-    ):
-        if want is not None and metadata.get(f"tokenizer.{key}") != want:
-            problems.append(f"key tokenizer.{key} is not that of the source's tokenizer")
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in _ALGORITHMS:
+        known = " or ".join(_ALGORITHMS)
+        problems.append(f"key tokenizer.ggml.model is {kind!r} where {known} is expected")
+    for key in ("ggml.add_bos_token", *_ALGORITHMS.get(str(kind), ())):
+        if metadata.get(f"tokenizer.{key}") in (None, []):
+            problems.append(f"key tokenizer.{key} is missing")
+    for key, want in tokenizer.keys().items() if tokenizer else ():
+        if not _same(metadata.get(key), want):
+            problems.append(f"key {key} is not that of the source's tokenizer")
     return problems
 
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats import NATIVE_MIX
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
-from vlmq_export.formats.gguf.files.metadata import Tokenizer, read_tokenizer
+from vlmq_export.formats.gguf.files.tokenizer import Tokenizer, read_tokenizer
 from vlmq_export.formats.gguf.size import part_bytes, tensor_bytes, vision_types
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.gguf.tables.params import (

@@ -12,8 +12,8 @@ from math import prod
 
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gguf.files.container import source_type
-from vlmq_export.formats.gguf.files.metadata import Tokenizer
 from vlmq_export.formats.gguf.files.mmproj import stored_type
+from vlmq_export.formats.gguf.files.tokenizer import Tokenizer
 from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.gguf.tables.params import ImageParams
 from vlmq_export.formats.gguf.types.exact import planned_home
@@ -54,7 +54,7 @@ def part_bytes(
     found["metadata"] += sum(_described(each) + _GENERAL_BYTES for each in places)
     found["metadata"] += _key_bytes(layout.text_params.keys() | layout.vision_params.keys())
     found["metadata"] += _key_bytes(image.keys()) if image else 0
-    found["metadata"] += _key_bytes(_tokens(tokenizer)) if tokenizer else 0
+    found["metadata"] += _key_bytes(tokenizer.keys()) if tokenizer else 0
     if limit := options.gguf_split_bytes:
         # Two files in a row hold more than the limit together.
         tensors = found["text"] + found["embedding"] + found["head"]
@@ -83,22 +83,6 @@ def _described(places: Mapping[str, Place]) -> int:
     """Bytes of the tensors' descriptions: name, number of dimensions, dimensions, type, offset."""
     sizes = [_value_bytes(name) + 4 + 8 * len(x.shape) + 4 + 8 for name, x in places.items()]
     return sum(sizes) + _ALIGNMENT
-
-
-def _tokens(t: Tokenizer) -> dict[str, object]:
-    """The keys tokenizer.* of the text model."""
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": t.pre,
-        "tokenizer.ggml.tokens": t.tokens,
-        "tokenizer.ggml.token_type": t.types,
-        "tokenizer.ggml.merges": t.merges,
-        "tokenizer.ggml.eos_token_id": t.eos,
-        "tokenizer.ggml.bos_token_id": t.bos or 0,
-        "tokenizer.ggml.padding_token_id": t.pad or 0,
-        "tokenizer.ggml.add_bos_token": t.add_bos,
-        "tokenizer.chat_template": t.chat_template or "",
-    }
 
 
 def _key_bytes(keys: Mapping[str, object]) -> int:

@@ -8,10 +8,11 @@ from pathlib import Path
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gguf.files import imatrix
-from vlmq_export.formats.gguf.files.metadata import file_stem, read_tokenizer
+from vlmq_export.formats.gguf.files.metadata import file_stem
 from vlmq_export.formats.gguf.files.mmproj import dominant_type, write_mmproj
 from vlmq_export.formats.gguf.files.modelfile import MODELFILE, modelfile, stop_tokens
 from vlmq_export.formats.gguf.files.text import choose_homes, dominant, parameters, write_text
+from vlmq_export.formats.gguf.files.tokenizer import read_tokenizer
 from vlmq_export.formats.gguf.plan import plan, plan_notes, vision_notes
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.gguf.tables.params import image_params

@@ -211,20 +211,30 @@ class Reference:
         return "tie" if bool(ours - theirs <= 2**0.5 * gate * logits.norm()) else "other"
 
     @contextmanager
+    def changed(self) -> Iterator[None]:
+        """Puts the results that were kept aside, because the model is about to be changed."""
+        kept = self._logits, self._answers
+        self._logits, self._answers = {}, {}
+        try:
+            yield
+        finally:
+            self._logits, self._answers = kept
+
+    @contextmanager
     def language_norm_eps(self, eps: float) -> Iterator[Reference]:
         """The reference with another RMS epsilon in the language model's norms.
 
-        llama.cpp's qwen2vl computes with one of its own. Results that were kept are put aside.
+        llama.cpp's qwen2vl computes with one of its own.
         """
         decoder = self.model.get_decoder()
-        norms = [m for m in decoder.modules() if hasattr(m, "variance_epsilon")]
-        before = [m.variance_epsilon for m in norms]
-        kept, self._logits, answers, self._answers = self._logits, {}, self._answers, {}
-        try:
-            for m in norms:
-                m.variance_epsilon = eps
-            yield self
-        finally:
-            for m, value in zip(norms, before):
-                m.variance_epsilon = value
-            self._logits, self._answers = kept, answers
+        names = ("variance_epsilon", "eps")
+        norms = [(m, n) for m in decoder.modules() for n in names if hasattr(m, n)]
+        before = [getattr(m, name) for m, name in norms]
+        with self.changed():
+            try:
+                for m, name in norms:
+                    setattr(m, name, eps)
+                yield self
+            finally:
+                for (m, name), value in zip(norms, before):
+                    setattr(m, name, value)

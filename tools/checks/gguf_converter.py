@@ -37,9 +37,11 @@ def as_it_wants(source: Path, folder: Path) -> Path:
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     family = Architecture.of(config).family
+    # Of Gemma 3 it looks for the published names, of the others for those of transformers 5.
+    wanted = family.hub_name if config["model_type"] == "gemma3" else family.module_name
     state = {}
     for file in sorted(folder.glob("*.safetensors")):
-        state |= {family.module_name(k): v for k, v in load_file(file).items()}
+        state |= {wanted(k): v for k, v in load_file(file).items()}
         file.unlink()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     if config["model_type"] == "internvl":

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from tools.reference_vlm import model as reference
+from tools.reference_vlm.pieces import as_pieces
 
 # Each is a multiple of 256, so that every K-quant of llama.cpp fits.
 HIDDEN, MLP, VISION, VISION_MLP = 256, 512, 256, 512
@@ -48,7 +49,10 @@ class Tiny:
     tokenizer: dict | None = None  # extra_special_tokens of tokenizer_config.json
     pre_tokenizer: dict | None = None  # of tokenizer.json; None: that of Qwen2-VL
     joined: tuple[str, ...] = ()  # pairs of characters that the vocabulary has as one token
+    pieces: bool = False  # whether the tokenizer is one of characters, in the form of Gemma's
     end: str = "<|im_end|>"  # of a turn
+    begin: str = "<|endoftext|>"  # of a text
+    pad: str = "<|endoftext|>"
     names: tuple[tuple[str, str], ...] = ()  # prefixes (module, hub) of tensors; the first counts
 
 
@@ -228,20 +232,20 @@ _GEMMA3 = {
     "architectures": ["Gemma3ForConditionalGeneration"],
     "boi_token_index": Slot("<start_of_image>"),
     "eoi_token_index": Slot("<end_of_image>"),
-    "eos_token_id": [Slot("<|endoftext|>"), Slot("<end_of_turn>")],
+    "eos_token_id": [Slot("<eos>"), Slot("<end_of_turn>")],
     "image_token_index": Slot("<image_soft_token>"),
     "initializer_range": 0.02,
     "mm_tokens_per_image": 16,
     "model_type": "gemma3",
     "text_config": {
-        "head_dim": 64,
+        "head_dim": 128,
         "hidden_size": HIDDEN,
         "intermediate_size": MLP,
         "model_type": "gemma3_text",
         "num_attention_heads": 4,
         "num_hidden_layers": Slot("layers"),
         "num_key_value_heads": 2,
-        "query_pre_attn_scalar": 64,
+        "query_pre_attn_scalar": 128,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 24,
         "sliding_window_pattern": 2,
@@ -505,7 +509,10 @@ FAMILIES = {
             "eoi_token": "<end_of_image>",
             "image_token": "<image_soft_token>",
         },
+        pieces=True,
         end="<end_of_turn>",
+        begin="<bos>",
+        pad="<pad>",
         names=(("model.vision_tower.", "vision_tower.vision_model."), *_DECODER_NAMES),
     ),
     "qwen3_vl": Tiny(
@@ -598,10 +605,10 @@ def make_tiny(
     if family.processor:
         _write(out_dir / "processor_config.json", family.processor)
     generating = {
-        "bos_token_id": ids["<|endoftext|>"],
+        "bos_token_id": ids[family.begin],
         "do_sample": False,
         "eos_token_id": ids[family.end],
-        "pad_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids[family.pad],
     }
     _write(out_dir / "generation_config.json", generating)
     return out_dir
@@ -640,9 +647,14 @@ def _write_weights(family: Tiny, out_dir: Path, seed: int, generation: str) -> N
     model = getattr(transformers, config.architectures[0])(config)
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name, weight in sorted(model.named_parameters()):
+    names = dict(model.named_parameters())
+    for name, weight in sorted(names.items()):
         stored = name if generation == "modules" else _renamed(name, family.names)
-        state[stored] = _random_weight(name, weight.shape, generator).to(torch.bfloat16)
+        value = _random_weight(name, weight.shape, generator)
+        # Gemma's norms multiply by 1 + weight. SigLIP's norms have a bias beside the weight.
+        if family.pieces and "norm" in name and name.replace("weight", "bias") not in names:
+            value -= 1
+        state[stored] = value.to(torch.bfloat16)
     save_file(state, out_dir / "model.safetensors", metadata={"format": "pt"})
     (out_dir / "model.safetensors").chmod(0o644)  # safetensors writes 600
     if generation == "modules":
@@ -657,6 +669,8 @@ def _write_tokenizer(family: Tiny, out_dir: Path) -> dict[str, int]:
     """
     reference.copy_tokenizer(reference.BUNDLED, out_dir)
     tokenizer = json.loads((out_dir / "tokenizer.json").read_text("utf-8"))
+    if family.pieces:
+        return _write_pieces(family, out_dir, as_pieces(tokenizer, family.tokens))
     added = tokenizer["added_tokens"]
     vocabulary = tokenizer["model"]["vocab"]
     for pair in family.joined:
@@ -667,17 +681,41 @@ def _write_tokenizer(family: Tiny, out_dir: Path) -> dict[str, int]:
         added.append({**added[-1], "content": token})
     for number, token in enumerate(added, start=len(vocabulary)):
         token["id"] = number
-    (out_dir / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
     config = json.loads((out_dir / "tokenizer_config.json").read_text("utf-8"))
     config["additional_special_tokens"] += family.tokens
     config["model_max_length"] = 32768
     config["extra_special_tokens"] = family.tokenizer or {}
     if family.pre_tokenizer:  # the class of Qwen2-VL's tokenizer brings its own
         config["tokenizer_class"] = "GPT2Tokenizer"
+    return _write_tokenizer_files(family, out_dir, tokenizer, config)
+
+
+def _write_pieces(family: Tiny, out_dir: Path, tokenizer: dict) -> dict[str, int]:
+    """Write a tokenizer in the form of Gemma's, with the config of the published one."""
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
+        **(family.tokenizer or {}),
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": family.tokenizer or {},
+        "model_max_length": 1000000000000000019884624838656,
+        "processor_class": "Gemma3Processor",
+        "spaces_between_special_tokens": False,
+        "tokenizer_class": "GemmaTokenizer",
+    }
+    return _write_tokenizer_files(family, out_dir, tokenizer, config)
+
+
+def _write_tokenizer_files(
+    family: Tiny, out_dir: Path, tokenizer: dict, config: dict
+) -> dict[str, int]:
+    """Write tokenizer, config and template. Returns the ids of all added tokens."""
+    (out_dir / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
     _write(out_dir / "tokenizer_config.json", config)
     (out_dir / "chat_template.jinja").write_text(family.template, "utf-8")
     _write(out_dir / "chat_template.json", {"chat_template": family.template})
-    return {t["content"]: t["id"] for t in added}
+    return {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
 
 
 def _renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmq_export.formats.gguf.files.metadata import Tokenizer
+from vlmq_export.formats.gguf.files.tokenizer import Tokenizer
 
 MODELFILE = "Modelfile"
 

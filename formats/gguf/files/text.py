@@ -17,12 +17,8 @@ from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gguf.completeness import require_complete
 from vlmq_export.formats.gguf.files.container import Entry, float_bytes, source_type, write_shards
-from vlmq_export.formats.gguf.files.metadata import (
-    add_general,
-    add_keys,
-    add_tokenizer,
-    read_tokenizer,
-)
+from vlmq_export.formats.gguf.files.metadata import add_general, add_keys
+from vlmq_export.formats.gguf.files.tokenizer import read_tokenizer
 from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.gguf.types.exact import home_of, pack_linear
 from vlmq_export.formats.gguf.types.table import TYPES
@@ -87,8 +83,7 @@ def write_text(
             parameters=parameters(layout),
             dominant=label,
         )
-        add_keys(writer, p.keys())
-        add_tokenizer(writer, tokenizer)
+        add_keys(writer, p.keys() | tokenizer.keys())
 
     entries = _entries(artifact, layout, homes, twin)
     limit = 0 if twin else options.gguf_split_bytes

@@ -92,6 +92,33 @@ def seen_twice(export: Exported, sample: Sample, cut: Sample) -> Iterator[Check]
     )
 
 
+def line_breaks(export: Exported, sample: Sample) -> Iterator[Check]:
+    """What it costs a caller to give an image alone, where the processor writes line breaks too."""
+    around = export.layout.vision_params.graph.around
+    if not around:
+        return
+    preprocessor = export.reference.preprocessor
+    token = preprocessor.image_token
+    written = preprocessor.images.encode(sample.images, token).written
+    bare = [text.removeprefix(around).removesuffix(around) for text in written]
+    ids = torch.tensor(preprocessor.ids(sample.text, bare))
+    without = replace(
+        sample,
+        input_ids=ids,
+        vision=ids == preprocessor.image_token_id,
+        answer=torch.zeros(len(ids), dtype=torch.bool),
+        id=f"{sample.id}, bare",
+    )
+    before, after = (export.reference.logits(s)[-1] for s in (sample, without))
+    yield _info(
+        "an image without the line breaks around it",
+        relative_error(after, before),
+        f"the processor writes {around!r} before and behind an image, and mtmd does not; here they"
+        " stand around the marker; the reference's own logits of the next token",
+        sample.id,
+    )
+
+
 def oblong(export: Exported, sample: Sample) -> Sample:
     """The sample with pictures of a shape that no tower takes as it is."""
     p, reference = export.layout.vision_params, export.reference

@@ -70,6 +70,7 @@ def shipped(export: Exported, scratch: Path) -> Iterator[Check]:
     steps.begin("reference")
     yield from _mtmd(export, run, samples, compared, offset=len(watched))
     yield from deviations.seen_twice(export, asked_of[0], first)
+    yield from deviations.line_breaks(export, first)
     yield deviations.resizing(reference, oblong, run.array(run.prompts[-1]["image"]))
     if export.tower_rounding == "q8_0":
         yield _mmproj_twin(export, compared, scratch)

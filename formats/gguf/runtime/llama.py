@@ -183,6 +183,7 @@ _FUNCTIONS = {
     "llama_get_memory": (ptr, [ptr]),
     "llama_memory_clear": (None, [ptr, C.c_bool]),
     "llama_decode": (i32, [ptr, Batch]),
+    "llama_set_causal_attn": (None, [ptr, C.c_bool]),
     "llama_get_logits_ith": (C.POINTER(f32), [ptr, i32]),
     "mtmd_init_from_file": (ptr, [text, ptr, MtmdParams]),
     "mtmd_bitmap_init": (ptr, [u32, u32, ptr]),
@@ -325,18 +326,28 @@ class Context:
         return self._decode(np.ascontiguousarray(ids, np.int32), None, positions, every)
 
     def embeddings(
-        self, rows: np.ndarray, positions: np.ndarray, *, every: bool = True
+        self,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        *,
+        every: bool = True,
+        both_ways: bool = False,
     ) -> np.ndarray:
         """Feed embeddings. Returns logits as `_decode` does.
 
         rows: [n, width].
         positions: [n], or with M-RoPE [4, n]: time, height, width, 0.
+        both_ways: whether each row sees the rows behind it too.
         """
         if rows.shape[1] != self.model.width:
             raise ValueError(
                 f"embeddings have {rows.shape[1]} columns, the model takes {self.model.width}"
             )
-        return self._decode(None, np.ascontiguousarray(rows, np.float32), positions, every)
+        self.lib.llama_set_causal_attn(self.handle, not both_ways)
+        try:
+            return self._decode(None, np.ascontiguousarray(rows, np.float32), positions, every)
+        finally:
+            self.lib.llama_set_causal_attn(self.handle, True)
 
     def _decode(
         self,

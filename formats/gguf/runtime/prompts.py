@@ -56,7 +56,7 @@ class Prompts:
             arrays = {"embeddings": f"{start}.rows.npy", "positions": f"{start}.pos.npy"}
             np.save(self.folder / arrays["embeddings"], embeddings)
             np.save(self.folder / arrays["positions"], axes.astype(np.int32))
-            segments.append(arrays)
+            segments.append({**arrays, "both ways": bool(sample.marks)})
             taken += len(run_ids)
         return {
             "id": sample.id,
@@ -79,8 +79,8 @@ class Prompts:
             np.save(self.folder / newline, row[None].astype(np.float32))
         return {
             "id": sample.id,
-            # mtmd itself writes the tokens around an image.
-            "text": re.sub(graph.image, MARKER, sample.text),
+            # mtmd itself writes the tokens around an image, but for what `around` says.
+            "text": re.sub(graph.image, graph.around + MARKER + graph.around, sample.text),
             "images": names,
             "newline": newline,
             "length": len(sample.input_ids),

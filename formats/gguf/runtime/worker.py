@@ -16,7 +16,8 @@ A prompt is one of
 
     {"segments": [...], "next": p}    p is the position after the prompt; a segment is
                                       {"tokens": [...], "start": p} or
-                                      {"embeddings": file, "positions": file}
+                                      {"embeddings": file, "positions": file}, where
+                                      "both ways" says whether its rows see each other
     {"text": ..., "images": [files]}  with one <__media__> per image, and "newline": the file of a
                                       row to feed after each image, or null
 
@@ -197,7 +198,8 @@ def _segment(context: llama.Context, segment: dict, folder: Path, every: bool) -
         return context.tokens(np.array(segment["tokens"], np.int32), segment["start"], every=every)
     rows = np.load(folder / segment["embeddings"])
     positions = np.load(folder / segment["positions"])
-    return context.embeddings(rows, positions, every=every)
+    both_ways = segment.get("both ways", False)
+    return context.embeddings(rows, positions, every=every, both_ways=both_ways)
 
 
 def _greedy(

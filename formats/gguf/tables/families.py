@@ -8,6 +8,7 @@ the shape is given in names of the sizes of `graphs.TextParams` or `graphs.Visio
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -32,10 +33,12 @@ def _linear(
     return (weight, Row(f"{gguf}.bias", f"{module}.bias", sizes[:1], part)) if bias else (weight,)
 
 
-def _norm(gguf: str, module: str, size: str = "hidden", *, bias: bool = True) -> tuple[Row, ...]:
+def _norm(
+    gguf: str, module: str, size: str = "hidden", *, bias: bool = True, part: Part | None = None
+) -> tuple[Row, ...]:
     """The weight of a norm and its bias."""
     parts = ("weight", "bias") if bias else ("weight",)
-    return tuple(Row(f"{gguf}.{p}", f"{module}.{p}", (size,)) for p in parts)
+    return tuple(Row(f"{gguf}.{p}", f"{module}.{p}", (size,), part) for p in parts)
 
 
 # Parts of a source tensor
@@ -49,6 +52,11 @@ def _third(i: int) -> Part:
 def _frame(i: int) -> Part:
     """A time slice of the patch convolution: [out, 3, 2, patch, patch] → [out, 3, patch, patch]."""
     return lambda patches: patches[:, :, i]
+
+
+def _one_added(weight: torch.Tensor) -> torch.Tensor:
+    """What a norm of Gemma multiplies by, in float32 as transformers computes it. [n] → [n]"""
+    return 1 + weight.float()
 
 
 def _single(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,33 +85,45 @@ def class_row_last(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _decoder(
-    *, bias: bool, head_norms: bool, model: str = "model.language_model.", pairs: bool = False
+    *,
+    bias: bool,
+    head_norms: bool,
+    model: str = "model.language_model.",
+    pairs: bool = False,
+    gemma: bool = False,
 ) -> tuple[Row, ...]:
-    """The backbones of Qwen2, Qwen3 and Llama.
+    """The backbones of Qwen2, Qwen3, Llama and Gemma.
 
     bias: whether q, k and v have one.
     head_norms: whether the queries and keys of each head are normalized.
     model: where the module is.
     pairs: whether the two rows of a rotary pair stand next to each other in the file.
+    gemma: whether a norm stands behind each sub-block too, and all norms multiply by 1 + weight.
 
     A model whose output matrix is the embedding has no `output.weight`: see `Layout.text`.
     """
     at, layer = "blk.{i}.", model + "layers.{i}."
     attention, mlp = layer + "self_attn.", layer + "mlp."
+    norm = partial(_norm, bias=False, part=_one_added if gemma else None)
     rows = _one("token_embd.weight", model + "embed_tokens.weight", "vocabulary hidden")
-    rows += _norm(at + "attn_norm", layer + "input_layernorm", bias=False)
+    rows += norm(at + "attn_norm", layer + "input_layernorm")
     for letter, size in (("q", "query"), ("k", "key"), ("v", "key")):
         name, module = f"{at}attn_{letter}", f"{attention}{letter}"
         linear = _linear(name, module + "_proj", f"{size} hidden", bias=bias)
         rows += tuple(replace(row, pairs=pairs and letter != "v") for row in linear)
         if head_norms and letter != "v":
-            rows += _norm(name + "_norm", module + "_norm", "head", bias=False)
+            rows += norm(name + "_norm", module + "_norm", "head")
     rows += _linear(at + "attn_output", attention + "o_proj", "hidden query", bias=False)
-    rows += _norm(at + "ffn_norm", layer + "post_attention_layernorm", bias=False)
+    if gemma:
+        rows += norm(at + "post_attention_norm", layer + "post_attention_layernorm")
+        rows += norm(at + "ffn_norm", layer + "pre_feedforward_layernorm")
+        rows += norm(at + "post_ffw_norm", layer + "post_feedforward_layernorm")
+    else:
+        rows += norm(at + "ffn_norm", layer + "post_attention_layernorm")
     for name in ("gate", "up"):
         rows += _linear(f"{at}ffn_{name}", f"{mlp}{name}_proj", "feed_forward hidden", bias=False)
     rows += _linear(at + "ffn_down", mlp + "down_proj", "hidden feed_forward", bias=False)
-    rows += _norm("output_norm", model + "norm", bias=False)
+    rows += norm("output_norm", model + "norm")
     return rows + _linear("output", "lm_head", "vocabulary hidden", bias=False)
 
 
@@ -216,6 +236,16 @@ def _smolvlm_tower() -> tuple[Row, ...]:
     return rows + _linear("mm.model.fc", connector, "out merged", bias=False)
 
 
+def _gemma3_tower() -> tuple[Row, ...]:
+    """SigLIP with Gemma 3's projector: a norm, and a matrix that llama.cpp transposes by itself."""
+    tower, projector = "model.vision_tower.", "model.multi_modal_projector.mm_"
+    rows = _siglip_tower(tower) + _norm("v.post_ln", tower + "post_layernorm")
+    norm = projector + "soft_emb_norm"
+    rows += _norm("mm.soft_emb_norm", norm, bias=False, part=_one_added)
+    matrix = projector + "input_projection_weight"
+    return rows + _one("mm.input_projection.weight", matrix, "hidden out")
+
+
 # Families
 
 _TEXT_FIXED = {"use_sliding_window": False, "hidden_act": "silu"}
@@ -257,6 +287,30 @@ _LLAMA_GRAPH = TextGraph(
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
+    },
+)
+
+
+def _gemma3_scalar(layers: int, hidden: int, heads: int, head: int) -> int:
+    """The number whose root llama.cpp divides queries by. It knows Gemma 3 27B by its layers."""
+    return hidden // heads if layers == 62 else head
+
+
+_GEMMA3_GRAPH = TextGraph(
+    "gemma3",
+    _decoder(bias=False, head_norms=True, gemma=True),
+    rope_types=("default", "linear"),
+    head_keys=True,
+    windows=6,
+    gelu=True,
+    scalar=_gemma3_scalar,
+    fixed={
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
     },
 )
 _QWEN_SIZES = {"layers": "depth", "heads": "num_heads", "patch": "patch_size"}
@@ -377,6 +431,23 @@ _IDEFICS3 = VisionGraph(
     words=True,
     keys=lambda p: {"projector.scale_factor": p.merge},
 )
+_GEMMA3 = VisionGraph(
+    "gemma3",
+    _gemma3_tower(),
+    sizes=_VIT_SIZES,
+    fixed={
+        "model_type": "siglip_vision_model",
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_channels": 3,
+    },
+    activation="gelu",
+    eps="layer_norm_eps",
+    any_size=False,
+    pooled="mm_tokens_per_image",
+    image="<start_of_image>",
+    around="\n\n",
+    keys=lambda p: {"projector.scale_factor": p.merge},
+)
 
 # model_type in config.json → the graphs. Of several for the text, its own model_type says which.
 GRAPHS: dict[str, tuple[tuple[TextGraph, ...], VisionGraph]] = {
@@ -387,6 +458,7 @@ GRAPHS: dict[str, tuple[tuple[TextGraph, ...], VisionGraph]] = {
     "llava_onevision": ((_QWEN2_GRAPH,), _LLAVA_ONEVISION),
     "idefics3": ((_LLAMA_GRAPH,), _IDEFICS3),
     "smolvlm": ((_LLAMA_GRAPH,), _IDEFICS3),
+    "gemma3": ((_GEMMA3_GRAPH,), _GEMMA3),
 }
 
 

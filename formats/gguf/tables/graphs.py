@@ -40,6 +40,12 @@ class TextGraph:
     rope_types: tuple[str, ...]  # those of config.json that the graph computes
     sections: bool = False  # whether rotary pairs are divided among time, height and width
     head_keys: bool = False  # whether head_dim is written, and need not be hidden / heads
+    # n, where llama.cpp has every n-th layer see all tokens and the others a window, unless the
+    # file says which. None: all layers see all tokens.
+    windows: int | None = None
+    gelu: bool = False  # whether the MLP's activation is GELU, which llama.cpp reads from a table
+    # Layers, hidden, heads and head_dim → the only query_pre_attn_scalar that the graph computes.
+    scalar: Callable[[int, int, int, int], int] | None = None
     # Key of the text's config → the only value that the graph computes.
     fixed: dict[str, object] = field(default_factory=dict)
 
@@ -59,6 +65,7 @@ class VisionGraph:
     eps: str | float = 1e-6  # key, or the constant in transformers' code
     # Patches along each side that become one token, or the key of config.json that says so.
     merge: int | str = 2
+    pooled: str | None = None  # key of config.json with an image's tokens, which says the same
     # Written where mtmd asks for a size that means nothing; None: the tower has one of its own.
     image_size: int | None = None
     any_size: bool = True  # whether images may have any shape, within limits of their pixels
@@ -78,6 +85,8 @@ class VisionGraph:
     image: str = r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>"
     # Whether mtmd writes words before an image's tiles, and two line breaks before the whole image.
     words: bool = False
+    # What the processor writes before an image and behind it, and mtmd leaves to the caller.
+    around: str = ""
     unused: tuple[str, ...] = ()  # tensors that transformers loads and never uses
     # GGUF name of a row that transformers appends to an image's tokens and mtmd does not.
     newline: str | None = None
@@ -100,6 +109,11 @@ class TextParams:
     rope_theta: float
     # Rotary pairs for time, height and width. Empty for plain rotary positions.
     sections: tuple[int, ...]
+    # Divides the positions of layers without a window.
+    rope_factor: float
+    windows: tuple[bool, ...]  # whether a layer sees a window of tokens alone; empty if none does
+    window: int  # its length
+    window_theta: float  # rope_theta of these layers
     stacked: int  # number of first layers that take features of their own from the vision tower
     tied: bool  # whether the output matrix is the embedding
 
@@ -131,6 +145,13 @@ class TextParams:
             own["rope.dimension_sections"] = [*self.sections, 0]
         if self.graph.head_keys:
             own |= {"attention.key_length": self.head_dim, "attention.value_length": self.head_dim}
+        if self.rope_factor != 1:
+            own |= {"rope.scaling.type": "linear", "rope.scaling.factor": self.rope_factor}
+        if self.windows and self.graph.windows:
+            own["attention.sliding_window"] = self.window
+            if self.windows != tuple((i + 1) % self.graph.windows != 0 for i in range(self.layers)):
+                own["attention.sliding_window_pattern"] = list(self.windows)
+            own["rope.freq_base_swa"] = self.window_theta
         if self.stacked:
             own["n_deepstack_layers"] = self.stacked
         return {f"{self.graph.arch}.{key}": value for key, value in own.items()}

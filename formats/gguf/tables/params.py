@@ -40,14 +40,14 @@ def text_params(architecture: Architecture) -> TextParams:
         raise FormatError(
             f"config.json: rope type {kind} is not written to GGUF; for this family only {known} is"
         )
-    if other := layers - {"full_attention"}:
+    known = {"full_attention", "sliding_attention"} if graph.windows else {"full_attention"}
+    if other := layers - known:
         raise FormatError(
             f"config.json: {min(other)} in layer_types; llama.cpp's {graph.arch} has only"
-            " full_attention"
+            f" {' and '.join(sorted(known))}"
         )
-    rope = text["rope_parameters"]
     try:
-        params = _text_params(architecture, graph, vision, rope)
+        params = _text_params(architecture, graph, vision)
     except KeyError as e:
         raise FormatError(
             f"config.json: {e.args[0]} is missing; GGUF cannot be written without it"
@@ -56,11 +56,13 @@ def text_params(architecture: Architecture) -> TextParams:
     return params
 
 
-def _text_params(
-    architecture: Architecture, graph: TextGraph, vision: VisionGraph, rope: dict
-) -> TextParams:
+def _text_params(architecture: Architecture, graph: TextGraph, vision: VisionGraph) -> TextParams:
     """The sizes as config.json has them. Raises KeyError for one that is missing."""
     text = architecture.text
+    rope = text["rope_parameters"]
+    local = rope.get("sliding_attention", {})
+    rope = rope.get("full_attention", rope)
+    windows = tuple(kind == "sliding_attention" for kind in text.get("layer_types") or ())
     heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
     head_dim = architecture.head_dim if graph.head_keys else hidden // heads
     return TextParams(
@@ -76,6 +78,10 @@ def _text_params(
         context=int(text["max_position_embeddings"]),
         rms_eps=float(text["rms_norm_eps"]),
         rope_theta=float(rope["rope_theta"]),
+        rope_factor=float(rope["factor"]) if rope.get("rope_type") == "linear" else 1.0,
+        windows=windows if any(windows) else (),
+        window=int(text["sliding_window"]) if any(windows) else 0,
+        window_theta=float(local["rope_theta"]) if any(windows) else 0.0,
         stacked=len(architecture.vision.get(vision.stacked) or ()),
         tied=architecture.tied,
     )
@@ -88,6 +94,18 @@ def _require_expressible(params: TextParams, text: Mapping) -> None:
         raise FormatError(
             f"config.json: head_dim {text['head_dim']}; llama.cpp's {arch} takes"
             " hidden_size / heads"
+        )
+    scalar, own = params.graph.scalar, text.get("query_pre_attn_scalar")
+    if scalar and own != (only := scalar(params.layers, params.hidden, params.heads, head_dim)):
+        raise FormatError(
+            f"config.json: query_pre_attn_scalar is {own}; llama.cpp's {arch} knows only {only} at"
+            f" {params.layers} layers"
+        )
+    scaled = (text["rope_parameters"].get("sliding_attention") or {}).get("rope_type", "default")
+    if params.windows and scaled != "default":
+        raise FormatError(
+            f"config.json: rope type {scaled} of sliding_attention; llama.cpp's {arch} knows only"
+            " default there"
         )
     if sections and (len(sections) != 3 or 2 * sum(sections) != head_dim):
         raise FormatError(
@@ -114,6 +132,8 @@ def vision_params(architecture: Architecture) -> VisionParams:
         out = int(vision[graph.out]) if graph.out else int(architecture.text["hidden_size"])
         window = _every_nth(vision, graph.every_nth, sizes["layers"]) if graph.every_nth else None
         merge = config[graph.merge] if isinstance(graph.merge, str) else graph.merge
+        if graph.pooled:
+            merge = _pooled(sizes["image"] // sizes["patch"], int(config[graph.pooled]))
     except KeyError as e:
         raise FormatError(
             f"config.json: vision_config.{e.args[0]} is missing; the mmproj cannot be written"
@@ -152,6 +172,22 @@ def _vision_sizes(vision: Mapping, graph: VisionGraph) -> dict[str, int]:
     if "feed_forward" not in sizes:
         sizes["feed_forward"] = int(sizes["hidden"] * vision["mlp_ratio"])
     return sizes
+
+
+def _pooled(side: int, tokens: int) -> int:
+    """How many patches along each side become one token.
+
+    side: the patches along a side of an image, of which `tokens` are made.
+
+    Raises FormatError for numbers that do not go into each other.
+    """
+    each = isqrt(tokens)
+    if each**2 != tokens or not each or side % each:
+        raise FormatError(
+            f"config.json: {tokens} tokens of an image of {side} × {side} patches; llama.cpp pools"
+            " squares of patches alone"
+        )
+    return side // each
 
 
 def _require(

@@ -22,11 +22,11 @@ from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.families import Family
 
 gguf = FORMATS["gguf"]
-ARCHES = [arch for arch in tiny_checkpoints.ARCHES if arch != "gemma3"]  # which is refused
+ARCHES = tiny_checkpoints.ARCHES
 # llama.cpp wants every n-th block of Qwen2.5-VL's tower to have full attention, and of Qwen3-VL a
 # layer after the last one that takes DeepStack features.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
-NEW = ("qwen3_vl", "internvl", "llava_onevision", "idefics3", "smolvlm", "internvl3_5")
+NEW = ("qwen3_vl", "internvl", "llava_onevision", "idefics3", "smolvlm", "internvl3_5", "gemma3")
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,52 @@ def test_metadata_that_only_one_family_has(artifact):
     assert switches == wanted
 
 
+def test_what_gemma3_says_of_its_layers(artifact):
+    """As llama.cpp's converter writes it, and what it leaves to the defaults of llama.cpp."""
+    a = artifact("gemma3")
+    layout, weights = Layout.of(a.architecture), Weights(a.path)
+    keys = layout.text_params.keys()
+    assert keys["gemma3.attention.sliding_window"] == 24
+    assert keys["gemma3.attention.sliding_window_pattern"] == [True, False]
+    assert (keys["gemma3.rope.freq_base"], keys["gemma3.rope.freq_base_swa"]) == (1e6, 1e4)
+    assert keys["gemma3.rope.scaling.type"] == "linear"
+    assert keys["gemma3.rope.scaling.factor"] == 8.0
+    assert keys["gemma3.attention.key_length"] == keys["gemma3.attention.value_length"] == 128
+    assert layout.vision_params.keys()["clip.vision.projector.scale_factor"] == 2
+    moved = {n for n, x in (layout.text | layout.vision).items() if x.part}
+    assert moved == {n for n in layout.text if "norm" in n} | {"mm.soft_emb_norm.weight"}
+    for name in moved:
+        place = (layout.text | layout.vision)[name]
+        assert np.array_equal(
+            place.of_array(weights.array(place.hub)), 1 + weights.array(place.hub)
+        )
+
+
+def test_the_published_pattern_of_windows_is_llama_cpp_s_own(tiny):
+    """A file without the key has a sixth layer of all tokens, and so have the published models."""
+    config = config_of(tiny("gemma3"))
+    for n, said in ((6, False), (5, True), (1, False)):
+        text = {**config[TEXT], "num_hidden_layers": 7, "sliding_window_pattern": n}
+        keys = Layout.of(Architecture.of({**config, TEXT: text})).text_params.keys()
+        assert ("gemma3.attention.sliding_window" in keys) == (n > 1)
+        assert ("gemma3.attention.sliding_window_pattern" in keys) == said
+
+
+def test_gemma3_27b_divides_its_queries_by_another_root(tiny):
+    """llama.cpp knows the model by its 62 layers; 168 = 5376 / 32, and not its head of 128."""
+    sizes = {"hidden_size": 5376, "num_attention_heads": 32, "head_dim": 128}
+    config = config_of(tiny("gemma3"))
+    for layers, right in ((62, 168), (48, 128)):
+        for scalar in (168, 128):
+            text = {**sizes, "num_hidden_layers": layers, "query_pre_attn_scalar": scalar}
+            told = Architecture.of({**config, TEXT: {**config[TEXT], **text}})
+            if scalar == right:
+                assert Layout.of(told).text_params.layers == layers
+            else:
+                with pytest.raises(FormatError, match=f"knows only {right} at {layers} layers"):
+                    Layout.of(told)
+
+
 def test_what_smolvlm_says_of_its_tiles(artifact):
     cut, whole = artifact("idefics3"), artifact("smolvlm")
     params = Layout.of(cut.architecture).vision_params
@@ -195,6 +241,10 @@ def test_where_the_class_row_goes(artifact):
 
 
 TEXT, VISION = "text_config", "vision_config"
+LOCAL = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+}
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [11, 11, 10]}}
 
 
@@ -223,6 +273,17 @@ YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [1
         ("llava_onevision", VISION, {"intermediate_size": 256}, "as wide as the tower"),
         ("llava_onevision", None, {"vision_feature_select_strategy": "default"}, "knows only full"),
         ("llava_onevision", None, {"projector_hidden_act": "relu"}, "projector_hidden_act"),
+        ("gemma3", TEXT, {"query_pre_attn_scalar": 64}, "is 64; .* knows only 128 at 2 layers"),
+        ("gemma3", TEXT, {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope type yarn"),
+        ("gemma3", TEXT, {"rope_parameters": LOCAL}, "rope type linear of sliding_attention"),
+        ("gemma3", TEXT, {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
+        ("gemma3", TEXT, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50"),
+        ("gemma3", TEXT, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3", TEXT, {"attention_bias": True}, "attention_bias"),
+        ("gemma3", TEXT, {"hidden_activation": "silu"}, "knows only gelu_pytorch_tanh"),
+        ("gemma3", VISION, {"hidden_act": "gelu"}, "gemma3 knows only gelu_pytorch_tanh"),
+        ("gemma3", None, {"mm_tokens_per_image": 15}, "15 tokens of an image of 8 × 8 patches"),
+        ("gemma3", None, {"mm_tokens_per_image": 9}, "9 tokens of an image of 8 × 8 patches"),
     ],
 )  # fmt: skip
 def test_what_llama_cpp_cannot_express_is_refused_by_name(tiny, arch, where, change, said):
@@ -232,8 +293,7 @@ def test_what_llama_cpp_cannot_express_is_refused_by_name(tiny, arch, where, cha
         Layout.of(Architecture.of(config))
 
 
-@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
-def test_a_family_without_an_entry_is_refused_by_name(name):
-    said = f"model_type {name} is not written to GGUF; known are qwen2_vl"
+def test_a_family_without_an_entry_is_refused_by_name():
+    said = "model_type paligemma is not written to GGUF; known are qwen2_vl"
     with pytest.raises(FormatError, match=said):
-        graphs_of(Architecture({}, Family(name, "", (), ()), tied=False))
+        graphs_of(Architecture({}, Family("paligemma", "", (), ()), tied=False))

@@ -16,7 +16,7 @@ from vlmq_export import bundled
 from vlmq_export.errors import CheckpointError, FormatError, VlmqError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf import read
-from vlmq_export.formats.gguf.files.metadata import (
+from vlmq_export.formats.gguf.files.tokenizer import (
     CONTROL,
     NORMAL,
     UNUSED,
