@@ -86,11 +86,14 @@ def put_tower(model: Any, tower: Sequence[Linear], job: Job) -> None:
 
 
 def _pictures(samples: Sequence[Sample]) -> list[Picture]:
-    """The images of each sample that has some, the shortest prompts first."""
+    """The images of each sample that has some: those that are counted, then the others.
+
+    Each of the two has the shortest prompts first, so that ranks get as many of either.
+    """
     some = [sample for sample in samples if sample.pixel_values is not None]
     some.sort(key=lambda sample: len(sample.input_ids))
     step = -(-len(some) // COUNTED)
-    return [
+    pictures = [
         Picture(
             sample.image_inputs(),
             counted=place % step == 0,
@@ -98,6 +101,7 @@ def _pictures(samples: Sequence[Sample]) -> list[Picture]:
         )
         for place, sample in enumerate(some)
     ]
+    return sorted(pictures, key=lambda picture: not picture.counted)
 
 
 def _rounded(model: StreamedModel, name: str, job: Job) -> Solved:

@@ -10,6 +10,7 @@ import torch
 
 from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export.errors import CalibrationError
+from vlmq_export.quantizer.artifact.manifest import OUTER
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.calibration.collect import Evidence, summed_on
 from vlmq_export.quantizer.calibration.statistics import Statistics
@@ -147,9 +148,12 @@ def test_two_ranks_choose_the_codes_of_one_process(name, more, tmp_path):
         codes = one.linear(linear).solution.codes, two.linear(linear).solution.codes
         same, total = same + int((codes[0] == codes[1]).sum()), total + codes[0].numel()
         a, b = one.records[linear].metrics, two.records[linear].metrics
+        if one.records[linear].layer == OUTER:  # the embedding, which no sample calibrates
+            assert a == b and torch.equal(*codes)
+            continue
         assert a["tokens"] == b["tokens"]
         assert a["effective_tokens"] == pytest.approx(b["effective_tokens"], rel=1e-3)
-    losses = [sum(r.metrics["loss"] for r in x.records.values()) for x in artifacts]
+    losses = [sum(r.metrics.get("loss", 0) for r in x.records.values()) for x in artifacts]
     assert same / total >= SAME_CODES, same / total
     assert losses[1] == pytest.approx(losses[0], rel=LOSS)
     files = [{p.name for p in (tmp_path / n / name).iterdir()} for n in ("one", "two")]
