@@ -40,6 +40,7 @@ from vlmq_export.quantizer.layers.attempt import moves_of
 from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.samples.sample import Lengths
 from vlmq_export.quantizer.solver.ranges import AT_ONCE
+from vlmq_export.quantizer.vision.stage import COUNTED
 
 FIXED = 600 * 10**6
 _FLOAT = 4  # bytes of a float32
@@ -263,7 +264,8 @@ def _activations(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     copies = 3 if method.scaling else copies
     one = lengths.tokens * shapes.hidden * _FLOAT
     kept = one + min(KEPT, shapes.layers * one) if method.asks_answers else 0
-    patches = lengths.images * shapes.patches if shapes.tower and method.calibrated else 0
+    shown = lengths.pictured(COUNTED).images if shapes.tower and method.calibrated else 0
+    patches = shown * shapes.patches
     streams = 2 * (1 + method.two_streams)  # before a segment of the tower, and behind it
     return max(copies * one, kept, streams * patches * shapes.tower_width * _FLOAT)
 

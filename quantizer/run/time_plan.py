@@ -54,9 +54,9 @@ _LAYER_CALLS = 200  # small operations of one layer on one batch, with Python's 
 _PIXEL_PASSES = 12  # over pixels: gathered, moved to the layout of the convolution, multiplied
 _WINDOW = 64  # patches that a layer of the tower attends over at once
 _WINDOW_CALLS = 40  # small operations of one of these windows
-# Times that the segments of a quantized tower are run by each stream, in all, to the inputs of each
-# group of linears. A last time takes them to their end.
-_TOWER_PASSES = 2
+# Times that the segments of a quantized tower are run by each stream, in all: to the inputs of each
+# group of linears, and to their end.
+_TOWER_PASSES = 3
 _BACKWARD = 2.5  # products of the attention's backward pass, for one of the forward pass
 _INPUT_PASSES = 6  # over the inputs of a linear in its sums: weighted, squared, drift
 _SUM_PASSES = 4  # over a sum for each batch: it is float64, and the product float32
@@ -182,12 +182,12 @@ def _first_pass(job: _Job) -> float:
 
 
 def _tower(job: _Job, config: QuantConfig) -> float:
-    """The vision tower, whose tokens are patches and whose samples are run one by one.
+    """The vision tower, on patches in place of tokens, and on one sample at a time.
 
     Linears that share an input are planned with statistics of their own.
     """
-    pictured = [each for each in job.lengths.each if each.images]
-    patches = tuple(Length(job.shapes.patches * each.images, each.images) for each in pictured)
+    counted = job.lengths.pictured(COUNTED)
+    patches = tuple(Length(job.shapes.patches * one.images, one.images) for one in counted.each)
     own = replace(
         job,
         method=replace(job.method, importance="none"),
@@ -195,12 +195,10 @@ def _tower(job: _Job, config: QuantConfig) -> float:
         lengths=Lengths(patches, job.lengths.share),
         most=1,
     )
-    step = -(-round(len(patches) / job.lengths.share) // COUNTED) or 1
-    counted = replace(own, lengths=Lengths(patches[::step], job.lengths.share))
     groups = (Linears(columns, (rows,), ("",)) for rows, columns in job.shapes.tower)
-    solved = sum(sum(_solved(counted, group).values()) for group in groups)
+    solved = sum(sum(_solved(own, group).values()) for group in groups)
     streams = (1 + job.method.two_streams) * job.method.calibrated
-    return solved + streams * (_TOWER_PASSES * _first_pass(counted) + _first_pass(own))
+    return solved + _TOWER_PASSES * streams * _first_pass(own)
 
 
 def _walk(job: _Job) -> float:

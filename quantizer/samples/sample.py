@@ -105,6 +105,12 @@ class Lengths:
         """Image tokens of all samples."""
         return round(sum(length.images for length in self.each) / self.share)
 
+    def pictured(self, most: int) -> Lengths:
+        """Those of samples with images, in equal steps of at most `most` of all such samples."""
+        some = [length for length in self.each if length.images]
+        step = max(1, -(-round(len(some) / self.share) // most))
+        return Lengths(tuple(some[::step]), self.share)
+
     def batches(self, most: int) -> list[tuple[int, int]]:
         """(samples, tokens of each) of the batches of all samples.
 

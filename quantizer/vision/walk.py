@@ -30,8 +30,7 @@ class Picture:
     """The images of one sample on their way through the tower."""
 
     inputs: dict[str, torch.Tensor]  # of get_image_features
-    counted: bool = True  # whether statistics are made of it
-    held: bool = False  # whether it is kept out of those that are fitted, to judge by
+    held: bool = False  # whether it is kept out of the statistics
     valid: bool = True  # whether all activations were finite so far
     # The input of the next segment's block in either stream; None before the first segment.
     quantized: Callable[[], torch.Tensor] | None = None
@@ -70,9 +69,9 @@ class TowerWalk:
 
     @torch.no_grad()
     def inputs(self, name: str) -> Iterator[tuple[Picture, Inputs]]:
-        """What enters a linear of this segment, one counted picture after the other."""
+        """What enters a linear of this segment, picture after picture."""
         for picture in self.pictures:
-            if picture.valid and picture.counted:
+            if picture.valid:
                 full = None
                 if self.two_streams:
                     with source_weights(self._source):

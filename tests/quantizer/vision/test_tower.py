@@ -141,10 +141,9 @@ def test_of_many_pictures_some_are_counted(given, tmp_path, monkeypatch):
     """Every 3rd of 8 samples, from the shortest on: the integers are those of these alone."""
     samples = given.samples * (8 // len(given.samples))
     monkeypatch.setattr(stage, "COUNTED", 3)
-    pictures = stage._pictures(samples)
-    assert [p.counted for p in pictures] == [i < 3 for i in range(8)]
+    assert len(stage._pictures(samples)) == 3
     monkeypatch.setattr(stage, "COUNTED", 8)
-    assert all(p.counted for p in stage._pictures(samples))
+    assert len(stage._pictures(samples)) == 8 and stage._pictures([]) == []
     kept = sorted(samples, key=lambda s: len(s.input_ids))[::3]
     monkeypatch.setattr(stage, "COUNTED", 3)
     few = given.solved(tmp_path / "few", samples)
