@@ -19,7 +19,7 @@ from vlmq_export.formats.contract import FORMATS
 from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, with_widths
 from vlmq_export.planning.budget import at_least
 from vlmq_export.planning.run_plan import format_plan, plan_run
-from vlmq_export.planning.target_bpw import begun_with, measured_costs
+from vlmq_export.planning.target_bpw import begun_with, measured_costs, require_samples
 from vlmq_export.quantizer.config import BITS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.ranks import Ranks
@@ -40,11 +40,7 @@ def planned_widths(model: ModelPlan, recipe: Recipe) -> Widths:
     Raises UsageError for a budget that no widths meet, and for a method without samples to measure
     on.
     """
-    if not model.job.method.calibrated:
-        raise UsageError(
-            f"{recipe.by_cost} measures on calibration samples,"
-            f" which --method {recipe.method} does not use"
-        )
+    require_samples(model, recipe)
     unlimited = recipe.model_copy(update={"target_size": None})
     widest = with_widths(model, {x: max(BITS) for group in _groups(model) for x in group})
     if plan_run(widest, unlimited).refusals:  # which the plan says: there is nothing to choose

@@ -40,11 +40,7 @@ def planned_types(model: ModelPlan, recipe: Recipe) -> dict[str, str]:
     Raises UsageError for a budget that no types meet, and for a method without samples to measure
     on.
     """
-    if not model.job.method.calibrated:
-        raise UsageError(
-            f"{recipe.block_types} measures on calibration samples,"
-            f" which --method {recipe.method} does not use"
-        )
+    require_samples(model, recipe)
     budget = budget_of(model, recipe)
     weights = weights_of(model, budget.choices)
     costs = {
@@ -52,6 +48,15 @@ def planned_types(model: ModelPlan, recipe: Recipe) -> dict[str, str]:
         for n, kinds in budget.choices.items()
     }
     return choose(costs, budget.bits)
+
+
+def require_samples(model: ModelPlan, recipe: Recipe) -> None:
+    """Raises UsageError for a method without samples, on which no cost can be measured."""
+    if not model.job.method.calibrated:
+        raise UsageError(
+            f"{recipe.by_cost} measures on calibration samples,"
+            f" which --method {recipe.method} does not use"
+        )
 
 
 def spare_note(model: ModelPlan, recipe: Recipe) -> list[str]:
