@@ -66,7 +66,8 @@ class FormatPlan:
     refusals: list[str] = field(default_factory=list)
     # What the user should know, such as a dearer container or a dropped fast path.
     notes: list[str] = field(default_factory=list)
-    # Part of the model → its bytes, which are `size_bytes` together; empty if it is refused.
+    # Part of the model → its bytes, which are `size_bytes` together. Those of a refused format may
+    # be missing.
     parts: dict[str, int] = field(default_factory=dict)
 
 

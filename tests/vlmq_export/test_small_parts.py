@@ -156,3 +156,14 @@ def test_the_dry_run_shows_the_parts_before_and_after(tiny):
     told = json.loads(out)
     assert f"{told['source']['text'] / 1e6:.2f}" == rows["text"].split()[0]
     assert f"{told['formats']['onnx']['parts']['text'] / 1e6:.2f}" == rows["text"].split()[1]
+
+
+def test_a_refused_format_has_no_sizes():
+    flags = ("-f", "gguf,onnx", "--bits", 4, "--act-order", "dynamic", "--dry-run")
+    code, out, _ = call(*flags)
+    assert code == 2
+    table = out[out.index("\nMB") : out.index("\nbits per weight") + 80].strip().splitlines()
+    assert table[0].split() == ["MB", "source", "gguf", "onnx"]
+    rows = {line.split()[0]: line.split()[1:] for line in table[1:]}
+    assert len(rows["text"]) == len(rows["all"]) == 2  # of the source and of ONNX
+    assert rows["bits"][2] == "refused"

@@ -77,7 +77,9 @@ def _modules(plan: RunPlan) -> Table:
 def _sizes(plan: RunPlan) -> Table:
     """What each part of the model takes in the source and in each format."""
     source = source_parts(plan.model)
-    columns = {"source": source} | {n: p.parts for n, p in plan.formats.items()}
+    # Of a format that is refused some parts may be known, which would be no size of anything.
+    written = {n: {} if p.refusals else p.parts for n, p in plan.formats.items()}
+    columns = {"source": source} | written
     totals = {name: sum(parts.values()) for name, parts in columns.items()}
     unit, scale = ("GB", 1e9) if max(totals.values()) >= 1e9 else ("MB", 1e6)
     table = Table(unit, *columns, box=None, pad_edge=False)
@@ -88,7 +90,7 @@ def _sizes(plan: RunPlan) -> Table:
         if any(sizes):
             table.add_row(part, *(f"{size / scale:.2f}" if size else "" for size in sizes))
     table.add_row("all", *(f"{size / scale:.2f}" if size else "" for size in totals.values()))
-    bits = [f"{p.bits_per_weight:.2f}" if p.parts else "refused" for p in plan.formats.values()]
+    bits = ["refused" if p.refusals else f"{p.bits_per_weight:.2f}" for p in plan.formats.values()]
     table.add_row("bits per weight", "", *bits)
     return table
 
