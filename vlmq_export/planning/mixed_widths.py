@@ -19,7 +19,12 @@ from vlmq_export.formats.contract import FORMATS
 from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, with_widths
 from vlmq_export.planning.budget import at_least
 from vlmq_export.planning.run_plan import format_plan, plan_run
-from vlmq_export.planning.target_bpw import begun_with, measured_costs, require_samples
+from vlmq_export.planning.target_bpw import (
+    begun_with,
+    measured_costs,
+    on_every_rank,
+    require_samples,
+)
 from vlmq_export.quantizer.config import BITS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.ranks import Ranks
@@ -126,14 +131,13 @@ def chosen_widths(
     progress: Progress,
 ) -> Widths:
     """The widths, the same on every rank. A resumed run keeps those that it started with."""
-    found = None
-    if ranks.first:
-        if begun is not None and begun.is_file():
-            allowed = {name: BITS for group in choices_of(model, recipe) for name in group}
-            found = begun_with(begun, "widths", allowed)
-        else:
-            found = measured_widths(model, recipe, checkpoint, samples, memory, progress)
-    return ranks.broadcast_json(found, 0)
+    allowed = {name: BITS for group in _groups(model) for name in group}
+    return on_every_rank(
+        ranks,
+        begun,
+        lambda run: begun_with(run, "widths", allowed),
+        lambda: measured_widths(model, recipe, checkpoint, samples, memory, progress),
+    )
 
 
 def measured_widths(

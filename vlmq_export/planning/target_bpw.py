@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -84,13 +84,25 @@ def chosen_types(
     progress: Progress,
 ) -> dict[str, str]:
     """Hub module → type, the same on every rank. A resumed run keeps the types it started with."""
-    types = None
+    return on_every_rank(
+        ranks,
+        begun,
+        lambda run: begun_with(run, "types", budget_of(model, recipe).choices),
+        lambda: measured_types(model, recipe, checkpoint, samples, memory, progress),
+    )
+
+
+def on_every_rank(
+    ranks: Ranks,
+    begun: Path | None,  # run.json of the run that is resumed, if it is
+    kept: Callable[[Path], dict[str, Any]],  # reads the choice of that run
+    measure: Callable[[], dict[str, Any]],  # makes the choice
+) -> dict[str, Any]:
+    """A choice for each matrix: the one of a begun run, or what the first rank measures."""
+    found = None
     if ranks.first:
-        if begun is not None and begun.is_file():
-            types = begun_with(begun, "types", budget_of(model, recipe).choices)
-        else:
-            types = measured_types(model, recipe, checkpoint, samples, memory, progress)
-    return ranks.broadcast_json(types, 0)
+        found = kept(begun) if begun is not None and begun.is_file() else measure()
+    return ranks.broadcast_json(found, 0)
 
 
 def begun_with(
