@@ -45,6 +45,17 @@ def exact_arithmetic() -> Iterator[None]:
 
 
 @contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch computes on the CPU with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def tensor_cores() -> Iterator[None]:
     """Multiply float32 matrices in TensorFloat-32 (11 significant bits) where there is CUDA.
 

@@ -26,8 +26,10 @@ from vlmq_export.terminal.running import print_error, print_json, run, speaks
 from vlmq_export.terminal.stopping import StopSignals
 
 EXPORT = "export"
-# Before torch is imported: threads that spin are 10 times slower on a busy machine.
+# Before torch and NumPy are imported: threads that spin are 10 times slower on a busy machine.
+# OpenBLAS spins 2^26 cycles otherwise, and 2^4 is the least that it takes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 
 class ExportByDefault(TyperGroup):

@@ -7,6 +7,7 @@ from the artifact. Logits and greedy answers of held-out prompts come from there
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,10 @@ from vlmq_export.quantizer.samples.sample import Sample
 # Copies of each weight in memory. While the reference is loaded, a weight is held twice: decoded,
 # and in the model. It is held once more in the runtime. All three are float32.
 _COPIES = 3
+
+# Weights from which on several threads pay. With fewer they wait for each other, and one runtime
+# computes in a process beside.
+_SMALL = 2**25
 
 Verdict = Literal["same", "tie", "other"]  # of a greedy answer
 
@@ -79,6 +84,11 @@ class Reference:
         Weights are compared one at a time, and so in a model of any size.
         """
         return "" if self.memory is None else too_large(self.weights.count, self.memory)
+
+    @cached_property
+    def threads(self) -> int:
+        """How many threads this model is given, in PyTorch and in every runtime."""
+        return 1 if self.weights.count < _SMALL else os.cpu_count() or 1
 
     @property
     def fits_beside(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,8 +165,7 @@ def _loader(
     if name == ARTIFACT:
         return lambda: _in_transformers(reference.model, reference, device)
     options = recipe.format_options(reference.folder.name)
-    threads = os.cpu_count() or 1
-    return lambda: FORMATS[name].answerer(out / name, reference, options, threads)
+    return lambda: FORMATS[name].answerer(out / name, reference, options, reference.threads)
 
 
 def _in_transformers(model: Any, reference: Reference, device: torch.device) -> Answerer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from vlmq_export.proving.fidelity import FIDELITY_FILE, Fidelity
 from vlmq_export.proving.held_out import held_out_again
 from vlmq_export.proving.parity import PARITY_FILE, Parity, check_formats, forget_places
 from vlmq_export.proving.scores import EVAL_FILE, Evaluation
-from vlmq_export.quantizer.arithmetic import pick_device
+from vlmq_export.quantizer.arithmetic import pick_device, threads
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.host import free_memory
 from vlmq_export.quantizer.samples.rows import Row
@@ -76,7 +75,7 @@ def prove(
     """
     artifact = Artifact(out / "artifact")
     options = recipe.format_options(artifact.manifest.name)
-    settings = CheckSettings(threads=os.cpu_count() or 1)
+    settings = CheckSettings()
     memory, _ = free_memory(pick_device("cpu"), recipe.max_memory)
     rows = rows[: max(settings.images, settings.questions)]
     with third_party(
@@ -84,20 +83,22 @@ def prove(
     ):
         seq_len = recipe.seq_len or artifact.architecture.family.seq_len
         reference = Reference(artifact.path, rows, floats, memory, seq_len)
-    parity = check_formats(
-        {name: out / name for name in recipe.format},
-        reference,
-        options,
-        settings,
-        callbacks.progress,
-        callbacks.should_stop,
-    )
-    if changed is not None:
-        parity.checks.insert(0, _checksum_row(changed))
-        parity.verified &= not changed
-    forget_places(parity.checks, out, floats)
-    parity.write(out / PARITY_FILE)
-    fidelity = _fidelity(out, recipe, reference, floats, callbacks, changed)
+    settings = replace(settings, threads=reference.threads)
+    with threads(reference.threads):
+        parity = check_formats(
+            {name: out / name for name in recipe.format},
+            reference,
+            options,
+            settings,
+            callbacks.progress,
+            callbacks.should_stop,
+        )
+        if changed is not None:
+            parity.checks.insert(0, _checksum_row(changed))
+            parity.verified &= not changed
+        forget_places(parity.checks, out, floats)
+        parity.write(out / PARITY_FILE)
+        fidelity = _fidelity(out, recipe, reference, floats, callbacks, changed)
     fidelity.write(out / FIDELITY_FILE)
     return parity, fidelity
 

@@ -47,6 +47,13 @@ def test_every_weight_of_the_model_is_counted_once(artifact):
     assert weights.count == sum(t.numel for t in checkpoint.tensors.values())
 
 
+def test_a_small_model_is_given_one_thread_and_a_large_one_all(artifact, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    assert Reference(artifact.path, []).threads == 1
+    monkeypatch.setattr("vlmq_export.formats.proof.reference._SMALL", 10)
+    assert Reference(artifact.path, []).threads == 7
+
+
 def test_floats_come_from_the_source_if_it_is_given(artifact, tmp_path):
     from safetensors.torch import load_file, save_file
 
