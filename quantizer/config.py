@@ -49,7 +49,8 @@ class QuantConfig:
     head_bits: int = 0  # of the output head's codes, in the same groups; 0: the head stays float
     embedding_bits: int = 0  # of the token embedding's codes; 0: the embedding stays float
     vision_bits: int = 0  # of the vision tower's and the projector's linears; 0: they stay float
-    # Whether they are quantized too where groups do not fill their rows. Only ONNX holds these.
+    # Whether they are quantized too where groups do not fill their rows. Only ONNX and GGUF hold
+    # these.
     vision_short: bool = False
     gguf_type: str = ""  # the mix that `types` came from: Q4_K_M
     types: dict[str, str] = field(default_factory=dict)  # hub module → GGUF block type

@@ -100,12 +100,6 @@ def _refusals(
         if kind == "F16"
     ]
     refusals += _unknown(config)
-    if short := [x for x in model.tower if x.in_features % VISION_GROUP]:
-        refusals.append(
-            f"{len(short)} quantized linears of the vision tower have rows of"
-            f" {short[0].in_features} columns, which no block of {VISION_GROUP} fills; quantize"
-            " again with gguf among the formats, and they stay float"
-        )
     if model.tower and options.mmproj_dtype == "q8_0":
         refusals.append(
             f"--mmproj q8_0: --vision-bits {config.vision_bits} has the types of the tower already;"

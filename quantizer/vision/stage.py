@@ -38,11 +38,20 @@ COUNTED = 128
 def tower_names(checkpoint: Checkpoint, *, short: bool = False) -> list[str]:
     """Hub names of the tower's and the projector's linears that are to be quantized.
 
-    ggml's blocks have 32 columns. Linears whose rows they do not fill stay float in every format of
-    a run, unless the last group of a row may be `short`.
+    A group has 32 columns. Linears whose rows groups do not fill stay float in every format of a
+    run. Where the last group of a row may be `short`, the second matrix of an MLP does not: it reads
+    what a linear before it in its module writes. ggml's blocks have 32 columns too, and only there
+    can both sides be filled up with zeros.
     """
-    names = tower_linears(checkpoint)
-    return [n for n in names if short or not missing(checkpoint.info(f"{n}.weight").shape[1])]
+    shapes = {n: checkpoint.info(f"{n}.weight").shape for n in tower_linears(checkpoint)}
+    taken, before = [], []  # before: (module, out, in)
+    for name, (out, columns) in shapes.items():
+        module = name.rpartition(".")[0]
+        inner = any(m == module and wide == columns != own for m, wide, own in before)
+        if not missing(columns) or (short and inner):
+            taken.append(name)
+        before.append((module, out, columns))
+    return taken
 
 
 def solve_vision(

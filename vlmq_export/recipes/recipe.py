@@ -308,7 +308,7 @@ class Recipe(BaseModel):
             head_bits=self.head_bits or 0,
             embedding_bits=self.embedding_bits or 0,
             vision_bits=self.vision_bits or 0,
-            vision_short=bool(self.vision_bits) and set(self.format) == {"onnx"},
+            vision_short=bool(self.vision_bits) and self.holds_outside,
         )
 
     def format_options(self, name: str) -> FormatOptions:

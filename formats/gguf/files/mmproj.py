@@ -70,7 +70,7 @@ def dominant_type(artifact: Artifact, dtype: str) -> str:
 def stored_type(place: Place, dtype: str) -> str:
     """The GGML type of a tensor of the mmproj that is not quantized in the artifact.
 
-    Linears whose rows do not fill the blocks of `q8_0` stay in float16.
+    Linears whose rows do not fill the blocks of `q8_0` stay in float16. No published tower has any.
     """
     if not place.linear or dtype == "f32":
         return "F32"
@@ -114,7 +114,8 @@ def _data(artifact: Artifact, place: Place, kind: str) -> Callable[[], np.ndarra
         part = place.of(artifact.float_tensor(hub))
         if tuple(part.shape) != place.shape:
             raise FormatError(
-                f"{hub}: shape {tuple(part.shape)} where config.json says {place.shape}"
+                f"{hub}: shape {place.inner(part.shape)} where config.json says"
+                f" {place.inner(place.shape)}"
             )
         if kind == "Q8_0":
             import gguf

@@ -92,7 +92,7 @@ def _rewrite(file: GGUFFile, path: Path, entries: list[Entry], file_type: int) -
 def decoded_tower(reference: Reference, layout: Layout, mmproj: Path) -> Iterator[None]:
     """The reference with the matrices of an mmproj in its vision tower.
 
-    The thirds of a fused matrix are put together again.
+    The thirds of a fused matrix are put together again, and zeros behind the MLP are left out.
     """
     file, parts = GGUFFile(mmproj), defaultdict(list)
     for name, place in layout.vision.items():
@@ -101,7 +101,8 @@ def decoded_tower(reference: Reference, layout: Layout, mmproj: Path) -> Iterato
     before = {module: reference.model.get_parameter(module).data for module in parts}
     try:
         for module, found in parts.items():
-            reference.model.get_parameter(module).data = torch.cat(found)
+            own = tuple(slice(n) for n in before[module].shape)
+            reference.model.get_parameter(module).data = torch.cat(found)[own]
         yield
     finally:
         for module, data in before.items():

@@ -14,6 +14,8 @@ from functools import cached_property
 
 import torch
 
+from vlmq_export.quantizer.config import VISION_GROUP
+
 Part = Callable[[torch.Tensor], torch.Tensor]  # makes a GGUF tensor of a source tensor
 
 
@@ -177,9 +179,17 @@ class VisionParams:
     stacked: tuple[int, ...]  # blocks whose features join the first layers of the language model
     eps: float  # of the layer norms
 
+    @property
+    def filled(self) -> int:
+        """The width of the MLP in the file: whole blocks, with zeros behind the source's own.
+
+        Every activation makes zero of zero, so that what is added takes no part in any output.
+        """
+        return self.feed_forward + -self.feed_forward % VISION_GROUP
+
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The sizes by the names that rows use."""
+        """The sizes of the source by the names that rows use."""
         return {
             "hidden": self.hidden,
             "feed_forward": self.feed_forward,
@@ -197,7 +207,7 @@ class VisionParams:
             "image_size": self.image,
             "patch_size": self.patch,
             "embedding_length": self.hidden,
-            "feed_forward_length": self.feed_forward,
+            "feed_forward_length": self.filled,
             "block_count": self.layers,
             "attention.head_count": self.heads,
             "attention.layer_norm_epsilon": self.eps,

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
+from types import MappingProxyType
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from vlmq_export.formats.gguf.tables.families import class_row_first, class_row_last
 from vlmq_export.formats.gguf.tables.graphs import Row, TextParams, VisionParams
@@ -25,14 +27,24 @@ class Place:
     shape: tuple[int, ...]  # of the GGUF tensor, in torch's order
     part: Callable[[torch.Tensor], torch.Tensor] | None  # of the source tensor; None: all of it
     linear: bool  # a matrix that multiplies activations
+    added: tuple[int, ...] = ()  # zeros behind the source's own numbers, by dimension
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of a source tensor that belongs here."""
-        return self.part(tensor) if self.part else tensor
+        """The part of a source tensor that belongs here, with zeros behind it."""
+        part = self.part(tensor) if self.part else tensor
+        if not any(self.added):
+            return part
+        return pad(part, [n for more in reversed(self.added) for n in (0, more)])
+
+    def inner(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """A shape without these zeros."""
+        return tuple(n - more for n, more in zip(shape, self.added))
 
     def of_array(self, array: np.ndarray) -> np.ndarray:
-        """The same for an array, such as packed rows or a column of numbers for each row."""
-        return np.ascontiguousarray(self.part(torch.from_numpy(array))) if self.part else array
+        """The same for the rows of an array, such as packed rows or a number for each row."""
+        own = np.ascontiguousarray(self.part(torch.from_numpy(array))) if self.part else array
+        rows = self.added[0] if self.added else 0
+        return np.pad(own, ((0, rows), *[(0, 0)] * (own.ndim - 1))) if rows else own
 
 
 def pairs_together(rows: torch.Tensor, head: int) -> torch.Tensor:
@@ -73,14 +85,15 @@ class Layout:
 
         The three parts of a fused qkv have one source tensor, and so have the two time slices of
         the patch convolution. DeepStack's tensors are named after their block in the file, and
-        numbered from 0 on the hub.
+        numbered from 0 on the hub. The MLP is filled up with zeros to whole blocks of columns.
         """
         p = self.vision_params
         each = {
             "{i}": list(enumerate(range(p.layers))),
             "{d}": [(i, block) for i, block in enumerate(p.stacked)],
         }
-        places = self._places(p.graph.rows, p.sizes, each)
+        more = {"feed_forward": p.filled - p.feed_forward}
+        places = self._places(p.graph.rows, p.sizes, each, more)
         if self.class_row == "first":
             for name, place in places.items():
                 if place.part is class_row_last:
@@ -92,6 +105,7 @@ class Layout:
         rows: Iterable[Row],
         sizes: Mapping[str, int],
         each: Mapping[str, Sequence[tuple[int, int]]],  # index → its numbers (on the hub, in GGUF)
+        more: Mapping[str, int] = MappingProxyType({}),  # size → by how much it is larger in GGUF
     ) -> dict[str, Place]:
         places = {}
         by_index = groupby(rows, lambda row: next((k for k in each if k in row.gguf), None))
@@ -99,12 +113,14 @@ class Layout:
             repeated = list(group)
             for module, gguf in each[index] if index else [(0, 0)]:
                 for row in repeated:
-                    shape = tuple(int(s) if s.isdigit() else sizes[s] for s in row.shape)
+                    own = tuple(int(s) if s.isdigit() else sizes[s] for s in row.shape)
+                    added = tuple(more.get(s, 0) for s in row.shape)
+                    shape = tuple(n + m for n, m in zip(own, added))
                     name = row.gguf.replace(index, str(gguf)) if index else row.gguf
                     source = row.module.replace(index, str(module)) if index else row.module
                     hub = self.architecture.family.hub_name(source)
                     part = partial(pairs_together, head=sizes["head"]) if row.pairs else row.part
-                    places[name] = Place(hub, source, shape, part, row.linear)
+                    places[name] = Place(hub, source, shape, part, row.linear, added)
         return places
 
     @property

@@ -158,7 +158,7 @@ def vision_params(architecture: Architecture) -> VisionParams:
     )
     if graph.words:
         require_even_positions(params.image // params.patch)
-    if params.feed_forward == params.hidden and not graph.square_mlp:
+    if params.filled == params.hidden and not graph.square_mlp:
         raise FormatError(
             f"config.json: a vision MLP as wide as the tower ({params.hidden}) is misread by"
             " llama.cpp"

@@ -114,19 +114,26 @@ def home_of(linear: Linear) -> str:
 def pack_linear(linear: Linear, home: str) -> np.ndarray:
     """A linear in blocks of the type `home`, uint8 [out, bytes of a row].
 
+    A row whose last group is short is filled up with codes that decode to zero.
+
     Raises FormatError where the integers do not fit the type.
     """
     if isinstance(linear, BlockLinear):
         return _pack_native(linear)
     _require_natural_order(linear)
     t, solution = TYPES[home], linear.solution
-    per_group = linear.in_features // solution.scales.shape[1] // t.block  # blocks of a group
+    short = -linear.in_features % t.block  # what the last group of a row of the tower may lack
+    columns = linear.in_features + short
+    per_group = columns // solution.scales.shape[1] // t.block  # blocks of a group
     d = np.repeat(solution.scales.numpy(), per_group, axis=1).reshape(-1)
     z = np.repeat(solution.zero_points.numpy().astype(np.int16), per_group, axis=1).reshape(-1)
-    q = solution.codes.numpy().astype(np.int16).reshape(-1, t.block)
+    q = solution.codes.numpy().astype(np.int16)
+    if short:
+        zeros = np.repeat(solution.zero_points.numpy().astype(np.int16)[:, -1:], short, axis=1)
+        q = np.concatenate([q, zeros], axis=1)
     try:
-        packed = pack_blocks(home, _blocks(home, d, z, q))
-        return packed.reshape(linear.out_features, t.row_bytes(linear.in_features))
+        packed = pack_blocks(home, _blocks(home, d, z, q.reshape(-1, t.block)))
+        return packed.reshape(linear.out_features, t.row_bytes(columns))
     except (ValueError, OverflowError) as e:
         raise FormatError(
             f"{linear.name}: cannot be stored as {home} ({e}); the artifact does not fit its own"
@@ -207,12 +214,8 @@ def _blocks(home: str, d: np.ndarray, z: np.ndarray, q: np.ndarray) -> Blocks:
 
 def _require_natural_order(linear: QuantizedLinear) -> None:
     """Raises FormatError where the groups of a linear are not runs of neighbouring columns."""
-    groups = linear.solution.scales.shape[1]
-    g_idx = linear.solution.g_idx.numpy()
-    columns = np.arange(linear.in_features)
-    if linear.in_features % groups or not np.array_equal(
-        g_idx, columns // (linear.in_features // groups)
-    ):
+    own = linear.in_features if linear.group_size == -1 else linear.group_size
+    if not np.array_equal(linear.solution.g_idx.numpy(), np.arange(linear.in_features) // own):
         raise FormatError(
             f"{linear.name}: groups are not contiguous columns, and GGUF has no g_idx; quantize"
             " with --act-order gar, static or off"

@@ -347,28 +347,26 @@ def odd_tower(folder):
     return make_tiny(folder, "llava_onevision", shape=shape)
 
 
-def test_short_groups_are_quantized_where_onnx_is_the_only_format(tmp_path):
+@pytest.mark.parametrize("formats", [("onnx",), ("gguf",), ("onnx", "gguf")])
+def test_short_groups_are_quantized_where_every_format_holds_them(formats, tmp_path):
     checkpoint = Checkpoint(odd_tower(tmp_path / "model"))
-
-    def plan(*formats):
-        recipe = Recipe(format=list(formats), vision_bits=8, bits=4, group_size=64)
-        model = model_plan(checkpoint, recipe.quant_config(), "m")
-        notes = plan_run(model, recipe).formats[formats[0]].notes
-        return {x.in_features for x in model.tower}, " ".join(notes)
-
-    alone, told = plan("onnx")
-    assert 500 in alone and "stay float" not in told
-    for formats in (("onnx", "gguf"), ("gguf",)):
-        shared, told = plan(*formats)
-        assert 500 not in shared and "rows of 500 columns" in told and "stay float" in told
-
-
-def test_gguf_refuses_a_tower_with_short_groups_by_name(tmp_path):
-    checkpoint = Checkpoint(odd_tower(tmp_path / "model"))
-    recipe = Recipe(format=["onnx"], vision_bits=8, bits=4, group_size=64)
+    recipe = Recipe(format=list(formats), vision_bits=8, bits=4, group_size=64)
     model = model_plan(checkpoint, recipe.quant_config(), "m")
-    (said,) = plan_run(model, recipe.model_copy(update={"format": ["gguf"]})).refusals
-    assert "rows of 500 columns" in said and "quantize again" in said
+    plan = plan_run(model, recipe)
+    assert 500 in {x.in_features for x in model.tower} and not plan.refusals
+    assert "stay float" not in " ".join(plan.formats[formats[0]].notes)
+
+
+def test_short_rows_that_no_linear_beside_them_writes_stay_float(tmp_path):
+    """A tower of 40 columns: zeros behind these would have to stand in every tensor of it."""
+    shape = {"vision_config": {"hidden_size": 40, "intermediate_size": 500}}
+    checkpoint = Checkpoint(make_tiny(tmp_path / "model", "llava_onevision", shape=shape))
+    recipe = Recipe(format=["gguf", "onnx"], vision_bits=8, bits=4, group_size=64)
+    model = model_plan(checkpoint, recipe.quant_config(), "m")
+    inside = {x.in_features for x in model.tower if ".encoder." in x.name}
+    assert inside == {500}
+    for plan in plan_run(model, recipe).formats.values():
+        assert "rows of 40 columns" in " ".join(plan.notes) and not plan.refusals
 
 
 def test_a_calibrated_tower_has_short_groups_in_its_artifact(tmp_path):
