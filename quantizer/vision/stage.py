@@ -39,9 +39,9 @@ def tower_names(checkpoint: Checkpoint, *, short: bool = False) -> list[str]:
     """Hub names of the tower's and the projector's linears that are to be quantized.
 
     A group has 32 columns. Linears whose rows groups do not fill stay float in every format of a
-    run. Where the last group of a row may be `short`, the second matrix of an MLP does not: it reads
-    what a linear before it in its module writes. ggml's blocks have 32 columns too, and only there
-    can both sides be filled up with zeros.
+    run. Where the last group of a row may be `short`, the second matrix of an MLP is taken all the
+    same: it reads what a linear before it in its module writes. ggml's blocks have 32 columns too,
+    and only there can both sides be filled up with zeros.
     """
     shapes = {n: checkpoint.info(f"{n}.weight").shape for n in tower_linears(checkpoint)}
     taken, before = [], []  # before: (module, out, in)
