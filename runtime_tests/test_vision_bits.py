@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from runtime_tests import test_gguf, test_onnx
+from tools.reference_vlm import random_checkpoint
 from tools.reference_vlm.tiny_checkpoints import ARCHES, make_tiny
 from vlmq_export.bundled import CALIBRATION, HELDOUT
 from vlmq_export.formats.contract import FORMATS, FormatOptions
@@ -29,7 +30,7 @@ SETTINGS = CheckSettings(images=2, questions=4, threads=1)
 # more layers than there are stacked features.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
 ODD = "llava_onevision, odd"  # rows of 500 columns, as SigLIP has some of 4304
-GATED = "qwen2_5_vl, odd"  # rows of 300 columns in a gated MLP, as Qwen2.5-VL has some of 3420
+GATED = "qwen2_5_vl, odd"  # the 3B's shape divided by 8: its gated MLP has rows of 427 columns
 CONFIG = QuantConfig(method="gptq", bits=4, group_size=64, vision_bits=8)
 
 
@@ -42,9 +43,11 @@ def exported(tmp_path_factory):
         if (arch, bits) not in solved:
             folder = tmp_path_factory.mktemp(f"{arch.replace(', ', '-')}-{bits}")
             family, *odd = arch.split(", ")
-            width = 500 if arch == ODD else 300
-            shape = {"shape": {"vision_config": {"intermediate_size": width}}} if odd else {}
-            source = make_tiny(folder / "source", family, **SHAPE.get(family, {}), **shape)
+            shape = {"shape": {"vision_config": {"intermediate_size": 500}}} if odd else {}
+            if arch == GATED:
+                source = random_checkpoint.make(folder / "source", layers=2, scale=8)
+            else:
+                source = make_tiny(folder / "source", family, **SHAPE.get(family, {}), **shape)
             preprocessor = Preprocessor(source)
             samples = [preprocessor.sample(row) for row in read_rows(CALIBRATION)[:3]]
             changed = {"vision_bits": bits, "vision_short": bool(odd)}

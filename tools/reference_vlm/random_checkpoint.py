@@ -157,7 +157,12 @@ def write_shard(path: Path, names: list[str], tensors: Shapes) -> None:
 
 
 def make(
-    folder: Path, *, layers: int | None = None, scale: int = 1, shard_bytes: int = 2 * 10**9
+    folder: Path,
+    *,
+    published: dict = QWEN2_5_VL_3B,
+    layers: int | None = None,
+    scale: int = 1,
+    shard_bytes: int = 2 * 10**9,
 ) -> Path:
     """Write the checkpoint into `folder`. `layers` and `scale` are those of `scaled`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +170,7 @@ def make(
         shutil.copyfile(REFERENCE_VLM / name, folder / name)
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE_VLM)
     ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in SPECIAL_TOKENS.items()}
-    config = scaled(QWEN2_5_VL_3B, layers, scale) | ids
+    config = scaled(published, layers, scale) | ids
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
     tensors = shapes(config)
     parts = list(shards(tensors, shard_bytes))

@@ -589,6 +589,7 @@ def make_tiny(
     """
     out_dir = Path(out_dir)
     if arch not in FAMILIES:
+        assert shape is None, f"{arch} has one shape"
         return reference.make_random_checkpoint(
             out_dir, arch, seed, layers=layers, depth=depth, tied=tied
         )
