@@ -65,7 +65,7 @@ def _gradients_of(
     model: StreamedModel, layers: int, batches: Sequence[Batch], names: Sequence[str], take: Take
 ) -> None:
     """`answer_gradients` of one part of the batches."""
-    inputs = _layer_inputs(model, layers, batches)
+    inputs = layer_inputs(model, layers, batches)
     gradients: list[Callable] = []  # ∂L/∂ of what leaves the layer, one a batch
     for index in reversed(range(layers)):
         with model.filled_layer(index) as layer, ExitStack() as stack:
@@ -93,7 +93,7 @@ def _gradients_of(
                     take(index, name, batch, gradient)
 
 
-def _layer_inputs(
+def layer_inputs(
     model: StreamedModel, layers: int, batches: Sequence[Batch]
 ) -> list[list[Callable]]:
     """For each batch, what enters each layer in the full-precision model, put aside."""

@@ -3,6 +3,8 @@
 The plan is a pure function of shapes, the lengths of the samples, the method, and what the machine
 does in a second (`machine.py`):
 
+    choose types   where block types or widths are chosen by cost: every matrix solved on each, and
+                   the gradients of the answers through all layers
     tower          where the vision tower is quantized: both streams through it, segment by segment,
                    and the solve of its linears
     first pass     vision tower and embedding, once
@@ -156,6 +158,56 @@ def plan_seconds(
     for kind, weights in outside.items():
         found["embedding"] += machine.fits[kind] * weights
     return dict(found)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Matrices of one shape, and the kinds that each is solved on to measure their costs."""
+
+    rows: int
+    columns: int
+    kinds: tuple[str | int, ...]  # block types or widths
+    count: int
+
+
+def choosing_seconds(
+    shapes: Shapes,
+    tried: Sequence[Tried],
+    config: QuantConfig,
+    lengths: Lengths,  # of all samples
+    most: int,  # of them, on which costs are measured
+    machine: Machine,
+) -> float:
+    """Seconds in which the costs of all kinds are measured (type_budget/sensitivity.py).
+
+    All samples that are taken go forward once. One half goes through each layer once more for the
+    statistics, and the other forward and back with the gradients of the weights.
+    """
+    few = Lengths(lengths.each, len(lengths.each) / max(1, min(lengths.samples, most)))
+    own = method_of(config)
+    method = Method(refine=own.refine, neighbours=own.neighbours)
+    job = _Job(shapes, method, tries_of(config), few, machine)
+    half = replace(job, lengths=Lengths(lengths.each, 2 * few.share))
+    hidden = job.moved(_HIDDEN_PASSES, shapes.hidden)
+    hidden += job.moved(_MLP_PASSES, shapes.linears[-1][1])
+    layer = (
+        3 * sum(job.through(*each) for each in shapes.linears)
+        + (2 + _BACKWARD / 2) * job.attention()
+        + 2.5 * hidden
+        + 2 * few.samples * _LAYER_CALLS * machine.call
+        + 2 * machine.elementwise(_ON_DISK * shapes.layer)
+    )
+    total = _first_pass(job) + shapes.layers * layer
+    for each in tried:
+        weights = each.rows * each.columns
+        dots = half.lengths.samples * len(each.kinds) * machine.elementwise(3 * weights)
+        solved = _statistics(half, each.columns) + machine.factorization(each.columns)
+        for kind in each.kinds:
+            plain = method if isinstance(kind, int) else Method()
+            parts = _solve(job, plain, each.rows, each.columns, kind if kind in GRIDS else "")
+            solved += sum(parts.values()) - (parts["factorization"] if kind in GRIDS else 0)
+        total += each.count * (dots + solved)
+    return total
 
 
 def _add(found: _Seconds, more: Mapping[str, float]) -> None:

@@ -13,249 +13,320 @@ minus p, has it too. But where the model is sure of a token, it is almost always
 backward pass for each sample, and one inner product for each matrix and type, measure the cost at
 the end of the network with the whole covariance of inputs and gradients, which is never formed.
 
-ΔW is the solver's error, from statistics of one half of the samples. Its cost is measured on the
-other half. That of a lattice follows from that of a K type (likeness.py). The costs of the matrices
-are taken to add up; `knapsack.choose` then chooses. docs/gguf.md says how well this works for block
-types, docs/widths.md for widths.
+ΔW is the solver's error (errors.py), from statistics of one half of the samples. Its cost is
+measured on the other half. That of a lattice follows from that of a K type (likeness.py). The costs
+of the matrices are taken to add up; `knapsack.choose` then chooses. docs/gguf.md says how well this
+works for block types, docs/widths.md for widths.
 
-On a block type ΔW is that of the plain column loop. At two bits the range matters most, and so a
-width is solved with the ranges and the descent that the recipe's method has.
+Only one layer has its weights in memory. All samples are taken forward first, and what enters each
+layer is put away. Then the layers are filled once more, from the last to the first: each is solved,
+and the gradients are passed back through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlmq_export.errors import CalibrationError
+from vlmq_export.quantizer.calibration.answer_loss import AT_ONCE, layer_inputs, layer_output
+from vlmq_export.quantizer.calibration.batches import Batch, add, decoder_inputs
 from vlmq_export.quantizer.calibration.hooks import before
+from vlmq_export.quantizer.calibration.offload import Shelf
 from vlmq_export.quantizer.calibration.statistics import Statistics
-from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.grids.blocks import GRIDS, BlockGrid
-from vlmq_export.quantizer.grids.choice import grid_choice
-from vlmq_export.quantizer.layers.attempt import attempt, prepared
-from vlmq_export.quantizer.layers.stack import Matrix as Source
-from vlmq_export.quantizer.layers.stack import Stack
-from vlmq_export.quantizer.methods import Method, method_named
-from vlmq_export.quantizer.samples.sample import Sample
-from vlmq_export.quantizer.solver.block_loop import solve_blocks
-from vlmq_export.quantizer.solver.hessian import Hessian, prepare
-from vlmq_export.quantizer.solver.nearest import nearest_in_blocks
+from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.model.streamed import StreamedModel
+from vlmq_export.quantizer.samples.sample import Lengths, Sample
 from vlmq_export.quantizer.type_budget import likeness
+from vlmq_export.quantizer.type_budget.errors import errors_of, ratios_of
 from vlmq_export.quantizer.type_budget.likeness import Kind
 
 SAMPLES = 128  # of each half; the relative error of a cost is about √(2 / samples)
-_ROWS = 4096  # rows of an embedding that are rounded at once
-Matrix = nn.Linear | nn.Embedding
-Errors = Mapping[str, Mapping[Kind, torch.Tensor]]  # matrix → kind → ΔW, bfloat16 [out, in]
+_SLAB = 2**14  # rows of the output matrix that are solved at once
+Kinds = Mapping[str, Iterable[Kind]]  # hub module → types or widths to try
+Putaway = list[list[Callable[[], torch.Tensor]]]  # of each batch, what enters each layer
+
+
+def kept_bytes(layers: int, hidden: int, lengths: Lengths) -> int:
+    """Bytes of what enters each layer, for the samples that costs are measured on."""
+    share = min(1.0, 2 * SAMPLES / max(1, lengths.samples))
+    return 4 * layers * hidden * round(share * lengths.tokens)
 
 
 def measured(
-    model: nn.Module,  # the whole model, float32
-    modules: Mapping[str, Matrix],  # matrix → the module that has it; a tied matrix stands once
-    kinds: Mapping[str, Iterable[Kind]],  # matrix → types or widths to try
-    solved: Container[str],  # matrices that will be solved; the others are rounded to nearest
+    model: StreamedModel,
+    job: Job,
+    kinds: Kinds,
     samples: Sequence[Sample],
-    config: QuantConfig,
-    *,
-    memory: int | None = None,  # bytes for what is held besides the model; None: any number
+    shelf: Shelf | None = None,  # where activations rest
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, dict[Kind, float]]:
     """matrix → kind → KL per answer token, in nats, that this one matrix at that kind would cost.
 
+    Linears are solved, and the embedding is rounded to nearest. A matrix that is embedding and
+    output matrix stands once, as the embedding.
+
     Raises CalibrationError where no sample has a finite gradient.
     """
     usable = [s for s in samples if bool(_predicted(s).any())][: 2 * SAMPLES]
-    fitted, held_out = usable[::2], usable[1::2] or usable  # one sample must do for both
-    tried = {name: likeness.quick(each) for name, each in kinds.items()}
-    probes, ratios = likeness.probes(kinds, solved), []
-    parts = _parts(modules, tried, memory)
-    costs: dict[str, dict[Kind, float]] = {}
-    model.requires_grad_(False)
-    for done, part in enumerate(parts):
-        here = {name: modules[name] for name in part}
-        sums = _statistics(model, {n: m for n, m in here.items() if n in solved}, fitted)
-        ratios += [_ratios(here[n].weight, kinds[n], sums[n], config) for n in probes if n in here]
-        errors = {
-            name: _errors(module.weight, tried[name], sums.pop(name, None), config)
-            for name, module in here.items()
+    # One sample must do for both halves.
+    run = _Run.of(model, job, kinds, usable[::2], usable[1::2] or usable, shelf)
+    gradients: list[Callable[[], torch.Tensor]] = []
+    for index in reversed(range(job.layers)):
+        progress(job.layers - 1 - index, job.layers)
+        with model.filled_layer(index) as layer:
+            entering = [seen.pop() for seen in run.inputs]
+            if index == job.layers - 1:
+                gradients = _from_the_head(run, layer, entering)
+            errors = _layer_errors(run, layer, index, entering)
+            gradients = _back(run, layer, index, entering, errors, gradients)
+    _embedding_slopes(run, gradients)
+    return likeness.completed(run.costs(), kinds, run.ratios)
+
+
+@dataclass
+class _Run:
+    """The samples on their way back, and what was found so far."""
+
+    model: StreamedModel
+    job: Job
+    kinds: Kinds
+    probes: list[str]  # matrices that lattices are solved on
+    held: Sequence[Sample]
+    batches: list[Batch]  # of the samples that statistics are taken of
+    singles: list[Batch]  # each of the other samples alone
+    inputs: Putaway  # of all these batches
+    slopes: dict[str, dict[Kind, torch.Tensor]]  # ⟨∂, ΔW⟩ of each of the other samples
+    ratios: list[likeness.Ratios] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        model: StreamedModel,
+        job: Job,
+        kinds: Kinds,
+        fitted: Sequence[Sample],
+        held: Sequence[Sample],
+        shelf: Shelf | None,
+    ) -> _Run:
+        """Take all samples forward."""
+        embedding, head = job.family.embedding, job.family.head
+        linears = [name for name in kinds if name not in (embedding, head)]
+        probes = likeness.probes(kinds, {n for n in kinds if n != embedding})
+        ids = torch.cat([sample.input_ids for sample in (*fitted, *held)])
+        with model.filled_prefix(ids) as prefix:
+            given: Any = {
+                "two_streams": False,
+                "device": model.device,
+                "added": job.family.added,
+                "shelf": shelf,
+            }
+            batches = decoder_inputs(prefix, fitted, **given) if linears or head in kinds else []
+            singles = [decoder_inputs(prefix, [sample], **given)[0] for sample in held]
+        inputs = layer_inputs(model, job.layers, [*batches, *singles])
+        slopes = {
+            name: {k: torch.zeros(len(held), dtype=torch.float64) for k in likeness.quick(each)}
+            for name, each in kinds.items()
         }
-        draws = torch.Generator().manual_seed(config.seed)
+        return cls(model, job, kinds, probes, held, batches, singles, inputs, slopes)
 
-        def told(sample: int, first: int = done * len(held_out)) -> None:
-            progress(first + sample, len(parts) * len(held_out))
+    def add(self, name: str, kind: Kind, sample: int, slope: torch.Tensor) -> None:
+        """A part of ⟨∂, ΔW⟩ of one sample."""
+        self.slopes[name][kind][sample] += float(slope)
 
-        costs |= _costs(model, here, errors, held_out, draws, told)
-        model.requires_grad_(False)
-    return likeness.completed(costs, kinds, ratios)
+    def errors(
+        self, name: str, weight: torch.Tensor, known: Statistics | None
+    ) -> dict[Kind, torch.Tensor]:
+        """kind → ΔW of a matrix, or of some of its rows."""
+        return errors_of(weight, likeness.quick(self.kinds[name]), known, self.job.config)
+
+    def probe(self, name: str, weight: torch.Tensor, known: Statistics) -> None:
+        """Solve a matrix on the lattices, too, if it is one of the probes."""
+        if name in self.probes:
+            self.ratios.append(ratios_of(weight, self.kinds[name], known, self.job.config))
+
+    def costs(self) -> dict[str, dict[Kind, float]]:
+        """The mean over the tokens of all samples whose gradients are finite everywhere."""
+        every = [slope for each in self.slopes.values() for slope in each.values()]
+        finite = torch.stack(every).isfinite().all(0)
+        tokens = sum(int(_predicted(s).sum()) for s, ok in zip(self.held, finite) if ok)
+        if not tokens:
+            raise CalibrationError(
+                "--target-bpw: no sample has finite gradients; the model or the images are damaged"
+            )
+        return {
+            name: {k: float(s[finite].square().sum()) / 2 / tokens for k, s in each.items()}
+            for name, each in self.slopes.items()
+        }
 
 
-def _parts(
-    modules: Mapping[str, Matrix], kinds: Mapping[str, Iterable[Kind]], memory: int | None
-) -> list[list[str]]:
-    """The matrices, in parts that are measured at the same time: as many as fit, at least one.
+def _layer_errors(
+    run: _Run, layer: nn.Module, index: int, entering: Sequence[Callable[[], torch.Tensor]]
+) -> dict[str, dict[Kind, torch.Tensor]]:
+    """Name in the layer → kind → ΔW, of the layer's linears that are asked for.
 
-    Each part takes two passes, one over each half of the samples.
+    The statistics are of the full-precision model, and all tokens count alike.
     """
-    parts: list[list[str]] = [[]]
-    room = memory
-    for name, module in modules.items():
-        weight = module.weight
-        errors, gradient = 2 * len(list(kinds[name])), 4  # bytes of each weight
-        sums = 8 * weight.shape[1] ** 2
-        size = weight.numel() * (errors + gradient) + sums
-        if room is not None and parts[-1] and size > room:
-            parts.append([])
-            room = memory
-        parts[-1].append(name)
-        room = None if room is None else room - size
-    return parts
-
-
-def _statistics(
-    model: nn.Module, modules: Mapping[str, Matrix], samples: Sequence[Sample]
-) -> dict[str, Statistics]:
-    """The sums of each linear's inputs in the full-precision model. All tokens count alike."""
+    prefix = run.job.prefix(index)
+    groups = [[n for n in g if prefix + n in run.kinds] for g in run.job.family.groups]
     sums: dict[str, Statistics] = {}
     with ExitStack() as hooks, torch.no_grad():
-        for name, module in modules.items():
-            weight = module.weight
-            sums[name] = Statistics.empty(weight.shape[1], drift=False, device=weight.device)
-            hooks.enter_context(before(module, _adds_to(sums[name])))
-        for sample in samples if sums else ():
-            model(**sample.model_inputs(next(model.parameters()).device), use_cache=False)
-    return sums
+        for first in (group[0] for group in groups if group):
+            module: Any = layer.get_submodule(first)
+            sums[first] = Statistics.empty(
+                module.weight.shape[1], drift=False, device=run.model.device
+            )
+            hooks.enter_context(before(module, _adds_to(sums[first])))
+        for batch, hidden in zip(run.batches, entering) if sums else ():
+            if bool(batch.valid.all()):
+                layer_output(layer, hidden(), batch, index)
+    found: dict[str, dict[Kind, torch.Tensor]] = {}
+    for group in filter(None, groups):
+        known = sums.pop(group[0]).to_float32()
+        for name in group:
+            weight: Any = layer.get_submodule(name).weight
+            run.probe(prefix + name, weight, known)
+            found[name] = run.errors(prefix + name, weight, known)
+    return found
 
 
 def _adds_to(sums: Statistics) -> Callable[[tuple, dict], None]:
-    """What adds a linear's input [batch, tokens, in] to its sums."""
+    """What adds a linear's input [samples, tokens, in] to its sums."""
     return lambda args, _kwargs: sums.add(args[0].flatten(0, -2))
 
 
+def _back(
+    run: _Run,
+    layer: nn.Module,
+    index: int,
+    entering: Sequence[Callable[[], torch.Tensor]],
+    errors: Mapping[str, Mapping[Kind, torch.Tensor]],
+    gradients: Sequence[Callable[[], torch.Tensor]],  # at what leaves the layer, of each sample
+) -> list[Callable[[], torch.Tensor]]:
+    """The gradients at what enters the layer. The slopes of its linears are added."""
+    weights: list[Any] = [layer.get_submodule(name).weight for name in errors]
+    prefix, onward = run.job.prefix(index), []
+    for weight in weights:
+        weight.requires_grad_(True)
+    for place, (batch, gradient) in enumerate(zip(run.singles, gradients)):
+        hidden = entering[len(run.batches) + place]().requires_grad_()
+        with torch.enable_grad():
+            out = layer_output(layer, hidden, batch, index)
+            first, *own = torch.autograd.grad(out, [hidden, *weights], grad_outputs=gradient())
+        onward.append(batch.aside(first))
+        for (name, kinds), slope in zip(errors.items(), own):
+            for kind, error in kinds.items():
+                moved = torch.dot(slope.flatten(), error.float().flatten())
+                run.add(prefix + name, kind, place, moved)
+    return onward
+
+
+def _from_the_head(
+    run: _Run, layer: nn.Module, entering: Sequence[Callable[[], torch.Tensor]]
+) -> list[Callable[[], torch.Tensor]]:
+    """The gradients at what leaves the last layer. Slopes of the output matrix are added."""
+    last, states, gradients = run.job.layers - 1, [], []
+    with run.model.filled_head() as head, torch.no_grad():
+        outs = zip(run.singles, entering[len(run.batches) :], run.held)
+        for place, (batch, hidden, sample) in enumerate(outs):
+            out = add(layer_output(layer, hidden(), batch, last), batch, last)
+            where = _predicted(sample).nonzero().squeeze(1).to(out.device)
+            states.append(out[0, where])
+            gradient = torch.zeros_like(out)
+            for some, v in _directions(head, states[-1], _seed(run, place)):
+                with torch.enable_grad():
+                    leaf = some.detach().requires_grad_()
+                    (found,) = torch.autograd.grad((v * head(leaf)).sum(), leaf)
+                taken, where = where[: len(some)], where[len(some) :]
+                gradient[0, taken] = found
+            gradients.append(batch.aside(gradient))
+    tied = run.job.architecture.tied
+    name = run.job.family.embedding if tied else run.job.family.head
+    if name in run.kinds:
+        known = None if tied else _head_sums(run, layer, entering)
+        _head_slopes(run, name, states, known)
+    return gradients
+
+
+def _head_sums(
+    run: _Run, layer: nn.Module, entering: Sequence[Callable[[], torch.Tensor]]
+) -> Statistics:
+    """The sums of the output matrix's inputs."""
+    last = run.job.layers - 1
+    sums = Statistics.empty(run.model.head_shape[1], drift=False, device=run.model.device)
+    with run.model.filled_norm() as norm, torch.no_grad():
+        for batch, hidden in zip(run.batches, entering):
+            if bool(batch.valid.all()):
+                out = add(layer_output(layer, hidden(), batch, last), batch, last)
+                sums.add(norm(out).flatten(0, -2))
+    return sums.to_float32()
+
+
 @torch.no_grad()
-def _errors(
-    weight: torch.Tensor,  # W, [out, in]
-    kinds: Iterable[Kind],
-    sums: Statistics | None,  # of the inputs; None: there are none, and W is rounded to nearest
-    config: QuantConfig,
-) -> dict[Kind, torch.Tensor]:
-    """kind → Ŵ − W, bfloat16 [out, in], where Ŵ is W solved on that kind."""
-    weight = weight.detach().float()
-    types = [kind for kind in kinds if isinstance(kind, str)]
-    if sums is None:
-        return {kind: (_rounded(weight, GRIDS[kind]) - weight).bfloat16() for kind in types}
-    sums = sums.to_float32()
-    widths = [kind for kind in kinds if isinstance(kind, int)]
-    return _on_types(weight, types, sums, config) | _at_widths(weight, widths, sums, config)
+def _head_slopes(
+    run: _Run,
+    name: str,
+    states: Sequence[torch.Tensor],  # of each sample, [answer tokens, hidden] before the norm
+    known: Statistics | None,
+) -> None:
+    """Add the slopes of the output matrix, some of its rows at a time."""
+    model, (rows, _) = run.model, run.model.head_shape
+    if known is not None:
+        run.probe(name, model.head_rows(0, _SLAB), known)
+    with model.filled_head() as head, model.filled_norm() as norm:
+        for start in range(0, rows, _SLAB):
+            slab = slice(start, start + _SLAB)
+            errors = run.errors(name, model.head_rows(start, start + _SLAB), known)
+            for place, state in enumerate(states):
+                for some, v in _directions(head, state, _seed(run, place)):
+                    entered = norm(some)
+                    for kind, error in errors.items():
+                        run.add(name, kind, place, (entered @ error.float().T * v[:, slab]).sum())
 
 
-def _at_widths(
-    weight: torch.Tensor, widths: Iterable[int], sums: Statistics, config: QuantConfig
-) -> dict[Kind, torch.Tensor]:
-    """width → Ŵ − W, where Ŵ is solved with the ranges and the descent of the recipe's method."""
-    own = method_named(config.method)
-    method = Method(refine=own.refine, neighbours=own.neighbours)
-    found: dict[Kind, torch.Tensor] = {}
-    for bits in widths:
-        choice = grid_choice(config.at(bits), "", weight.shape[1])
-        stack = Stack.of([Source("", weight)], choice)
-        (solved,) = attempt(stack, prepared(stack, sums, config), None, method, config)
-        found[bits] = (solved.solution.decode() - weight).bfloat16()
-    return found
+@torch.no_grad()
+def _embedding_slopes(run: _Run, gradients: Sequence[Callable[[], torch.Tensor]]) -> None:
+    """Add what the embedding's rows say where they are looked up: at the tokens of text.
 
-
-def _on_types(
-    weight: torch.Tensor, types: Iterable[str], sums: Statistics, config: QuantConfig
-) -> dict[Kind, torch.Tensor]:
-    """type → Ŵ − W, where Ŵ is solved by the plain column loop."""
-    order = "off" if config.act_order == "off" else "gar"
-    found: dict[Kind, torch.Tensor] = {}
-    hessians: dict[tuple[int, int], Hessian] = {}  # by the columns of a block and of a point
-    for kind in types:
-        grid = GRIDS[kind]
-        key = grid.block, grid.together
-        if key not in hessians:
-            hessians[key] = prepare(
-                sums.hessian,
-                sums.diagonal,
-                group=grid.block,
-                act_order=order,
-                damp=config.damp,
-                together=grid.together,
-            )
-        solution = solve_blocks(weight, hessians[key], grid, block=config.block_size)
-        found[kind] = (solution.decode() - weight).bfloat16()
-    return found
-
-
-def _ratios(
-    weight: torch.Tensor, kinds: Iterable[Kind], sums: Statistics, config: QuantConfig
-) -> likeness.Ratios:
-    """What lattices err on this matrix, over what the types err that they are likened to."""
-    lattices = [kind for kind in kinds if isinstance(kind, str) and kind in likeness.LIKE]
-    both = dict.fromkeys([*lattices, *(likeness.LIKE[kind] for kind in lattices)])
-    return likeness.ratios(_errors(weight, both, sums, config), sums.to_float32().hessian)
-
-
-def _rounded(weight: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """The weights rounded to nearest, some rows at a time, float32 [out, in]."""
-    return torch.cat([nearest_in_blocks(rows, grid).decode() for rows in weight.split(_ROWS)])
-
-
-def _costs(
-    model: nn.Module,
-    modules: Mapping[str, Matrix],
-    errors: Errors,
-    samples: Sequence[Sample],
-    draws: torch.Generator,
-    progress: Callable[[int], None],
-) -> dict[str, dict[Kind, float]]:
-    """matrix → kind → KL per answer token over these samples.
-
-    A sample whose gradients are not finite is left out.
+    gradients: at what enters the first layer, of each sample.
     """
-    total = {name: dict.fromkeys(kinds, 0.0) for name, kinds in errors.items()}
-    weights = [module.weight.requires_grad_(True) for module in modules.values()]
-    tokens = 0
-    for i, sample in enumerate(samples):
-        progress(i)
-        gradients = _gradients(model, weights, sample, draws)
-        if not all(bool(torch.isfinite(g).all()) for g in gradients):
-            continue
-        tokens += int(_predicted(sample).sum())
-        for name, gradient in zip(modules, gradients):
-            for kind, error in errors[name].items():
-                slope = float(torch.dot(gradient.flatten(), error.float().flatten()))
-                total[name][kind] += slope**2 / 2
-    if not tokens:
-        raise CalibrationError(
-            "--target-bpw: no sample has finite gradients; the model or the images are damaged"
-        )
-    return {
-        name: {kind: cost / tokens for kind, cost in kinds.items()} for name, kinds in total.items()
-    }
+    name = run.job.family.embedding
+    if name not in run.kinds:
+        return
+    every = torch.cat([sample.input_ids for sample in run.held]).unique()
+    rows = run.model.checkpoint.tensor(f"{name}.weight", rows=every.tolist())
+    weight = rows.to(run.model.device).float()
+    errors = run.errors(name, weight, None)
+    scale = getattr(run.model.model.get_input_embeddings(), "embed_scale", 1.0)  # Gemma's √hidden
+    for place, (sample, gradient) in enumerate(zip(run.held, gradients)):
+        text = ~sample.vision
+        where = torch.searchsorted(every, sample.input_ids[text]).to(weight.device)
+        own = gradient()[0, text.to(weight.device)] * scale
+        for kind, error in errors.items():
+            run.add(name, kind, place, (error[where].float() * own).sum())
 
 
-def _gradients(
-    model: Any,
-    weights: Sequence[torch.Tensor],
-    sample: Sample,
-    draws: torch.Generator,
-) -> tuple[torch.Tensor, ...]:
-    """∂ (vᵀz) / ∂W of each matrix, summed over the answer's tokens, with a v drawn for each."""
-    device = weights[0].device
-    with torch.enable_grad():
-        logits = model(**sample.model_inputs(device), use_cache=False).logits[0, :-1]
-        logits = logits[_predicted(sample).to(device)].float()
-        p = logits.detach().softmax(-1)
-        signs = torch.randint(2, p.shape, generator=draws).to(device) * 2 - 1
+def _directions(
+    head: Callable[[torch.Tensor], torch.Tensor],  # [n, hidden] → logits [n, vocabulary]
+    states: torch.Tensor,  # [answer tokens, hidden]
+    seed: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(some of the states, v [n, vocabulary]), the same for the same seed."""
+    draws = torch.Generator().manual_seed(seed)
+    for some in states.split(AT_ONCE):
+        p = head(some).softmax(-1)
+        signs = torch.randint(2, p.shape, generator=draws).to(p.device) * 2 - 1
         scattered = p.sqrt() * signs
-        v = scattered - p * scattered.sum(-1, keepdim=True)
-        return torch.autograd.grad((v * logits).sum(), weights)
+        yield some, scattered - p * scattered.sum(-1, keepdim=True)
+
+
+def _seed(run: _Run, sample: int) -> int:
+    return run.job.config.seed * 2**20 + sample
 
 
 def _predicted(sample: Sample) -> torch.Tensor:

@@ -24,8 +24,9 @@ from vlmq_export.planning.target_bpw import measured_costs
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.calibration.divergence import distance_of
 from vlmq_export.quantizer.config import BITS, QuantConfig
+from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.model.streamed import load_model
+from vlmq_export.quantizer.model.streamed import StreamedModel, load_model
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.quantizer.type_budget.knapsack import choose
@@ -144,10 +145,10 @@ def samples():
 
 
 def test_fewer_bits_cost_more(samples):
-    whole = load_model(Checkpoint(bundled.REFERENCE_VLM), torch.device("cpu"))
-    modules = {"down": whole.model.language_model.layers[1].mlp.down_proj}
-    given = modules, {"down": BITS}, modules, samples[:16]
-    costs = measured(whole, *given, QuantConfig("gptq"))["down"]
+    checkpoint, name = Checkpoint(bundled.REFERENCE_VLM), "model.layers.1.mlp.down_proj"
+    job = Job.of(checkpoint.architecture, QuantConfig("gptq"))
+    streamed = StreamedModel(checkpoint, torch.device("cpu"))
+    costs = measured(streamed, job, {name: BITS}, samples[:16])[name]
     assert costs[2] > costs[3] > costs[4] > costs[8] > 0
 
 

@@ -18,6 +18,7 @@ from vlmq_export.errors import UsageError
 from vlmq_export.formats.contract import FORMATS
 from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, with_widths
 from vlmq_export.planning.budget import at_least
+from vlmq_export.planning.budget import budget_of as types_budget
 from vlmq_export.planning.run_plan import format_plan, plan_run
 from vlmq_export.planning.target_bpw import (
     begun_with,
@@ -188,6 +189,20 @@ def costs_of(
         group: {w: (bits, sum(cost[n][w][1] for n in group)) for w, bits in widths.items()}
         for group, widths in choices.items()
     }
+
+
+def kinds_tried(model: ModelPlan, recipe: Recipe) -> dict[str, list[str | int]]:
+    """Hub module → block types or widths whose cost a run will measure; empty where it need not."""
+    if recipe.types_by_cost:
+        budget = types_budget(model, recipe)
+        each = {} if budget.holds_largest else budget.choices
+        return {name: [*kinds] for name, kinds in each.items()}
+    choices = choices_of(model, recipe)
+    if sum(max(widths.values()) for widths in choices.values()) <= budget_of(
+        model, recipe, choices
+    ):
+        return {}
+    return {name: [*widths] for group, widths in choices.items() for name in group}
 
 
 def _bits(model: ModelPlan, width: int, linears: Iterable[LinearSpec], recipe: Recipe) -> int:

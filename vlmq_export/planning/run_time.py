@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 
 import torch
 
@@ -20,14 +22,22 @@ from vlmq_export.planning.run_plan import (
     shapes_of,
 )
 from vlmq_export.quantizer.run.machine import Clock, Machine, measured
-from vlmq_export.quantizer.run.time_plan import TimePlan, plan_seconds
+from vlmq_export.quantizer.run.time_plan import (
+    TimePlan,
+    Tried,
+    choosing_seconds,
+    plan_seconds,
+)
 from vlmq_export.quantizer.samples.loading import START, Limit, worker_count
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import Row
 from vlmq_export.quantizer.samples.sample import Lengths
+from vlmq_export.quantizer.type_budget import likeness
+from vlmq_export.quantizer.type_budget.sensitivity import SAMPLES
 
 log = logging.getLogger("vlmq_export")
 PROOF = "proof and fidelity"
+CHOOSING = "choose types"
 TUNING = "the steps of --tune"
 _READ = 3  # rows that are read whole, to know what one costs
 _WRITE_PASSES = 4  # over all weights, for each format: decoded or copied, packed, written
@@ -46,15 +56,23 @@ class Reading:
     clock: Clock = time.perf_counter
 
 
-def plan_time(plan: RunPlan, reading: Reading, device: torch.device) -> TimePlan | None:
+def plan_time(
+    plan: RunPlan,
+    reading: Reading,
+    device: torch.device,
+    tried: Mapping[str, Iterable[str | int]] = MappingProxyType({}),  # matrix → kinds to measure
+) -> TimePlan | None:
     """Seconds of a run by phase, but for `left_out`; None where its method is not planned for.
 
     The machine is measured for about two seconds, once in a process.
     """
     if plan.model.job.method.scaling:
         return None
-    machine = _machine(device, fitted_types(plan.model))
-    phases = {phase: taken for phase, taken in phases_of(plan, reading, machine).items() if taken}
+    kinds = {kind for each in tried.values() for kind in each if isinstance(kind, str)}
+    machine = _machine(device, frozenset(fitted_types(plan.model) | kinds))
+    taken = phases_of(plan, reading, machine)
+    taken = {CHOOSING: choosing(plan, tried, machine), **taken}
+    phases = {phase: seconds for phase, seconds in taken.items() if seconds}
     tuning = (TUNING,) if plan.model.job.method.tuned else ()
     return TimePlan(sum(phases.values()), phases, (*tuning, PROOF))
 
@@ -68,6 +86,22 @@ def phases_of(plan: RunPlan, reading: Reading, machine: Machine) -> dict[str, fl
         **quantize_seconds(plan.model, plan.lengths, machine),
         "write": machine.elementwise(passes * shapes_of(plan.model).weights),
     }
+
+
+def choosing(plan: RunPlan, tried: Mapping[str, Iterable[str | int]], machine: Machine) -> float:
+    """Seconds in which the costs of kinds are measured; 0 where there is nothing to choose."""
+    if not tried or plan.lengths is None:
+        return 0.0
+    model, shape = plan.model, {}
+    for x in model.linears:
+        shape[x.name] = (x.out_features, x.in_features)
+    for x in model.floats:
+        shape.setdefault(x.name.removesuffix(".weight"), (x.shape[0], x.shape[-1]))
+    counts = Counter((*shape[n], tuple(likeness.quick(kinds))) for n, kinds in tried.items())
+    matrices = [Tried(rows, columns, kinds, n) for (rows, columns, kinds), n in counts.items()]
+    most = 2 * SAMPLES
+    shapes, config = shapes_of(model), model.config
+    return choosing_seconds(shapes, matrices, config, plan.lengths, most, machine)
 
 
 def quantize_seconds(model: ModelPlan, lengths: Lengths, machine: Machine) -> dict[str, float]:

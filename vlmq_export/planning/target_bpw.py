@@ -9,25 +9,26 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import torch
-from torch import nn
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 from vlmq_export.callbacks import Progress
 from vlmq_export.errors import ArtifactError, UsageError
 from vlmq_export.formats.model_plan import ModelPlan
 from vlmq_export.planning.budget import budget_of, largest_types, weights_of
+from vlmq_export.planning.run_plan import shapes_of
 from vlmq_export.quantizer.arithmetic import exact_arithmetic, pick_device
+from vlmq_export.quantizer.calibration.offload import Place, Shelf
 from vlmq_export.quantizer.grids.blocks import GRIDS
+from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.rotation import rotated
-from vlmq_export.quantizer.model.streamed import load_model
+from vlmq_export.quantizer.model.streamed import StreamedModel
 from vlmq_export.quantizer.ranks import Ranks
-from vlmq_export.quantizer.samples.sample import Sample
+from vlmq_export.quantizer.samples.sample import Lengths, Sample
 from vlmq_export.quantizer.storage.untrusted import read_json
 from vlmq_export.quantizer.type_budget.knapsack import choose
-from vlmq_export.quantizer.type_budget.sensitivity import Matrix, measured
+from vlmq_export.quantizer.type_budget.sensitivity import kept_bytes, measured
 from vlmq_export.recipes.recipe import Recipe
 
 log = logging.getLogger("vlmq_export")
@@ -167,38 +168,23 @@ def measured_costs(
     memory: int,
     progress: Progress,
 ) -> dict[str, dict[Any, tuple[int, float]]]:
-    """The types or widths of each matrix with what they cost. The whole model is loaded for it.
+    """The types or widths of each matrix with what they cost, layer by layer.
 
     bits: hub module → type or width → bits of the whole matrix.
+    memory: bytes that are free. Of activations that would take half of them, files are made.
     """
-    family = checkpoint.architecture.family
-    whole = _whole_model(checkpoint, recipe)
-    modules = {name: cast(Matrix, whole.get_submodule(family.module_name(name))) for name in bits}
-    # An embedding is only rounded.
-    solved = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
-    room = max(0, memory - 4 * sum(p.numel() for p in whole.parameters()))
-    with exact_arithmetic():
+    turned, device = rotated(checkpoint, recipe.rotate, recipe.seed), pick_device(recipe.device)
+    job = Job.of(turned.architecture, model.config)
+    shapes, streamed = shapes_of(model), StreamedModel(turned, device)
+    kept = kept_bytes(shapes.layers, shapes.hidden, Lengths.of(samples))
+    with TemporaryDirectory() as scratch, exact_arithmetic():
+        place: Place = "disk" if kept > memory / 2 else "host"
         cost = measured(
-            whole,
-            modules,
+            streamed,
+            job,
             bits,
-            solved,
             samples,
-            model.config,
-            memory=room,
-            progress=lambda done, total: progress("measure costs", done, total),
+            Shelf(device, place, Path(scratch)),
+            lambda done, total: progress("measure costs", done, total),
         )
     return {n: {k: (b, cost[n][k]) for k, b in kinds.items()} for n, kinds in bits.items()}
-
-
-def _whole_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
-    """The model whose matrices are solved: the source's, or that with its weights rotated."""
-    whole = load_model(checkpoint, pick_device(recipe.device))
-    turned = rotated(checkpoint, recipe.rotate, recipe.seed)
-    for name in turned.tensors if turned is not checkpoint else ():
-        path, _, part = checkpoint.architecture.family.module_name(name).rpartition(".")
-        module = whole.get_submodule(path)
-        if part in dict(module.named_parameters(recurse=False)):
-            value = turned.tensor(name).to(next(module.parameters()).device, torch.float32)
-            module.register_parameter(part, nn.Parameter(value, requires_grad=False))
-    return whole

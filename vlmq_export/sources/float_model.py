@@ -11,7 +11,12 @@ import torch
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.formats.gguf.types.mix import mix_named, module_types
 from vlmq_export.formats.model_plan import ModelPlan, model_plan, with_types, with_widths
-from vlmq_export.planning.mixed_widths import chosen_widths, planned_widths, spare_width_note
+from vlmq_export.planning.mixed_widths import (
+    chosen_widths,
+    kinds_tried,
+    planned_widths,
+    spare_width_note,
+)
 from vlmq_export.planning.run_plan import (
     RunPlan,
     largest_group,
@@ -109,7 +114,8 @@ class FloatModel(Source):
 
     def timed(self, plan: RunPlan, recipe: Recipe, data: CalibrationRows) -> RunPlan:
         reading = Reading(self.preprocessor, data.taken, limit_of(recipe, self.checkpoint))
-        return replace(plan, time=plan_time(plan, reading, self.device(recipe)))
+        tried = kinds_tried(plan.model, recipe) if recipe.by_cost else {}
+        return replace(plan, time=plan_time(plan, reading, self.device(recipe), tried))
 
     def device(self, recipe: Recipe) -> torch.device:
         return pick_device(recipe.device)

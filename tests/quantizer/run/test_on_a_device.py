@@ -12,9 +12,10 @@ from tools.reference_vlm.tiny_checkpoints import make_tiny
 from vlmq_export import bundled
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.model.streamed import load_model
+from vlmq_export.quantizer.model.streamed import StreamedModel
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
@@ -135,13 +136,13 @@ def test_tuning_stays_on_the_device(model, samples, tmp_path, monkeypatch):
 
 def test_the_costs_of_block_types_stay_on_the_device(model, samples, monkeypatch):
     """--target-bpw: type_budget/sensitivity.py."""
-    names = ["model.language_model.layers.0.mlp.down_proj", "model.language_model.embed_tokens"]
+    checkpoint = Checkpoint(model)
+    job = Job.of(checkpoint.architecture, QuantConfig())
+    names = [f"{job.prefix(0)}mlp.down_proj", job.family.embedding]
     kinds = dict.fromkeys(names, ("Q4_0", "Q8_0"))
 
     def costs(device: torch.device) -> dict:
-        whole = load_model(Checkpoint(model), device)
-        modules = {n: whole.get_submodule(n) for n in names}
-        return measured(whole, modules, kinds, names[:1], samples, QuantConfig())
+        return measured(StreamedModel(checkpoint, device), job, kinds, samples)
 
     ours = costs(torch.device("cpu"))
     with simulated_device(monkeypatch):

@@ -16,7 +16,7 @@ from vlmq_export.planning.run_time import spoken
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.run.machine import Machine, at, measured
-from vlmq_export.quantizer.run.time_plan import Linears, plan_seconds
+from vlmq_export.quantizer.run.time_plan import Linears, Tried, choosing_seconds, plan_seconds
 from vlmq_export.quantizer.samples.sample import Length, Lengths
 
 FREE = {1: 1e-30}  # a table of what costs nothing
@@ -236,3 +236,18 @@ def test_an_unusable_row_is_refused_by_the_dry_run(tmp_path):
     assert refused.refusals[0].startswith("1 of 1 samples cannot be used: ")
     with pytest.raises(CalibrationError, match="1 of 1 samples cannot be used: "):
         run(recipe.model_copy(update={"out": tmp_path / "o"}))
+
+
+def test_the_choice_of_types_is_three_passes_and_a_solve_of_each():
+    """On a machine whose products alone take time, and of 64 samples half are solved on."""
+    slow = dataclasses.replace(QUICK, products={1: 1.0}, fits={"Q4_0": 0.0})
+    tokens, scores = 64 * 512, 2 * 2 * 64 * 512**2 * 2048
+    one = dataclasses.replace(QWEN_3B, layers=1, prefix=0)
+    tried = [Tried(256, 2048, ("Q4_0",), 3)]
+    found = choosing_seconds(one, tried, QuantConfig(), LENGTHS, 256, slow)
+    passes = 3 * 2 * tokens * QWEN_3B.layer + (2 + 2.5 / 2) * scores
+    sums = 2 * tokens / 2 * 2048**2 * (0.5 + 512 / 2048)
+    loop = found - passes - 3 * sums
+    assert 0 < loop < 3 * 2 * 256 * 2048**2 * 2  # its products, by halves of the columns
+    half = choosing_seconds(one, [], QuantConfig(), LENGTHS, 32, slow)
+    assert half == pytest.approx(passes / 2, rel=1e-6)

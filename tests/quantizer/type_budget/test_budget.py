@@ -20,17 +20,25 @@ from vlmq_export.errors import UsageError
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.quantizer.artifact.read import Artifact
+from vlmq_export.quantizer.calibration.hooks import before
+from vlmq_export.quantizer.calibration.offload import Shelf
+from vlmq_export.quantizer.calibration.statistics import Statistics
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.blocks import GRIDS
+from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.model.streamed import load_model
+from vlmq_export.quantizer.model.streamed import StreamedModel, load_model
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.quantizer.solver.nearest import nearest_in_blocks
 from vlmq_export.quantizer.type_budget import likeness
+from vlmq_export.quantizer.type_budget.errors import errors_of
 from vlmq_export.quantizer.type_budget.knapsack import choose
 from vlmq_export.quantizer.type_budget.sensitivity import measured
 
+CPU = torch.device("cpu")
+EMBEDDING = "model.embed_tokens"
+LAYER = "model.layers.%d.%s"
 pytestmark = pytest.mark.usefixtures("one_thread")
 # matrix → type → (bits, cost)
 BITS_AND_COST = st.tuples(st.integers(1, 30), st.floats(0, 100))
@@ -76,7 +84,14 @@ def reference():
     """(model, samples) of the bundled reference VLM."""
     preprocessor = Preprocessor(bundled.REFERENCE_VLM)
     samples = [preprocessor.sample(row) for row in read_rows(bundled.CALIBRATION)[:64]]
-    return load_model(Checkpoint(bundled.REFERENCE_VLM), torch.device("cpu")), samples
+    return load_model(Checkpoint(bundled.REFERENCE_VLM), CPU), samples
+
+
+def costs_of(kinds, samples, config, **options):
+    """The costs in the bundled reference VLM."""
+    checkpoint = Checkpoint(bundled.REFERENCE_VLM)
+    job = Job.of(checkpoint.architecture, config)
+    return measured(StreamedModel(checkpoint, CPU), job, kinds, samples, **options)
 
 
 @torch.no_grad()
@@ -97,7 +112,7 @@ def test_a_cost_is_the_kl_that_the_rounded_matrix_has(reference):
     model, samples = reference
     embedding, kinds = model.get_input_embeddings(), ["Q4_K", "Q6_K"]
     configs = [QuantConfig(seed=seed) for seed in range(3)]
-    costs = [measured(model, {"e": embedding}, {"e": kinds}, (), samples, c)["e"] for c in configs]
+    costs = [costs_of({EMBEDDING: kinds}, samples, c)[EMBEDDING] for c in configs]
     before, source = answers(model, samples[1::2]), embedding.weight.data.clone()
     for kind in kinds:
         embedding.weight.data = nearest_in_blocks(source, GRIDS[kind]).decode()
@@ -106,35 +121,87 @@ def test_a_cost_is_the_kl_that_the_rounded_matrix_has(reference):
         kl = float((before.exp() * (before - after)).sum(-1).mean())
         cost = sum(c[kind] for c in costs) / 3
         assert kl / 1.5 < cost < 1.5 * kl, (kind, kl, cost)
-    assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_parts_of_the_matrices_measure_the_same(reference):
+def test_the_costs_are_those_of_gradients_through_the_whole_model(reference):
+    """Of every kind of matrix, against transformers' own model with all weights in memory.
+
+    Damping takes the solver close to rounding, whose codes do not follow the last bits of sums.
+    """
     model, samples = reference
-    layer = model.model.language_model.layers[1]
-    modules = {"v": layer.self_attn.v_proj, "down": layer.mlp.down_proj}
-    kinds = {"v": ["Q2_K", "Q4_K"], "down": ["Q2_K", "Q5_0"]}
-    whole = measured(model, modules, kinds, modules, samples[:8], QuantConfig())
-    parts = measured(model, modules, kinds, modules, samples[:8], QuantConfig(), memory=1)
-    assert whole.keys() == parts.keys()
-    assert whole["v"]["Q2_K"] > whole["v"]["Q4_K"] > 0
-    for name, kind in (("v", "Q2_K"), ("v", "Q4_K"), ("down", "Q2_K"), ("down", "Q5_0")):
-        assert whole[name][kind] == pytest.approx(parts[name][kind], rel=1e-4)
-    rounded = measured(model, modules, kinds, (), samples[:8], QuantConfig())
-    assert rounded["down"]["Q2_K"] > whole["down"]["Q2_K"]  # solving costs less than rounding
+    config = QuantConfig(damp=100)
+    fitted, held = samples[:8:2], samples[1:8:2]
+    kinds = {LAYER % (1, "self_attn.v_proj"): ["Q2_K", "Q4_K"]}
+    kinds |= {LAYER % (1, "mlp.down_proj"): ["Q2_K", 3], EMBEDDING: ["Q4_K"]}
+    costs = costs_of(kinds, samples[:8], config)
+    family = Checkpoint(bundled.REFERENCE_VLM).architecture.family
+    for name, tried in kinds.items():
+        module = model.get_submodule(family.module_name(name))
+        sums = None if name == EMBEDDING else inputs_of(model, module, fitted)
+        errors = errors_of(module.weight, tried, sums, config)
+        for kind in tried:
+            slopes = [slope(model, module, errors[kind], s, i) for i, s in enumerate(held)]
+            tokens = sum(int(s.answer[1:].sum()) for s in held)
+            want = sum(s**2 for s in slopes) / 2 / tokens
+            assert costs[name][kind] == pytest.approx(want, rel=2e-3), (name, kind)
+        assert costs[name][tried[0]] > costs[name][tried[-1]] or len(tried) == 1
+
+
+@torch.no_grad()
+def inputs_of(model, module, samples):
+    """The sums of what enters a linear, in the whole model."""
+    sums = Statistics.empty(module.weight.shape[1], drift=False, device=CPU)
+    with before(module, lambda args, _: sums.add(args[0].flatten(0, -2))):
+        for sample in samples:
+            model(**sample.model_inputs(), use_cache=False)
+    return sums.to_float32()
+
+
+def slope(model, module, error, sample, place):
+    """⟨∂ (vᵀz) / ∂W, ΔW⟩ by autograd through the whole model."""
+    weight = module.weight.requires_grad_(True)
+    logits = model(**sample.model_inputs(), use_cache=False).logits[0, :-1][sample.answer[1:]]
+    p = logits.detach().softmax(-1)
+    draws = torch.Generator().manual_seed(place)
+    scattered = p.sqrt() * (torch.randint(2, p.shape, generator=draws) * 2 - 1)
+    v = scattered - p * scattered.sum(-1, keepdim=True)
+    (gradient,) = torch.autograd.grad((v * logits).sum(), weight)
+    weight.requires_grad_(False)
+    return float((gradient.double() * error.double()).sum())
+
+
+def test_activations_on_disk_give_the_same_costs(reference, tmp_path):
+    _, samples = reference
+    kinds = {LAYER % (2, "mlp.down_proj"): ["Q2_K", "Q5_0"]}
+    plain = costs_of(kinds, samples[:4], QuantConfig())
+    shelf = Shelf(CPU, "disk", tmp_path)
+    assert costs_of(kinds, samples[:4], QuantConfig(), shelf=shelf) == plain
+    assert next(shelf._numbers) > 8  # files were made, and are gone with what they held
+
+
+def test_an_output_matrix_of_its_own_has_a_cost(tiny):
+    checkpoint = Checkpoint(tiny("llava_onevision", tied=False))
+    preprocessor = Preprocessor(checkpoint.path)
+    samples = [preprocessor.sample(row) for row in read_rows(bundled.CALIBRATION)[:4]]
+    job = Job.of(checkpoint.architecture, QuantConfig())
+    kinds = {job.family.head: ["Q4_0", "Q8_0"], job.family.embedding: ["Q8_0"]}
+    costs = measured(StreamedModel(checkpoint, CPU), job, kinds, samples)
+    assert costs[job.family.head]["Q4_0"] > 20 * costs[job.family.head]["Q8_0"] > 0
+    assert costs[job.family.embedding]["Q8_0"] > 0
 
 
 def test_a_lattice_costs_what_the_probes_say(reference):
     """It is solved on two of three matrices, and costs the others as much more than its K type."""
-    model, samples = reference
-    layers = model.model.language_model.layers
-    modules = {str(i): layers[i].self_attn.v_proj for i in range(3)}
-    kinds = {"0": ["IQ2_XXS", "IQ3_S", "Q2_K", "Q3_K"], "1": ["Q2_K"], "2": ["IQ2_XXS", "Q2_K"]}
-    costs = measured(model, modules, kinds, modules, samples[:8], QuantConfig())
+    _, samples = reference
+    names = [LAYER % (i, "self_attn.v_proj") for i in range(3)]
+    tried = (["IQ2_XXS", "IQ3_S", "Q2_K", "Q3_K"], ["Q2_K"], ["IQ2_XXS", "Q2_K"])
+    kinds = dict(zip(names, tried))
+    costs = costs_of(kinds, samples[:8], QuantConfig())
     assert {name: [*each] for name, each in costs.items()} == kinds
-    assert costs["0"]["IQ2_XXS"] > costs["0"]["Q2_K"] > costs["0"]["IQ3_S"] > 0
-    ratio = costs["0"]["IQ2_XXS"] / costs["0"]["Q2_K"]
-    assert costs["2"]["IQ2_XXS"] == pytest.approx(ratio * costs["2"]["Q2_K"])
+    first, _, last = (costs[name] for name in names)
+    assert first["IQ2_XXS"] > first["Q2_K"] > first["IQ3_S"] > 0
+    # The mean of both probes' ratios stands for either.
+    assert first["IQ2_XXS"] / first["Q2_K"] == pytest.approx(last["IQ2_XXS"] / last["Q2_K"])
 
 
 def test_probes_are_spread_over_the_matrices():
