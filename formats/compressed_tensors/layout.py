@@ -6,21 +6,27 @@ from collections.abc import Iterable, Iterator
 
 from vlmq_export._version import __version__
 from vlmq_export.formats.in_transformers.files import Entry, float_entries
-from vlmq_export.formats.in_transformers.widths import width_patterns
-from vlmq_export.formats.model_plan import LinearSpec, TensorSpec
+from vlmq_export.formats.in_transformers.widths import tower_patterns, width_patterns
+from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, TensorSpec
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.model.families import Family
 
 PACKED = "pack-quantized"  # the library's name of the layout
 HEAD = r"re:.*lm_head"  # vLLM and SGLang look for a quantized head by its name alone
+LAYERS = r"re:.*model\.layers\..*_proj$"  # the linears of the decoder, fused ones too
+
+
+def graded(model: ModelPlan) -> list[tuple[LinearSpec, QuantConfig]]:
+    """The quantized linears in the order of the file, each with the recipe of its grid."""
+    config = model.config
+    decoder = [(linear, config.of(linear.name)) for linear in model.linears]
+    return decoder + [(linear, config.vision) for linear in model.tower]
 
 
 def entries(
-    linears: Iterable[LinearSpec], floats: Iterable[TensorSpec], config: QuantConfig
+    linears: Iterable[tuple[LinearSpec, QuantConfig]], floats: Iterable[TensorSpec]
 ) -> Iterator[Entry]:
     """Every tensor in the order of the file, under its hub name, which all three programs map."""
-    for linear in linears:
-        grid = config.of(linear.name)
+    for linear, grid in linears:
         n, k = linear.out_features, linear.in_features
         groups = grid.groups(k)
         shapes = {
@@ -42,36 +48,47 @@ def words(values: int, bits: int) -> int:
     return -(-values * bits // 32)
 
 
-def schemes(config: QuantConfig, family: Family) -> list[tuple[list[str], QuantConfig]]:
-    """The grids of a file, each with what it is for. A head on the grid of the rest shares it.
+def schemes(model: ModelPlan) -> list[tuple[list[str], QuantConfig]]:
+    """The grids of a file, each with what it is for. Parts that have the same grid share it.
 
-    Where linears have several widths, each of them is named. `Linear`, the name of a class, would
-    also be found in those that vLLM gives its fused linears.
+    Where there are several, each part is named. `Linear`, the name of a class, would stand for all
+    linears of a file where the library decodes by names alone, and is also found in the names that
+    vLLM gives its fused linears.
     """
+    config, family = model.config, model.architecture.family
+    parts = [([LAYERS], config)]
     if config.widths:
-        patterns = width_patterns(config.widths, family)
-        named = {bits: [f"re:{one}" for one in each] for bits, each in patterns.items()}
-        if config.head_bits:
-            named.setdefault(config.head_bits, []).append(HEAD)
-        return [(targets, config.at(bits)) for bits, targets in named.items()]
-    if not config.head_bits:
-        return [(["Linear"], config)]
-    head = config.head
-    if (head.bits, head.symmetric) == (config.bits, config.symmetric):
-        return [(["Linear", HEAD], config)]
-    return [(["Linear"], config), ([HEAD], head)]
+        found = width_patterns(config.widths, family)
+        parts = [([f"re:{one}" for one in each], config.at(bits)) for bits, each in found.items()]
+    if config.head_bits:
+        parts.append(([HEAD], config.head))
+    if model.tower:
+        parts.append((tower_patterns((x.name for x in model.tower), family), config.vision))
+    grids: dict[tuple[int, int, bool], tuple[list[str], QuantConfig]] = {}
+    for targets, grid in parts:
+        key = (grid.bits, grid.group_size, grid.symmetric)
+        grids.setdefault(key, ([], grid))[0].extend(targets)
+    if len(grids) == 1 and not config.widths:
+        return [(["Linear", *targets[1:]], grid) for targets, grid in grids.values()]
+    return list(grids.values())
 
 
-def ignored(family: Family, head: bool) -> list[str]:
+def ignored(model: ModelPlan) -> list[str]:
     """What stays float, as patterns that the names of transformers, vLLM and SGLang all match.
 
-    head: whether the output head is quantized.
+    Of a quantized tower, these are the modules that have weights and no integers.
     """
-    towers = [prefix.rstrip(".").split(".")[-1] for prefix in family.vision if prefix[-1] == "."]
-    return [rf"re:.*{tower}\..*" for tower in towers] + ([] if head else [HEAD])
+    family = model.architecture.family
+    head = [] if model.config.head_bits else [HEAD]
+    if not model.tower:
+        roots = [prefix.rstrip(".").split(".")[-1] for prefix in family.vision if prefix[-1] == "."]
+        return [rf"re:.*{root}\..*" for root in roots] + head
+    matrices = [t.name for t in model.floats if family.is_vision(t.name) and len(t.shape) > 1]
+    modules = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+    return tower_patterns(modules, family) + head
 
 
-def quantization_config(config: QuantConfig, family: Family) -> dict:
+def quantization_config(model: ModelPlan) -> dict:
     """The object that config.json holds, by the library's own classes."""
     from compressed_tensors import __version__ as library
     from compressed_tensors.quantization import (
@@ -90,12 +107,12 @@ def quantization_config(config: QuantConfig, family: Family) -> dict:
             {"targets": targets, "weights": weights, "format": PACKED}
         )
 
-    groups = {f"group_{i}": scheme(*one) for i, one in enumerate(schemes(config, family))}
+    groups = {f"group_{i}": scheme(*one) for i, one in enumerate(schemes(model))}
     stated = QuantizationConfig(
         config_groups=dict(groups),
         format=PACKED,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=ignored(family, bool(config.head_bits)),
+        ignore=ignored(model),
     )
     made = {"version": library, "quantizer": f"vlmq-export:{__version__}"}
     return stated.model_dump(mode="json", exclude_none=True) | made

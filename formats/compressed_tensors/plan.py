@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vlmq_export.formats.compressed_tensors.layout import entries, schemes
+from vlmq_export.formats.compressed_tensors.layout import entries, graded, schemes
 from vlmq_export.formats.compressed_tensors.runtimes import RUNTIMES
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
 from vlmq_export.formats.in_transformers import runtimes
@@ -13,15 +13,22 @@ from vlmq_export.formats.in_transformers.files import (
     embedding_refusals,
     group_refusals,
 )
-from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, sized_parts, widths_note
-from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.formats.model_plan import (
+    LinearSpec,
+    ModelPlan,
+    sized_parts,
+    tower_note,
+    widths_note,
+)
+from vlmq_export.quantizer.config import VISION_GROUP, QuantConfig
+from vlmq_export.quantizer.storage.tensors import DTYPES
 
 
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     """Size, bits per weight and refusals. The size is that of the tensors, without other files."""
     if refusals := [*_refusals(model), *group_refusals(model)]:
         return FormatPlan(0.0, 0, refusals)
-    table = list(entries(model.linears, model.floats, model.config))
+    table = list(entries(graded(model), model.floats))
     parts = sized_parts(model, ((e.source, e.nbytes) for e in table))
     size, bits = sum(parts.values()), bits_per_weight(model, table)
     return FormatPlan(bits, size, [], notes(model, options), parts)
@@ -29,7 +36,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
 
 def linear_bits(linear: LinearSpec, config: QuantConfig, options: FormatOptions) -> int:
     """Bits of a quantized linear, without its bias. config: the recipe of this one linear."""
-    return 8 * sum(e.nbytes for e in entries([linear], [], config) if e.part != "bias")
+    return 8 * sum(e.nbytes for e in entries([(linear, config)], []) if e.part != "bias")
 
 
 def _refusals(model: ModelPlan) -> Iterator[str]:
@@ -40,11 +47,11 @@ def _refusals(model: ModelPlan) -> Iterator[str]:
             "the integers are on GGUF's block types;"
             " leave out --format compressed-tensors, or quantize again"
         )
-    if config.vision_bits:
+    if short := [x for x in model.tower if x.in_features % VISION_GROUP]:
         yield (
-            f"--vision-bits {config.vision_bits}: these files hold the vision tower in floats,"
-            " which this run would not have calibrated on; leave out --format compressed-tensors,"
-            " or quantize with --vision-bits off"
+            f"{len(short)} quantized linears of the vision tower have rows of"
+            f" {short[0].in_features} columns, which groups of {VISION_GROUP} do not fill; quantize"
+            " again with compressed-tensors among the formats, and they stay float"
         )
     if config.act_order == "dynamic" and config.group_size != -1:
         yield (
@@ -52,56 +59,38 @@ def _refusals(model: ModelPlan) -> Iterator[str]:
             " use gar, static or off, or --group-size -1"
         )
     yield from embedding_refusals(config, "compressed-tensors")
-    if config.widths:
-        yield from _mixed_refusals(model)
-        return
-    if len(schemes(config, model.architecture.family)) == 1:
-        return
-    if not (config.symmetric and config.head.symmetric):
-        yield (
-            f"--head-bits {config.head_bits}: transformers 5.24 decodes all linears of a file with"
-            f" zero-points by one grid; use --head-bits {config.bits}, or --sym at 2 to 4 bits"
-        )
-    elif _answers_only_decoded(model):
-        yield (
-            f"--head-bits {config.head_bits}: transformers 5.24 cannot decode two grids while it"
-            " loads, and compressed-tensors 0.20.1 then breaks generate() of this model;"
-            f" use --head-bits {config.bits}"
-        )
-
-
-def _mixed_refusals(model: ModelPlan) -> Iterator[str]:
-    """What transformers cannot load of several widths."""
-    if not model.config.symmetric:
-        yield (
-            "mixed widths: transformers 5.24 decodes all linears of a file with zero-points by one"
-            " grid; add --sym, or leave out --format compressed-tensors"
-        )
-    elif _answers_only_decoded(model):
-        yield (
-            "mixed widths: transformers 5.24 cannot decode two grids while it loads, and"
-            " compressed-tensors 0.20.1 then breaks generate() of this model; leave out"
-            " --format compressed-tensors, or give one width with --bits"
-        )
-
-
-def _answers_only_decoded(model: ModelPlan) -> bool:
-    """Whether `generate` runs only where transformers decoded the weights while it loaded them.
-
-    The library's own decoding wraps each module that has parameters of its own, and makes a plain
-    dict of the image features that pass through it. LLaVA-OneVision's model owns the newline.
-    """
-    return model.architecture.family.newline > 0
 
 
 def notes(model: ModelPlan, options: FormatOptions) -> list[str]:
     """What the user should know of this file: who loads it, and how."""
     config = model.config
     found = widths_note(model, lambda x: linear_bits(x, config.of(x.name), options))
+    found += _tower_notes(model)
     found += runtimes.notes(RUNTIMES, model, options)
     decoded = "quantization_config=CompressedTensorsConfig(dequantize=True)"
-    if not config.symmetric:
+    if len(schemes(model)) > 1:
+        found.append(
+            "transformers 5.24 decodes all linears of a file by one grid; compressed-tensors"
+            " decodes each by its own, into a folder that transformers loads, as the card shows"
+        )
+    elif not config.symmetric:
         found.append(f"transformers 5.24 loads zero-points only with {decoded}")
-    elif _answers_only_decoded(model):
+    elif model.architecture.family.newline:
+        # The library's own decoding wraps each module that has parameters of its own, and makes a
+        # plain dict of the image features that pass through it. Here the model owns the newline.
         found.append(f"transformers 5.24 generates with this model only with {decoded}")
     return found
+
+
+def _tower_notes(model: ModelPlan) -> list[str]:
+    """What becomes of a quantized vision tower."""
+    vision = model.architecture.family.is_vision
+    linears = [(x, model.config.vision) for x in model.tower]
+    rest = sum(t.numel * DTYPES[t.dtype].itemsize for t in model.floats if vision(t.name))
+    before = None
+    if all(linear.dtype for linear in model.tower):
+        before = rest + sum(
+            DTYPES[x.dtype].itemsize * (x.numel + x.bias * x.out_features) for x in model.tower
+        )
+    now = rest + sum(e.nbytes for e in entries(linears, []))
+    return tower_note(model, f"of {model.config.vision_bits} bits", now, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from vlmq_export.formats.in_transformers.read import QuantizedFolder, named_line
 
 _BITS = (2, 3, 4, 5, 6, 7, 8)
 _HEAD = "lm_head"
-_CLASS, _HEAD_TARGET, _NAMES = "Linear", r"re:.*lm_head", "re:"  # what a target may be
+# What a target may be, beside the expressions of `named_linears` and of a tower.
+_CLASS, _HEAD_TARGET, _NAMES = "Linear", r"re:.*lm_head", "re:"
+_LAYERS = r"re:.*model\.layers\..*_proj$"
+_PART = r"(?:\w+|\(\w+(?:\|\w+)*\))"  # of a name, or one of several
+_TOWER = re.compile(
+    rf"re:\.\*(?P<root>\w+)\\\.(?:\.\*|\(\.\*\\\.\)\?(?P<parts>{_PART}(?:\\\.{_PART})*)\$)"
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,30 @@ class Grid:
     bits: int
     symmetric: bool
     group_size: int  # −1: one scale an output channel
+
+
+@dataclass(frozen=True)
+class TowerPart:
+    """Modules of a vision tower that an expression stands for. It is never run."""
+
+    root: str  # name of the tower
+    parts: tuple[frozenset[str], ...]  # what the last parts of a name may be; empty: all below root
+
+    @classmethod
+    def of(cls, pattern: str) -> TowerPart | None:
+        """None for an expression of another form."""
+        if not (found := _TOWER.fullmatch(pattern)):
+            return None
+        said = found["parts"].split("\\.") if found["parts"] else []
+        return cls(found["root"], tuple(frozenset(one.strip("()").split("|")) for one in said))
+
+    def holds(self, module: str) -> bool:
+        """Whether it stands for a module, by its name in the file."""
+        names = module.split(".")
+        above, ends = names, list[str]()
+        if self.parts:
+            above, ends = names[: -len(self.parts)], names[-len(self.parts) :]
+        return self.root in above and all(name in some for name, some in zip(ends, self.parts))
 
 
 class CompressedFolder(QuantizedFolder):
@@ -41,24 +72,33 @@ class CompressedFolder(QuantizedFolder):
                 " readable here"
             )
         self.groups = [(self._grid(group), self._targets(group)) for group in stated]
+        ignored = q.get("ignore")
+        stays = [TowerPart.of(str(one)) for one in ignored] if isinstance(ignored, list) else []
+        self._floats = [part for part in stays if part]
 
     @property
     def grids(self) -> set[Grid]:
         """The different grids of the file."""
         return {grid for grid, _ in self.groups}
 
-    def _targets(self, group: dict) -> set[str]:
-        """What a config group is for: `Linear`, `lm_head`, and linears by names in the layers.
+    def _targets(self, group: dict) -> set[str | TowerPart]:
+        """What a config group is for: a class, `lm_head`, all layers, linears in the layers by
+        their names, and parts of a tower.
 
         Raises FormatError for a target that this program does not write.
         """
-        targets, found = group.get("targets"), set[str]()
+        targets, found = group.get("targets"), set[str | TowerPart]()
         for target in targets if isinstance(targets, list) else [None]:
             said = str(target)
             names = named_linears(said.removeprefix(_NAMES)) if said.startswith(_NAMES) else None
-            if said not in (_CLASS, _HEAD_TARGET) and names is None:
+            if said in (_CLASS, _HEAD_TARGET, _LAYERS):
+                found.add(said)
+            elif names is not None:
+                found |= names
+            elif part := TowerPart.of(said):
+                found.add(part)
+            else:
                 raise FormatError(f"{self.path}: the target {said[:80]!r} is not readable here")
-            found |= {_HEAD} if said == _HEAD_TARGET else names or {_CLASS}
         return found
 
     def _grid(self, group: Any) -> Grid:
@@ -83,11 +123,19 @@ class CompressedFolder(QuantizedFolder):
         return Grid(bits, symmetric, size)
 
     def grid_of(self, module: str) -> Grid:
-        """The grid of a linear by its name in the file."""
-        own = _HEAD if module.rpartition(".")[2] == _HEAD else self.in_layers(module)
-        for target in (own, _CLASS):  # a name goes before the class
-            if found := [grid for grid, targets in self.groups if target in targets]:
-                return found[0]
+        """The grid of a linear by its name in the file. A name goes before the class."""
+        if any(part.holds(module) for part in self._floats):
+            raise FormatError(f"{self.path}: config.json ignores {module}, which has integers")
+        own = set[str | TowerPart]()
+        if module.rpartition(".")[2] == _HEAD:
+            own = {_HEAD_TARGET}
+        elif self.hub_name(module).startswith(self.family.layers):
+            own = {_LAYERS, self.in_layers(module)}
+        for grid, targets in self.groups:
+            if own & targets or any(t.holds(module) for t in targets if isinstance(t, TowerPart)):
+                return grid
+        if found := [grid for grid, targets in self.groups if _CLASS in targets]:
+            return found[0]
         raise FormatError(f"{self.path}: no config group is for {module}; export again")
 
     def decode(self, module: str) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vlmq_export.errors import FormatError
-from vlmq_export.formats.compressed_tensors.layout import entries, quantization_config
+from vlmq_export.formats.compressed_tensors.layout import entries, graded, quantization_config
 from vlmq_export.formats.compressed_tensors.plan import notes, plan
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.in_transformers.files import check_uniform, write_folder
@@ -27,9 +27,9 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
     if refusals := plan(model, options).refusals:
         raise FormatError(refusals[0])
     check_uniform(artifact.manifest.modules, artifact.config)
-    table = entries(model.linears, model.floats, model.config)
+    table = entries(graded(model), model.floats)
     write_folder(artifact, folder, table, pack_linear, options.shard_bytes)
-    quantization = quantization_config(artifact.config, artifact.architecture.family)
+    quantization = quantization_config(model)
     config = artifact.source_config | {"quantization_config": quantization}
     write_json(folder / "config.json", config)
     return notes(model, options)

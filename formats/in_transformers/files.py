@@ -13,7 +13,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.model_plan import ModelPlan, TensorSpec
-from vlmq_export.quantizer.artifact.manifest import ModuleRecord
+from vlmq_export.quantizer.artifact.manifest import VISION, ModuleRecord
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.linears import QuantizedLinear
@@ -49,8 +49,9 @@ def float_entries(floats: Iterable[TensorSpec], rename: Callable[[str], str] = s
 
 
 def bits_per_weight(model: ModelPlan, table: Iterable[Entry]) -> float:
-    """Bits that a quantized weight takes, with everything but biases."""
-    packed = sum(e.nbytes for e in table if e.part not in ("", "bias"))
+    """Bits that a quantized weight takes, with everything but biases. The tower does not count."""
+    names = {linear.name for linear in model.linears}
+    packed = sum(e.nbytes for e in table if e.part not in ("", "bias") and e.source in names)
     return 8 * packed / sum(s.out_features * s.in_features for s in model.linears)
 
 
@@ -134,7 +135,7 @@ def check_uniform(records: Iterable[ModuleRecord], config: QuantConfig) -> None:
     transformers reads the grid from config.json, and not from the tensors.
     """
     for r in records:
-        own = config.of(r.name)
+        own = config.vision if r.layer == VISION else config.of(r.name)
         if (r.bits, r.group_size, r.symmetric) != (own.bits, own.group_size, own.symmetric):
             raise FormatError(
                 f"{r.name}: its grid differs from the artifact's own, which config.json states for"

@@ -1,17 +1,20 @@
-"""How a folder says which linears have which width: regular expressions over their names.
+"""How a folder says which linears have which grid: regular expressions over their names.
 
 Programs name a linear as the hub does, as transformers does, or in their own way, and those that
 fuse q, k and v, or gate and up, look for the fused name. One expression names them all:
 
     .*model\\.layers\\.(0|3|5)\\.self_attn\\.(q_proj|k_proj|v_proj|qkv_proj)$
 
-The layers of a vision tower do not match, as they follow another name than `model`.
+The layers of a vision tower do not match, as they follow another name than `model`. Its own
+expressions begin with the name of the tower, and let some names be between:
+
+    .*visual\\.(.*\\.)?blocks\\.(0|1|2)\\.mlp\\.(gate_proj|gate_up_proj)$
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from vlmq_export.quantizer.model.families import Family
 
@@ -46,3 +49,24 @@ def _pattern(names: tuple[str, ...], layers: list[str]) -> str:
     if fused := _FUSED.get(ends):
         ends = (*ends, fused)
     return rf".*model\.layers\.({'|'.join(layers)})\.{parent}\.({'|'.join(ends)})$"
+
+
+def tower_patterns(modules: Iterable[str], family: Family) -> list[str]:
+    """The expressions that together name these modules of a vision tower and its projector.
+
+    modules: hub names.
+    """
+    fused = {name: one for names, one in _FUSED.items() for name in names}
+    numbers: dict[str, list[str]] = {}  # expression with a place for numbers → these
+    for module in modules:
+        (prefix,) = (p for p in family.vision if module.startswith(p))
+        root = prefix.rstrip(".").rpartition(".")[2]
+        parts = family.module_name(module).partition(f"{root}.")[2].split(".")
+        number = next((part for part in parts if part.isdigit()), "")
+        if number:
+            parts[parts.index(number)] = "{}"
+        if also := fused.get(parts[-1]):
+            parts[-1] = f"({parts[-1]}|{also})"
+        tail = r"\.".join(parts)
+        numbers.setdefault(rf"re:.*{root}\.(.*\.)?{tail}$", []).append(number)
+    return [form.replace("{}", f"({'|'.join(found)})") for form, found in numbers.items()]

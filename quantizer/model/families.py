@@ -131,7 +131,7 @@ class Family:
     @property
     def head(self) -> str:
         """Hub name of the output matrix. Where it is tied, no tensor has that name."""
-        return self.hub_name("lm_head.weight").removesuffix(".weight")
+        return self.hub_name("lm_head")
 
     @property
     def embedding(self) -> str:
@@ -141,15 +141,16 @@ class Family:
     def module_name(self, name: str) -> str:
         """Name in the module tree of a tensor or module, whichever of its names is given."""
         table = {module: module for _, module in self.prefixes} | dict(self.prefixes)
-        longest = max((prefix for prefix in table if name.startswith(prefix)), key=len, default="")
-        return table.get(longest, "") + name.removeprefix(longest)
+        dotted = f"{name}."  # a prefix may be all of a module's name
+        longest = max((p for p in table if dotted.startswith(p)), key=len, default="")
+        return (table.get(longest, "") + dotted.removeprefix(longest)).removesuffix(".")
 
     def hub_name(self, name: str) -> str:
         """The published name of a tensor or module, whichever of its names is given."""
-        module = self.module_name(name)
+        dotted = f"{self.module_name(name)}."
         for hub, prefix in self.prefixes:
-            if module.startswith(prefix):
-                return hub + module.removeprefix(prefix)
+            if dotted.startswith(prefix):
+                return (hub + dotted.removeprefix(prefix)).removesuffix(".")
         return name
 
     def is_vision(self, name: str) -> bool:

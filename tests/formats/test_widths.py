@@ -168,19 +168,16 @@ def test_eight_bits_are_symmetric_where_fewer_are_not(model, tmp_path):
 def test_what_no_loader_takes_is_refused(model, tmp_path):
     loose = rtn_artifact(tmp_path / "artifact", mixed(GRIDS["w4g128"], model), model)
     plan = artifact_plan(loose)
-    (said,) = FORMATS["compressed-tensors"].plan(plan, OPTIONS).refusals
-    assert "add --sym" in said
     (said,) = FORMATS["gptq"].plan(plan, FormatOptions()).refusals
     assert "add --gptq-names module" in said
     assert FORMATS["gptq"].plan(plan, OPTIONS).refusals == []
 
 
-def test_families_that_no_loader_takes_are_refused(tiny, tmp_path):
-    for arch, name in (("llava_onevision", "compressed-tensors"), ("idefics3", "gptq")):
-        source = tiny(arch)
-        made = rtn_artifact(tmp_path / arch, mixed(SYMMETRIC, source), source)
-        said = FORMATS[name].plan(artifact_plan(made), OPTIONS).refusals
-        assert any(x.startswith("mixed widths") and "--bits" in x for x in said), said
+def test_a_family_that_no_loader_takes_is_refused(tiny, tmp_path):
+    source = tiny("idefics3")
+    made = rtn_artifact(tmp_path / "artifact", mixed(SYMMETRIC, source), source)
+    said = FORMATS["gptq"].plan(artifact_plan(made), OPTIONS).refusals
+    assert any(x.startswith("mixed widths") and "--bits" in x for x in said), said
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,6 @@ def test_what_cannot_be_is_refused_before_any_work(flags, said, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--format", "compressed-tensors"), "add --sym, or leave out --format compressed-tensors"),
         (("--format", "gptq"), "add --gptq-names module"),
         (("--rotate", "online"), "--rotate online"),
     ],

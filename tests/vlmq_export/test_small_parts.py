@@ -85,6 +85,15 @@ def test_the_plan_says_what_another_format_costs():
         " gptq cannot hold them all quantized; without compressed-tensors and gptq they take 8 bits"
     )
     assert not [note for note in found["gptq"].notes if "stay as they are" in note]
+    (said,) = [note for note in found["compressed-tensors"].notes if "stays as it is" in note]
+    assert said == (
+        "the vision tower stays as it is; --vision-bits 8 makes it smaller, for transformers"
+        " and vLLM 0.33.0 alone"
+    )
+    smaller = planned(None, format=["compressed-tensors"], vision_bits=8)
+    (plan,) = smaller.formats.values()
+    assert smaller.refusals == [] and not [n for n in plan.notes if "stays as it is" in n]
+    assert plan.size_bytes < found["compressed-tensors"].size_bytes
     alone = planned(None, format=["onnx"], vision_bits=0).formats["onnx"]
     assert not [note for note in alone.notes if "stay as they are" in note]
 

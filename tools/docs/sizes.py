@@ -40,6 +40,10 @@ FLAGS = {  # as a user types them → the recipe
     "--format gguf --gguf-type Q2_K": {"format": ["gguf"], "gguf_type": "Q2_K"},
     "--format gguf --bits 8": {"format": ["gguf"], "bits": 8},
     "--format compressed-tensors": {"format": ["compressed-tensors"]},
+    "--format compressed-tensors --vision-bits 8": {
+        "format": ["compressed-tensors"],
+        "vision_bits": 8,
+    },
     "--format gptq --sym": {"format": ["gptq"], "sym": True},
     "--format gptq --bits 8": {"format": ["gptq"], "bits": 8},
     "--format gptq --bits 3": {"format": ["gptq"], "bits": 3},

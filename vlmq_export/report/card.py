@@ -49,7 +49,7 @@ def facts(out: Path, recipe: Recipe, artifact: Artifact, plan: RunPlan) -> dict:
         "by_gptqmodel": by_gptq["GPTQModel.load"],
         "by_vllm": loads["vLLM"],
         "by_sglang": loads["SGLang"],
-        "one_grid": len(schemes(model.config, family)) == 1,
+        "one_grid": len(schemes(model)) == 1,
         "by_genai": (out / "onnx" / "genai_config.json").is_file(),
         "by_ollama": (out / "gguf" / "Modelfile").is_file(),
         "mrope": family.mrope,

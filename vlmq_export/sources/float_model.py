@@ -90,8 +90,10 @@ class FloatModel(Source):
         """The plan of a run on the types and widths that the model has by now."""
         plan = plan_run(model, recipe)
         spare = [*spare_note(model, recipe), *spare_width_note(model, recipe)]
+        family = model.architecture.model_type
         for name, planned in plan.formats.items():
-            planned.notes.extend([*(spare if not plan.refusals else []), *kept_note(recipe, name)])
+            kept = kept_note(recipe, name, family)
+            planned.notes.extend([*(spare if not plan.refusals else []), *kept])
         return plan
 
     def foreseen(self, plan: RunPlan, recipe: Recipe, data: CalibrationRows) -> RunPlan:

@@ -6,6 +6,7 @@ Vision tower, embedding and output head get 8 bits where every format of the run
 
 from __future__ import annotations
 
+from vlmq_export.formats.compressed_tensors.runtimes import with_towers
 from vlmq_export.quantizer.config import EMBEDDING_GROUP
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
@@ -38,9 +39,16 @@ def with_small_parts(recipe: Recipe, checkpoint: Checkpoint, data: CalibrationRo
     )
 
 
-def kept_note(recipe: Recipe, name: str) -> list[str]:
-    """What a format could hold smaller, were it not for another format of the run."""
-    if recipe.holds_outside or recipe.vision_bits or name not in HOLD_OUTSIDE:
+def kept_note(recipe: Recipe, name: str, model_type: str) -> list[str]:
+    """What a format could hold smaller: were it not for another format of the run, or if asked."""
+    if recipe.holds_outside or recipe.vision_bits:
+        return []
+    if name == "compressed-tensors" and (servers := with_towers(model_type)):
+        return [
+            f"the vision tower stays as it is; --vision-bits {OUTSIDE_BITS} makes it smaller,"
+            f" for transformers and {servers} alone"
+        ]
+    if name not in HOLD_OUTSIDE:
         return []
     others = " and ".join(other for other in recipe.format if other not in HOLD_OUTSIDE)
     return [

@@ -33,10 +33,10 @@ _DECOMPRESSED = "linears decoded by compressed-tensors' own decompressor"
 
 
 def program(folder: CompressedFolder) -> Program:
-    """transformers on a folder, loaded as its grid asks for."""
+    """transformers on a folder, loaded as its grids ask for."""
     family = folder.family
     loading = {
-        "dequantize": len(folder.grids) == 1,
+        "one_grid": len(folder.grids) == 1,
         "linears": [family.module_name(name) for name in folder.linears],
     }
     return Program(
@@ -113,18 +113,21 @@ def library_decoder(folder: CompressedFolder, reference: Reference) -> Check:
 def decompress(folder: CompressedFolder, module: str) -> np.ndarray:
     """The weights of the linear `module` of the file, by the library: float32 [N, K].
 
-    Its scheme is read from config.json by the library too. Raises what its code raises.
+    Its scheme is read from config.json by the library too. Raises FormatError where it leaves the
+    linear float, and what its code raises.
     """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-    from compressed_tensors.utils import match_targets
+    from compressed_tensors.utils import match_name, match_targets
 
     stated = QuantizationConfig.model_validate(folder.quantization)
     schemes = [s for s in stated.config_groups.values() if isinstance(s, QuantizationScheme)]
     by_target = {target: scheme for scheme in schemes for target in scheme.targets}
     linear = torch.nn.Linear(1, 1, device="meta")  # its class may be a target
+    if any(match_name(module, pattern) for pattern in stated.ignore or []):
+        raise FormatError(f"config.json ignores {module}, which has integers")
     # They come with the most specific first.
-    scheme = by_target[match_targets(folder.family.module_name(module), linear, by_target)[0]]
+    scheme = by_target[match_targets(module, linear, by_target)[0]]
     parts = folder.parts[: 3 if folder.grid_of(module).symmetric else 4]
     state: dict[str, torch.Tensor] = {part: folder.raw(f"{module}.{part}") for part in parts}
     state["weight_scale"] = state["weight_scale"].float()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from vlmq_export.formats.compressed_tensors.read import CompressedFolder
 from vlmq_export.formats.in_transformers.proof.worker import Loaded, from_pretrained, main
@@ -14,21 +17,38 @@ from vlmq_export.formats.in_transformers.proof.worker import Loaded, from_pretra
 def load(request: dict) -> Loaded:
     """The folder with its weights decoded.
 
-    transformers decodes a folder of one grid while it loads. A folder of two is decoded by the
-    library before the first call, which is asked for here.
+    transformers decodes a folder of one grid while it loads. A folder of several is decoded by the
+    library first, each linear by its own grid, into a folder of floats.
     """
     from transformers import CompressedTensorsConfig
 
-    asked, chosen = request["loading"], {}
-    if asked["dequantize"]:
-        chosen["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    asked = request["loading"]
     with wide_scales(request["exact"]):
-        model = from_pretrained(request, **chosen)
-    if not asked["dequantize"]:
-        model.hf_quantizer.compressor.decompress_model(model)
+        if asked["one_grid"]:
+            chosen = CompressedTensorsConfig(dequantize=True)
+            model = from_pretrained(request, quantization_config=chosen)
+        else:
+            model = decoded(request)
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in asked["linears"]}
     kernel = f"compressed-tensors {version('compressed-tensors')}"
     return Loaded(model, linears, CompressedFolder.parts, kernel, lambda m: m.weight)
+
+
+def decoded(request: dict) -> Any:
+    """The model from a copy of the folder that the library decoded, which is gone afterwards.
+
+    Raises what the library raises, and RuntimeError for tensors that find no place.
+    """
+    from compressed_tensors.entrypoints.convert import (
+        CompressedTensorsDequantizer,
+        convert_checkpoint,
+    )
+
+    dtype = getattr(torch, request["dtype"])
+    with tempfile.TemporaryDirectory(dir=request["out"]) as copy:
+        converter = CompressedTensorsDequantizer(request["folder"], dtype=dtype)
+        convert_checkpoint(request["folder"], copy, converter)
+        return from_pretrained(request | {"folder": copy})
 
 
 @contextmanager

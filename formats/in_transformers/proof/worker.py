@@ -83,7 +83,8 @@ def save_weights(loaded: Loaded, out: Path) -> None:
 def save_linears(loaded: Loaded, inputs: dict[str, torch.Tensor], out: Path) -> None:
     """Write input and output of every quantized linear in its kernel.
 
-    The input is random rows, then rows that the linear is given when the model runs on `inputs`.
+    The input is random rows, then rows that the linear is given when the model runs on `inputs`. A
+    linear of the vision tower is given none where no image is among them.
     """
     out.mkdir()
     met: dict[str, torch.Tensor] = {}
@@ -100,7 +101,8 @@ def save_linears(loaded: Loaded, inputs: dict[str, torch.Tensor], out: Path) -> 
         hook.remove()
     random = torch.Generator().manual_seed(0)
     for name, module in modules.items():
-        x = torch.cat([torch.randn(ROWS, module.in_features, generator=random), met[name].float()])
+        rows = [torch.randn(ROWS, module.in_features, generator=random)]
+        x = torch.cat(rows + ([met[name].float()] if name in met else []))
         np.savez(out / f"{name}.npz", x=x.numpy(), y=module(x).numpy())
 
 
@@ -121,7 +123,8 @@ def work(request: dict, result: dict[str, Any], load: Loader) -> None:
     prompts = [load_file(file) for file in request["prompts"]]
     if request["exact"] and request["logits"]:
         save_weights(loaded, out / "weights")
-        save_linears(loaded, prompts[0], out / "linears")
+        first = next((inputs for inputs in prompts if "pixel_values" in inputs), prompts[0])
+        save_linears(loaded, first, out / "linears")
     for inputs in prompts:
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)

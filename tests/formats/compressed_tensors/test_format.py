@@ -3,7 +3,6 @@
 What the writer packed is unpacked by the library's own decompressor.
 """
 
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from tests.artifacts import config_of, edit
 from tests.formats.gptq.test_format import _Reference, make_artifact, model_plan
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.compressed_tensors import requirements
-from vlmq_export.formats.compressed_tensors.layout import ignored, quantization_config
+from vlmq_export.formats.compressed_tensors.layout import quantization_config
 from vlmq_export.formats.compressed_tensors.plan import plan
 from vlmq_export.formats.compressed_tensors.proof.check import NAME, library_decoder
 from vlmq_export.formats.compressed_tensors.read import CompressedFolder, read
@@ -33,7 +32,6 @@ from vlmq_export.proving.parity import required_runtimes
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
-from vlmq_export.quantizer.model.families import FAMILIES
 
 pytestmark = pytest.mark.skipif(
     bool(requirements.missing()) and NAME not in required_runtimes(),
@@ -103,7 +101,7 @@ def test_folder_is_the_source_plus_what_it_states(tmp_path):
         "tokenizer.json",
         "model.safetensors",
     }
-    channel = quantization_config(QuantConfig(group_size=-1), FAMILIES["qwen2_vl"])
+    channel = quantization_config(model_plan(QuantConfig(group_size=-1)))
     assert channel["config_groups"]["group_0"]["weights"]["strategy"] == "channel"
 
 
@@ -130,46 +128,6 @@ def test_an_artifact_comes_back_from_its_own_folder(tmp_path, artifacts):
         assert torch.equal(getattr(mine, part), getattr(theirs, part)), part
 
 
-# --- what stays float -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_the_library_quantizes_the_decoder_and_nothing_else(model_type, tiny):
-    """Its own matching on the module tree that transformers builds for the family."""
-    from compressed_tensors.utils import match_named_modules
-
-    from vlmq_export.quantizer.model.architecture import pretrained_config
-    from vlmq_export.quantizer.model.streamed import model_class
-
-    config = pretrained_config(config_of(tiny(model_type)))
-    family = FAMILIES[model_type]
-    with torch.device("meta"):
-        model = model_class(config)(config)
-    stated = quantization_config(QuantConfig(), family)
-    (group,) = stated["config_groups"].values()
-    found = {n for n, _ in match_named_modules(model, group["targets"], stated["ignore"])}
-    layers = config.get_text_config().num_hidden_layers
-    assert found == {family.module_name(n) for n in family.linear_names(layers)}
-
-
-def test_patterns_match_the_prefixes_of_vllm_and_sglang_too():
-    """They match by `re.match`: with `model.` or `language_model.` before the name, or neither."""
-
-    def kept(name: str, model_type: str, head: bool = False) -> bool:
-        patterns = [p.removeprefix("re:") for p in ignored(FAMILIES[model_type], head)]
-        return any(re.match(p, name) for p in patterns)
-
-    assert kept("visual.blocks.0.attn.qkv", "qwen2_5_vl")
-    assert kept("model.visual.merger.linear_fc1", "qwen3_vl")
-    assert kept("vision_tower.encoder.layers.0.self_attn.q_proj", "llava_onevision")
-    assert kept("multi_modal_projector.linear_1", "internvl")
-    assert kept("model.connector.modality_projection.proj", "idefics3")
-    assert kept("language_model.lm_head", "qwen2_vl") and kept("lm_head", "qwen2_vl")
-    assert not kept("lm_head", "qwen2_vl", head=True)
-    for name in FAMILIES:
-        assert not kept("language_model.model.layers.0.mlp.gate_up_proj", name)
-
-
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -178,7 +136,6 @@ def test_patterns_match_the_prefixes_of_vllm_and_sglang_too():
     [
         ({"act_order": "dynamic"}, (128, 256), "--act-order dynamic"),
         ({"group_size": 128}, (128, 192), "does not divide in_features 192"),
-        ({"head_bits": 8}, (128, 256), "--head-bits 8"),
         ({"types": {"model.layers.0.mlp.down_proj": "Q4_K"}}, (128, 256), "block types"),
     ],
 )
@@ -193,6 +150,7 @@ def test_plan_refuses(config, shape, word):
         {"act_order": "dynamic", "group_size": -1},
         {"act_order": "static"},
         {"head_bits": 4},
+        {"head_bits": 8},
         {"head_bits": 8, "symmetric": True},
     ],
 )
@@ -200,16 +158,17 @@ def test_plan_does_not_refuse_what_the_layout_holds(config):
     assert plan(model_plan(QuantConfig(**config)), OPTIONS).refusals == []
 
 
-def test_two_grids_are_refused_for_a_model_that_owns_a_parameter():
-    """compressed-tensors breaks its `generate` unless transformers decoded while it loaded."""
-    config = QuantConfig(symmetric=True, head_bits=8)
-    model = model_plan(config)
-    llava = replace(model, architecture=Architecture.of({"model_type": "llava_onevision"}))
-    (refusal,) = plan(llava, OPTIONS).refusals
-    assert "generate() of this model; use --head-bits 4" in refusal
-    one = replace(llava, config=QuantConfig(symmetric=True))
-    assert not plan(one, OPTIONS).refusals
-    assert any("generates with this model only with" in note for note in plan(one, OPTIONS).notes)
+def test_the_notes_say_how_transformers_takes_a_file():
+    def told(**config):
+        return " ".join(plan(model_plan(QuantConfig(**config)), OPTIONS).notes)
+
+    assert "loads zero-points only with" in told() and "by its own" not in told()
+    assert "transformers 5.24" not in told(symmetric=True)
+    assert "each by its own, into a folder" in told(head_bits=8)
+    symmetric = model_plan(QuantConfig(symmetric=True))
+    llava = Architecture.of({"model_type": "llava_onevision"})
+    notes = plan(replace(symmetric, architecture=llava), OPTIONS).notes
+    assert any("generates with this model only with" in note for note in notes)
 
 
 def test_permuted_groups_are_refused_before_a_weight_is_read(tmp_path):

@@ -369,6 +369,24 @@ def test_short_rows_that_no_linear_beside_them_writes_stay_float(tmp_path):
         assert "rows of 40 columns" in " ".join(plan.notes) and not plan.refusals
 
 
+def test_compressed_tensors_has_no_short_groups(tmp_path):
+    """Rows that groups do not fill stay float beside it, and an artifact with such is refused."""
+    checkpoint = Checkpoint(odd_tower(tmp_path / "model"))
+
+    def planned(*formats):
+        recipe = Recipe(format=list(formats), vision_bits=8, bits=4, group_size=64)
+        return model_plan(checkpoint, recipe.quant_config(), "m"), recipe
+
+    model, recipe = planned("compressed-tensors", "gguf", "onnx")
+    assert 500 not in {x.in_features for x in model.tower}
+    for plan in plan_run(model, recipe).formats.values():
+        assert "rows of 500 columns" in " ".join(plan.notes) and not plan.refusals
+    model, recipe = planned("gguf")
+    recipe = recipe.model_copy(update={"format": ["compressed-tensors"]})
+    (said,) = plan_run(model, recipe).refusals
+    assert "rows of 500 columns" in said and "quantize again" in said
+
+
 def test_a_calibrated_tower_has_short_groups_in_its_artifact(tmp_path):
     config = dataclasses.replace(CONFIG, vision_short=True)
     own = Given(odd_tower(tmp_path / "model"), config)
@@ -384,13 +402,16 @@ def test_a_calibrated_tower_has_short_groups_in_its_artifact(tmp_path):
         assert artifact.records[linear.name].metrics["dead_columns"] < 12
 
 
-@pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])
-def test_formats_with_a_float_tower_refuse(name, tiny):
-    recipe = Recipe(format=[name, "gguf", "onnx"], vision_bits=8, bits=4, group_size=64)
+def test_gptq_has_a_float_tower_and_refuses(tiny):
+    recipe = Recipe(
+        format=["gptq", "compressed-tensors", "gguf", "onnx"],
+        vision_bits=8,
+        bits=4,
+        group_size=64,
+    )
     model = model_plan(Checkpoint(tiny("internvl")), recipe.quant_config(), "m")
-    refusals = plan_run(model, recipe).refusals
-    assert [r.partition(":")[0] for r in refusals] == [name]
-    assert "--vision-bits 8" in refusals[0] and f"leave out --format {name}" in refusals[0]
+    (said,) = plan_run(model, recipe).refusals
+    assert said.startswith("gptq: --vision-bits 8") and "leave out --format gptq" in said
 
 
 def test_a_tower_is_not_rounded_twice(tiny):
