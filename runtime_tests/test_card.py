@@ -101,6 +101,20 @@ def test_a_block_of_python_sees_the_disc(out, title, before):
     assert language == "python" and answer(code, out, before) == "red"
 
 
+@pytest.mark.slow
+@needs("compressed-tensors")
+def test_a_folder_of_several_grids_is_decoded_before_it_is_loaded(tmp_path):
+    out = tmp_path / "out"
+    given = {"format": ["compressed-tensors"], "method": "rtn", "vision_bits": 8, "verify": False}
+    export(Recipe(out=out, **given))
+    photo().save(out / "photo.jpg", quality=90)
+    ((_, code),) = blocks(out, "`compressed-tensors/` in transformers")
+    assert 'convert_checkpoint("compressed-tensors", "decoded", decoder)' in code
+    assert answer(code, out) == "red"
+    ((_, served),) = blocks(out, "`compressed-tensors/` behind an HTTP address")
+    assert "vllm serve" in served and "sglang" not in served
+
+
 # -- llama.cpp and Ollama --------------------------------------------------------------------------
 
 SERVER = """
