@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from runtime_tests.test_compressed_tensors import ALL_PASS, by_level, exported, request_for, rows_of
 from tests.artifacts import edit
+from tools.reference_vlm import random_checkpoint
 from tools.reference_vlm.tiny_checkpoints import ARCHES, make_tiny
 from vlmq_export.bundled import CALIBRATION
 from vlmq_export.formats.compressed_tensors.proof.check import NAME, check
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.skipif(
 CONFIG = QuantConfig("gptq", 4, 64, vision_bits=8)  # a decoder with zero-points, as by default
 SYMMETRIC = QuantConfig("gptq", 4, 32, symmetric=True, vision_bits=4)
 ODD = "llava_onevision, odd"  # rows of 500 columns, as SigLIP has some of 4304
+GATED = "qwen2_5_vl, odd"  # the 3B's shape divided by 8: its gated MLP has rows of 427 columns
 CASES: dict[str, QuantConfig] = {
     "qwen2_5_vl": CONFIG,
     "qwen3_vl": replace(CONFIG, vision_bits=4),
@@ -52,7 +54,10 @@ QKV, UP = "visual.blocks.1.attn.qkv", "visual.blocks.1.mlp.up_proj"
 def solved(folder: Path, case: str, config: QuantConfig) -> Artifact:
     """An artifact of a tiny model, calibrated on three rows."""
     odd = {"shape": {"vision_config": {"intermediate_size": 500}}} if case == ODD else {}
-    source = make_tiny(folder / "source", case.partition(",")[0], **odd)
+    if case == GATED:
+        source = random_checkpoint.make(folder / "source", layers=2, scale=8)
+    else:
+        source = make_tiny(folder / "source", case.partition(",")[0], **odd)
     preprocessor = Preprocessor(source)
     samples = [preprocessor.sample(row) for row in read_rows(CALIBRATION)[:3]]
     given = {"name": "tiny-vlm", "calibration": {}, "device": "cpu"}
@@ -137,7 +142,7 @@ def test_every_level_of_a_tower_beside_zero_points(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [arch for arch in ARCHES if arch not in CASES])
+@pytest.mark.parametrize("case", [GATED, *(arch for arch in ARCHES if arch not in CASES)])
 def test_every_level_of_the_other_families(case, tmp_path):
     out, reference = exported(tmp_path / NAME, solved(tmp_path, case, CONFIG))
     rows = check(out, reference, FormatOptions(), CheckSettings(images=2, threads=1))
