@@ -80,7 +80,8 @@ class QuantConfig:
     def vision(self) -> QuantConfig:
         """The recipe of the vision tower and the projector.
 
-        Symmetric groups of 32 are the one grid that GGUF and ONNX hold alike at every width.
+        Symmetric groups of 32 are the one grid that GGUF holds at every width. ONNX and
+        compressed-tensors hold it too.
         """
         order = "off" if self.act_order == "off" else "gar"
         return replace(
