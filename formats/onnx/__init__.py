@@ -5,6 +5,7 @@
     passes/            operators fused, integers filled in, linears merged
     write.py           the three graphs with their data, and the files that belong beside them
     genai_config.py    the two files that onnxruntime-genai reads
+    genai_images.py    the image steps in one of them
     read.py            a written folder → weights
     inspect.py         what `vlmq-export inspect` shows of a folder
     proof/             levels L1 to L3 in ONNX Runtime and onnxruntime-genai

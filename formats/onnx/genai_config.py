@@ -13,13 +13,10 @@ from typing import Any
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FormatOptions
+from vlmq_export.formats.onnx.genai_images import patch_steps, tile_steps
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.model.architecture import Architecture
-from vlmq_export.quantizer.samples.companions import (
-    ImageSettings,
-    image_settings,
-    load_tokenizer,
-)
+from vlmq_export.quantizer.samples.companions import image_settings, load_tokenizer
 from vlmq_export.quantizer.storage.untrusted import read_json
 from vlmq_export.quantizer.storage.whole_files import write_json
 
@@ -27,8 +24,17 @@ PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
 # Tokens of a cache whose past and present share one buffer, unless the caller asks for another
 # length. The buffer is allocated at once.
 SHARED_LENGTH = 8192
-# Those of our families that have a runtime type in onnxruntime-genai 0.18.
-KNOWN = ("qwen2_5_vl", "qwen3_vl")
+# Those of our families that have a runtime type in onnxruntime-genai 0.18, each with the ids of
+# tokens that it is told: its own key → the key of config.json.
+_QWEN_TOKENS = {k: k for k in ("image_token_id", "video_token_id", "vision_start_token_id")}
+KNOWN = {
+    "qwen2_5_vl": _QWEN_TOKENS,
+    "qwen3_vl": _QWEN_TOKENS,
+    "gemma3": {"image_token_id": "image_token_index"},
+}
+GEMMA_TOKENS = 256  # of an image of Gemma 3, for onnxruntime-genai
+# Family → images of a prompt for which onnxruntime-genai makes room. It stops at more.
+MOST_IMAGES = {"gemma3": 1}
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,17 @@ def genai_files(
     source: Path,  # folder with tokenizer, image processor and generation_config.json
     options: FormatOptions,
 ) -> GenaiFiles | None:
-    """What would be written, or None for a family that onnxruntime-genai does not know.
+    """What would be written, or None for a model that onnxruntime-genai does not run.
 
     Raises FormatError or CheckpointError for settings that are missing or that it cannot express.
     """
-    if architecture.model_type not in KNOWN:
+    if _why_not(architecture):
         return None
-    steps = processor_config(image_settings(source))
+    images = image_settings(source)
+    if architecture.family.images == "tile":
+        steps = tile_steps(images, architecture.vision["image_size"])
+    else:
+        steps = patch_steps(images)
     tokenizer = load_tokenizer(source)
     generation = read_json(file) if (file := source / GENERATION).is_file() else {}
     # transformers has a file of the same name and other content. A model that has it keeps it.
@@ -67,21 +77,34 @@ def genai_files(
     return GenaiFiles(config, steps, _tokenizer_file(source, tokenizer))
 
 
-def write_genai(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
-    """Write the files. Returns a note instead if onnxruntime-genai does not know the family.
+def _why_not(architecture: Architecture) -> str:
+    """Why onnxruntime-genai does not run a model; empty if it does."""
+    if architecture.model_type not in KNOWN:
+        return f"onnxruntime-genai does not know {architecture.model_type}"
+    tokens = architecture.config.get("mm_tokens_per_image", GEMMA_TOKENS)
+    if tokens != GEMMA_TOKENS:
+        return (
+            f"onnxruntime-genai writes {GEMMA_TOKENS} tokens for an image,"
+            f" of which this model has {tokens}"
+        )
+    return ""
 
-    Raises as `genai_files` does.
+
+def write_genai(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]:
+    """Write the files. Returns notes of what onnxruntime-genai does not run.
+
+    Nothing is written if that is the whole model. Raises as `genai_files` does.
     """
     files = genai_files(artifact.architecture, artifact.source, options)
     if files is None:
-        return [
-            f"onnxruntime-genai does not know {artifact.manifest.model_type}:"
-            " run these graphs in plain ONNX Runtime"
-        ]
+        why = _why_not(artifact.architecture)
+        return [f"{why}: run these graphs in plain ONNX Runtime"]
     write_json(folder / "genai_config.json", files.config)
     write_json(folder / files.config["model"]["vision"]["config_filename"], files.steps)
     if files.tokenizer:
         (folder / "tokenizer.json").write_text(files.tokenizer, "utf-8")
+    if most := MOST_IMAGES.get(artifact.manifest.model_type):
+        return [f"onnxruntime-genai takes {most} image a prompt; plain ONNX Runtime takes more"]
     return []
 
 
@@ -147,9 +170,7 @@ def genai_config(
             "bos_token_id": first_eos if bos is None else bos,
             "eos_token_id": eos,
             "pad_token_id": first_eos if pad is None else pad,
-            "image_token_id": source["image_token_id"],
-            "video_token_id": source["video_token_id"],
-            "vision_start_token_id": source["vision_start_token_id"],
+            **{ours: source[key] for ours, key in KNOWN[source["model_type"]].items()},
             "context_length": length,
             "vocab_size": text["vocab_size"],
             "decoder": session | _decoder(architecture),
@@ -176,14 +197,16 @@ def _search(length: int, shared: bool) -> dict:
 def _decoder(architecture: Architecture) -> dict:
     """What genai has to know of text.onnx.
 
-    DeepStack's features come beside the embeddings, so that `inputs_embeds` is wider than a token.
+    DeepStack's features come beside the embeddings, or a mark of the image tokens does, so that
+    `inputs_embeds` is wider than a token.
     """
     text, vision = architecture.text, architecture.vision
     stacked = len(vision.get("deepstack_visual_indexes", []))
+    width = text["hidden_size"] * (1 + stacked) + bool(architecture.family.marks)
     return {
         "filename": "text.onnx",
         "head_size": architecture.head_dim,
-        "hidden_size": text["hidden_size"] * (1 + stacked),  # of inputs_embeds
+        "hidden_size": width,  # of inputs_embeds
         "num_attention_heads": text["num_attention_heads"],
         "num_hidden_layers": text["num_hidden_layers"],
         "num_key_value_heads": text["num_key_value_heads"],
@@ -211,55 +234,16 @@ _EMBEDDING = {
 
 def _vision(architecture: Architecture, processor: str) -> dict:
     """What genai has to know of vision.onnx."""
+    files = {"filename": "vision.onnx", "config_filename": processor}
+    inputs, outputs = {"pixel_values": "pixel_values"}, {"image_features": "image_features"}
+    if architecture.family.images == "tile":
+        return files | {"inputs": inputs, "outputs": outputs}
     vision = architecture.vision
-    return {
-        "filename": "vision.onnx",
-        "config_filename": processor,
+    return files | {
         "spatial_merge_size": vision["spatial_merge_size"],
         "patch_size": vision["patch_size"],
         # Qwen3-VL has no such setting, and genai wants a number.
         "tokens_per_second": float(vision.get("tokens_per_second", 2)),
-        "inputs": {"pixel_values": "pixel_values", "image_grid_thw": "image_grid_thw"},
-        "outputs": {"image_features": "image_features"},
-    }
-
-
-def processor_config(image: ImageSettings) -> dict:
-    """The content of processor_config.json: image steps of onnxruntime-extensions.
-
-    They give the patches of the model's own processor, in the same order. Raises FormatError for a
-    processor without such patches.
-    """
-    unit = {"patch_size": image.patch, "merge_size": image.merge}
-    resize = {
-        "width": 540,
-        "height": 360,
-        "smart_resize": 1,
-        "min_pixels": image.min_pixels,
-        "max_pixels": image.max_pixels,
-        **unit,
-    }
-    rescale = {"rescale_factor": image.rescale}
-    normalize = {"mean": list(image.mean), "std": list(image.std), "qwen2_5_vl": 1}
-    patches = {"temporal_patch_size": image.frames, **unit}
-    for name, value in (resize | patches).items():
-        if value is None:
-            raise FormatError(
-                f"the image processor has no {name}, which onnxruntime-genai needs;"
-                " copy preprocessor_config.json from the original model"
-            )
-    steps = [
-        _step("decode_image", "DecodeImage", {"color_space": "RGB"}),
-        _step("convert_to_rgb", "ConvertRGB"),
-        _step("resize", "Resize", resize),
-        _step("rescale", "Rescale", rescale),
-        _step("normalize", "Normalize", normalize),
-        _step("patch_image", "PatchImage", patches),
-    ]
-    return {"processor": {"name": "qwen2_5_image_processor", "transforms": steps}}
-
-
-def _step(name: str, kind: str, attributes: dict | None = None) -> dict:
-    return {
-        "operation": {"name": name, "type": kind} | ({"attrs": attributes} if attributes else {})
+        "inputs": inputs | {"image_grid_thw": "image_grid_thw"},
+        "outputs": outputs,
     }

@@ -139,6 +139,7 @@ class ImageSettings:
     merge: int | None = None  # patches along each side that become one token
     frames: int | None = None  # of a patch
     longest: int | None = None  # longer side of an image, where tiles of one size are cut from it
+    resample: int | None = None  # the filter of a resize, by Pillow's number
 
 
 def image_settings(folder: Path) -> ImageSettings:
@@ -176,6 +177,7 @@ def _settings(processor: Any) -> ImageSettings:
         whole("merge_size"),
         whole("temporal_patch_size"),
         _longest(processor),
+        whole("resample"),
     )
 
 

@@ -15,7 +15,7 @@ from vlmq_export.formats.model_plan import decoder_attention
 from vlmq_export.quantizer.model.architecture import Architecture, pretrained_config
 
 # Families whose graphs are traced by torch.onnx (traced.py). mobius makes those of the others.
-TRACED = ("qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm")
+TRACED = ("qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3")
 
 
 def graph_refusals(architecture: Architecture) -> list[str]:
@@ -24,12 +24,6 @@ def graph_refusals(architecture: Architecture) -> list[str]:
     The modules that would be traced are made without weights and are not traced. They are not made
     where the ONNX packages are not installed.
     """
-    family = architecture.family
-    if family.marks or any(block.post for block in family.blocks):
-        return [
-            "config.json: the ONNX graphs have no image tokens that see both ways, and no norms"
-            f" behind linears, as {family.model_type} has; leave out --format onnx"
-        ]
     if architecture.model_type not in TRACED:
         try:
             return list(_mobius_refusals(architecture))

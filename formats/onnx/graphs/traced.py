@@ -1,8 +1,8 @@
-"""Float graphs without weights of the families that mobius cannot build, traced by torch.onnx.
+"""Float graphs without weights of the families that mobius builds wrongly or not at all.
 
-The model is made on torch's meta device. For the trace each parameter is one number, expanded to
-its shape, so that neither the floats of a large model nor random ones are ever in memory. In the
-graphs the parameters have their hub names and no values.
+torch.onnx traces them. The model is made on torch's meta device. For the trace each parameter is
+one number, expanded to its shape, so that neither the floats of a large model nor random ones are
+ever in memory. In the graphs the parameters have their hub names and no values.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vlmq_export.errors import CheckpointError, FormatError
 from vlmq_export.formats.onnx.graphs.edit import IR_VERSION, cast_output, rename
 from vlmq_export.formats.onnx.graphs.traced_text import OPSET, Embedding, Example, Text
 from vlmq_export.formats.onnx.graphs.traced_vision import (
+    GemmaVision,
     InternVision,
     LlavaOnevision,
     Qwen3Vision,
@@ -33,15 +34,18 @@ from vlmq_export.quantizer.model.families import FAMILIES
 from vlmq_export.quantizer.model.streamed import model_class
 from vlmq_export.quantizer.storage.untrusted import read_json
 
-VISION = {  # one entry for each family of kinds.TRACED
+VISION = {  # one entry for each of families.TRACED
     "qwen3_vl": Qwen3Vision,
     "llava_onevision": LlavaOnevision,
     "internvl": InternVision,
     "idefics3": SmolVision,
     "smolvlm": SmolVision,
+    "gemma3": GemmaVision,
 }
 
-Traceable = Qwen3Vision | LlavaOnevision | InternVision | SmolVision | Embedding | Text
+Traceable = (
+    GemmaVision | Qwen3Vision | LlavaOnevision | InternVision | SmolVision | Embedding | Text
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,10 @@ class Parts:
             token = getattr(config, "image_token_id", None) or config.image_token_index
             modules = {
                 "vision": _with_example(vision),
-                "embedding": _with_example(Embedding(model, token, vision.deepstack)),
-                "text": _with_example(Text(model, vision.deepstack)),
+                "embedding": _with_example(
+                    Embedding(model, token, vision.deepstack, marked=bool(family.marks))
+                ),
+                "text": _with_example(Text(model, family, vision.deepstack)),
             }
         except AttributeError as e:
             # Another language model or tower than this family was published with.

@@ -15,6 +15,8 @@ from torch import nn
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from vlmq_export.errors import FormatError
+from vlmq_export.formats.onnx.graphs.traced_positions import Rotary, seen_keys
+from vlmq_export.quantizer.model.families import Family, SubBlock
 
 OPSET = 23
 
@@ -37,25 +39,35 @@ class Text(nn.Module):
     (1 + deepstack)·hidden wide: first the embedding, then what is added after layer 0, 1 and so
     on. The latter is zero at every token that is not an image's.
 
-    Raises FormatError for a model with sliding windows.
+    In a family whose image tokens see both ways, inputs_embeds has one more column, which is 1 at
+    image tokens and 0 at others.
+
+    Raises FormatError for a model with other layers than these families were published with.
     """
 
-    def __init__(self, model: Any, deepstack: int = 0):
+    def __init__(self, model: Any, family: Family, deepstack: int = 0):
         super().__init__()
         language: Any = model.get_decoder()
         self.config: Any = language.config
+        self.family = family
         self.deepstack = deepstack  # how many layers the vision tower feeds
         self.layers: Any = language.layers
         self.norm: Any = language.norm
         self.lm_head: Any = model.lm_head
-        layer_types = getattr(self.config, "layer_types", None) or []
-        sliding = {"sliding_attention", "chunked_attention"} & set(layer_types)
-        if sliding:
+        self.rotary = Rotary(language)
+        kinds = getattr(self.config, "layer_types", None) or ["full_attention"] * len(self.layers)
+        known = {"full_attention", "sliding_attention"} if family.marks else {"full_attention"}
+        if other := set(kinds) - known:
             raise FormatError(
-                f"ONNX graphs have no {min(sliding)}, which config.json asks for;"
+                f"ONNX graphs have no {min(other)}, which config.json asks for;"
                 " leave out --format onnx"
             )
-        self.rotary = Rotary(language)
+        if getattr(self.config, "use_bidirectional_attention", False):
+            raise FormatError(
+                "ONNX graphs have no words that see both ways, which config.json asks for"
+                " (use_bidirectional_attention); leave out --format onnx"
+            )
+        self.kinds: list[str] = kinds  # of each layer
 
     def example(self) -> Example:
         """Two rows of five tokens after a cache of three."""
@@ -64,8 +76,9 @@ class Text(nn.Module):
         heads, size = config.num_key_value_heads, self.layers[0].self_attn.head_dim
         caches = [torch.zeros(batch, heads, past, size, dtype=dtype) for _ in range(2 * layers)]
         axes = [3] if self.rotary.sections else []  # temporal, height, width
+        width = (1 + self.deepstack) * config.hidden_size + bool(self.family.marks)
         arguments = (
-            torch.zeros(batch, length, (1 + self.deepstack) * config.hidden_size, dtype=dtype),
+            torch.zeros(batch, length, width, dtype=dtype),
             torch.ones(batch, past + length, dtype=torch.long),
             torch.zeros(*axes, batch, length, dtype=torch.long),
             caches,
@@ -81,30 +94,51 @@ class Text(nn.Module):
 
     def forward(
         self,
-        inputs_embeds: torch.Tensor,  # [B, S, (1 + deepstack)·hidden]
+        inputs_embeds: torch.Tensor,  # [B, S, (1 + deepstack)·hidden], or one column more
         attention_mask: torch.Tensor,  # int64 [B, past + S]
         position_ids: torch.Tensor,  # int64 [B, S] or [3, B, S]
         past: list[torch.Tensor],  # key and value of each layer, [B, kv heads, past, head size]
     ) -> tuple[torch.Tensor, ...]:
         """Logits [B, S, vocabulary], then the keys and values of each layer with the new tokens."""
-        batch, length, total = *inputs_embeds.shape[:2], attention_mask.shape[1]
-        size = self.config.hidden_size
+        size, (attention, mlp) = self.config.hidden_size, self.family.blocks
         hidden, *added = (
             inputs_embeds[..., i * size : (i + 1) * size] for i in range(1 + self.deepstack)
         )
-        mask = attention_mask.bool()[:, None, None, :].expand(batch, 1, length, total)
-        cosines, sines = self.rotary(position_ids)
-        rotary = cosines.to(inputs_embeds.dtype), sines.to(inputs_embeds.dtype)
+        masks = self._masks(inputs_embeds, attention_mask)
+        turns = self.rotary(position_ids, inputs_embeds.dtype)
         present = []
-        for i, layer in enumerate(self.layers):
-            x, cache = rms_norm(layer.input_layernorm, hidden), past[2 * i : 2 * i + 2]
-            attended, key, value = self._attend(layer.self_attn, x, rotary, mask, cache)
+        for i, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
+            x, cache = self._norm(getattr(layer, attention.norm), hidden), past[2 * i : 2 * i + 2]
+            rotary = turns[kind if kind in turns else ""]
+            x, key, value = self._attend(layer.self_attn, x, rotary, masks[kind], cache)
             present += [key, value]
-            hidden = hidden + attended
-            hidden = hidden + layer.mlp(rms_norm(layer.post_attention_layernorm, hidden))
+            hidden = hidden + self._behind(layer, attention, x)
+            x = layer.mlp(self._norm(getattr(layer, mlp.norm), hidden))
+            hidden = hidden + self._behind(layer, mlp, x)
             if i < self.deepstack:
                 hidden = hidden + added[i]
-        return self.lm_head(rms_norm(self.norm, hidden)), *present
+        return self.lm_head(self._norm(self.norm, hidden)), *present
+
+    def _masks(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Which keys are seen, by the kind of layer: bool [B, 1, S, past + S].
+
+        In families without marks the attention itself leaves out the keys behind a query.
+        """
+        if self.family.marks:
+            image = inputs_embeds[..., -1] > 0.5
+            return seen_keys(attention_mask, image, self.config.sliding_window or 0)
+        batch, length, total = *inputs_embeds.shape[:2], attention_mask.shape[1]
+        real = attention_mask.bool()[:, None, None, :].expand(batch, 1, length, total)
+        return {"full_attention": real}
+
+    def _norm(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(norm, x, gain=self.family.gain)
+
+    def _behind(self, layer: Any, block: SubBlock, x: torch.Tensor) -> torch.Tensor:
+        """What a sub-block adds to the residual stream: x, or what its norm behind makes of it."""
+        return self._norm(getattr(layer, block.post), x) if block.post else x
 
     def _attend(
         self,
@@ -120,15 +154,15 @@ class Text(nn.Module):
         query, key, value = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
         heads, kv_heads = query.shape[-1] // size, key.shape[-1] // size
         if hasattr(attention, "q_norm"):  # over each head
-            query = rms_norm(attention.q_norm, query.unflatten(-1, (heads, size))).flatten(2)
-            key = rms_norm(attention.k_norm, key.unflatten(-1, (kv_heads, size))).flatten(2)
+            query = self._norm(attention.q_norm, query.unflatten(-1, (heads, size))).flatten(2)
+            key = self._norm(attention.k_norm, key.unflatten(-1, (kv_heads, size))).flatten(2)
         query, key = rotate(query, rotary, heads), rotate(key, rotary, kv_heads)
         cache = (batch, kv_heads, past_key.shape[2] + length, size)
         attended, key, value = symbolic_multi_out(
             "::Attention",
             (query, key, value, mask, past_key, past_value),
             {
-                "is_causal": 1,
+                "is_causal": 0 if self.family.marks else 1,
                 "q_num_heads": heads,
                 "kv_num_heads": kv_heads,
                 "scale": float(attention.scaling),
@@ -140,46 +174,6 @@ class Text(nn.Module):
         return attention.o_proj(attended), key, value
 
 
-class Rotary(nn.Module):
-    """Cosines and sines of the positions, from the model's own frequencies.
-
-    The frequencies of type `dynamic` depend on the length of the prompt only beyond
-    max_position_embeddings. The graph has the unscaled ones at every position.
-
-    Raises FormatError for frequencies that depend on the length of every prompt.
-    """
-
-    inv_freq: torch.Tensor  # [head size / 2]
-
-    def __init__(self, language: Any):
-        super().__init__()
-        # A new one is made, because that of the model has no values.
-        rope: Any = type(language.rotary_emb)(config=language.config)
-        if rope.rope_type not in ("default", "linear", "dynamic", "yarn", "llama3"):
-            raise FormatError(
-                f"ONNX graphs have no rotary positions of type {rope.rope_type};"
-                " leave out --format onnx"
-            )
-        self.register_buffer("inv_freq", rope.inv_freq.clone())
-        self.scaling: float = rope.attention_scaling
-        # How many frequencies turn with the temporal, height and width position. None: positions
-        # have one axis.
-        self.sections: list[int] | None = getattr(rope, "mrope_section", None)
-
-    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [B, S] or [3, B, S] → float32 [B, S, head size / 2] each."""
-        angles = position_ids[..., None].float() * self.inv_freq  # [(3,) B, S, head size / 2]
-        if self.sections:
-            # The axes are interleaved: frequency 3j + 1 turns with the height and 3j + 2 with the
-            # width, as far as their sections reach. All others turn with the temporal position.
-            _, height, width = self.sections
-            index = torch.arange(self.inv_freq.numel())
-            by_height = (index % 3 == 1) & (index < 3 * height)
-            by_width = (index % 3 == 2) & (index < 3 * width)
-            angles = torch.where(by_height, angles[1], torch.where(by_width, angles[2], angles[0]))
-        return angles.cos() * self.scaling, angles.sin() * self.scaling
-
-
 class Embedding(nn.Module):
     """Token ids and image features → inputs_embeds, the features in order at the image tokens.
 
@@ -187,11 +181,21 @@ class Embedding(nn.Module):
     that was generated. If there are features, but fewer than image tokens, the run fails.
     """
 
-    def __init__(self, model: Any, image_token: int, deepstack: int = 0):
+    def __init__(
+        self,
+        model: Any,
+        image_token: int,
+        deepstack: int = 0,  # how many decoder layers the vision tower feeds
+        *,
+        marked: bool = False,  # whether a last column is 1 at the tokens that have a feature
+    ):
         super().__init__()
         self.embed_tokens: Any = model.get_input_embeddings()
         self.image_token = image_token
-        self.deepstack = deepstack  # how many decoder layers the vision tower feeds
+        self.deepstack, self.marked = deepstack, marked
+        # What the embeddings of words are multiplied by: √hidden in Gemma.
+        scaled = hasattr(self.embed_tokens, "embed_scale")
+        self.scale: float | None = self.embed_tokens.scalar_embed_scale if scaled else None
 
     def example(self) -> Example:
         """Two rows of six image tokens, and seven features."""
@@ -205,23 +209,33 @@ class Embedding(nn.Module):
         return Example(arguments, inputs, ("inputs_embeds",))
 
     def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
-        """int64 [B, S] and [image tokens, width] → [B, S, width]."""
-        words = self.embed_tokens(input_ids)
+        """int64 [B, S] and [image tokens, width] → [B, S, width], or one column more if marked."""
+        words = self._words(input_ids)
         words = torch.cat([words, *[torch.zeros_like(words)] * self.deepstack], dim=-1)
         any_feature = torch.ones_like(image_features[:, 0], dtype=torch.long).sum() > 0
         image = (input_ids == self.image_token) & any_feature
         # Features are numbered from 1, so that a missing one is out of bounds.
         number = image.flatten().long().cumsum(0).view_as(input_ids)
         rows = torch.cat([torch.zeros_like(words[0, :1]), image_features])
-        return torch.where(image[..., None], rows[number], words)
+        embeds = torch.where(image[..., None], rows[number], words)
+        return torch.cat([embeds, image[..., None].to(embeds.dtype)], -1) if self.marked else embeds
+
+    def _words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings of tokens as words, [B, S, hidden]."""
+        table = self.embed_tokens.weight
+        if self.image_token >= len(table):  # a token without a word, which only images have
+            input_ids = torch.where(input_ids == self.image_token, 0, input_ids)
+        words = nn.functional.embedding(input_ids, table)
+        return words if self.scale is None else words * self.scale
 
 
-def rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """`norm` of x [..., width], as one operator of the graph."""
+def rms_norm(norm: Any, x: torch.Tensor, gain: float = 0.0) -> torch.Tensor:
+    """`norm` of x [..., width], as one operator of the graph. It multiplies by gain + weight."""
+    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
     return symbolic(
         "::RMSNormalization",
-        (x, norm.weight),
-        {"axis": -1, "epsilon": float(norm.variance_epsilon)},
+        (x, gain + norm.weight if gain else norm.weight),
+        {"axis": -1, "epsilon": float(epsilon)},
         dtype=x.dtype,
         shape=x.shape,
         version=OPSET,

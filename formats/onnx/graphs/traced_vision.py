@@ -233,6 +233,33 @@ class SmolVision(nn.Module):
         return self.connector(self.tower.post_layernorm(x)).flatten(0, 1)
 
 
+class GemmaVision(nn.Module):
+    """Any number of images, one tile each → their features: SigLIP, whose patches are pooled."""
+
+    deepstack = 0  # no decoder layer is fed
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.tower: Any = model.model.vision_tower
+        self.projector: Any = model.model.multi_modal_projector
+        self.config: Any = model.config.vision_config
+
+    def example(self) -> Example:
+        """Two images."""
+        size = self.config.image_size
+        pixels = torch.zeros(2, self.config.num_channels, size, size)
+        return Example((pixels,), {"pixel_values": {0: "images"}}, OUTPUTS)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[images, channels, size, size] → [image tokens, hidden]."""
+        embeddings = self.tower.embeddings
+        patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        x = patches + embeddings.position_embedding.weight
+        for layer in self.tower.encoder.layers:
+            x = layer(x, None)
+        return self.projector(self.tower.post_layernorm(x)).flatten(0, 1)
+
+
 class LlavaOnevision(nn.Module):
     """The tiles of one image, and its size → its features.
 

@@ -19,6 +19,7 @@ from vlmq_export.formats.proof.reference import Reference
 # each rounded to float32; measured was 1.5. A wrong exponent, sign or row is off by thousands of
 # units. A wrong last bit cannot be told from rounding.
 TABLE_GATE = 4.0
+_FREQUENCIES = "text.rotary."  # beginning of the names of a traced graph's frequencies
 # Table of a graph of mobius → what it holds of each angle.
 _TABLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "decoder.model.rotary_emb.cos_cache": np.cos,
@@ -32,7 +33,7 @@ def rotary_tables(written: OnnxFolder, reference: Reference) -> list[Check]:
 
     A table that is missing, too short or of another width is a failure.
     """
-    if written.weight("text.rotary.inv_freq") is not None:
+    if any(name.startswith(_FREQUENCIES) for name in written.floats):
         return [_frequencies(written, reference)]
     model = reference.model.model
     text = model.language_model.rotary_emb.inv_freq.double().numpy()  # [head size / 2]
@@ -118,13 +119,22 @@ def _axes(written: OnnxFolder, reference: Reference) -> list[Check]:
 
 
 def _frequencies(written: OnnxFolder, reference: Reference) -> Check:
-    """The frequencies of a traced graph, bit for bit those of the reference."""
-    modules = {"text.rotary.inv_freq": reference.model.get_decoder().rotary_emb}
+    """The frequencies of a traced graph, bit for bit those of the reference.
+
+    They have the names of the model's own buffers. Gemma 3 has one for each kind of layer.
+    """
+    buffers = reference.model.get_decoder().rotary_emb.named_buffers()
+    wanted = {
+        f"{_FREQUENCIES}{name}": buffer
+        for name, buffer in buffers
+        if name.endswith("inv_freq") and "original" not in name
+    }
     if visual := getattr(reference.model.model, "visual", None):
-        modules["vision.inv_freq"] = visual.rotary_pos_emb  # other towers have learned positions
+        # Other towers have learned positions.
+        wanted["vision.inv_freq"] = visual.rotary_pos_emb.inv_freq
     wrong, compared = [], 0
-    for name, module in modules.items():
-        want, got = module.inv_freq.numpy(), written.weight(name)
+    for name, buffer in wanted.items():
+        want, got = buffer.numpy(), written.weight(name)
         compared += want.size
         if got is None or not np.array_equal(got, want):
             wrong.append(name)

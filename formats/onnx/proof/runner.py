@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+FEATURES = "image_features"
 Cache = dict[str, np.ndarray]  # name of a past input → float [B, heads, tokens, head size]
 
 
@@ -135,16 +136,16 @@ class OnnxRunner:
         """
         _, *more = (i.name for i in self.vision.get_inputs())
         if not more:
-            return run(self.vision, {"pixel_values": pixel_values}, ["image_features"])[0]
+            return run(self.vision, {"pixel_values": pixel_values}, [FEATURES])[0]
         assert where is not None, f"the graph takes {more[0]}"
         if more != ["image_sizes"]:
             feeds = {"pixel_values": pixel_values, **dict.fromkeys(more, where)}
-            return run(self.vision, feeds, ["image_features"])[0]
+            return run(self.vision, feeds, [FEATURES])[0]
         tiles = pixel_values if pixel_values.ndim == 5 else pixel_values[:, None]
         parts = []
         for i, image in enumerate(tiles):
             feeds = {"pixel_values": image, "image_sizes": where[i : i + 1]}
-            parts.append(run(self.vision, feeds, ["image_features"])[0])
+            parts.append(run(self.vision, feeds, [FEATURES])[0])
         return np.concatenate(parts)
 
     def prompt_features(self, prompt: Sample) -> np.ndarray:
@@ -159,9 +160,9 @@ class OnnxRunner:
         float [B, S, hidden].
         """
         if features is None:
-            hidden = self.embedding.get_outputs()[0].shape[-1]
-            features = np.zeros((0, hidden), self._dtype)
-        feeds = {"input_ids": input_ids, "image_features": features}
+            width = next(i.shape[-1] for i in self.embedding.get_inputs() if i.name == FEATURES)
+            features = np.zeros((0, width), self._dtype)
+        feeds = {"input_ids": input_ids, FEATURES: features}
         return run(self.embedding, feeds, ["inputs_embeds"])[0]
 
     def step(

@@ -110,9 +110,14 @@ def _compare(
 
 
 def _cached_decode(runner: OnnxRunner, reference: Reference, prompt: Sample, gate: float) -> Check:
-    """The second half of a prompt fed token by token through the cache."""
-    positions, half = reference.position_ids(prompt), len(prompt.input_ids) // 2
-    got = runner.stepwise(prompt, positions, half)[:, : reference.vocabulary]
+    """The second half of a prompt fed token by token through the cache.
+
+    Image tokens that see both ways must come with the whole of their image, and so they do.
+    """
+    positions, split = reference.position_ids(prompt), len(prompt.input_ids) // 2
+    if prompt.marks and prompt.vision.any():
+        split = max(split, int(prompt.vision.nonzero().max()) + 1)
+    got = runner.stepwise(prompt, positions, split)[:, : reference.vocabulary]
     return Check.at_most(
         "onnx",
         "L3",

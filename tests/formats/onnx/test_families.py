@@ -24,7 +24,8 @@ from vlmq_export.errors import FormatError
 from vlmq_export.formats.onnx.graphs.build import float_graphs
 from vlmq_export.formats.onnx.graphs.families import graph_refusals
 from vlmq_export.formats.onnx.graphs.traced import empty
-from vlmq_export.formats.onnx.graphs.traced_text import Embedding, Rotary, Text
+from vlmq_export.formats.onnx.graphs.traced_positions import Rotary, seen_keys
+from vlmq_export.formats.onnx.graphs.traced_text import Embedding, Text
 from vlmq_export.formats.onnx.graphs.traced_vision import (
     LlavaOnevision,
     hidden_state,
@@ -34,6 +35,7 @@ from vlmq_export.formats.onnx.graphs.traced_vision import (
 )
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.families import FAMILIES
 
 # Images as (frames, height / 2, width / 2), in patches.
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
@@ -163,6 +165,21 @@ def test_features_go_to_their_tokens_and_too_few_are_an_error():
         assert torch.equal(embedding(ids, features[:0])[..., :3], words(ids))
 
 
+def test_marked_embeddings_tell_images_from_words():
+    words = torch.nn.Embedding(10, 3)
+    words.embed_scale, words.scalar_embed_scale = torch.tensor(2.0), 2.0
+    model = SimpleNamespace(get_input_embeddings=lambda: words)
+    ids, features = torch.tensor([[1, 12, 2], [12, 12, 3]]), torch.arange(9.0).reshape(3, 3)
+    with torch.no_grad():
+        got = Embedding(model, image_token=12, marked=True)(ids, features)  # no word of the table
+        assert torch.equal(got[..., 3], (ids == 12).float())
+        assert torch.equal(got[ids == 12][:, :3], features)
+        assert torch.equal(got[ids != 12][:, :3], 2 * words(ids[ids != 12]))
+        # A token that was generated is a word, and sees what words see.
+        generated = Embedding(model, image_token=9, marked=True)(torch.tensor([[9]]), features[:0])
+        assert torch.equal(generated[0, 0], torch.cat([2 * words.weight[9], torch.zeros(1)]))
+
+
 @settings(deadline=None)
 @given(st.integers(1, 30), st.integers(-30, 30))
 def test_hidden_states_are_counted_as_in_a_list(layers, index):
@@ -210,9 +227,34 @@ def test_positions_that_depend_on_the_prompts_length_are_refused():
         Rotary(language(rope_parameters=rope).model)
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.lists(st.booleans(), min_size=9, max_size=9)),
+             min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)  # fmt: skip
+def test_what_a_token_sees(rows, new, window):
+    """One key at a time, by the words of the docstring. A row is its padding, and its images."""
+    total, past = 9, 9 - new
+    mask = torch.tensor([[int(i >= pad) for i in range(total)] for pad, _ in rows])
+    image = torch.tensor([marks[past:] for _, marks in rows])
+    got = seen_keys(mask, image, window)
+    assert {g.shape for g in got.values()} == {(len(rows), 1, new, total)}
+    for b, (pad, marks) in enumerate(rows):
+        for query in range(past, total):
+            for key in range(total):
+                one_image = query >= past and key > query and all(marks[query : key + 1])
+                full = key >= pad and (key <= query or one_image)
+                place = (b, 0, query - past, key)
+                assert got["full_attention"][place] == full
+                assert got["sliding_attention"][place] == (full and key > query - window)
+
+
 def test_sliding_windows_are_refused():
     with pytest.raises(FormatError, match="sliding_attention"):
-        Text(language(use_sliding_window=True, sliding_window=8, max_window_layers=0))
+        model = language(use_sliding_window=True, sliding_window=8, max_window_layers=0)
+        Text(model, FAMILIES["internvl"])
 
 
 @pytest.mark.parametrize(
@@ -220,6 +262,7 @@ def test_sliding_windows_are_refused():
     [
         "internvl",
         "smolvlm",
+        "gemma3",
         *(
             pytest.param(arch, marks=pytest.mark.slow)
             for arch in ("qwen3_vl", "llava_onevision", "idefics3")
@@ -247,6 +290,7 @@ def scaled(kind: str) -> dict:
     return {"rope_scaling": {"type": kind, "mrope_section": [8, 12, 12], **ROPE_KEYS[kind]}}
 
 
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 PHI = {"text_config": {"model_type": "phi"}}
 
 
@@ -271,7 +315,9 @@ PHI = {"text_config": {"model_type": "phi"}}
         ("idefics3", {"vision_config": {"image_size": 350}}, "25 patches along a side"),
         ("smolvlm", {"text_config": scaled("yarn")}, None),
         ("internvl3_5", {}, None),
-        ("gemma3", {}, "see both ways"),
+        ("gemma3", {}, None),
+        ("gemma3", {"text_config": {"use_bidirectional_attention": True}}, "see both ways"),
+        ("gemma3", {"text_config": {"rope_scaling": LONG}}, "longrope"),
         ("qwen2_vl", {}, None),
         ("qwen3_vl", {}, None),
         ("smolvlm", {}, None),
