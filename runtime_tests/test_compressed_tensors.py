@@ -163,7 +163,9 @@ def faulty_copy(folder: Path, copy: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["qwen2_vl", "llava_onevision", "idefics3"])
+@pytest.mark.parametrize(
+    "arch", ["qwen2_vl", "llava_onevision", "idefics3", "mistral3", "ministral3"]
+)
 def test_every_level_of_the_other_families(arch, tiny, tmp_path):
     artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny(arch))
     out, reference = exported(tmp_path / NAME, artifact)

@@ -174,6 +174,8 @@ FAMILY = [
     ("internvl3_5", "w4g128"),
     ("gemma3", "w4g128"),
     ("smolvlm", "w4g128"),
+    ("mistral3", "w4g128"),
+    ("ministral3", "w4g128"),
 ]
 GRID = [("reference", tag) for tag in ("w2", "w3g128", "w3-sym", "w8g128")]
 OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in FAMILY + GRID]
@@ -309,7 +311,7 @@ def test_a_worker_that_dies_over_one_request_leaves_the_next_to_another(
 
 
 # What a family has in common with one of these is loaded in the slow tests alone.
-LIKE_OTHERS = ("internvl", "idefics3", "smolvlm", "llava_onevision")
+LIKE_OTHERS = ("internvl", "idefics3", "smolvlm", "llava_onevision", "ministral3")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from vlmq_export.formats.in_transformers.runtimes import (
     ALL_FAMILIES,
     MARLIN_GROUPS,
     READ_FAMILIES,
+    UNREAD,
     Runtime,
     one_of,
 )
@@ -32,7 +33,7 @@ class Reader(Runtime):
         config, family = model.config, model.architecture.model_type
         if config.head_bits and not self.ran:
             yield "a quantized head, which was not read (leave out --head-bits)"
-        if not model.tower:
+        if not model.tower or family in self.unread:
             return
         if family not in self.towers:
             why = self.other_towers.format(family=family)
@@ -67,7 +68,7 @@ RUNTIMES = (
         ran=False,
         group_sizes=MARLIN_GROUPS,
         families=READ_FAMILIES,
-        other_families="vLLM's code for it was not read",
+        unread=("idefics3", "smolvlm", *UNREAD),
         towers=_QWEN,
         other_towers="its class for {family} has linears there that take floats alone",
     ),
@@ -80,6 +81,7 @@ RUNTIMES = (
         zero_points=(4,),
         group_sizes=MARLIN_GROUPS,
         families=_QWEN,
+        unread=UNREAD,
         other_families="SGLang has no class for it",
         towers=(),
         other_towers="its own code calls that untested; it skips Qwen3-VL's integers without a"

@@ -19,7 +19,15 @@ VERSIONS = {"v1": "gptq", "v2": "gptq_v2"}  # option --gptq-version → `checkpo
 # version from 0.9 on. We therefore list it as a tag of the format.
 FORMAT_TAG = "gptqmodel:7.7.0"
 # Those of our families that are in GPTQModel's MODEL_MAP.
-GPTQMODEL_LOADS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3")
+GPTQMODEL_LOADS = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "smolvlm",
+    "gemma3",
+    "mistral3",
+)
 # Where optimum, through which transformers loads these files, looks for decoder layers by itself
 # (BLOCK_PATTERNS in optimum/gptq/constants.py). Elsewhere the file must say where they are.
 OPTIMUM_FINDS = ("model.layers", "model.language_model.layers")

@@ -10,6 +10,7 @@ from vlmq_export.formats.gptq.layout import GPTQMODEL_LOADS
 from vlmq_export.formats.in_transformers.runtimes import (
     MARLIN_GROUPS,
     READ_FAMILIES,
+    UNREAD,
     Runtime,
     one_of,
 )
@@ -65,7 +66,7 @@ RUNTIMES: tuple[Reader, ...] = (
         zero_points=(),
         permuted=False,
         families=READ_FAMILIES,
-        other_families="vLLM's code for it was not read",
+        unread=("idefics3", "smolvlm", *UNREAD),
     ),
     Reader(
         "SGLang 0.5.23",
@@ -75,6 +76,7 @@ RUNTIMES: tuple[Reader, ...] = (
         group_sizes=MARLIN_GROUPS,
         zero_points=(),
         families=("qwen3_vl",),
+        unread=UNREAD,
         other_families="SGLang has no class for it, or wants its vision tower quantized too",
     ),
 )

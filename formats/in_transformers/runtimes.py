@@ -15,7 +15,8 @@ from vlmq_export.quantizer.config import BITS
 
 MARLIN_GROUPS = (-1, 32, 64, 128)  # MARLIN_SUPPORTED_GROUP_SIZES of vLLM and SGLang
 READ_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
-ALL_FAMILIES = (*READ_FAMILIES, "idefics3", "smolvlm", "gemma3")
+UNREAD = ("gemma3", "mistral3")  # of which no server's code was read
+ALL_FAMILIES = (*READ_FAMILIES, "idefics3", "smolvlm", *UNREAD)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Runtime:
     mixed: bool = True  # whether it loads linears of several widths
     permuted: bool = True  # whether it loads groups whose columns are permuted (`desc_act`)
     families: tuple[str, ...] = ALL_FAMILIES
+    unread: tuple[str, ...] = ()  # those of which its code was not read
     other_families: str = ""  # what it does with the others, in words
 
     def refuses(self, model: ModelPlan, options: FormatOptions) -> list[str]:
@@ -39,7 +41,9 @@ class Runtime:
 
     def _refuses(self, model: ModelPlan, options: FormatOptions) -> Iterator[str]:
         config, architecture = model.config, model.architecture
-        if architecture.model_type not in self.families:
+        if architecture.model_type in self.unread:
+            yield f"{architecture.model_type}: its code was not read"
+        elif architecture.model_type not in self.families:
             yield f"{architecture.model_type}: {self.other_families}"
         grids = [config.at(bits) for bits in sorted({*config.widths.values()})] or [config]
         if config.widths and not self.mixed:
@@ -88,7 +92,10 @@ def notes(programs: Sequence[Runtime], model: ModelPlan, options: FormatOptions)
         yield f"loads in {' and '.join(ran)}, which the tests run"
     for runtime in programs:
         how = "" if runtime.ran else " (by its code; it was not run)"
-        if refused := runtime.refuses(model, options):
+        refused = runtime.refuses(model, options)
+        if len(refused) == 1 and model.architecture.model_type in runtime.unread:
+            yield f"not known to load in {runtime.name}: {refused[0]}"
+        elif refused:
             yield f"does not load in {runtime.name}{how}: {'; '.join(refused)}"
         elif not runtime.ran:
             yield f"loads in {runtime.name}{how}"

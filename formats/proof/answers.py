@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,7 +57,7 @@ def greedy_answers(
     for places in groups.values():
         names = list(prompts[places[0]])
         length = prompts[places[0]]["input_ids"].shape[1]
-        size = max(1, min(AT_ONCE, BATCH_TOKENS // length))
+        size = 1 if _packed(names) else max(1, min(AT_ONCE, BATCH_TOKENS // length))
         for start in range(0, len(places), size):
             part = places[start : start + size]
             batch = {name: torch.cat([prompts[place][name] for place in part]) for name in names}
@@ -65,6 +65,15 @@ def greedy_answers(
                 answer = ids.tolist()
                 end = next((i for i, t in enumerate(answer) if t in stop_ids), len(answer))
                 yield place, answer[:end]
+
+
+def _packed(names: Collection[str]) -> bool:
+    """Whether prompts with these inputs go one by one, as `Family.packed` says.
+
+    Together they would be right too, and their tower would attend over the images of all of them.
+    Of the families whose model is told the sizes of images, LLaVA-OneVision is told more.
+    """
+    return "image_sizes" in names and "batch_num_images" not in names
 
 
 @torch.no_grad()

@@ -200,9 +200,14 @@ def decoder_inputs(
         before(model.get_decoder(), lambda _args, kwargs: given.update(kwargs)),
     ):
         for group, place in zip(ranks.share(groups), ranks.share(places)):
-            with suppress(Stop):
-                model.model(**_stacked(group, device), use_cache=False)
-            hidden, kwargs = caught[0][0], [kept for _, kept in caught]
+            parts = []
+            for samples_at_once in _passes(group):
+                caught.clear()
+                with suppress(Stop):
+                    model.model(**_stacked(samples_at_once, device), use_cache=False)
+                parts.append(caught[0][0])
+            # Of samples that go one by one, the keyword arguments are the same, and are broadcast.
+            hidden, kwargs = torch.cat(parts), [kept for _, kept in caught]
             caught.clear()
             mask, features = (given.get(name) for name in added) if added else (None, None)
             given.clear()
@@ -259,6 +264,11 @@ def _equal_lengths(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
     for length in sorted(by_length):
         group, size = by_length[length], max(1, BATCH_TOKENS // length)
         yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+def _passes(group: Sequence[Sample]) -> list[Sequence[Sample]]:
+    """A batch as the model takes it: as a whole, or one sample after the other (Family.packed)."""
+    return [[sample] for sample in group] if group[0].packed else [group]
 
 
 def _stacked(group: Sequence[Sample], device: torch.device) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ That is a few numbers per projection, and a picture of one image's weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from math import isqrt
 
 import torch
@@ -88,6 +87,9 @@ def image_shape(samples: Sequence[Sample]) -> dict:
         return {}
     sample = max(with_image, key=lambda s: len(s.input_ids))  # the first of them, as in the walk
     count = len(_first_run(sample.vision))
+    if sample.packed:  # a token stands behind each row
+        columns = len(_runs(sample.vision)[0])
+        return {"pictured": [count // columns, columns]}
     if sample.image_grid_thw is None:
         return {"pictured": [isqrt(count)] * 2}
     _, high, wide = sample.image_grid_thw[0].tolist()
@@ -96,10 +98,24 @@ def image_shape(samples: Sequence[Sample]) -> dict:
 
 
 def _first_run(mask: torch.Tensor) -> list[int]:
-    """The places of the first marks that follow each other: the tokens of one image."""
-    found = mask.nonzero().flatten().tolist()
-    run = takewhile(lambda pair: pair[1] - pair[0] == found[0], enumerate(found))
-    return [place for _, place in run]
+    """The places of the tokens of the first image.
+
+    They follow each other, or are rows of one length with one other token behind each.
+    """
+    first, *others = _runs(mask)
+    step, taken = len(first) + 1, list(first)
+    for row, run in enumerate(others, start=1):
+        if run.start != first.start + row * step or len(run) != len(first):
+            break
+        taken += run
+    return taken
+
+
+def _runs(mask: torch.Tensor) -> list[range]:
+    """The places of marks that follow each other. There is at least one mark."""
+    found = mask.nonzero().flatten()
+    cuts = (found.diff() > 1).nonzero().flatten() + 1
+    return [range(int(run[0]), int(run[-1]) + 1) for run in found.tensor_split(cuts.cpu())]
 
 
 def _share(part: float, whole: float) -> float:

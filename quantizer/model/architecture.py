@@ -67,7 +67,8 @@ class Architecture:
         found = cls(resolved, family_of(config), tied)
         for part in (found.text, found.vision):
             _check_sizes(part)
-        if "_moe" in str(decoder := found.text.get("model_type")):
+        decoder = str(found.text.get("model_type"))
+        if "_moe" in decoder or found.text.get("n_routed_experts"):  # as Mistral Small 4 has them
             raise CheckpointError(
                 f"the language model in config.json is {decoder}, a mixture of experts, which is"
                 " not supported; choose a dense model of the family"

@@ -86,8 +86,9 @@ class Family:
     # shapes are [hidden, ...], and `*` stands for a number.
     writers: tuple[str, ...] = ()
     seq_len: int = 512  # tokens to which the VLMQ paper cuts samples for this family
-    # `grid`: an image takes as many tokens as its size asks for; `tile`: each image is one square
-    # tile; `tiles`: it can be several, with words before each (samples/image_rules.py).
+    # `grid`: an image takes as many tokens as its size asks for; `lines`: so it does, with a token
+    # behind each row of them; `tile`: each image is one square tile; `tiles`: it can be several,
+    # with words before each (samples/image_rules.py).
     images: str = "grid"
     # What to write before and after an image's tokens where the chat template does not.
     around: tuple[str, str] = ("", "")
@@ -99,6 +100,9 @@ class Family:
     processor_needs: tuple[str, ...] = ()
     # Whether positions have three axes, for which the model must be told its image tokens.
     mrope: bool = True
+    # Whether the tower takes all images of a pass as one sequence, so that the model is given one
+    # sample at a time.
+    packed: bool = False
     # Keyword argument of the model that marks its image tokens, which see both ways.
     marks: str = ""
     # Keyword arguments of the language model: the mask of the image tokens, and the features to add
@@ -260,6 +264,22 @@ _GEMMA3 = Family(
     mrope=False,
     marks="token_type_ids",
 )
+_MISTRAL3 = Family(
+    "mistral3",
+    published="mistralai/Mistral-Small-3.1-24B-*, Ministral-3-*-BF16",
+    tokens="one for 28 × 28 pixels, and one behind each row",
+    decoders="Mistral or Ministral 3 decoder",
+    layers="language_model.model.layers.",
+    vision=("vision_tower.", "multi_modal_projector."),
+    prefixes=_INTERNVL.prefixes,
+    writers=("multi_modal_projector.linear_2",),
+    # Where a row has no system message, the published chat templates write one of some 500 tokens.
+    seq_len=1024,
+    images="lines",
+    around=("", "[IMG_END]"),
+    mrope=False,
+    packed=True,
+)
 
 FAMILIES = {
     f.model_type: f
@@ -278,6 +298,7 @@ FAMILIES = {
             processor_needs=("num2words",),
         ),
         _GEMMA3,
+        _MISTRAL3,
     )
 }
 

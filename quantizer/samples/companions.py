@@ -39,7 +39,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     SmolVLM's files name GPT2Tokenizer, which puts a pre-tokenizer of its own in the place of that
     of tokenizer.json. For `smolvlm`, transformers goes by the file instead, as every runtime does;
-    here the same is done for SmolVLM's first generation.
+    here the same is done for SmolVLM's first generation. Where mistral-common is installed,
+    transformers takes its tokenizer for Mistral's models, which makes no special token of a text.
     """
     with _importing():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -55,7 +56,9 @@ def load_tokenizer(folder: Path) -> Any:
         )
     with third_party(f"{folder}: transformers cannot read its tokenizer"):
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if type(loaded).__name__ == "GPT2Tokenizer" and _splits_by_itself(folder):
+        kind = type(loaded).__name__
+        by_file = kind == "GPT2Tokenizer" and _splits_by_itself(folder)
+        if by_file or kind == "MistralCommonBackend":
             loaded = PreTrainedTokenizerFast.from_pretrained(folder)
         return loaded
 

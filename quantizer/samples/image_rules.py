@@ -240,12 +240,71 @@ class Tiles:
         return (along, across) if width >= height else (across, along)
 
 
+class Lines:
+    """Mistral 3: an image keeps its shape and its size, and a token stands behind each row of it.
+
+    The tower takes sides of any multiple of a patch. `longest` is the longest side of an image.
+    """
+
+    def __init__(self, processor: Any, config: dict, around: tuple[str, str]):  # Family.around
+        self.processor = processor  # transformers' image processor of the model
+        self.unit = _first(config["vision_config"]["patch_size"]) * config["spatial_merge_size"]
+        self.longest = int(processor.size["longest_edge"])  # pixels
+        self.end = around[1]  # what stands behind the last row
+        self.row_end = self.end.replace("END", "BREAK")  # and behind the others
+
+    def size(self, size: Size, most: int | None = None) -> Size:
+        """The multiples of the unit that hold the image, as the model's processor has it.
+
+        An image is made smaller only where it is longer than `longest`, or has over `most` tokens,
+        and larger where it has fewer than any other family's (`TOKENS`).
+        """
+        most = TOKENS[1] if most is None else most
+        shorter = max(1, max(size) / self.longest)
+        grid = np.array([-(-int(side / shorter) // self.unit) for side in size]).clip(1)
+        scale = 1.0
+        while self._tokens(grid) > most and grid.prod() > TOKENS[0]:
+            scale *= 0.98
+            grid = np.round(np.array(size) / shorter * scale / self.unit).clip(1)
+        while grid.prod() < TOKENS[0]:
+            grid[grid.argmin()] += 1
+        width, height = (int(v) * self.unit for v in grid)
+        return width, height
+
+    def tokens(self, size: Size) -> int:
+        """The tokens behind the rows are counted, but for the last one."""
+        return self._tokens(np.array(size) // self.unit)
+
+    def _tokens(self, grid: np.ndarray) -> int:
+        across, rows = grid
+        return int(rows * (across + 1) - 1)
+
+    def encode(self, images: Sequence[Image.Image], token: str) -> Encoded:
+        """pixel_values [images, 3, height, width] of the largest, image_sizes [images, 2].
+
+        Zeros fill the images to the right and below. The model cuts them off.
+        """
+        features = self.processor(
+            images=list(images), do_resize=False, patch_size=self.unit, return_tensors="pt"
+        )
+        sizes = torch.as_tensor(features["image_sizes"]).long()  # height and width
+        inputs = {"pixel_values": features["pixel_values"].float(), "image_sizes": sizes}
+        grids = (sizes // self.unit).tolist()
+        return Encoded(inputs, [self.text(rows, columns, token) for rows, columns in grids])
+
+    def text(self, rows: int, columns: int, token: str) -> str:
+        """What PixtralProcessor writes for an image of so many tokens."""
+        return self.row_end.join([token * columns] * rows) + self.end
+
+
 def image_rule(family: Family, processor: Any, config: dict) -> ImageRule:
     """The rule of a family, for transformers' image processor and the config of one model."""
     if family.images == "grid":
         return Grid(processor)
     if family.images == "tile":
         return Tile(processor, config, family.newline, family.around)
+    if family.images == "lines":
+        return Lines(processor, config, family.around)
     return Tiles(processor, config, family.around)
 
 

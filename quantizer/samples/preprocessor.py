@@ -124,6 +124,7 @@ class Preprocessor:
             layout=layout,
             mrope=self.family.mrope,
             marks=self.family.marks,
+            packed=self.family.packed,
         )
 
     def _text(self, row: Row, messages: list[dict], *, open_turn: bool) -> str:

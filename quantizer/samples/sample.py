@@ -20,8 +20,9 @@ class Sample:
     input_ids: torch.Tensor  # int64 [S]
     vision: torch.Tensor  # bool [S], true at image tokens
     answer: torch.Tensor  # bool [S], true at the last assistant turn, its end token included
-    # float32 [patches, channels·temporal·patch²] on a grid, [tiles, 3, side, side] for tiles, of
-    # which Idefics3 takes [tiles, 1, 3, side, side]; None for a sample without images.
+    # float32 [patches, channels·temporal·patch²] on a grid, [images, 3, height, width] of the
+    # largest for lines, [tiles, 3, side, side] for tiles, of which Idefics3 takes [tiles, 1, 3,
+    # side, side]; None for a sample without images.
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None  # int64 [images, 3]; None off a grid
     images: tuple[Image.Image, ...] = ()  # after resizing
@@ -32,6 +33,7 @@ class Sample:
     layout: dict[str, torch.Tensor] = field(default_factory=dict)
     mrope: bool = True  # as Family.mrope
     marks: str = ""  # as Family.marks
+    packed: bool = False  # as Family.packed
 
     def image_inputs(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of get_image_features in transformers. Empty without images."""

@@ -29,6 +29,7 @@ class Told:
     vision: torch.Tensor
     input_ids: torch.Tensor
     image_grid_thw: torch.Tensor | None = None
+    packed: bool = False
 
 
 def batch(image, valid=None) -> Batch:
@@ -72,6 +73,13 @@ def test_the_image_pictured_is_that_of_the_longest_sample_with_one():
     assert image_shape([text, grid, tile, grid]) == {"pictured": [3, 3]}
     assert image_shape([text, grid]) == {"pictured": [2, 3]}
     assert image_shape([text]) == {}
+    # Mistral 3: two rows of three, a token behind each, and a second image with rows of two.
+    rows = torch.tensor([0, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0]).bool()
+    lines = Told(rows, torch.zeros(12), packed=True)
+    assert image_shape([text, lines]) == {"pictured": [2, 3]}
+    facts = importance_facts({"q": [torch.arange(1.0, 13)]}, [batch([rows.tolist()])])["q"]
+    shown = torch.tensor([2.0, 3, 4, 6, 7, 8])
+    assert bytes.fromhex(facts["image"]) == levels(shown)
 
 
 def record(layer, name, **metrics) -> ModuleRecord:

@@ -28,6 +28,7 @@ SIGLIP_IMAGE = 104
 INTERNVL_IMAGE = 112
 GEMMA_IMAGE = 112  # 8 · 8 patches, which are pooled to 16 tokens
 SMOLVLM_IMAGE = 112  # 8 · 8 patches, of which 16 tokens are made
+PIXTRAL_IMAGE = 224  # the longest side: 16 patches, of which 8 tokens are made
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Tiny:
     preprocessor: dict  # preprocessor_config.json
     processor: dict | None = None  # processor_config.json
     tokenizer: dict | None = None  # extra_special_tokens of tokenizer_config.json
+    tokenizer_config: dict | None = None  # what it has other than that of Qwen2-VL
     pre_tokenizer: dict | None = None  # of tokenizer.json; None: that of Qwen2-VL
     joined: tuple[str, ...] = ()  # pairs of characters that the vocabulary has as one token
     pieces: bool = False  # whether the tokenizer is one of characters, in the form of Gemma's
@@ -98,6 +100,21 @@ _GEMMA_TURNS = (
     "{% elif c['type'] == 'text' %}{{ c['text'] | trim }}{% endif %}{% endfor %}"
     "{{ '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+# As published, but for the default system message, which is shorter: a user's image goes before
+# the text, and nothing opens an answer.
+_MISTRAL_TURNS = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'][0]['text'] %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = 'You answer briefly.' %}{% set turns = messages %}{% endif %}"
+    "{{ '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}"
+    "{% for m in turns %}{% if m['role'] == 'user' %}{{ '[INST]' }}"
+    "{% set blocks = m['content'] | sort(attribute='type') if m['content'] | length == 2"
+    " else m['content'] %}"
+    "{% for c in blocks %}{% if c['type'] == 'image' %}{{ '[IMG]' }}"
+    "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{{ '[/INST]' }}"
+    "{% else %}{{ m['content'][0]['text'] + eos_token }}{% endif %}{% endfor %}"
 )
 
 # --- configs --------------------------------------------------------------------------------------
@@ -257,6 +274,83 @@ _GEMMA3 = {
     "vision_config": {**_SIGLIP, "image_size": GEMMA_IMAGE},
 }
 
+# mistralai/Mistral-Small-3.1-24B-Instruct-2503. All heads together are not as wide as a token.
+_MISTRAL3 = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "image_token_index": Slot("[IMG]"),
+    "model_type": "mistral3",
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "text_config": {
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": MLP,
+        "max_position_embeddings": 131072,
+        "model_type": "mistral",
+        "num_attention_heads": 4,
+        "num_hidden_layers": Slot("layers"),
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000000.0,
+        "sliding_window": None,
+        "use_cache": True,
+        "vocab_size": Slot("vocabulary"),
+    },
+    "tie_word_embeddings": Slot("tied"),
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "vision_config": {
+        "attention_dropout": 0.0,
+        "head_dim": VISION // 4,
+        "hidden_act": "silu",
+        "hidden_size": VISION,
+        "image_size": PIXTRAL_IMAGE,
+        "initializer_range": 0.02,
+        "intermediate_size": VISION_MLP,
+        "model_type": "pixtral",
+        "num_attention_heads": 4,
+        "num_channels": 3,
+        "num_hidden_layers": Slot("depth"),
+        "patch_size": 14,
+        "rope_theta": 10000.0,
+    },
+    "vision_feature_layer": -1,
+}
+
+# mistralai/Ministral-3-3B-Instruct-2512-BF16. Queries grow with every 16th position, where it
+# is every 16384th in the published models, so that a prompt gets there.
+_MINISTRAL3 = {
+    **{key: value for key, value in _MISTRAL3.items() if key != "torch_dtype"},
+    "dtype": "bfloat16",
+    "text_config": {
+        **{key: value for key, value in _MISTRAL3["text_config"].items() if key != "rope_theta"},
+        "max_position_embeddings": 256,
+        "model_type": "ministral3",
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16,
+            "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "tie_word_embeddings": Slot("tied"),
+    },
+    "transformers_version": "5.0.0.dev0",
+    "vision_config": {
+        **{key: value for key, value in _MISTRAL3["vision_config"].items() if key != "rope_theta"},
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+}
+
 # Qwen/Qwen3-VL-2B-Instruct
 _QWEN3_VL = {
     "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -354,6 +448,10 @@ def _smolvlm(model_type: str, architecture: str) -> dict:
 # --- families -------------------------------------------------------------------------------------
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _IMAGE_STEPS = {
     "do_convert_rgb": True,
@@ -515,6 +613,42 @@ FAMILIES = {
         pad="<pad>",
         names=(("model.vision_tower.", "vision_tower.vision_model."), *_DECODER_NAMES),
     ),
+    "mistral3": Tiny(
+        tokens=(
+            *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+            *("[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
+        ),
+        template=_MISTRAL_TURNS,
+        config=_MISTRAL3,
+        preprocessor={
+            **_IMAGE_STEPS,
+            **CLIP,
+            "default_to_square": True,
+            "image_processor_type": "PixtralImageProcessorFast",
+            "patch_size": 14,
+            "processor_class": "PixtralProcessor",
+            "size": {"longest_edge": PIXTRAL_IMAGE},
+        },
+        processor={
+            "image_break_token": "[IMG_BREAK]",
+            "image_end_token": "[IMG_END]",
+            "image_token": "[IMG]",
+            "patch_size": 14,
+            "processor_class": "PixtralProcessor",
+            "spatial_merge_size": 2,
+        },
+        tokenizer_config={
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "tokenizer_class": "LlamaTokenizerFast",
+            "unk_token": "<unk>",
+        },
+        end="</s>",
+        begin="<s>",
+        pad="<pad>",
+        names=_DECODER_NAMES,
+    ),
     "qwen3_vl": Tiny(
         tokens=(),
         template=_TURNS % (_PARTS % "<|vision_start|><|image_pad|><|vision_end|>"),
@@ -533,7 +667,9 @@ FAMILIES = {
 }
 
 FAMILIES["internvl3_5"] = replace(FAMILIES["internvl"], config=_INTERNVL3_5)
+FAMILIES["ministral3"] = replace(FAMILIES["mistral3"], config=_MINISTRAL3)
 ARCHES = ("qwen2_vl", "qwen2_5_vl", *FAMILIES)  # all that make_tiny makes
+PIXTRAL = ("mistral3", "ministral3")  # those with a tower that neither ONNX nor GGUF has
 
 # --- published sizes ------------------------------------------------------------------------------
 
@@ -688,6 +824,7 @@ def _write_tokenizer(family: Tiny, out_dir: Path) -> dict[str, int]:
     config["extra_special_tokens"] = family.tokenizer or {}
     if family.pre_tokenizer:  # the class of Qwen2-VL's tokenizer brings its own
         config["tokenizer_class"] = "GPT2Tokenizer"
+    config |= family.tokenizer_config or {}
     return _write_tokenizer_files(family, out_dir, tokenizer, config)
 
 

@@ -196,7 +196,7 @@ def _patches(config: dict) -> int:
     if pooled := config.get("mm_tokens_per_image"):
         return (vision["image_size"] // vision["patch_size"]) ** 2 // pooled
     shuffled = config.get("scale_factor", round(1 / config.get("downsample_ratio", 1)))
-    return vision.get("spatial_merge_size", shuffled) ** 2
+    return vision.get("spatial_merge_size", config.get("spatial_merge_size", shuffled)) ** 2
 
 
 def _pixels(config: dict) -> int:

@@ -467,7 +467,8 @@ def graphs_of(architecture: Architecture) -> tuple[TextGraph, VisionGraph]:
     kind = architecture.model_type
     if kind not in GRAPHS:
         raise FormatError(
-            f"config.json: model_type {kind} is not written to GGUF; known are {', '.join(GRAPHS)}"
+            f"config.json: model_type {kind} is not written to GGUF; known are {', '.join(GRAPHS)};"
+            " leave out --format gguf"
         )
     texts, vision = GRAPHS[kind]
     own = architecture.text.get("model_type")

@@ -24,6 +24,12 @@ def graph_refusals(architecture: Architecture) -> list[str]:
     The modules that would be traced are made without weights and are not traced. They are not made
     where the ONNX packages are not installed.
     """
+    family = architecture.family
+    if family.images == "lines":
+        return [
+            "config.json: the ONNX graphs have no vision tower for images of any size whose rows of"
+            f" tokens end in one of their own, as {family.model_type} has; leave out --format onnx"
+        ]
     if architecture.model_type not in TRACED:
         try:
             return list(_mobius_refusals(architecture))

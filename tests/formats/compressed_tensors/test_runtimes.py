@@ -8,6 +8,7 @@ import pytest
 from tests.formats.gptq.test_runtimes import model, of_family
 from vlmq_export.formats.compressed_tensors.runtimes import RUNTIMES, vllm_loads
 from vlmq_export.formats.contract import FormatOptions
+from vlmq_export.formats.in_transformers.runtimes import notes
 from vlmq_export.formats.model_plan import ModelPlan
 from vlmq_export.planning.run_plan import plan_run
 from vlmq_export.quantizer.config import QuantConfig
@@ -53,6 +54,14 @@ def test_families_that_were_not_read_are_not_claimed(model):
     assert "was not read" in refused(smolvlm, "vLLM")[0]
     assert "no class" in refused(of_family(model, "internvl"), "SGLang")[0]
     assert not vllm_loads(smolvlm) and vllm_loads(model)
+
+
+def test_the_notes_tell_what_is_not_known_from_what_does_not_load(model):
+    said = list(notes(RUNTIMES, of_family(model, "mistral3"), FormatOptions()))
+    assert "not known to load in vLLM 0.33.0: mistral3: its code was not read" in said
+    assert "not known to load in SGLang 0.5.23: mistral3: its code was not read" in said
+    said = list(notes(RUNTIMES, of_family(model, "internvl"), FormatOptions()))
+    assert any(note.startswith("does not load in SGLang 0.5.23 (by its code") for note in said)
 
 
 def test_the_notes_of_the_default_name_both_servers_and_the_call(model):

@@ -22,7 +22,7 @@ from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.families import Family
 
 gguf = FORMATS["gguf"]
-ARCHES = tiny_checkpoints.ARCHES
+ARCHES = [a for a in tiny_checkpoints.ARCHES if a not in tiny_checkpoints.PIXTRAL]
 # llama.cpp wants every n-th block of Qwen2.5-VL's tower to have full attention, and of Qwen3-VL a
 # layer after the last one that takes DeepStack features.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}

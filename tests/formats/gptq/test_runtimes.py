@@ -40,7 +40,8 @@ def refused(model: ModelPlan, runtime: str, names: str = "hub", **grid) -> list[
 
 def test_the_families_are_those_that_we_have():
     assert set(ALL_FAMILIES) == set(FAMILIES)
-    assert all(set(r.families) <= set(FAMILIES) for r in RUNTIMES)
+    assert all({*r.families, *r.unread} <= set(FAMILIES) for r in RUNTIMES)
+    assert not any(set(r.families) & set(r.unread) for r in RUNTIMES)
 
 
 # auto_gptq.py, gptq_utils.py and marlin_utils.py of vLLM 0.33.0.

@@ -318,6 +318,8 @@ PHI = {"text_config": {"model_type": "phi"}}
         ("gemma3", {}, None),
         ("gemma3", {"text_config": {"use_bidirectional_attention": True}}, "see both ways"),
         ("gemma3", {"text_config": {"rope_scaling": LONG}}, "longrope"),
+        ("mistral3", {}, "as mistral3 has"),
+        ("ministral3", {}, "as mistral3 has"),
         ("qwen2_vl", {}, None),
         ("qwen3_vl", {}, None),
         ("smolvlm", {}, None),

@@ -31,7 +31,8 @@ def test_prompts_of_one_shape_are_answered_together(arch, artifacts, tiny, monke
     answered = answers.greedy_answers(reference.model, inputs, reference.stop_ids)
     together = {prompts[place].id: answer for place, answer in answered}
     assert together == alone
-    assert sum(sizes) == ROWS and max(sizes) > 1
+    packed = reference.architecture.family.packed
+    assert sum(sizes) == ROWS and (max(sizes) == 1 if packed else max(sizes) > 1)
 
 
 def test_a_penalty_for_repetition_changes_no_answer(artifacts):

@@ -192,6 +192,10 @@ def test_experts_are_refused_by_name(tiny):
     config["text_config"]["model_type"] = "qwen3_moe"
     with pytest.raises(CheckpointError, match=r"qwen3_moe, a mixture of experts, .* a dense model"):
         Architecture.of(config)
+    config = json.loads((tiny("mistral3") / "config.json").read_text())
+    config["text_config"]["model_type"] = "mistral4"
+    with pytest.raises(CheckpointError, match=r"mistral4, a mixture of experts, .* a dense model"):
+        Architecture.of(config)
 
 
 @pytest.mark.parametrize("arch", sorted(FAMILIES))

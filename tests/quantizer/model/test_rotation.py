@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tools.bench.scoring import load_model
 from tools.reference_vlm import onevision
-from tools.reference_vlm.tiny_checkpoints import ARCHES
+from tools.reference_vlm.tiny_checkpoints import ARCHES, PIXTRAL
 from vlmq_export import bundled
 from vlmq_export.errors import CheckpointError, UsageError
 from vlmq_export.formats.proof.weights import Weights
@@ -259,7 +259,7 @@ def test_a_folded_rotation_is_proven_in_every_runtime_that_takes_the_family(arch
     # llama.cpp wants it.
     recipe = Recipe(
         model=str(tiny(arch, tied=True, layers=3, depth=4)),
-        format=["gptq", "onnx", "gguf"],
+        format=["gptq"] if arch in PIXTRAL else ["gptq", "onnx", "gguf"],
         method="rtn",
         rotate="folded",
         out=tmp_path / "out",

@@ -21,7 +21,10 @@ from vlmq_export.quantizer.storage.tensors import read_infos, read_tensor
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3")
+FAMILIES = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3"),
+    *("mistral3", "ministral3"),
+)
 
 
 def samples_of(folder, count=6):

@@ -19,7 +19,10 @@ from vlmq_export.quantizer.samples.rows import Row, read_rows
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3")
+FAMILIES = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3"),
+    *("mistral3", "ministral3"),
+)
 
 # GGUF's block types for one linear and for the embedding, which is read by rows.
 BLOCKS = {"model.embed_tokens": "Q4_0", "model.layers.0.mlp.up_proj": "Q4_1"}
