@@ -113,9 +113,9 @@ def _first_run(mask: torch.Tensor) -> list[int]:
 
 def _runs(mask: torch.Tensor) -> list[range]:
     """The places of marks that follow each other. There is at least one mark."""
-    found = mask.nonzero().flatten()
+    found = mask.nonzero().flatten().cpu()
     cuts = (found.diff() > 1).nonzero().flatten() + 1
-    return [range(int(run[0]), int(run[-1]) + 1) for run in found.tensor_split(cuts.cpu())]
+    return [range(int(run[0]), int(run[-1]) + 1) for run in found.tensor_split(cuts)]
 
 
 def _share(part: float, whole: float) -> float:
