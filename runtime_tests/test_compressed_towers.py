@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from runtime_tests.test_compressed_tensors import ALL_PASS, by_level, exported, request_for, rows_of
 from tests.artifacts import edit
 from tools.reference_vlm import random_checkpoint
-from tools.reference_vlm.tiny_checkpoints import ARCHES, make_tiny
+from tools.reference_vlm.tiny_checkpoints import make_tiny
+from tools.reference_vlm.tiny_families import ARCHES
 from vlmq_export.bundled import CALIBRATION
 from vlmq_export.formats.compressed_tensors.proof.check import NAME, check
 from vlmq_export.formats.compressed_tensors.requirements import missing

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.artifacts import GRIDS, rtn_artifact
 from tools.reference_vlm.model import make_random_checkpoint
-from tools.reference_vlm.tiny_checkpoints import ARCHES
+from tools.reference_vlm.tiny_families import ARCHES
 from vlmq_export import bundled
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gptq.imports.checkpoint import GptqCheckpoint, write_artifact

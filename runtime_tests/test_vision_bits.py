@@ -9,7 +9,8 @@ import pytest
 
 from runtime_tests import test_gguf, test_onnx
 from tools.reference_vlm import random_checkpoint
-from tools.reference_vlm.tiny_checkpoints import ARCHES, PIXTRAL, make_tiny
+from tools.reference_vlm.tiny_checkpoints import make_tiny
+from tools.reference_vlm.tiny_families import ARCHES, PIXTRAL
 from vlmq_export.bundled import CALIBRATION, HELDOUT
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf.read import GGUFFile, find_files

@@ -21,7 +21,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tools.reference_vlm.tiny_checkpoints import ARCHES, make_tiny
+from tools.reference_vlm.tiny_checkpoints import make_tiny
+from tools.reference_vlm.tiny_families import ARCHES
 from vlmq_export.bundled import HELDOUT
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats import NAMES

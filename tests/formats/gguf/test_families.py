@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.artifacts import GRIDS, config_of, rtn_artifact, tower_of
-from tools.reference_vlm import tiny_checkpoints
+from tools.reference_vlm import tiny_families
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf import read
@@ -22,7 +22,7 @@ from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.families import Family
 
 gguf = FORMATS["gguf"]
-ARCHES = [a for a in tiny_checkpoints.ARCHES if a not in tiny_checkpoints.PIXTRAL]
+ARCHES = [a for a in tiny_families.ARCHES if a not in tiny_families.PIXTRAL]
 # llama.cpp wants every n-th block of Qwen2.5-VL's tower to have full attention, and of Qwen3-VL a
 # layer after the last one that takes DeepStack features.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}

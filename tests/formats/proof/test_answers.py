@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tools.reference_vlm.tiny_checkpoints import FAMILIES
+from tools.reference_vlm.tiny_families import FAMILIES
 from vlmq_export.bundled import HELDOUT
 from vlmq_export.formats.proof import answers
 from vlmq_export.formats.proof.reference import Reference

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tools.reference_vlm.tiny_checkpoints import ARCHES
+from tools.reference_vlm.tiny_families import ARCHES
 from vlmq_export import bundled
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FORMATS, FormatOptions

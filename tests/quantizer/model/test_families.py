@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.jobs import job_for
 from tests.oracle import block_gradients
-from tools.reference_vlm.tiny_checkpoints import ARCHES
+from tools.reference_vlm.tiny_families import ARCHES
 from vlmq_export import bundled
 from vlmq_export.errors import CheckpointError
 from vlmq_export.quantizer.calibration.batches import _equal_lengths, decoder_inputs

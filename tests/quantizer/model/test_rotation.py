@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tools.bench.scoring import load_model
 from tools.reference_vlm import onevision
-from tools.reference_vlm.tiny_checkpoints import ARCHES, PIXTRAL
+from tools.reference_vlm.tiny_families import ARCHES, PIXTRAL
 from vlmq_export import bundled
 from vlmq_export.errors import CheckpointError, UsageError
 from vlmq_export.formats.proof.weights import Weights

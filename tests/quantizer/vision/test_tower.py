@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.jobs import job_for
-from tools.reference_vlm.tiny_checkpoints import ARCHES, make_tiny
+from tools.reference_vlm.tiny_checkpoints import make_tiny
+from tools.reference_vlm.tiny_families import ARCHES
 from vlmq_export import bundled
 from vlmq_export.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from vlmq_export.formats.model_plan import model_plan
