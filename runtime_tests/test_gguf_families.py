@@ -14,8 +14,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from runtime_tests.test_gguf import assert_all_pass, export, rewrite, row, run_check
 from tests.artifacts import GRIDS
-from tools.reference_vlm.tiny_checkpoints import PIXTRAL, make_tiny
+from tools.reference_vlm.tiny_checkpoints import make_tiny
 from tools.reference_vlm.tiny_families import ARCHES as EVERY
+from tools.reference_vlm.tiny_families import PIXTRAL
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf.files.container import write_container
