@@ -155,7 +155,7 @@ def measured_widths(
     """
     choices = choices_of(model, recipe)
     budget = budget_of(model, recipe, choices)
-    if sum(max(widths.values()) for widths in choices.values()) <= budget:
+    if _holds_widest(choices, budget):
         log.info("%s: every linear has %d bits", recipe.by_cost, max(BITS))
         return by_linear(dict.fromkeys(choices, max(BITS)))
     costs = costs_of(model, recipe, checkpoint, samples, memory, progress)
@@ -198,11 +198,14 @@ def kinds_tried(model: ModelPlan, recipe: Recipe) -> dict[str, list[str | int]]:
         each = {} if budget.holds_largest else budget.choices
         return {name: [*kinds] for name, kinds in each.items()}
     choices = choices_of(model, recipe)
-    if sum(max(widths.values()) for widths in choices.values()) <= budget_of(
-        model, recipe, choices
-    ):
+    if _holds_widest(choices, budget_of(model, recipe, choices)):
         return {}
     return {name: [*widths] for group, widths in choices.items() for name in group}
+
+
+def _holds_widest(choices: Choices, budget: int) -> bool:
+    """Whether every linear may have the most bits."""
+    return sum(max(widths.values()) for widths in choices.values()) <= budget
 
 
 def _bits(model: ModelPlan, width: int, linears: Iterable[LinearSpec], recipe: Recipe) -> int:

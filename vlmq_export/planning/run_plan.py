@@ -151,14 +151,18 @@ def shapes_of(model: ModelPlan) -> Shapes:
     )
 
 
+def matrix_sizes(model: ModelPlan) -> dict[str, tuple[int, int]]:
+    """Hub module → (out, in) of every matrix, quantized or not."""
+    sizes = {x.name: (x.out_features, x.in_features) for x in model.linears}
+    return sizes | {x.name.removesuffix(".weight"): (x.shape[0], x.shape[-1]) for x in model.floats}
+
+
 def linears_of(model: ModelPlan) -> list[list[Linears]]:
     """The linears of each decoder layer, by the input that they share, for the plan of time.
 
     An output matrix that is solved comes last, as a layer of its own.
     """
-    types, job = model.config.types, model.job
-    sizes = {x.name: (x.out_features, x.in_features) for x in model.linears}
-    sizes |= {x.name.removesuffix(".weight"): (x.shape[0], x.shape[-1]) for x in model.floats}
+    types, job, sizes = model.config.types, model.job, matrix_sizes(model)
 
     def linears(names: Sequence[str]) -> Linears:
         rows, columns = zip(*(sizes[name] for name in names))

@@ -18,6 +18,7 @@ from vlmq_export.planning.run_plan import (
     RunPlan,
     fitted_types,
     linears_of,
+    matrix_sizes,
     outside_of,
     shapes_of,
 )
@@ -92,12 +93,8 @@ def choosing(plan: RunPlan, tried: Mapping[str, Iterable[str | int]], machine: M
     """Seconds in which the costs of kinds are measured; 0 where there is nothing to choose."""
     if not tried or plan.lengths is None:
         return 0.0
-    model, shape = plan.model, {}
-    for x in model.linears:
-        shape[x.name] = (x.out_features, x.in_features)
-    for x in model.floats:
-        shape.setdefault(x.name.removesuffix(".weight"), (x.shape[0], x.shape[-1]))
-    counts = Counter((*shape[n], tuple(likeness.quick(kinds))) for n, kinds in tried.items())
+    model, sizes = plan.model, matrix_sizes(plan.model)
+    counts = Counter((*sizes[n], tuple(likeness.quick(kinds))) for n, kinds in tried.items())
     matrices = [Tried(rows, columns, kinds, n) for (rows, columns, kinds), n in counts.items()]
     most = 2 * SAMPLES
     shapes, config = shapes_of(model), model.config
