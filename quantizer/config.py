@@ -21,6 +21,10 @@ ROTATIONS = {
     "online": "further rotations between linears, which no format can hold; for evaluation",
 }
 VISION_GROUP = 32  # columns per scale of the vision tower: Q8_0, Q4_0 and MatMulNBits have these
+# Width of the vision tower's codes → the GGUF block type of that width, and the width that linears
+# have whose rows its blocks do not divide. 2 and 3 bits of such rows take no less room than 4. At 4
+# bits Q4_K takes as much as the affine grid in Q4_0, and costs no less (docs/quality.md).
+VISION_TYPES = {2: ("Q2_K", 4), 3: ("Q3_K", 4), 5: ("Q5_K", 8), 6: ("Q6_K", 8)}
 # What is done with a sample that is too long because of its images.
 LONG_IMAGES = {
     "scale": "images are scaled down to what the text leaves them",
@@ -49,6 +53,8 @@ class QuantConfig:
     head_bits: int = 0  # of the output head's codes, in the same groups; 0: the head stays float
     embedding_bits: int = 0  # of the token embedding's codes; 0: the embedding stays float
     vision_bits: int = 0  # of the vision tower's and the projector's linears; 0: they stay float
+    # The GGUF block type of those of them whose rows its blocks divide; empty: all are affine.
+    vision_type: str = ""
     # Whether they are quantized too where groups do not fill their rows. Only ONNX and GGUF hold
     # these.
     vision_short: bool = False
@@ -78,15 +84,16 @@ class QuantConfig:
 
     @property
     def vision(self) -> QuantConfig:
-        """The recipe of the vision tower and the projector.
+        """The recipe of the vision tower and the projector, where no block type is theirs.
 
         Symmetric groups of 32 are the one grid that GGUF holds at every width. ONNX and
         compressed-tensors hold it too.
         """
         order = "off" if self.act_order == "off" else "gar"
+        bits = VISION_TYPES[self.vision_bits][1] if self.vision_type else self.vision_bits
         return replace(
             self,
-            bits=self.vision_bits,
+            bits=bits,
             group_size=VISION_GROUP,
             symmetric=True,
             act_order=order,
@@ -117,5 +124,5 @@ class QuantConfig:
         What stays float, embedding or tower, has no key, as in earlier versions. Nor have widths
         where all linears have one.
         """
-        later = ("embedding_bits", "vision_bits", "vision_short", "widths")
+        later = ("embedding_bits", "vision_bits", "vision_type", "vision_short", "widths")
         return {key: value for key, value in asdict(self).items() if key not in later or value}

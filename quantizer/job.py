@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vlmq_export.quantizer.config import QuantConfig
-from vlmq_export.quantizer.grids.choice import GridChoice, grid_choice
+from vlmq_export.quantizer.grids.choice import GridChoice, grid_choice, vision_choice
 from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.families import Family
@@ -60,8 +60,9 @@ class Job:
 
     def grid(self, name: str, in_features: int) -> GridChoice:
         """The grid of one matrix, by its hub name."""
-        config = self.config.vision if self.family.is_vision(name) else self.config
-        return grid_choice(config, name, in_features)
+        if self.family.is_vision(name):
+            return vision_choice(self.config, in_features)
+        return grid_choice(self.config, name, in_features)
 
 
 def method_of(config: QuantConfig) -> Method:

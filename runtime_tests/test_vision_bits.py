@@ -20,7 +20,7 @@ from vlmq_export.formats.onnx.read import OnnxFolder
 from vlmq_export.formats.proof.checks import CheckSettings
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.artifact.read import Artifact
-from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.config import VISION_TYPES, QuantConfig
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
@@ -32,6 +32,13 @@ SETTINGS = CheckSettings(images=2, questions=4, threads=1)
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
 ODD = "llava_onevision, odd"  # rows of 500 columns, as SigLIP has some of 4304
 GATED = "qwen2_5_vl, odd"  # the 3B's shape divided by 8: its gated MLP has rows of 427 columns
+# A tower as wide as the blocks of K types, and one whose MLP alone has other rows.
+BLOCKS = ["idefics3, blocks", "internvl, blocks", "llava_onevision, some blocks"]
+SHAPES = {
+    "odd": {"intermediate_size": 500},
+    "blocks": {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512},
+    "some blocks": {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 500},
+}
 CONFIG = QuantConfig(method="gptq", bits=4, group_size=64, vision_bits=8)
 
 
@@ -44,7 +51,7 @@ def exported(tmp_path_factory):
         if (arch, bits) not in solved:
             folder = tmp_path_factory.mktemp(f"{arch.replace(', ', '-')}-{bits}")
             family, *odd = arch.split(", ")
-            shape = {"shape": {"vision_config": {"intermediate_size": 500}}} if odd else {}
+            shape = {"shape": {"vision_config": SHAPES[odd[0]]}} if odd else {}
             if arch == GATED:
                 source = random_checkpoint.make(folder / "source", layers=2, scale=8)
             else:
@@ -52,6 +59,8 @@ def exported(tmp_path_factory):
             preprocessor = Preprocessor(source)
             samples = [preprocessor.sample(row) for row in read_rows(CALIBRATION)[:3]]
             changed = {"vision_bits": bits, "vision_short": bool(odd)}
+            if arch in BLOCKS:
+                changed["vision_type"] = VISION_TYPES[bits][0]
             config = QuantConfig(**CONFIG.to_dict() | changed)
             given = {"name": "tiny-vlm", "calibration": {}, "device": "cpu"}
             quantize(Checkpoint(source), samples, config, folder / "artifact", **given)
@@ -76,6 +85,10 @@ OTHERS = [a for a in ARCHES if a not in (*CASES, *PIXTRAL)]
 
 def slow(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def slow_cases(*cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def check(name, reference, folder):
@@ -134,6 +147,29 @@ def test_other_widths_pass_too(name, bits, exported):
         assert types == {"F32", "Q4_0"}
 
 
+@pytest.mark.parametrize(
+    ("arch", "bits", "types"),
+    [
+        (BLOCKS[0], 3, {"F32", "Q3_K"}),
+        (BLOCKS[2], 6, {"F32", "Q6_K", "Q8_0"}),
+        *slow_cases(
+            (BLOCKS[0], 2, {"F32", "Q2_K"}),
+            (BLOCKS[1], 5, {"F32", "Q5_K"}),
+            (BLOCKS[2], 3, {"F32", "Q3_K", "Q4_0"}),
+        ),
+    ],
+)
+def test_block_types_pass_every_gate_of_llama_cpp(arch, bits, types, exported):
+    """Where no block of 256 divides a row, groups of 32 take its place, with zeros behind them."""
+    reference, folder = exported(arch, "gguf", bits)
+    rows = check("gguf", reference, folder)
+    test_gguf.assert_all_pass(rows)
+    assert test_gguf.row(rows, "every product of the vision tower").value < 1e-7
+    mmproj = find_files(folder)[1]
+    assert {t.type for t in GGUFFile(mmproj).tensors.values()} == types
+    assert mmproj.name.endswith(f"-{VISION_TYPES[bits][0]}.gguf")
+
+
 def test_both_formats_hold_the_same_integers(exported):
     """Q8_0's codes and scales, byte for byte, are those of MatMulNBits."""
     _, folder = exported("llava_onevision", "gguf")
@@ -166,12 +202,16 @@ def test_zeros_stand_behind_an_mlp_that_blocks_do_not_fill(exported):
 
 
 # mobius' graphs are 8 % of so small a Qwen2.5-VL, with the option or without, and are estimated.
-PLANNED = [("gguf", "qwen2_5_vl"), *((n, a) for n in ("gguf", "onnx") for a in (CASES[1], ODD))]
+PLANNED = [
+    ("gguf", "qwen2_5_vl", 8),
+    ("gguf", BLOCKS[2], 6),
+    *((n, a, 8) for n in ("gguf", "onnx") for a in (CASES[1], ODD)),
+]
 
 
-@pytest.mark.parametrize(("name", "arch"), PLANNED)
-def test_the_plan_of_the_artifact_is_that_of_the_source(name, arch, exported):
-    _, folder = exported(arch, name)
+@pytest.mark.parametrize(("name", "arch", "bits"), PLANNED)
+def test_the_plan_of_the_artifact_is_that_of_the_source(name, arch, bits, exported):
+    _, folder = exported(arch, name, bits)
     artifact = Artifact(folder.parent / "artifact")
     source = model_plan(Checkpoint(folder.parent / "source"), artifact.config, "tiny-vlm")
     sizes = [
@@ -185,15 +225,26 @@ def test_the_plan_of_the_artifact_is_that_of_the_source(name, arch, exported):
 # --- changed files --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("byte", [0, 5], ids=["scale", "code"])
-def test_one_changed_byte_of_the_mmproj_is_caught_and_named(byte, exported, tmp_path):
-    reference, folder = exported("llava_onevision", "gguf")
+@pytest.mark.parametrize(
+    ("arch", "bits", "kind", "byte"),
+    [
+        ("llava_onevision", 8, "Q8_0", 0),
+        ("llava_onevision", 8, "Q8_0", 5),
+        (BLOCKS[0], 3, "Q3_K", 40),
+        (BLOCKS[2], 6, "Q6_K", 200),
+    ],
+    ids=["scale", "code", "code of a block", "scale of a block"],
+)
+def test_one_changed_byte_of_the_mmproj_is_caught_and_named(
+    arch, bits, kind, byte, exported, tmp_path
+):
+    reference, folder = exported(arch, "gguf", bits)
     file = find_files(shutil.copytree(folder, tmp_path / "gguf"))[1]
     name = "v.blk.1.ffn_up.weight"
     t = GGUFFile(file).tensors[name]
-    assert t.type == "Q8_0"
+    assert t.type == kind
     data = bytearray(file.read_bytes())
-    data[t.offset + 7 * TYPES["Q8_0"].nbytes + byte] ^= 1
+    data[t.offset + 7 * TYPES[kind].nbytes + byte] ^= 1
     file.write_bytes(data)
     rows = check("gguf", reference, tmp_path / "gguf")
     caught = [r for r in rows if r.level == "L1" and r.status == "failed"]

@@ -24,7 +24,7 @@ from vlmq_export.formats.gguf.tables.params import (
     text_params,
     vision_params,
 )
-from vlmq_export.formats.gguf.types.exact import grid_home, planned_home, why_homeless
+from vlmq_export.formats.gguf.types.exact import grid_home, planned_home, tower_home, why_homeless
 from vlmq_export.formats.gguf.types.mix import MIXES, module_types
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.formats.model_plan import (
@@ -34,7 +34,7 @@ from vlmq_export.formats.model_plan import (
     tower_note,
     widths_note,
 )
-from vlmq_export.quantizer.config import VISION_GROUP, QuantConfig
+from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
 
 
@@ -178,8 +178,14 @@ def vision_notes(model: ModelPlan, layout: Layout | None, options: FormatOptions
     if layout is None or not model.tower:
         return []
     sizes = [_tower_bytes(m, layout, options) for m in (model, replace(model, tower=[]))]
-    kind = planned_home(model.config.vision, VISION_GROUP) or ""
-    return tower_note(model, kind, *sizes)
+    kinds = Counter(tower_home(model.config, x.in_features) for x in model.tower)
+    main = model.config.vision_type or next(iter(kinds))
+    others = [
+        f" ({count} of them {kind}, whose rows no block of {TYPES[main].block} divides)"
+        for kind, count in kinds.items()
+        if main and kind != main
+    ]
+    return tower_note(model, f"{main}{''.join(others)}", *sizes)
 
 
 def plan_notes(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:

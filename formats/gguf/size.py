@@ -16,7 +16,7 @@ from vlmq_export.formats.gguf.files.mmproj import stored_type
 from vlmq_export.formats.gguf.files.tokenizer import Tokenizer
 from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.gguf.tables.params import ImageParams
-from vlmq_export.formats.gguf.types.exact import planned_home
+from vlmq_export.formats.gguf.types.exact import tower_home
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.formats.model_plan import PARTS, ModelPlan
 
@@ -71,8 +71,7 @@ def tensor_bytes(shape: tuple[int, ...], kind: str) -> int:
 
 def vision_types(model: ModelPlan, layout: Layout, options: FormatOptions) -> dict[str, str]:
     """GGUF name → type, of every tensor of the mmproj."""
-    config = model.config.vision
-    solved = {f"{x.name}.weight": planned_home(config, x.in_features) for x in model.tower}
+    solved = {f"{x.name}.weight": tower_home(model.config, x.in_features) for x in model.tower}
     return {
         name: solved.get(place.hub) or stored_type(place, options.mmproj_dtype)
         for name, place in layout.vision.items()

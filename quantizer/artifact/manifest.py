@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vlmq_export.quantizer.config import ACT_ORDERS, BITS, EMBEDDING_TYPES, QuantConfig
+from vlmq_export.quantizer.config import (
+    ACT_ORDERS,
+    BITS,
+    EMBEDDING_TYPES,
+    VISION_TYPES,
+    QuantConfig,
+)
 from vlmq_export.quantizer.grids.blocks import GRIDS, Params
 from vlmq_export.quantizer.grids.linears import BlockLinear, Linear, QuantizedLinear
 from vlmq_export.quantizer.grids.solutions import BlockSolution, Solution
@@ -162,7 +168,7 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
     dicts = all(isinstance(x, dict) for x in (m.source, m.calibration, m.phases))
     if not isinstance(m.model_type, str) or not dicts:
         problems.append("model_type, source, calibration or phases of another type")
-    known = all(bits in (0, *BITS) for bits in (config.head_bits, config.vision_bits))
+    known = config.head_bits in (0, *BITS) and _is_tower(config)
     known = known and isinstance(config.vision_short, bool)
     known = known and config.embedding_bits in (0, *EMBEDDING_TYPES)
     known = known and isinstance(config.method, str)
@@ -220,6 +226,14 @@ def _are_widths(widths: object, names: Collection[str]) -> bool:
     if not isinstance(widths, dict) or not widths.keys() <= {*names}:
         return False
     return all(type(bits) is int and bits in BITS for bits in widths.values())
+
+
+def _is_tower(config: QuantConfig) -> bool:
+    """Whether width and block type of the vision tower are values that it can have together."""
+    bits, kind = config.vision_bits, config.vision_type
+    if type(bits) is not int:
+        return False
+    return kind == VISION_TYPES.get(bits, ("",))[0] if kind else bits in (0, *BITS)
 
 
 def _is_grid(g: QuantConfig | ModuleRecord) -> bool:

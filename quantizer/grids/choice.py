@@ -32,10 +32,30 @@ class GridChoice:
 def grid_choice(config: QuantConfig, name: str, in_features: int) -> GridChoice:
     """`name` is the hub name of the matrix."""
     if kind := config.types.get(name):
-        grid = GRIDS[kind]
-        # The columns of a block stay together, whichever order was asked for.
-        order = "off" if config.act_order == "off" else "gar"
-        return GridChoice(grid, grid.block, config.group_size, order)
-    own = config.of(name)
-    columns = own.group_columns(in_features)
-    return GridChoice(grid_for(own, in_features), columns, own.group_size, own.act_order)
+        return _of_blocks(kind, config)
+    return _affine(config.of(name), in_features)
+
+
+def vision_choice(config: QuantConfig, in_features: int) -> GridChoice:
+    """The grid of a linear of the vision tower or the projector."""
+    if kind := vision_block(config, in_features):
+        return _of_blocks(kind, config)
+    return _affine(config.vision, in_features)
+
+
+def vision_block(config: QuantConfig, in_features: int) -> str:
+    """The block type of a linear of the vision tower or the projector; empty on an affine grid."""
+    kind = config.vision_type
+    return kind if kind and in_features % GRIDS[kind].block == 0 else ""
+
+
+def _of_blocks(kind: str, config: QuantConfig) -> GridChoice:
+    grid = GRIDS[kind]
+    # The columns of a block stay together, whichever order was asked for.
+    order = "off" if config.act_order == "off" else "gar"
+    return GridChoice(grid, grid.block, config.group_size, order)
+
+
+def _affine(config: QuantConfig, in_features: int) -> GridChoice:
+    columns = config.group_columns(in_features)
+    return GridChoice(grid_for(config, in_features), columns, config.group_size, config.act_order)

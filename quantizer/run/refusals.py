@@ -11,6 +11,7 @@ from vlmq_export.quantizer.config import (
     BITS,
     EMBEDDING_TYPES,
     VISION_GROUP,
+    VISION_TYPES,
     QuantConfig,
 )
 from vlmq_export.quantizer.job import Job
@@ -82,9 +83,10 @@ def check_vision(tower: Sequence[str], samples: Sequence[Sample], job: Job) -> N
     tower: hub names of its linears that the grid fits.
     """
     bits = job.config.vision_bits
-    if bits not in BITS:
+    able = sorted(VISION_TYPES) if job.config.vision_type else BITS
+    if bits not in able:
         raise UsageError(
-            f"vision bits {bits} is not supported; choose one of {', '.join(map(str, BITS))}"
+            f"vision bits {bits} is not supported; choose one of {', '.join(map(str, able))}"
         )
     if not tower:
         raise UsageError(

@@ -36,6 +36,7 @@ from vlmq_export.quantizer.calibration.answer_loss import KEPT
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.blocks import GRIDS
+from vlmq_export.quantizer.grids.choice import vision_block
 from vlmq_export.quantizer.job import method_of
 from vlmq_export.quantizer.layers.damping import ROWS
 from vlmq_export.quantizer.layers.vlm_ptq import MIXES
@@ -247,7 +248,10 @@ def _tower(job: _Job, config: QuantConfig) -> float:
         lengths=Lengths(patches, job.lengths.share),
         most=1,
     )
-    groups = (Linears(columns, (rows,), ("",)) for rows, columns in job.shapes.tower)
+    groups = (
+        Linears(columns, (rows,), (vision_block(config, columns),))
+        for rows, columns in job.shapes.tower
+    )
     solved = sum(sum(_solved(own, group).values()) for group in groups)
     streams = (1 + job.method.two_streams) * job.method.calibrated
     return solved + _TOWER_PASSES * streams * _first_pass(own)

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from vlmq_export.quantizer.config import VISION_GROUP
 from vlmq_export.quantizer.grids.linears import QuantizedLinear
+from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers.stack import Solved
 
 
@@ -28,12 +29,23 @@ def filled(rows: torch.Tensor) -> torch.Tensor:
     return pad(rows, (0, missing(rows.shape[-1]))) if missing(rows.shape[-1]) else rows
 
 
+def fitting(job: Job, columns: int) -> Job:
+    """The job for rows of so many columns: those that are filled are on an affine grid.
+
+    They may be as wide as a block type wants, and are not in the source.
+    """
+    config = job.config
+    if not missing(columns):
+        return job
+    return replace(job, config=replace(config, vision_bits=config.vision.bits, vision_type=""))
+
+
 def cut(solved: Solved, columns: int) -> Solved:
     """The solution of a matrix that was filled, with its first `columns` columns alone."""
     linear, metrics = solved
     if not missing(columns):
         return solved
-    assert isinstance(linear, QuantizedLinear), "block types have no place in the tower"
+    assert isinstance(linear, QuantizedLinear), "filled rows are on an affine grid"
     s = linear.solution
     codes = s.codes[:, :columns].contiguous()
     energy = None if linear.energy is None else linear.energy[:columns].contiguous()

@@ -25,7 +25,7 @@ from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.streamed import StreamedModel, tower_linears
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 from vlmq_export.quantizer.samples.sample import Sample
-from vlmq_export.quantizer.vision.padding import cut, filled, missing
+from vlmq_export.quantizer.vision.padding import cut, filled, fitting, missing
 from vlmq_export.quantizer.vision.tower import quantize_tower, tower_job
 from vlmq_export.quantizer.vision.walk import Picture, TowerWalk
 
@@ -114,5 +114,6 @@ def _rounded(model: StreamedModel, name: str, job: Job) -> Solved:
     source, bias = model.checkpoint, f"{name}.bias"
     weight = source.tensor(f"{name}.weight").to(model.device)
     own = source.tensor(bias).to(model.device) if bias in source.tensors else None
-    (solved,) = solve_unit([Matrix(name, filled(weight), own)], None, job)
-    return cut(solved, weight.shape[1])
+    columns = weight.shape[1]
+    (solved,) = solve_unit([Matrix(name, filled(weight), own)], None, fitting(job, columns))
+    return cut(solved, columns)

@@ -18,7 +18,7 @@ from vlmq_export.quantizer.layers.broadcast import broadcast
 from vlmq_export.quantizer.layers.stack import Matrix, Solved
 from vlmq_export.quantizer.layers.unit import solve_unit
 from vlmq_export.quantizer.ranks import ALONE, Ranks
-from vlmq_export.quantizer.vision.padding import cut, filled, missing
+from vlmq_export.quantizer.vision.padding import cut, filled, fitting, missing
 from vlmq_export.quantizer.vision.walk import TowerWalk
 
 
@@ -55,11 +55,10 @@ def quantize_tower(
             parts: Sequence[Solved | None] = [None] * len(names)
             if evidence is not None:
                 matrices = _matrices(walk, names, job)
+                columns = matrices[0].weight.shape[1]
                 whole = [replace(m, weight=filled(m.weight)) for m in matrices]
-                parts = [
-                    cut(solution, m.weight.shape[1])
-                    for m, solution in zip(matrices, solve_unit(whole, evidence.to_float32(), job))
-                ]
+                found = solve_unit(whole, evidence.to_float32(), fitting(job, columns))
+                parts = [cut(solution, columns) for solution in found]
             for name, part in zip(names, parts):
                 linear, metrics = broadcast(part, ranks, 0)
                 walk.put(name, linear)

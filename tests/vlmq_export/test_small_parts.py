@@ -1,4 +1,4 @@
-"""Vision tower, embedding and output head have 8 bits where every format of a run holds them."""
+"""Vision tower, embedding and output head are quantized where every format of a run holds them."""
 
 import json
 
@@ -6,8 +6,10 @@ import pytest
 
 from tests.vlmq_export.test_cli import call, refused
 from tools.docs.sizes import MODELS, headers
+from tools.reference_vlm.tiny_checkpoints import make_tiny
 from vlmq_export import Recipe
 from vlmq_export.bundled import CALIBRATION
+from vlmq_export.formats.gguf.types.exact import tower_home
 from vlmq_export.formats.model_plan import source_parts
 from vlmq_export.planning.run_plan import RunPlan
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -43,9 +45,11 @@ def untied(tiny):
         ({"format": ["onnx"]}, (8, 8, 0), (8, 8, 8)),
         ({"format": ["gguf"], "bits": 3}, (8, 8, 0), (8, 8, 8)),
         ({"format": ["gguf", "onnx"]}, (8, 8, 0), (8, 8, 8)),
-        ({"format": ["gguf"]}, (8, 0, 0), (8, 0, 0)),  # Q4_K_M names embedding and head
-        ({"format": ["gguf"], "gguf_type": "Q2_K"}, (8, 0, 0), (8, 0, 0)),
-        ({"format": ["gguf"], "target_bpw": 4}, (8, 0, 0), (8, 0, 0)),
+        # Q4_K_M names embedding and head. Most of the tower of `apart` is its projector, whose rows
+        # blocks of 256 fill.
+        ({"format": ["gguf"]}, (8, 0, 0), (6, 0, 0)),
+        ({"format": ["gguf"], "gguf_type": "Q2_K"}, (8, 0, 0), (6, 0, 0)),
+        ({"format": ["gguf"], "target_bpw": 4}, (8, 0, 0), (6, 0, 0)),
         ({"format": ["gptq"]}, (0, 0, 0), (0, 0, 0)),
         ({"format": ["compressed-tensors"]}, (0, 0, 0), (0, 0, 0)),
         ({"format": ["gptq", "onnx", "gguf"]}, (0, 0, 0), (0, 0, 0)),
@@ -62,6 +66,35 @@ def test_the_widths_follow_the_formats(keys, tied, apart, untied, tiny):
     keys = {"group_size": 32} | keys if "bits" in keys or "onnx" in keys["format"] else keys
     assert widths(None, **keys) == tied
     assert widths(untied, **keys) == apart
+
+
+@pytest.mark.parametrize(
+    ("keys", "bits"),
+    [
+        ({}, 6),
+        ({"gguf_type": "Q2_K"}, 6),
+        ({"gguf_type": "Q6_K"}, 8),
+        ({"target_bpw": 4}, 6),
+        ({"target_bpw": 6.5}, 8),
+        ({"target_size": 9}, 6),
+        ({"vision_bits": 8}, 8),
+        ({"bits": 4, "group_size": 64}, 8),
+    ],
+)
+def test_a_tower_of_whole_blocks_has_six_bits_beside_a_smaller_decoder(keys, bits, blocks):
+    model = planned(blocks, format=["gguf"], **keys).model
+    assert model.config.vision_bits == bits
+    kinds = {tower_home(model.config, x.in_features) for x in model.tower}
+    assert kinds == ({"Q6_K"} if bits == 6 else {"Q8_0"})
+    assert "vision" not in Recipe(format=["gguf"], vision_bits=bits).label()
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory):
+    """A model with a tower that is as wide as the blocks of K types."""
+    shape = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512}
+    folder = tmp_path_factory.mktemp("blocks") / "m"
+    return make_tiny(folder, "idefics3", shape={"vision_config": shape})
 
 
 def test_rows_without_images_leave_the_tower_as_it_is(tmp_path):
@@ -100,7 +133,7 @@ def test_the_plan_says_what_another_format_costs():
 
 @pytest.mark.parametrize(
     ("form", "keys", "limit"),
-    [("gguf", {}, 2.8), ("gguf", {"target_size": 2}, 2.0), ("onnx", {}, 2.6)],
+    [("gguf", {}, 2.6), ("gguf", {"target_size": 2}, 2.0), ("onnx", {}, 2.6)],
 )
 def test_a_published_3b_is_small(form, keys, limit, published):
     found = planned(published, format=[form], **keys)

@@ -1,9 +1,11 @@
 """What a quantized vision tower or embedding costs, alone and under a quantized decoder.
 
     python -m tools.bench.vision build/reference-smolvlm --bits 8,4 --samples 128 --rows 128
+    python -m tools.bench.vision build/reference-smolvlm --bits 6,5,4,3 --blocks
 
 A row is a width of the tower, by the solver or rounded to nearest, or a width of the embedding,
-which is always rounded to nearest. The first figure is the KL divergence at the answers of a model
+which is always rounded to nearest. With `--blocks` the tower is on the block types of GGUF that
+`--vision-bits` gives it there. The first figure is the KL divergence at the answers of a model
 of which nothing else is quantized, the second that of a model whose decoder is quantized too, as
 `--vision-bits` and `--embedding-bits` do. Both are to the source.
 """
@@ -16,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -25,7 +27,7 @@ from vlmq_export.bundled import CALIBRATION, HELDOUT, REFERENCE_VLM
 from vlmq_export.formats.proof.decoded import DecodedCheckpoint
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.calibration.offload import Shelf
-from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.config import VISION_TYPES, QuantConfig
 from vlmq_export.quantizer.grids.linears import Linear
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.methods import method_named
@@ -51,9 +53,9 @@ class Bench:
     heldout: list[Sample]
     config: QuantConfig  # of the decoder
 
-    def tower_alone(self, bits: int) -> float:
-        """KL where the decoder stays as it is."""
-        job = Job.of(self.checkpoint.architecture, replace(self.config, vision_bits=bits))
+    def tower_alone(self, tower: dict[str, Any]) -> float:
+        """KL where the decoder stays as it is. tower: what the recipe says of the tower."""
+        job = Job.of(self.checkpoint.architecture, replace(self.config, **tower))
         names, model = stage.tower_names(self.checkpoint), StreamedModel(self.checkpoint, CPU)
         with tempfile.TemporaryDirectory() as folder:
             tower = stage.solve_vision(model, names, self.samples, job, Path(folder), Shelf(CPU))
@@ -66,9 +68,9 @@ class Bench:
             table = solve_outer(self.checkpoint, job, Path(folder), CPU)
         return self.distance(StreamedModel(_With(self.checkpoint, table), CPU))
 
-    def with_decoder(self, **bits: int) -> float:
-        """KL where the decoder is quantized too, beside what `bits` names of the recipe."""
-        config = replace(self.config, **bits)
+    def with_decoder(self, **outside: Any) -> float:
+        """KL where the decoder is quantized too, beside what `outside` names of the recipe."""
+        config = replace(self.config, **outside)
         given = {"name": "m", "calibration": {}, "device": "cpu"}
         with tempfile.TemporaryDirectory() as folder:
             artifact = Path(folder) / "a"
@@ -118,6 +120,7 @@ def main(
     rows: int = 128,
     group_size: int = 128,
     decoder: Annotated[bool, typer.Option(help="Whether the second figure is measured.")] = True,
+    blocks: Annotated[bool, typer.Option(help="Whether the tower is on block types.")] = False,
 ) -> None:
     """Print the table."""
     logging.disable(logging.WARNING)
@@ -130,18 +133,19 @@ def main(
     bench = Bench(Checkpoint(model), taken, heldout, QuantConfig(group_size=group_size))
     print("| quantized | alone | with a decoder of 4 bits |\n|---|---|---|")
 
-    def row(title: str, alone: float, **config: int) -> None:
+    def row(title: str, alone: float, **config: Any) -> None:
         both = f"{bench.with_decoder(**config):.3g}" if decoder else ""
         print(f"| {title} | {alone:.3g} | {both} |", flush=True)
 
     widths = [int(width) for width in bits.split(",")]
     row("nothing else", 0.0)
     for width in widths:
-        row(f"tower, {width} bits, solved", bench.tower_alone(width), vision_bits=width)
+        kind = VISION_TYPES.get(width, ("",))[0] if blocks else ""
+        tower, said = {"vision_bits": width, "vision_type": kind}, kind or f"{width} bits"
+        row(f"tower, {said}, solved", bench.tower_alone(tower), **tower)
         with nearest():
-            alone = bench.tower_alone(width)
-            row(f"tower, {width} bits, to nearest", alone, vision_bits=width)
-    for width in sorted({8, 4} & {*widths}, reverse=True):
+            row(f"tower, {said}, to nearest", bench.tower_alone(tower), **tower)
+    for width in () if blocks else sorted({8, 4} & {*widths}, reverse=True):
         row(f"embedding, {width} bits", bench.embedding_alone(width), embedding_bits=width)
 
 

@@ -14,6 +14,7 @@ from vlmq_export.errors import CheckpointError
 from vlmq_export.formats.contract import FORMATS, FormatOptions, FormatPlan
 from vlmq_export.formats.model_plan import ModelPlan
 from vlmq_export.quantizer.config import EMBEDDING_GROUP, EMBEDDING_TYPES, GROUP_SIZES
+from vlmq_export.quantizer.grids.choice import vision_block
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan, Shapes, memory_plan
 from vlmq_export.quantizer.run.time_plan import Linears, TimePlan
 from vlmq_export.quantizer.samples.sample import Lengths
@@ -177,7 +178,8 @@ def linears_of(model: ModelPlan) -> list[list[Linears]]:
 
 def fitted_types(model: ModelPlan) -> frozenset[str]:
     """The block types whose scales the run searches."""
-    return frozenset([*model.config.types.values(), *outside_of(model)])
+    tower = {vision_block(model.config, x.in_features) for x in model.tower} - {""}
+    return frozenset([*model.config.types.values(), *outside_of(model), *tower])
 
 
 def outside_of(model: ModelPlan) -> Counter[str]:

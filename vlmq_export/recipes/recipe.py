@@ -18,13 +18,20 @@ from pydantic import (
 
 from vlmq_export.formats import NATIVE_MIX
 from vlmq_export.formats.contract import FormatOptions
-from vlmq_export.quantizer.config import BITS, EMBEDDING_TYPES, GROUP_SIZES, QuantConfig
+from vlmq_export.quantizer.config import (
+    BITS,
+    EMBEDDING_TYPES,
+    GROUP_SIZES,
+    VISION_TYPES,
+    QuantConfig,
+)
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.recipes.choices import CHOICES
 
 _WIDTHS = "the runtimes decode 2, 3, 4 or 8 bits"
 _OUTSIDE = ("head_bits", "embedding_bits", "vision_bits")  # widths outside the decoder layers
 OUTSIDE_BITS = 8  # what they are where nothing is said of them and every format holds them
+NATIVE_TOWER_BITS = 6  # those of the vision tower beside a decoder on smaller block types
 HOLD_OUTSIDE = {"gguf", "onnx"}  # formats that hold all three quantized
 _CHOOSE_TYPES = ("gguf_type", "target_bpw", "target_size")  # keys that exclude each other
 
@@ -131,8 +138,7 @@ class Recipe(BaseModel):
                 f"--embedding-bits {self.embedding_bits}: the runtimes look rows up in 4 or 8 bits;"
                 " off leaves the embedding as it is"
             )
-        if self.vision_bits not in (None, 0, *BITS):
-            raise ValueError(f"--vision-bits {self.vision_bits}: {_WIDTHS}; off keeps it float")
+        self._check_vision()
         if self.tune:
             self._check_tuning()
         if self.group_size not in (None, -1) and (self.group_size < 16 or self.group_size % 16):
@@ -165,6 +171,19 @@ class Recipe(BaseModel):
         if len(set(self.format)) != len(self.format):
             raise ValueError("--format is given twice with the same value")
         return self
+
+    def _check_vision(self) -> None:
+        """Raises ValueError for a width that the vision tower cannot have."""
+        bits = self.vision_bits
+        if bits in (None, 0, *BITS):
+            return
+        if bits not in VISION_TYPES:
+            raise ValueError(f"--vision-bits {bits}: {_WIDTHS}; off keeps it float")
+        if self.block_types is None and self.asks_for_affine:
+            raise ValueError(
+                f"--vision-bits {bits}: GGUF's block types alone have 5 and 6 bits; use 8 or 4, or"
+                " --format gguf without --bits"
+            )
 
     def _check_tuning(self) -> None:
         """Raises ValueError where gradients cannot go on from what the recipe solves."""
@@ -270,6 +289,12 @@ class Recipe(BaseModel):
         return bool(self.format) and HOLD_OUTSIDE.issuperset(self.format)
 
     @property
+    def vision_type(self) -> str:
+        """The block type of the vision tower where the whole model is on block types, or none."""
+        native = self.block_types is not None
+        return VISION_TYPES.get(self.vision_bits or 0, ("",))[0] if native else ""
+
+    @property
     def tower_type_named(self) -> bool:
         """Whether --mmproj says what the vision tower is stored as."""
         return "gguf" in self.format and "mmproj" in self.model_fields_set
@@ -308,6 +333,7 @@ class Recipe(BaseModel):
             head_bits=self.head_bits or 0,
             embedding_bits=self.embedding_bits or 0,
             vision_bits=self.vision_bits or 0,
+            vision_type=self.vision_type,
             vision_short=bool(self.vision_bits) and self.holds_outside,
         )
 
@@ -334,7 +360,8 @@ class Recipe(BaseModel):
         """
         method = self.method if self.rotate == "off" else f"{self.method}-rotated"
         method += f"-tuned{self.tune}" if self.tune else ""
-        method += _unusual("vision", self.vision_bits)
+        if self.vision_bits != NATIVE_TOWER_BITS:
+            method += _unusual("vision", self.vision_bits)
         if self.gguf_type is not None:
             return f"{self.gguf_type}-{method}"
         width = f"w{self.bits}" if self.target_bpw is None else f"{self.target_bpw:g}bpw"

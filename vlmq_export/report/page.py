@@ -107,10 +107,7 @@ def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
         grid = "on its type" if recipe.block_types else f"to {recipe.head_bits} bits"
         text.append(f"So is the output head, {grid}.")
     if tower:
-        text.append(
-            f"So are {len(tower)} linears of vision tower and projector, to {recipe.vision_bits}"
-            " bits, groups of 32, symmetric."
-        )
+        text.append(f"So are {len(tower)} linears of vision tower and projector, {_tower(tower)}.")
     if embeddings:
         grid = "on its type" if recipe.block_types else f"to {recipe.embedding_bits} bits"
         text.append(f"The embedding is rounded to nearest {grid}.")
@@ -143,6 +140,15 @@ def _grid(recipe: Recipe, linears: Sequence[ModuleRecord]) -> str:
         symmetry += " below 8 bits" if not recipe.symmetric and counts[-1][0] == 8 else ""
         return f"to mixed widths ({spread} bits){cost}, {groups}, {symmetry}"
     return f"to {recipe.bits if not linears else linears[0].bits} bits, {groups}, {symmetry}"
+
+
+def _tower(linears: Sequence[ModuleRecord]) -> str:
+    """The grids of the vision tower: `to 8 bits, groups of 32, symmetric`."""
+    blocks = Counter(r.type for r in linears if r.type)
+    affine = Counter(r.bits for r in linears if not r.type)
+    said = [f"{count} on {kind}" for kind, count in blocks.items()]
+    said += [f"{count} to {bits} bits, groups of 32, symmetric" for bits, count in affine.items()]
+    return " and ".join(said) if len(said) > 1 else said[0].partition(" ")[2]
 
 
 _TOWER = ["vision tower", "projector"]

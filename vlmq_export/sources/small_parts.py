@@ -1,17 +1,23 @@
 """The widths outside the decoder layers, where a recipe says nothing of them.
 
-Vision tower, embedding and output head get 8 bits where every format of the run holds them
+Vision tower, embedding and output head get 8 bits where every format of the run holds them, and
+the tower 6 beside a decoder on smaller block types
 (docs/decisions/0011-eight-bits-outside-the-decoder.md).
 """
 
 from __future__ import annotations
 
+from math import prod
+
 from vlmq_export.formats.compressed_tensors.runtimes import with_towers
-from vlmq_export.quantizer.config import EMBEDDING_GROUP
+from vlmq_export.formats.gguf.types.mix import MIXES, mix_named
+from vlmq_export.formats.gguf.types.table import TYPES
+from vlmq_export.quantizer.config import EMBEDDING_GROUP, VISION_TYPES
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.streamed import tower_linears
 from vlmq_export.quantizer.vision.stage import tower_names
-from vlmq_export.recipes.recipe import HOLD_OUTSIDE, OUTSIDE_BITS, Recipe
+from vlmq_export.recipes.recipe import HOLD_OUTSIDE, NATIVE_TOWER_BITS, OUTSIDE_BITS, Recipe
 from vlmq_export.sources.calibration import CalibrationRows
 
 
@@ -26,17 +32,36 @@ def with_small_parts(recipe: Recipe, checkpoint: Checkpoint, data: CalibrationRo
     architecture = checkpoint.architecture
     width = architecture.text["hidden_size"]
     small = {
-        "vision_bits": lambda: recipe.holds_outside and _tower_can(recipe, checkpoint, data),
-        "embedding_bits": lambda: affine and width % EMBEDDING_GROUP == 0,
-        "head_bits": lambda: affine and not architecture.tied,
+        "vision_bits": (
+            _tower_bits(recipe, checkpoint),
+            lambda: recipe.holds_outside and _tower_can(recipe, checkpoint, data),
+        ),
+        "embedding_bits": (OUTSIDE_BITS, lambda: affine and width % EMBEDDING_GROUP == 0),
+        "head_bits": (OUTSIDE_BITS, lambda: affine and not architecture.tied),
     }
     return recipe.model_copy(
         update={
-            key: OUTSIDE_BITS if can() else 0
-            for key, can in small.items()
+            key: bits if can() else 0
+            for key, (bits, can) in small.items()
             if getattr(recipe, key) is None
         }
     )
+
+
+def _tower_bits(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """Bits of a quantized vision tower where the recipe leaves them open.
+
+    Fewer pay only where blocks of 256 hold most of it.
+    """
+    decoder = recipe.target_bpw or 0.0  # --target-size gives the decoder what the tower leaves
+    if recipe.gguf_type is not None:
+        decoder = TYPES[MIXES[mix_named(recipe.gguf_type)]].bits_per_weight
+    if recipe.block_types is None or decoder >= NATIVE_TOWER_BITS:
+        return OUTSIDE_BITS
+    block = TYPES[VISION_TYPES[NATIVE_TOWER_BITS][0]].block
+    shapes = [checkpoint.info(f"{name}.weight").shape for name in tower_linears(checkpoint)]
+    fit = sum(prod(shape) for shape in shapes if shape[-1] % block == 0)
+    return NATIVE_TOWER_BITS if 2 * fit > sum(map(prod, shapes)) else OUTSIDE_BITS
 
 
 def kept_note(recipe: Recipe, name: str, model_type: str) -> list[str]:

@@ -74,7 +74,8 @@ _EMBEDDING_BITS = (
 )
 EmbeddingBits = Annotated[str | None, _option(_EMBEDDING_BITS)]
 _VISION_BITS = (
-    "Bits of vision tower and projector: 2, 3, 4, 8 or off; GPTQ has it in floats."
+    "Bits of vision tower and projector: 2, 3, 4, 8 or off, and 5 and 6 in GGUF alone; GPTQ has it"
+    " in floats."
     "  [default: 8 for ONNX and GGUF, else off]"
 )
 VisionBits = Annotated[str | None, _option(_VISION_BITS)]

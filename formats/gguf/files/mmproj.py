@@ -63,8 +63,9 @@ def write_mmproj(
 def dominant_type(artifact: Artifact, dtype: str) -> str:
     """The type that the file is named after: that of the tower's integers, where it has some."""
     config = artifact.config
-    home = planned_home(config.vision, VISION_GROUP) if config.vision_bits else None
-    return home or dtype.upper()
+    if not config.vision_bits:
+        return dtype.upper()
+    return config.vision_type or planned_home(config.vision, VISION_GROUP) or dtype.upper()
 
 
 def stored_type(place: Place, dtype: str) -> str:

@@ -31,6 +31,7 @@ from vlmq_export.formats.gguf.types.encode import Blocks, pack_blocks
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.blocks import GRIDS
+from vlmq_export.quantizer.grids.choice import vision_block
 from vlmq_export.quantizer.grids.linears import BlockLinear, Linear, QuantizedLinear
 
 
@@ -69,6 +70,11 @@ def planned_home(config: QuantConfig, in_features: int) -> str | None:
     return grid_home(
         config.bits, config.symmetric, columns, portable=True, ternary=config.symmetric
     )
+
+
+def tower_home(config: QuantConfig, in_features: int) -> str | None:
+    """The block type of a linear of the vision tower, likewise."""
+    return vision_block(config, in_features) or planned_home(config.vision, in_features)
 
 
 def why_homeless(name: str, config: QuantConfig, in_features: int) -> str:

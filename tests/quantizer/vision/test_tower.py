@@ -15,11 +15,11 @@ from vlmq_export import bundled
 from vlmq_export.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from vlmq_export.formats.model_plan import model_plan
 from vlmq_export.planning.run_plan import plan_run
-from vlmq_export.quantizer.artifact.manifest import VISION, layer_file
+from vlmq_export.quantizer.artifact.manifest import VISION, _is_tower, layer_file
 from vlmq_export.quantizer.artifact.read import Artifact, read_layer
 from vlmq_export.quantizer.calibration.batches import decoder_inputs
 from vlmq_export.quantizer.calibration.offload import Shelf
-from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.config import VISION_TYPES, QuantConfig
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.streamed import StreamedModel, load_model
 from vlmq_export.quantizer.ranks import ALONE
@@ -327,8 +327,35 @@ def test_one_damaged_image_is_left_out(given, tmp_path):
 def test_a_width_that_no_format_has_is_refused(given, tmp_path):
     with pytest.raises(UsageError, match="vision bits 5 is not supported"):
         given.run(tmp_path / "a", dataclasses.replace(CONFIG, vision_bits=5))
-    with pytest.raises(UsageError, match="--vision-bits 5: the runtimes decode 2, 3, 4 or 8 bits"):
-        load_recipe(None, {"vision_bits": 5})
+    with pytest.raises(UsageError, match="--vision-bits 7: the runtimes decode 2, 3, 4 or 8 bits"):
+        load_recipe(None, {"vision_bits": 7})
+    for other in ({}, {"format": ["onnx"]}, {"format": ["gguf"], "bits": 4}):
+        with pytest.raises(
+            UsageError, match="--vision-bits 5: GGUF's block types alone have 5 and"
+        ):
+            load_recipe(None, {"vision_bits": 5} | other)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_on_block_types_the_tower_has_the_type_of_its_width(bits, tmp_path):
+    shape = {"vision_config": {"hidden_size": 256, "intermediate_size": 500}}
+    checkpoint = Checkpoint(make_tiny(tmp_path / "model", "llava_onevision", shape=shape))
+    recipe = Recipe(format=["gguf"], vision_bits=bits).with_native_types()
+    config = recipe.quant_config()
+    kind, others = VISION_TYPES[bits]
+    assert config.vision_type == kind and config.vision.bits == others
+    plan = plan_run(model_plan(checkpoint, config, "m"), recipe)
+    (said,) = (note for note in plan.formats["gguf"].notes if "vision tower" in note)
+    fallback = {4: "Q4_0", 8: "Q8_0"}[others]
+    assert f"20 linears {kind} (3 of them {fallback}, whose rows no block of 256" in said
+    affine = Recipe(format=["gguf", "onnx"], vision_bits=8).quant_config()
+    assert affine.vision_type == "" and "vision_type" not in affine.to_dict()
+
+
+def test_an_artifact_of_another_type_is_damaged(tmp_path):
+    config = dataclasses.replace(CONFIG, vision_bits=6, vision_type="Q6_K")
+    assert _is_tower(config) and not _is_tower(dataclasses.replace(config, vision_type="Q5_K"))
+    assert not _is_tower(dataclasses.replace(config, vision_type=""))
 
 
 def test_the_option_takes_off(tmp_path):
