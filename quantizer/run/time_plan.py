@@ -177,6 +177,7 @@ def choosing_seconds(
     config: QuantConfig,
     lengths: Lengths,  # of all samples
     most: int,  # of them, on which costs are measured
+    plain: int,  # bits from which on a width has no ranges and no descent
     machine: Machine,
 ) -> float:
     """Seconds in which the costs of all kinds are measured (type_budget/sensitivity.py).
@@ -204,9 +205,10 @@ def choosing_seconds(
         dots = half.lengths.samples * len(each.kinds) * machine.elementwise(3 * weights)
         solved = _statistics(half, each.columns) + machine.factorization(each.columns)
         for kind in each.kinds:
-            plain = method if isinstance(kind, int) else Method()
-            parts = _solve(job, plain, each.rows, each.columns, kind if kind in GRIDS else "")
-            solved += sum(parts.values()) - (parts["factorization"] if kind in GRIDS else 0)
+            refined = isinstance(kind, int) and kind < plain
+            own = method if refined else Method()
+            parts = _solve(job, own, each.rows, each.columns, kind if kind in GRIDS else "")
+            solved += sum(parts.values()) - parts["factorization"]  # which all kinds share
         total += each.count * (dots + solved)
     return total
 

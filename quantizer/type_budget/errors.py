@@ -1,12 +1,12 @@
 """The change ΔW = Ŵ − W of one matrix at each block type or width that it may have.
 
-On a block type ΔW is that of the plain column loop. At two bits the range matters most, and so a
-width is solved with the ranges and the descent that the recipe's method has.
+On a block type ΔW is that of the plain column loop. At few bits the range matters most, and so a
+width below `likeness.PLAIN` is solved with the ranges and the descent that the recipe's method has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -14,7 +14,7 @@ from vlmq_export.quantizer.calibration.statistics import Statistics
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.blocks import GRIDS, BlockGrid
 from vlmq_export.quantizer.grids.choice import grid_choice
-from vlmq_export.quantizer.layers.attempt import attempt, prepared
+from vlmq_export.quantizer.layers.attempt import Prepared, attempt, prepared
 from vlmq_export.quantizer.layers.stack import Matrix as Source
 from vlmq_export.quantizer.layers.stack import Stack
 from vlmq_export.quantizer.methods import Method, method_named
@@ -39,21 +39,34 @@ def errors_of(
     types = [kind for kind in kinds if isinstance(kind, str)]
     if sums is None:
         return {kind: (_rounded(weight, GRIDS[kind]) - weight).bfloat16() for kind in types}
-    widths = [kind for kind in kinds if isinstance(kind, int)]
+    widths = {
+        kind: Method() if kind >= likeness.PLAIN else _refined(config)
+        for kind in kinds
+        if isinstance(kind, int)
+    }
     return _on_types(weight, types, sums, config) | _at_widths(weight, widths, sums, config)
 
 
-def _at_widths(
-    weight: torch.Tensor, widths: Iterable[int], sums: Statistics, config: QuantConfig
-) -> dict[Kind, torch.Tensor]:
-    """width → Ŵ − W, where Ŵ is solved with the ranges and the descent of the recipe's method."""
+def _refined(config: QuantConfig) -> Method:
+    """The column loop with the ranges and the descent of the recipe's method."""
     own = method_named(config.method)
-    method = Method(refine=own.refine, neighbours=own.neighbours)
+    return Method(refine=own.refine, neighbours=own.neighbours)
+
+
+def _at_widths(
+    weight: torch.Tensor,
+    widths: Mapping[int, Method],  # bits → how they are solved
+    sums: Statistics,
+    config: QuantConfig,
+) -> dict[Kind, torch.Tensor]:
+    """width → Ŵ − W. All widths have one order of the columns, and so one factorization."""
     found: dict[Kind, torch.Tensor] = {}
-    for bits in widths:
+    known: Prepared | None = None
+    for bits, method in widths.items():
         choice = grid_choice(config.at(bits), "", weight.shape[1])
         stack = Stack.of([Source("", weight)], choice)
-        (solved,) = attempt(stack, prepared(stack, sums, config), None, method, config)
+        known = known or prepared(stack, sums, config)
+        (solved,) = attempt(stack, known, None, method, config)
         found[bits] = (solved.solution.decode() - weight).bfloat16()
     return found
 
@@ -85,10 +98,17 @@ def _on_types(
 def ratios_of(
     weight: torch.Tensor, kinds: Iterable[Kind], sums: Statistics, config: QuantConfig
 ) -> likeness.Ratios:
-    """What lattices err on this matrix, over what the types err that they are likened to."""
+    """What kinds err on this matrix, over what was measured in their place."""
+    kinds = list(kinds)
     lattices = [kind for kind in kinds if isinstance(kind, str) and kind in likeness.LIKE]
     both = dict.fromkeys([*lattices, *(likeness.LIKE[kind] for kind in lattices)])
-    return likeness.ratios(errors_of(weight, both, sums, config), sums.hessian)
+    found = errors_of(weight, both, sums, config)
+    plain = [kind for kind in kinds if isinstance(kind, int) and kind >= likeness.PLAIN]
+    whole = _at_widths(
+        weight.detach().float(), dict.fromkeys(plain, _refined(config)), sums, config
+    )
+    quick = errors_of(weight, plain, sums, config)
+    return likeness.ratios(found, sums.hessian) | likeness.gains(whole, quick, sums.hessian)
 
 
 def _rounded(weight: torch.Tensor, grid: BlockGrid) -> torch.Tensor:

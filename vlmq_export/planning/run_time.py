@@ -98,7 +98,8 @@ def choosing(plan: RunPlan, tried: Mapping[str, Iterable[str | int]], machine: M
     matrices = [Tried(rows, columns, kinds, n) for (rows, columns, kinds), n in counts.items()]
     most = 2 * SAMPLES
     shapes, config = shapes_of(model), model.config
-    return choosing_seconds(shapes, matrices, config, plan.lengths, most, machine)
+    given = shapes, matrices, config, plan.lengths, most, likeness.PLAIN
+    return choosing_seconds(*given, machine)
 
 
 def quantize_seconds(model: ModelPlan, lengths: Lengths, machine: Machine) -> dict[str, float]:

@@ -32,7 +32,7 @@ from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
 from vlmq_export.quantizer.solver.nearest import nearest_in_blocks
 from vlmq_export.quantizer.type_budget import likeness
-from vlmq_export.quantizer.type_budget.errors import errors_of
+from vlmq_export.quantizer.type_budget.errors import errors_of, ratios_of
 from vlmq_export.quantizer.type_budget.knapsack import choose
 from vlmq_export.quantizer.type_budget.sensitivity import measured
 
@@ -204,6 +204,26 @@ def test_a_lattice_costs_what_the_probes_say(reference):
     assert first["IQ2_XXS"] / first["Q2_K"] == pytest.approx(last["IQ2_XXS"] / last["Q2_K"])
 
 
+def test_ranges_and_descent_gain_nearly_the_same_on_every_linear(reference, monkeypatch):
+    """So that widths of many bits need not be solved with them on each."""
+    model, samples = reference
+    family = Checkpoint(bundled.REFERENCE_VLM).architecture.family
+    config, widths, found = QuantConfig(), [4, 8], []
+    for part in ("self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        module = model.get_submodule(family.module_name(LAYER % (2, part)))
+        sums = inputs_of(model, module, samples[:8])
+        told = ratios_of(module.weight, [2, *widths], sums, config)
+        quick = errors_of(module.weight, widths, sums, config)
+        with monkeypatch.context() as patch:
+            patch.setattr(likeness, "PLAIN", 9)
+            whole = errors_of(module.weight, widths, sums, config)
+        assert told == likeness.gains(whole, quick, sums.hessian)
+        found.append(told)
+    for bits in widths:
+        gains = [each[bits] for each in found]
+        assert 0.6 < min(gains) and max(gains) <= 1.0 and max(gains) < 1.5 * min(gains), gains
+
+
 def test_probes_are_spread_over_the_matrices():
     many = {str(i): ["IQ2_S", "Q2_K"] for i in range(42)} | {"e": ["IQ2_S", "Q2_K"], "v": ["IQ2_S"]}
     linears = {*many} - {"e"}
@@ -220,6 +240,10 @@ def test_the_ratio_is_the_mean_of_the_probes():
     assert full["a"] == {"IQ2_S": pytest.approx(3.0), "Q2_K": 3.0}
     assert full["b"] == {"Q2_K": 1.0}
     assert full["c"] == {"IQ3_S": 5.0, "Q3_K": 5.0}  # no probe could tell
+    full = likeness.completed(
+        {"d": {2: 3.0, 4: 2.0}}, {"d": [2, 4]}, [{4: 0.5}, {4: 2.0}, {4: 8.0}]
+    )
+    assert full["d"] == {2: 3.0, 4: pytest.approx(4.0)}
 
 
 BUDGET = 4.2
