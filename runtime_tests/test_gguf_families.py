@@ -15,8 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from runtime_tests.test_gguf import assert_all_pass, export, rewrite, row, run_check
 from tests.artifacts import GRIDS
 from tools.reference_vlm.tiny_checkpoints import make_tiny
-from tools.reference_vlm.tiny_families import ARCHES as EVERY
-from tools.reference_vlm.tiny_families import PIXTRAL
+from tools.reference_vlm.tiny_families import ARCHES, PIXTRAL
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf.files.container import write_container
@@ -32,7 +31,6 @@ from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.families import FAMILIES
 
-ARCHES = [arch for arch in EVERY if arch not in PIXTRAL]
 SETTINGS = CheckSettings(images=2, questions=2, threads=1)
 # Options of make_tiny, for the reasons that tests/formats/gguf/test_families.py gives.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
@@ -71,7 +69,10 @@ def test_every_family_passes_every_gate(arch, exported):
     assert ("where config.json says" in plain.detail) == ignored
     resized = row(rows, "mtmd's own resizing")
     one_size = ("internvl", "internvl3_5", "idefics3", "smolvlm")
-    assert (resized.value > 0.05) == (arch not in one_size)
+    if arch in PIXTRAL:  # one rounds sides up, and the other to the nearest multiple
+        assert "27 image tokens for a picture of 168 × 121, 34 in transformers" in resized.detail
+    else:
+        assert (resized.value > 0.05) == (arch not in one_size)
     # mtmd gives an image of one tile twice, which the gated rows hold to the same in transformers.
     twice = [c for c in rows if c.name.startswith("an image of one tile")]
     assert len(twice) == (arch == "smolvlm")
@@ -207,7 +208,10 @@ WORDS = [
     "a  b\t\n\n c\r\n  d ",
     "naïve façade…",
     "中文。標點 カタカナ",
+    "a/\n/b",
 ]
+# llama.cpp's pattern of this name has no marks, and so it is said where a file has the name.
+SPLIT_OTHERWISE = {"tekken": ["पिता की किताब में"]}
 
 
 def trained(folder, *steps):
@@ -275,7 +279,7 @@ def test_llama_cpp_splits_text_as_the_pre_tokenizer_that_the_file_names(pre, tmp
 
         write_container(file, "qwen2", metadata, [])
         wrong[name] = [w for w in WORDS if llama_tokens(file, w) != tokenizer.encode(w).ids]
-    assert not wrong.pop(pre)
+    assert wrong.pop(pre) == SPLIT_OTHERWISE.get(pre, [])
     # Under the other name some text is split differently. That cannot show for merges that were
     # learnt with qwen2's pattern, where the other one splits less.
     assert all(wrong.values()) or pre == "qwen2"

@@ -63,7 +63,7 @@ def metadata_changed(path, **changes):
         Entry(t.name, t.shape, t.type, lambda name=t.name: file.raw(name).copy())
         for t in file.tensors.values()
     ]
-    write_container(path, "gemma3", metadata, entries)
+    write_container(path, file.metadata["general.architecture"], metadata, entries)
 
 
 @pytest.mark.parametrize("grid", ["w4g32", "w8g128", *slow("w2g128")])

@@ -136,7 +136,7 @@ def tower_of(
     artifact: Artifact, dtype: str = "f16", class_row: str = "last"
 ) -> dict[str, np.ndarray]:
     """The tensors that the mmproj of an artifact must hold: GGUF name → values."""
-    layout = Layout.of(artifact.architecture, class_row)
+    layout = Layout.of(artifact.architecture, class_row, artifact.source)
     reference = SimpleNamespace(weights=Weights(artifact.path))
     export = Exported(Path(), Path(), layout, {}, dtype, reference, CheckSettings())
     return dict(export.tower())

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats import NATIVE_MIX
 from vlmq_export.formats.contract import FormatOptions, FormatPlan
-from vlmq_export.formats.gguf.files.tokenizer import Tokenizer, read_tokenizer
+from vlmq_export.formats.gguf.files.tokenizer import NOTES, Tokenizer, read_tokenizer
 from vlmq_export.formats.gguf.size import part_bytes, tensor_bytes, vision_types
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.gguf.tables.params import (
@@ -49,17 +49,18 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     inexpressible = _inexpressible(model.architecture)
     refusals = [*_refusals(model, options, homes), *inexpressible]
     bits, weights = _stored(model, homes)
-    layout, parts = None, {}
+    layout, parts, notes = None, {}, []
     if not inexpressible:
         layout = Layout.of(model.architecture, options.mmproj_class_row)
         tokenizer, image, unreadable = _beside(model, layout)
         refusals += unreadable
+        notes = token_notes(tokenizer) if tokenizer else []
         parts = part_bytes(model, layout, options, kinds, tokenizer, image)
     return FormatPlan(
         bits / weights if weights else 0.0,
         sum(parts.values()),
         list(dict.fromkeys(refusals)),
-        [*plan_notes(model, kinds), *vision_notes(model, layout, options)],
+        [*plan_notes(model, kinds), *vision_notes(model, layout, options), *notes],
         parts,
     )
 
@@ -157,6 +158,7 @@ def _beside(
     tokenizer = image = None
     found = []
     try:
+        Layout.of(model.architecture, folder=model.folder)  # raises where a token is missing
         tokenizer = read_tokenizer(model.folder, model.architecture, layout.text_params.vocabulary)
     except VlmqError as e:
         found.append(str(e))
@@ -186,6 +188,11 @@ def vision_notes(model: ModelPlan, layout: Layout | None, options: FormatOptions
         if main and kind != main
     ]
     return tower_note(model, f"{main}{''.join(others)}", *sizes)
+
+
+def token_notes(tokenizer: Tokenizer) -> list[str]:
+    """Where llama.cpp makes other tokens of a text than transformers does."""
+    return [NOTES[tokenizer.pre]] if tokenizer.pre in NOTES else []
 
 
 def plan_notes(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:

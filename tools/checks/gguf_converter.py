@@ -37,11 +37,15 @@ def as_it_wants(source: Path, folder: Path) -> Path:
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     family = Architecture.of(config).family
-    # Of Gemma 3 it looks for the published names, of the others for those of transformers 5.
-    wanted = family.hub_name if config["model_type"] == "gemma3" else family.module_name
+    # Of Gemma 3 it looks for the published names, of the others for those of transformers 5. Of
+    # Mistral 3's text it looks for those of a model without images, because it would otherwise
+    # drop the embedding before it takes a row of it for the mmproj.
+    kind = config["model_type"]
+    wanted = family.hub_name if kind in ("gemma3", "mistral3") else family.module_name
+    prefix = "language_model." if kind == "mistral3" else ""
     state = {}
     for file in sorted(folder.glob("*.safetensors")):
-        state |= {wanted(k): v for k, v in load_file(file).items()}
+        state |= {wanted(k).removeprefix(prefix): v for k, v in load_file(file).items()}
         file.unlink()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     if config["model_type"] == "internvl":

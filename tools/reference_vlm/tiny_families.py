@@ -140,6 +140,39 @@ _DIGITS_APART = {
 }
 
 
+def _split_by(pattern: str) -> dict:
+    """The pre-tokenizer of a tokenizer.json that splits texts by a pattern, then into bytes."""
+    return {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": pattern},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "trim_offsets": True,
+                "use_regex": False,
+            },
+        ],
+    }
+
+
+# As published with Mistral Small 3.1: the pattern of Llama 3. Ministral 3 has Mistral's own.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 def _smolvlm_tiny(config: dict, processor: str, *, splitting: bool) -> Tiny:
     """SmolVLM, or SmolVLM2. `processor` is the start of the names of its processors."""
     return Tiny(
@@ -300,6 +333,7 @@ FAMILIES = {
             "tokenizer_class": "LlamaTokenizerFast",
             "unk_token": "<unk>",
         },
+        pre_tokenizer=_split_by(_LLAMA3),
         end="</s>",
         begin="<s>",
         pad="<pad>",
@@ -323,6 +357,8 @@ FAMILIES = {
 }
 
 FAMILIES["internvl3_5"] = replace(FAMILIES["internvl"], config=INTERNVL3_5)
-FAMILIES["ministral3"] = replace(FAMILIES["mistral3"], config=MINISTRAL3)
+FAMILIES["ministral3"] = replace(
+    FAMILIES["mistral3"], config=MINISTRAL3, pre_tokenizer=_split_by(_TEKKEN)
+)
 ARCHES = ("qwen2_vl", "qwen2_5_vl", *FAMILIES)  # all that make_tiny makes
-PIXTRAL = ("mistral3", "ministral3")  # those with a tower that neither ONNX nor GGUF has
+PIXTRAL = ("mistral3", "ministral3")  # those with a tower that ONNX has not

@@ -13,7 +13,7 @@ from vlmq_export.errors import FormatError
 from vlmq_export.formats.gguf.completeness import require_complete
 from vlmq_export.formats.gguf.files.container import Entry, float_bytes, write_container
 from vlmq_export.formats.gguf.files.metadata import add_general, add_keys
-from vlmq_export.formats.gguf.files.text import bias_of, packed
+from vlmq_export.formats.gguf.files.text import bias_of, decoded, packed
 from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.gguf.tables.params import image_params
 from vlmq_export.formats.gguf.types.exact import home_of, planned_home
@@ -97,9 +97,11 @@ def _entries(artifact: Artifact, places: dict[str, Place], dtype: str) -> list[E
 
 
 def _quantized(artifact: Artifact, name: str, place: Place, linear: str) -> Entry:
-    """The blocks of a linear that was solved, or its bias."""
+    """The blocks of a linear that was solved, its bias, or numbers that it decodes to."""
     if not place.linear:
-        return Entry(name, place.shape, "F32", bias_of(artifact, linear, place))
+        whole = place.hub.endswith(".weight")
+        data = decoded(artifact, place) if whole else bias_of(artifact, linear, place)
+        return Entry(name, place.shape, "F32", data)
     kind = home_of(artifact.linear(linear))
     return Entry(name, place.shape, kind, packed(artifact, place, kind))
 

@@ -111,7 +111,7 @@ def _entries(artifact: Artifact, layout: Layout, homes: dict[str, str], twin: bo
         linear = hub.removesuffix(".weight")
         if linear in homes:
             kind = homes[linear]
-            data = _decoded(artifact, place) if twin else packed(artifact, place, kind)
+            data = decoded(artifact, place) if twin else packed(artifact, place, kind)
         elif hub in biases:
             kind, data = "F32", bias_of(artifact, biases[hub], place)
         elif hub in dtypes:
@@ -140,8 +140,8 @@ def packed(artifact: Artifact, place: Place, kind: str) -> Callable[[], np.ndarr
     return lambda: place.of_array(pack_linear(artifact.linear(linear), kind))
 
 
-def _decoded(artifact: Artifact, place: Place) -> Callable[[], np.ndarray]:
-    """The weights of a linear, float32."""
+def decoded(artifact: Artifact, place: Place) -> Callable[[], np.ndarray]:
+    """The weights that a linear decodes to, float32."""
     linear = place.hub.removesuffix(".weight")
     return lambda: place.of_array(artifact.linear(linear).decode().numpy())
 

@@ -30,7 +30,27 @@ QWEN2_REGEX = (
 QWEN35_REGEX = QWEN2_REGEX.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
     r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
 )
-PRE_TOKENIZERS = {QWEN2_REGEX: "qwen2", QWEN35_REGEX: "qwen35"}
+# Mistral's tokenizers. Those of Mistral Small 3.1 were published with the pattern of Llama 3.
+PIXTRAL_REGEX = QWEN2_REGEX.replace(r"\p{N}| ", r"\p{N}{1,3}| ")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN_REGEX = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {
+    QWEN2_REGEX: "qwen2",
+    QWEN35_REGEX: "qwen35",
+    PIXTRAL_REGEX: "pixtral",
+    TEKKEN_REGEX: "tekken",
+}
+# Pre-tokenizers with which llama.cpp leaves a word whole that is a token, whatever the merges are.
+_WHOLE_WORDS = ("pixtral", "tekken")
+# Pre-tokenizer → what its users should know.
+NOTES = {
+    "tekken": "llama.cpp's pre-tokenizer tekken splits words at combining marks, and knows A to Z"
+    " alone as capitals: text in Hindi, Thai or pointed Arabic, and words with an accented capital,"
+    " may have other tokens than in transformers"
+}
 # GPT-2's pattern is that of the step ByteLevel itself.
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -90,6 +110,7 @@ def read_tokenizer(folder: Path, architecture: Architecture, rows: int) -> Token
     raw = _bpe(folder, loaded)
     pre = _pre_tokenizer(raw, type(loaded).__name__)
     _same_splitting(folder, loaded, pre)
+    _same_words(raw, loaded, pre)
     pieces = pre == WHOLE_TEXTS
     added = {t["id"]: t for t in raw["added_tokens"]}
     vocabulary = raw["model"]["vocab"]
@@ -161,6 +182,23 @@ def _same_splitting(folder: Path, loaded: Any, pre: str) -> None:
                 f"tokenizer.json has the pre-tokenizer of {own}, and transformers' {name} that of"
                 f" {pre}; save the tokenizer again with transformers"
             )
+
+
+def _same_words(raw: dict, loaded: Any, pre: str) -> None:
+    """Raises FormatError for a token that llama.cpp makes of a word and transformers does not.
+
+    That is one to which no merges lead, unless tokenizer.json says that words are left whole too.
+    """
+    model = raw["model"]
+    if pre not in _WHOLE_WORDS or model.get("ignore_merges"):
+        return
+    added, merge = {t["content"] for t in raw["added_tokens"]}, loaded.backend_tokenizer.model
+    words = (token for token in model["vocab"] if token not in added)
+    if odd := next((token for token in words if len(merge.tokenize(token)) != 1), None):
+        raise FormatError(
+            f"tokenizer.json: no merges lead to the token {odd!r}, and llama.cpp's pre-tokenizer"
+            f" {pre} gives it for such a word all the same; set ignore_merges if that is meant"
+        )
 
 
 def _special(

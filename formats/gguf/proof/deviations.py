@@ -18,15 +18,15 @@ from PIL import Image
 from torch.utils.hooks import RemovableHandle
 
 from vlmq_export.formats.gguf.files.mmproj import CLASS_ROW
-from vlmq_export.formats.gguf.proof.rows import Exported
+from vlmq_export.formats.gguf.proof.rows import Exported, image_error
 from vlmq_export.formats.gguf.proof.twin_file import copy_container
 from vlmq_export.formats.gguf.read import GGUFFile
 from vlmq_export.formats.gguf.runtime import runner
-from vlmq_export.formats.gguf.runtime.prompts import Prompts, image_rows
+from vlmq_export.formats.gguf.runtime.prompts import Prompts, mtmd_rows
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.proof.checks import Check, relative_error
 from vlmq_export.formats.proof.reference import Reference
-from vlmq_export.quantizer.samples.image_rules import Tiles
+from vlmq_export.quantizer.samples.image_rules import Lines, Tiles, resized
 from vlmq_export.quantizer.samples.sample import Sample
 
 CUT = 4  # most prompts through mtmd where it cuts each image into many tiles, and encodes them all
@@ -128,9 +128,16 @@ def oblong(export: Exported, sample: Sample) -> Sample:
     size = (6 * unit, 4 * unit + unit // 3) if p.graph.any_size else (longest, longest * 2 // 3)
     images = tuple(image.resize(size, Image.Resampling.BICUBIC) for image in sample.images)
     token = reference.preprocessor.image_token
-    inputs = rule.encode(images, token).inputs
+    shown, ids = images, {}
+    if isinstance(rule, Lines):  # whose `encode` takes images that have their size
+        shown = tuple(resized(image, rule.size(image.size)) for image in images)
+    encoded = rule.encode(shown, token)
+    inputs = encoded.inputs
     if isinstance(rule, Tiles) and pixels is not None and len(inputs["pixel_values"]) < len(pixels):
         inputs["pixel_values"] = inputs["pixel_values"].repeat_interleave(2, dim=0)
+    if isinstance(rule, Lines):
+        tokens = torch.tensor(reference.preprocessor.ids(sample.text, encoded.written))
+        ids = {"input_ids": tokens, "vision": tokens == reference.preprocessor.image_token_id}
     layout = {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")}
     return replace(
         sample,
@@ -139,16 +146,18 @@ def oblong(export: Exported, sample: Sample) -> Sample:
         pixel_values=inputs["pixel_values"],
         image_grid_thw=inputs.get("image_grid_thw"),
         layout=layout,
+        **ids,
     )
 
 
 def resizing(
     reference: Reference,
+    layout: Layout,
     sample: Sample,  # an `oblong` one
     got: np.ndarray,  # mtmd's embeddings of its images, [image tokens, width]
 ) -> Check:
     """Whether mtmd resizes a picture as transformers does."""
-    want = image_rows(reference, sample)
+    want = mtmd_rows(reference, layout, sample)
     size = "{} × {}".format(*sample.images[0].size)
     name = "mtmd's own resizing"
     if got.shape != want.shape:
@@ -170,8 +179,7 @@ def half_precision(
 ) -> Check:
     """The gated error of mtmd's embeddings again, with a reference that rounds as llama.cpp."""
     with _rounding_like_llama_cpp(export):
-        wanted = {s.id: image_rows(export.reference, s) for s in samples}
-    errors = {name: relative_error(got[name], want) for name, want in wanted.items()}
+        errors = {s.id: image_error(export, s, got[s.id]) for s in samples}
     worst = max(errors, key=lambda name: errors[name])
     return _info(
         "image embeddings of mtmd, the reference rounding as it does",
@@ -195,7 +203,7 @@ def _rounding_like_llama_cpp(export: Exported) -> Iterator[None]:
     hooks = [patches.register_forward_pre_hook(lambda _, args: (_half(args[0]), *args[1:]))]
     # The first two parts of a name tell the tower, the projector, or a tensor without a module.
     towers = {".".join(place.module.split(".")[:2]) for place in places.values()}
-    for tower in towers - {"model.image_newline"}:
+    for tower in towers - {"model.image_newline", "model.language_model"}:
         hooks += [
             _looked_up(module, _TABLES[kind])
             for module in model.get_submodule(tower).modules()
@@ -256,7 +264,7 @@ def class_row(
     request = Prompts(reference, export.layout, scratch).mtmd(sample, "other")
     run = runner.run(scratch, export.text, flipped, [request], reference, export.threads, 1)
     got = run.array(run.prompts[0]["image"])
-    value = relative_error(got, image_rows(reference, sample))
+    value = image_error(export, sample, got)
     right = said if shipped < value else other
     yield _info(
         f"image embeddings with the class token's position row {other}",

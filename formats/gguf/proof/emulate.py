@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from vlmq_export.formats.gguf.runtime.prompts import as_rows
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.proof.checks import relative_error
 from vlmq_export.formats.proof.reference import Reference
@@ -143,7 +144,7 @@ def cost(
     try:
         for sample in samples:
             out = reference.model(**sample.model_inputs(), use_cache=False).logits[0]
-            text = ~sample.vision.numpy()
+            text = ~as_rows(reference, layout, sample)
             got = out[:, : reference.vocabulary].numpy()
             found[sample.id] = relative_error(got[text], wanted[sample.id][text])
     finally:

@@ -12,6 +12,7 @@ import torch
 
 from vlmq_export.formats.gguf.files.mmproj import CLASS_ROW
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
+from vlmq_export.formats.gguf.runtime.prompts import as_rows, mtmd_rows
 from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.proof.checks import Check, CheckSettings, Steps, relative_error
 from vlmq_export.formats.proof.reference import Reference
@@ -51,7 +52,7 @@ class Exported:
         vision = {name: t.type for name, t in tower.tensors.items()}
         types = {name: t.type for name, t in GGUFFile(text).tensors.items()} | vision
         class_row = str(tower.metadata.get(CLASS_ROW, "last"))
-        layout = Layout.of(reference.architecture, class_row)
+        layout = Layout.of(reference.architecture, class_row, reference.folder)
         export = cls(text, mmproj, layout, types, "f32", reference, settings)
         plain = {types.get(n) for n, place in layout.vision.items() if not export.solved(place)}
         dtype = next((t.lower() for t in ("Q8_0", "F16") if t in plain), "f32")
@@ -127,6 +128,22 @@ _ROUNDED = {"f16": _half, "q8_0": _eight_bits}
 def error(got: np.ndarray, want: np.ndarray) -> float:
     """Relative error, which is infinite where not even the shapes agree."""
     return relative_error(got, want) if got.shape == want.shape else float("inf")
+
+
+def image_error(export: Exported, sample: Sample, got: np.ndarray) -> float:
+    """How far mtmd's rows of a sample's images are from the reference's.
+
+    got: float32 [rows, width].
+
+    Features and what stands behind the lines of an image are compared apart, and the larger error
+    counts, so that neither hides the other.
+    """
+    want = mtmd_rows(export.reference, export.layout, sample)
+    if got.shape != want.shape:
+        return float("inf")
+    features = sample.vision.numpy()[as_rows(export.reference, export.layout, sample)]
+    parts = [part for part in (features, ~features) if part.any()]
+    return max(error(got[part], want[part]) for part in parts)
 
 
 def worst_of(errors: Mapping[str, float]) -> tuple[str, float]:

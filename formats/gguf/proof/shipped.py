@@ -9,10 +9,10 @@ import numpy as np
 
 from vlmq_export.formats.gguf.proof import deviations, emulate
 from vlmq_export.formats.gguf.proof.products import products
-from vlmq_export.formats.gguf.proof.rows import Exported, error, gated, worst_of
+from vlmq_export.formats.gguf.proof.rows import Exported, error, gated, image_error, worst_of
 from vlmq_export.formats.gguf.proof.twin_file import decoded_tower, write_twin
 from vlmq_export.formats.gguf.runtime import runner
-from vlmq_export.formats.gguf.runtime.prompts import Prompts, image_rows, text_only
+from vlmq_export.formats.gguf.runtime.prompts import Prompts, as_rows, text_only
 from vlmq_export.formats.proof.answers import ANSWER
 from vlmq_export.formats.proof.checks import Check
 from vlmq_export.quantizer.samples.sample import Sample
@@ -71,11 +71,11 @@ def shipped(export: Exported, scratch: Path) -> Iterator[Check]:
     yield from _mtmd(export, run, samples, compared, offset=len(watched))
     yield from deviations.seen_twice(export, asked_of[0], first)
     yield from deviations.line_breaks(export, first)
-    yield deviations.resizing(reference, oblong, run.array(run.prompts[-1]["image"]))
+    yield deviations.resizing(reference, export.layout, oblong, run.array(run.prompts[-1]["image"]))
     if export.tower_rounding == "q8_0":
         yield _mmproj_twin(export, compared, scratch)
     embeddings = run.array(run.prompts[len(watched)]["image"])
-    plain = error(embeddings, image_rows(reference, first))
+    plain = image_error(export, first, embeddings)
     yield from deviations.class_row(export, first, plain, scratch)
 
 
@@ -88,7 +88,8 @@ def _mtmd(
 ) -> Iterator[Check]:
     reference = export.reference
     results = run.prompts[offset : offset + len(samples)]
-    ids = [np.where(s.vision.numpy(), -1, s.input_ids.numpy()).tolist() for s in samples]
+    rows = [as_rows(reference, export.layout, s) for s in samples]
+    ids = [np.where(r, -1, s.input_ids.numpy()).tolist() for r, s in zip(rows, samples)]
     wrong = [s.id for s, r, want in zip(samples, results, ids) if r["ids"] != want]
     yield gated(
         "L3",
@@ -105,7 +106,7 @@ def _mtmd(
     logits: dict[str, float] = {}
     for i, sample in enumerate(compared):
         got = run.logits(offset + i)[:, : reference.vocabulary]
-        logits[sample.id] = error(got, reference.logits(sample)[~sample.vision.numpy()])
+        logits[sample.id] = error(got, reference.logits(sample)[~rows[i]])
     yield shipped_row(export, compared, logits)
     answers = [(s, r["answer"]) for s, r in zip(samples, results)]
     reference.answer_all(samples)
@@ -129,8 +130,7 @@ def _embeddings(
     samples: Sequence[Sample],
     got: dict[str, np.ndarray],  # sample → mtmd's embeddings, [image tokens, width]
 ) -> Iterator[Check]:
-    errors = {s.id: error(got[s.id], image_rows(export.reference, s)) for s in samples}
-    name, value = worst_of(errors)
+    name, value = worst_of({s.id: image_error(export, s, got[s.id]) for s in samples})
     yield gated(
         "L3",
         "image embeddings of mtmd",
@@ -181,7 +181,7 @@ def _mmproj_twin(export: Exported, samples: Sequence[Sample], scratch: Path) -> 
     run = runner.run(scratch, export.text, twin, requests, reference, export.threads, ANSWER)
     with decoded_tower(reference, layout, twin):
         got = {s.id: run.array(result["image"]) for s, result in zip(samples, run.prompts)}
-        name, value = worst_of({s.id: error(got[s.id], image_rows(reference, s)) for s in samples})
+        name, value = worst_of({s.id: image_error(export, s, got[s.id]) for s in samples})
     return gated(
         "L3",
         "image embeddings of the mmproj's float32 twin",

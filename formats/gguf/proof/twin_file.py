@@ -8,7 +8,6 @@ rope base that is wrong there, is missing or wrong in the twin.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,17 +91,21 @@ def _rewrite(file: GGUFFile, path: Path, entries: list[Entry], file_type: int) -
 def decoded_tower(reference: Reference, layout: Layout, mmproj: Path) -> Iterator[None]:
     """The reference with the matrices of an mmproj in its vision tower.
 
-    The thirds of a fused matrix are put together again, and zeros behind the MLP are left out.
+    Their rows go back to where they are in the source: a fused matrix has three parts in the file,
+    and rotary pairs stand side by side there. Zeros behind the MLP are left out.
     """
-    file, parts = GGUFFile(mmproj), defaultdict(list)
-    for name, place in layout.vision.items():
-        if place.linear:
-            parts[place.module].append(torch.from_numpy(file.array(name).copy()))
-    before = {module: reference.model.get_parameter(module).data for module in parts}
+    file, linears = GGUFFile(mmproj), {n: x for n, x in layout.vision.items() if x.linear}
+    modules = {place.module for place in linears.values()}
+    before = {module: reference.model.get_parameter(module).data for module in modules}
+    after = {module: data.clone() for module, data in before.items()}
+    for name, place in linears.items():
+        data, array = after[place.module], torch.from_numpy(file.array(name).copy())
+        rows = torch.arange(len(data))
+        rows = place.part(rows) if place.part else rows  # of the source, in the file's order
+        data[rows] = array[: len(rows), : data.shape[1]]
     try:
-        for module, found in parts.items():
-            own = tuple(slice(n) for n in before[module].shape)
-            reference.model.get_parameter(module).data = torch.cat(found)[own]
+        for module, data in after.items():
+            reference.model.get_parameter(module).data = data
         yield
     finally:
         for module, data in before.items():

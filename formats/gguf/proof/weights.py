@@ -49,7 +49,8 @@ def weights_read_back(export: Exported) -> Iterator[Check]:
         detail = f"linears of the mmproj against the artifact's integers, others cast to {dtype}"
     weights, unused = export.reference.weights, export.layout.unused
     idle = sum(weights.array(name).size for name in weights.names() if name in unused)
-    places = export.layout.vision.values()
+    layout, places = export.layout, export.layout.vision.values()
+    idle -= sum(prod(place.shape) for place in layout.shared.values())  # which are in both files
     zeros = sum(prod(p.shape) - prod(p.inner(p.shape)) for p in places)
     for who, reader in readers.items():
         name, pairs = f"weights by {who}", _Pairs(export, reader)
@@ -82,7 +83,7 @@ class _Pairs:
     def expected(self) -> Iterator[tuple[str, np.ndarray]]:
         """(name to report, array) of every tensor of the model."""
         layout, weights = self.export.layout, self.export.reference.weights
-        tower = {place.hub for place in layout.vision.values()}
+        tower = {x.hub for name, x in layout.vision.items() if name not in layout.shared}
         left = set(weights.names()) - layout.unused - tower
         for name, got in self.reader(self.export.text):
             hubs = [layout.text[name].hub] if name in layout.text else []

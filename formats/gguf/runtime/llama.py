@@ -397,11 +397,13 @@ class Vision:
         model: Model,
         path: str,
         threads: int,
+        most: int = -1,  # tokens of an image; −1 leaves that to the file
         on_node: CFuncPtr | None = None,  # a NodeCallback
     ):
         params = model.lib.mtmd_context_params_default()
         params.use_gpu = params.print_timings = params.warmup = False
         params.n_threads, params.flash_attn_type = threads, 0
+        params.image_max_tokens = most
         self._on_node = on_node  # must live as long as the mtmd context
         params.cb_eval = C.cast(on_node, ptr) if on_node else None
         self.model, self.lib = model, model.lib

@@ -13,6 +13,7 @@ import numpy as np
 
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.quantizer.samples.image_rules import TOKENS
 from vlmq_export.quantizer.samples.rows import Row
 from vlmq_export.quantizer.samples.sample import Sample
 
@@ -79,6 +80,7 @@ class Prompts:
             np.save(self.folder / newline, row[None].astype(np.float32))
         return {
             "id": sample.id,
+            "image tokens": TOKENS[1] if graph.most else None,
             # mtmd itself writes the tokens around an image, but for what `around` says.
             "text": re.sub(graph.image, graph.around + MARKER + graph.around, sample.text),
             "images": names,
@@ -95,6 +97,26 @@ def image_rows(reference: Reference, sample: Sample) -> np.ndarray:
     """
     parts = [reference.vision_features(sample), *reference.added_features(sample)]
     return np.concatenate(parts, axis=1)
+
+
+def as_rows(reference: Reference, layout: Layout, sample: Sample) -> np.ndarray:
+    """bool [S]: the tokens that mtmd gives as rows of an image, and not as tokens of text."""
+    row_end = layout.vision_params.graph.row_end
+    if not row_end:
+        return sample.vision.numpy()
+    vision, ids = sample.vision.numpy(), sample.input_ids.numpy()
+    return vision | (ids == reference.preprocessor.tokenizer.convert_tokens_to_ids(row_end))
+
+
+def mtmd_rows(reference: Reference, layout: Layout, sample: Sample) -> np.ndarray:
+    """float32 [rows, width]: `image_rows` as mtmd gives them, with what stands behind each line."""
+    features, rows = image_rows(reference, sample), as_rows(reference, layout, sample)
+    if len(features) == rows.sum():
+        return features
+    embedding = reference.model.get_input_embeddings().weight.detach()
+    found = embedding[sample.input_ids].numpy()  # [S, width]
+    found[sample.vision.numpy()] = features
+    return found[rows]
 
 
 def text_only(reference: Reference, sample: Sample) -> Sample:

@@ -71,6 +71,7 @@ def run(
         "mmproj": str(mmproj) if mmproj else None,
         "threads": threads,
         "length": -(-length // 256) * 256,
+        "image tokens": max((p.get("image tokens") or -1 for p in prompts), default=-1),
         "stop": sorted(reference.stop_ids),
         "prompts": prompts,
     }

@@ -9,6 +9,7 @@ The request:
     model, mmproj    paths; mmproj may be null
     threads          number of threads
     length           the most tokens of a context
+    image tokens     the most tokens of an image; −1 leaves that to the mmproj
     stop             token ids that end an answer
     prompts          as follows
 
@@ -150,7 +151,9 @@ def _prompts(
         if not request.get("mmproj"):
             return context, None
         stage(f"loading {Path(request['mmproj']).name}")
-        return context, llama.Vision(model, request["mmproj"], request["threads"], callback)
+        return context, llama.Vision(
+            model, request["mmproj"], request["threads"], request["image tokens"], callback
+        )
 
     results = []
     for i, prompt in enumerate(request["prompts"]):

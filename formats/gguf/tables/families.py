@@ -64,6 +64,11 @@ def _single(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten(0, -2).squeeze(0)
 
 
+def a_row(rows: torch.Tensor) -> torch.Tensor:
+    """One row of the embedding. The tokenizer says which, and `Layout` is told its number."""
+    raise LookupError("the layout was not told which row of the embedding is that of the token")
+
+
 def class_row_first(rows: torch.Tensor) -> torch.Tensor:
     """InternVL's position rows as on the hub, where row 0 is that of the class token.
 
@@ -246,6 +251,30 @@ def _gemma3_tower() -> tuple[Row, ...]:
     return rows + _one("mm.input_projection.weight", matrix, "hidden out")
 
 
+def _pixtral_tower() -> tuple[Row, ...]:
+    """Pixtral with Mistral 3's projector, and the embedding of what stands behind a row."""
+    tower, projector = "model.vision_tower.", "model.multi_modal_projector."
+    block, merger = tower + "transformer.layers.{i}.", projector + "patch_merger.merging_layer"
+    rows = _one("v.patch_embd.weight", tower + "patch_conv.weight", _PATCHES)
+    rows += _norm("v.pre_ln", tower + "ln_pre", bias=False)
+    rows += _norm(_BLOCK + "ln1", block + "attention_norm", bias=False)
+    rows += _norm(_BLOCK + "ln2", block + "ffn_norm", bias=False)
+    for letter in "qkv":
+        module = f"{block}attention.{letter}_proj"
+        linear = _linear(f"{_BLOCK}attn_{letter}", module, _SQUARE, bias=False)
+        rows += tuple(replace(row, pairs=letter != "v") for row in linear)
+    rows += _linear(_BLOCK + "attn_out", block + "attention.o_proj", _SQUARE, bias=False)
+    for name, shape in (("gate", _WIDE), ("up", _WIDE), ("down", _NARROW)):
+        module = f"{block}feed_forward.{name}_proj"
+        rows += _linear(f"{_BLOCK}ffn_{name}", module, shape, bias=False)
+    rows += _norm("mm.input_norm", projector + "norm", bias=False)
+    rows += _linear("mm.patch_merger", merger, "hidden merged", bias=False)
+    rows += _linear("mm.1", projector + "linear_1", "out hidden", bias=False)
+    rows += _linear("mm.2", projector + "linear_2", "out out", bias=False)
+    embedding = "model.language_model.embed_tokens.weight"
+    return rows + _one("v.token_embd.img_break", embedding, "out", a_row)
+
+
 # Families
 
 _TEXT_FIXED = {"use_sliding_window": False, "hidden_act": "silu"}
@@ -312,6 +341,18 @@ _GEMMA3_GRAPH = TextGraph(
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     },
+)
+_MISTRAL3_GRAPH = TextGraph(
+    "mistral3",
+    _decoder(bias=False, head_norms=False, pairs=True),
+    rope_types=("default",),
+    head_keys=True,
+    fixed={"model_type": "mistral", "hidden_act": "silu", "sliding_window": None},
+)
+_MINISTRAL3_GRAPH = replace(
+    _MISTRAL3_GRAPH,
+    rope_types=("yarn",),
+    fixed={**_MISTRAL3_GRAPH.fixed, "model_type": "ministral3"},
 )
 _QWEN_SIZES = {"layers": "depth", "heads": "num_heads", "patch": "patch_size"}
 _NAMED_SIZES = {**_QWEN_SIZES, "hidden": "hidden_size", "feed_forward": "intermediate_size"}
@@ -448,6 +489,27 @@ _GEMMA3 = VisionGraph(
     around="\n\n",
     keys=lambda p: {"projector.scale_factor": p.merge},
 )
+_MISTRAL3 = VisionGraph(
+    "pixtral",
+    _pixtral_tower(),
+    sizes=_VIT_SIZES,
+    fixed={"model_type": "pixtral", "hidden_act": "silu", "num_channels": 3},
+    top_fixed={
+        "vision_feature_layer": -1,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": False,
+    },
+    activation="silu",
+    eps=1e-5,
+    text_eps=True,
+    rotary_base=1e4,
+    merge="spatial_merge_size",
+    square_mlp=True,
+    image=r"\[IMG\]",
+    row_end="[IMG_BREAK]",
+    most=1024,
+    keys=lambda p: {"spatial_merge_size": p.merge},
+)
 
 # model_type in config.json → the graphs. Of several for the text, its own model_type says which.
 GRAPHS: dict[str, tuple[tuple[TextGraph, ...], VisionGraph]] = {
@@ -459,6 +521,7 @@ GRAPHS: dict[str, tuple[tuple[TextGraph, ...], VisionGraph]] = {
     "idefics3": ((_LLAMA_GRAPH,), _IDEFICS3),
     "smolvlm": ((_LLAMA_GRAPH,), _IDEFICS3),
     "gemma3": ((_GEMMA3_GRAPH,), _GEMMA3),
+    "mistral3": ((_MISTRAL3_GRAPH, _MINISTRAL3_GRAPH), _MISTRAL3),
 }
 
 

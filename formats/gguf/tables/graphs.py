@@ -92,6 +92,14 @@ class VisionGraph:
     unused: tuple[str, ...] = ()  # tensors that transformers loads and never uses
     # GGUF name of a row that transformers appends to an image's tokens and mtmd does not.
     newline: str | None = None
+    # The token of text behind each row of an image but the last. mtmd takes its embedding from the
+    # mmproj, and gives it among the rows of the image.
+    row_end: str = ""
+    text_eps: bool = False  # whether transformers computes a norm with the language model's epsilon
+    rotary_base: float | None = None  # the only one that the tower computes; None: it has none
+    # The most tokens of an image that llama.cpp allows where it is not told otherwise; None: the
+    # mmproj says how many.
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +119,8 @@ class TextParams:
     rope_theta: float
     # Rotary pairs for time, height and width. Empty for plain rotary positions.
     sections: tuple[int, ...]
-    # Divides the positions of layers without a window.
-    rope_factor: float
+    # Keys of scaled rotary positions, which those of layers with a window are not.
+    scaling: dict[str, object]
     windows: tuple[bool, ...]  # whether a layer sees a window of tokens alone; empty if none does
     window: int  # its length
     window_theta: float  # rope_theta of these layers
@@ -147,8 +155,7 @@ class TextParams:
             own["rope.dimension_sections"] = [*self.sections, 0]
         if self.graph.head_keys:
             own |= {"attention.key_length": self.head_dim, "attention.value_length": self.head_dim}
-        if self.rope_factor != 1:
-            own |= {"rope.scaling.type": "linear", "rope.scaling.factor": self.rope_factor}
+        own |= self.scaling
         if self.windows and self.graph.windows:
             own["attention.sliding_window"] = self.window
             if self.windows != tuple((i + 1) % self.graph.windows != 0 for i in range(self.layers)):
@@ -196,6 +203,7 @@ class VisionParams:
             "patch": self.patch,
             "positions": self.positions,
             "fused": 3 * self.hidden,
+            "head": self.hidden // self.heads,
             "merged": self.merge**2 * self.hidden,
             "out": self.out,
         }

@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from vlmq_export.formats.gguf.tables.families import class_row_first, class_row_last
-from vlmq_export.formats.gguf.tables.graphs import Row, TextParams, VisionParams
+from vlmq_export.errors import FormatError
+from vlmq_export.formats.gguf.tables.families import a_row, class_row_first, class_row_last
+from vlmq_export.formats.gguf.tables.graphs import Part, Row, TextParams, VisionParams
 from vlmq_export.formats.gguf.tables.params import text_params, vision_params
 from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.samples.companions import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,17 @@ def pairs_together(rows: torch.Tensor, head: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
+def _row(folder: Path, token: str) -> int:
+    """The row of the embedding that is a token's. Raises FormatError for one that is no token."""
+    ids = load_tokenizer(folder)(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise FormatError(
+            f"tokenizer.json: {token} is no token, and llama.cpp puts its embedding behind the rows"
+            " of an image; copy the file from the original model"
+        )
+    return int(ids[0])
+
+
 @dataclass(frozen=True)
 class Layout:
     """The text model and the mmproj of one model, resolved from its config.json once."""
@@ -64,11 +79,21 @@ class Layout:
     text_params: TextParams
     vision_params: VisionParams
     class_row: str  # where the class token's position row is: see contract.CLASS_ROWS
+    # The row of the embedding that the mmproj has too; None: no tensor can be made of it.
+    token_row: int | None = None
 
     @classmethod
-    def of(cls, architecture: Architecture, class_row: str = "last") -> Layout:
-        """Raises FormatError for a model that llama.cpp cannot express."""
-        return cls(architecture, text_params(architecture), vision_params(architecture), class_row)
+    def of(
+        cls, architecture: Architecture, class_row: str = "last", folder: Path | None = None
+    ) -> Layout:
+        """The layout of a model, whose tokenizer is in `folder`.
+
+        Raises FormatError for a model that llama.cpp cannot express, and for a tokenizer that lacks
+        a token which the mmproj needs.
+        """
+        text, vision = text_params(architecture), vision_params(architecture)
+        token = vision.graph.row_end if folder else ""
+        return cls(architecture, text, vision, class_row, _row(folder, token) if token else None)
 
     @cached_property
     def text(self) -> dict[str, Place]:
@@ -94,11 +119,12 @@ class Layout:
         }
         more = {"feed_forward": p.filled - p.feed_forward}
         places = self._places(p.graph.rows, p.sizes, each, more)
+        parts: dict[Part | None, Part] = {}
         if self.class_row == "first":
-            for name, place in places.items():
-                if place.part is class_row_last:
-                    places[name] = replace(place, part=class_row_first)
-        return places
+            parts[class_row_last] = class_row_first
+        if self.token_row is not None:
+            parts[a_row] = itemgetter(self.token_row)
+        return {n: replace(x, part=parts.get(x.part, x.part)) for n, x in places.items()}
 
     def _places(
         self,
@@ -133,6 +159,12 @@ class Layout:
         """Hub tensors that no graph runs, that of transformers included."""
         family = self.architecture.family
         return frozenset(family.hub_name(name) for name in self.vision_params.graph.unused)
+
+    @cached_property
+    def shared(self) -> dict[str, Place]:
+        """The tensors of the mmproj that are parts of one of the text file."""
+        text = {place.hub for place in self.text.values()}
+        return {name: place for name, place in self.vision.items() if place.hub in text}
 
     @cached_property
     def held(self) -> frozenset[str]:

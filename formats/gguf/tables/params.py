@@ -24,6 +24,14 @@ from vlmq_export.formats.model_plan import decoder_attention, require_even_posit
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.samples.companions import image_settings
 
+# Setting of YaRN → the only value that llama.cpp's graphs compute.
+_YARN_FIXED = {
+    "attention_factor": None,
+    "mscale": 1.0,
+    "partial_rotary_factor": 1.0,
+    "truncate": True,
+}
+
 
 def text_params(architecture: Architecture) -> TextParams:
     """The sizes of the language model.
@@ -78,13 +86,43 @@ def _text_params(architecture: Architecture, graph: TextGraph, vision: VisionGra
         context=int(text["max_position_embeddings"]),
         rms_eps=float(text["rms_norm_eps"]),
         rope_theta=float(rope["rope_theta"]),
-        rope_factor=float(rope["factor"]) if rope.get("rope_type") == "linear" else 1.0,
+        scaling=_scaling(rope, int(text["max_position_embeddings"])),
         windows=windows if any(windows) else (),
         window=int(text["sliding_window"]) if any(windows) else 0,
         window_theta=float(local["rope_theta"]) if any(windows) else 0.0,
         stacked=len(architecture.vision.get(vision.stacked) or ()),
         tied=architecture.tied,
     )
+
+
+def _scaling(rope: Mapping, context: int) -> dict[str, object]:
+    """The keys of scaled rotary positions, and of queries that grow with them.
+
+    Raises FormatError for what llama.cpp has no key for, and KeyError for a setting that is
+    missing.
+    """
+    kind = rope.get("rope_type")
+    if kind == "linear":
+        factor = float(rope["factor"])
+        return {"rope.scaling.type": kind, "rope.scaling.factor": factor} if factor != 1 else {}
+    if kind != "yarn":
+        return {}
+    _require(rope, _YARN_FIXED, "YaRN", "rope_parameters.")
+    trained = int(rope["original_max_position_embeddings"])
+    keys: dict[str, object] = {
+        "rope.scaling.type": kind,
+        "rope.scaling.factor": float(rope.get("factor") or context / trained),
+        "rope.scaling.original_context_length": trained,
+        "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
+        "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
+    }
+    # transformers divides by the second of these two where both are there, and so does llama.cpp.
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        keys["rope.scaling.yarn_log_multiplier"] = float(rope["mscale_all_dim"])
+    # Queries grow with each `trained` positions by this much, times a logarithm.
+    if beta := rope.get("llama_4_scaling_beta"):
+        keys["attention.temperature_scale"] = float(beta)
+    return keys
 
 
 def _require_expressible(params: TextParams, text: Mapping) -> None:
@@ -141,6 +179,7 @@ def vision_params(architecture: Architecture) -> VisionParams:
         ) from None
     _require(vision, graph.fixed, graph.projector, "vision_config.", graph.reasons)
     _require(config, graph.top_fixed, graph.projector, "")
+    _require_norms_and_positions(architecture, graph)
     image = sizes.pop("image", None)
     positions = sizes.pop("positions", 0)
     if image:
@@ -164,6 +203,26 @@ def vision_params(architecture: Architecture) -> VisionParams:
             " llama.cpp"
         )
     return params
+
+
+def _require_norms_and_positions(architecture: Architecture, graph: VisionGraph) -> None:
+    """Raises FormatError for an epsilon or positions that the tower's graph does not compute."""
+    vision, eps = architecture.vision, architecture.text.get("rms_norm_eps")
+    if graph.text_eps and eps != graph.eps:
+        raise FormatError(
+            f"config.json: rms_norm_eps is {eps}; llama.cpp's {graph.projector} knows only"
+            f" {graph.eps} in the projector's norm"
+        )
+    if not graph.rotary_base:
+        return
+    head = vision["hidden_size"] // vision["num_attention_heads"]
+    base = (vision.get("rope_parameters") or {}).get("rope_theta")
+    _require(
+        {"head_dim": vision.get("head_dim"), "rope_theta": base},
+        {"head_dim": head, "rope_theta": graph.rotary_base},
+        graph.projector,
+        "vision_config.",
+    )
 
 
 def _vision_sizes(vision: Mapping, graph: VisionGraph) -> dict[str, int]:

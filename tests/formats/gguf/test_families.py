@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+
 import gguf as gguf_py
 import numpy as np
 import pytest
 
-from tests.artifacts import GRIDS, config_of, rtn_artifact, tower_of
+from tests.artifacts import GRIDS, config_of, edit, rtn_artifact, tower_of
 from tools.reference_vlm import tiny_families
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
@@ -22,11 +26,13 @@ from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.families import Family
 
 gguf = FORMATS["gguf"]
-ARCHES = [a for a in tiny_families.ARCHES if a not in tiny_families.PIXTRAL]
+ARCHES = tiny_families.ARCHES
+PIXTRAL = tiny_families.PIXTRAL
 # llama.cpp wants every n-th block of Qwen2.5-VL's tower to have full attention, and of Qwen3-VL a
 # layer after the last one that takes DeepStack features.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
 NEW = ("qwen3_vl", "internvl", "llava_onevision", "idefics3", "smolvlm", "internvl3_5", "gemma3")
+NEW += ("ministral3",)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,9 @@ def test_every_hub_tensor_has_a_place_and_every_place_a_tensor(arch, artifact):
     assert layout.without_place(["model.extra.weight"]) == ["model.extra.weight"]
     assert shapes(layout.vision) == {name: x.shape for name, x in tower_of(a).items()}
     held = sum(np.prod(x.shape) for x in (*layout.text.values(), *layout.vision.values()))
-    assert held == weights.count - sum(weights.array(n).size for n in layout.unused)
+    twice = sum(np.prod(x.shape) for x in layout.shared.values())
+    assert held - twice == weights.count - sum(weights.array(n).size for n in layout.unused)
+    assert bool(twice) == (arch in PIXTRAL)
 
 
 def _converter_name(name: str, module: str) -> str:
@@ -89,6 +97,8 @@ def test_names_are_llama_cpps_own(arch, artifact):
             continue
         converted = _converter_name(name, place.module)
         looked = (converted, f"visual.{converted}", place.module)
+        if arch in PIXTRAL:  # whose tower has the published names
+            looked = (place.module.removeprefix("model."),)
         found = [vision.get_name(n, try_suffixes=suffixes) for n in looked]
         if place.module.endswith(("position_embeddings", "lambda_1", "lambda_2")):
             # Parameters that are no module's weight: the converter appends .weight.
@@ -99,7 +109,7 @@ def test_names_are_llama_cpps_own(arch, artifact):
         unknown += [] if name in found else [name]
     # The names that the map does not have are those of the projector and DeepStack, and those of
     # parameters that are no module's weight.
-    begin = ("mm.", "v.deepstack.", "v.post_ln.", "v.image_newline", "v.class_embd")
+    begin = ("mm.", "v.deepstack.", "v.post_ln.", "v.image_newline", "v.class_embd", "v.token_embd")
     other = [
         n for n in unknown if not n.startswith(begin) and ".ls" not in n and "position" not in n
     ]
@@ -157,6 +167,7 @@ def test_metadata_that_only_one_family_has(artifact):
     silu, gelu = "clip.use_silu", "clip.use_gelu"
     switches = {arch: keys[arch].keys() & {silu, gelu} for arch in ARCHES}
     wanted = {"qwen2_vl": set(), "qwen2_5_vl": {silu}} | {arch: {gelu} for arch in NEW}
+    wanted |= {arch: {silu} for arch in PIXTRAL}
     assert switches == wanted
 
 
@@ -231,6 +242,58 @@ def test_rows_of_a_rotary_pair_stand_side_by_side(artifact):
         assert np.array_equal(rows, source) != moved
 
 
+def test_what_mistral3_says_of_its_positions(artifact):
+    """As llama.cpp's converter writes it."""
+    keys = {arch: Layout.of(artifact(arch).architecture).text_params.keys() for arch in PIXTRAL}
+    assert not [key for key in keys["mistral3"] if "scal" in key]
+    assert keys["mistral3"]["mistral3.rope.freq_base"] == 1e9
+    assert {key: value for key, value in keys["ministral3"].items() if "scal" in key} == {
+        "mistral3.rope.scaling.type": "yarn",
+        "mistral3.rope.scaling.factor": 16.0,
+        "mistral3.rope.scaling.original_context_length": 16,
+        "mistral3.rope.scaling.yarn_beta_fast": 32.0,
+        "mistral3.rope.scaling.yarn_beta_slow": 1.0,
+        "mistral3.rope.scaling.yarn_log_multiplier": 1.0,
+        "mistral3.attention.temperature_scale": 0.1,
+    }
+
+
+def test_the_mmproj_of_mistral3(artifact):
+    a = artifact("ministral3")
+    layout, weights = Layout.of(a.architecture, folder=a.source), Weights(a.path)
+    keys = layout.vision_params.keys()
+    assert keys["clip.projector_type"] == "pixtral"
+    assert keys["clip.vision.spatial_merge_size"] == 2
+    tokens = {t["content"]: t["id"] for t in tokenizer_of(a.source)["added_tokens"]}
+    embedding = weights.array("language_model.model.embed_tokens.weight")
+    (end,) = layout.shared.values()
+    assert np.array_equal(end.of_array(embedding), embedding[tokens["[IMG_BREAK]"]])
+    for letter, moved in (("q", True), ("k", True), ("v", False)):
+        place = layout.vision[f"v.blk.1.attn_{letter}.weight"]
+        source = weights.array(place.hub)
+        rows = place.of_array(source).reshape(4, 64, -1)
+        assert np.array_equal(rows[:, 0::2], source.reshape(4, 64, -1)[:, :32]) == moved
+
+
+def test_a_row_behind_images_that_is_not_known_is_not_made_up(artifact, tiny, tmp_path):
+    a = artifact("mistral3")
+    (end,) = Layout.of(a.architecture).shared.values()
+    with pytest.raises(LookupError, match="which row"):
+        end.of_array(np.zeros((4, 4), np.float32))
+    shutil.copytree(tiny("mistral3"), tmp_path / "m")
+    plan, named = artifact_plan(a), "[IMG_BREAK]"
+    assert gguf.plan(plan, FormatOptions()).refusals == []
+    edit(tmp_path / "m" / "tokenizer.json", lambda t: t["added_tokens"].pop(-2))
+    config = tmp_path / "m" / "tokenizer_config.json"
+    edit(config, lambda t: t["additional_special_tokens"].remove(named))
+    (said,) = gguf.plan(replace(plan, folder=tmp_path / "m"), FormatOptions()).refusals
+    assert f"{named} is no token" in said
+
+
+def tokenizer_of(source):
+    return json.loads((source / "tokenizer.json").read_text("utf-8"))
+
+
 def test_where_the_class_row_goes(artifact):
     a = artifact("internvl")
     rows = Weights(a.path).array("vision_tower.embeddings.position_embeddings")[0]
@@ -245,6 +308,7 @@ LOCAL = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
 }
+MINISTRAL = tiny_families.FAMILIES["ministral3"].config[TEXT]["rope_parameters"]
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [11, 11, 10]}}
 
 
@@ -284,6 +348,22 @@ YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [1
         ("gemma3", VISION, {"hidden_act": "gelu"}, "gemma3 knows only gelu_pytorch_tanh"),
         ("gemma3", None, {"mm_tokens_per_image": 15}, "15 tokens of an image of 8 × 8 patches"),
         ("gemma3", None, {"mm_tokens_per_image": 9}, "9 tokens of an image of 8 × 8 patches"),
+        ("mistral3", TEXT, {"model_type": "llama"}, "llama.cpp's mistral3 knows only mistral"),
+        ("mistral3", TEXT, {"sliding_window": 4096}, "sliding_window is 4096"),
+        ("mistral3", TEXT, {"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06; .* projector's norm"),
+        ("mistral3", TEXT, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+         "rope type linear"),
+        ("mistral3", VISION, {"hidden_act": "gelu"}, "pixtral knows only silu"),
+        ("mistral3", VISION, {"rope_theta": 1e5}, "rope_theta is 100000.0; .* knows only 10000"),
+        ("mistral3", VISION, {"head_dim": 32}, "head_dim is 32; .* knows only 64"),
+        ("mistral3", None, {"multimodal_projector_bias": True}, "multimodal_projector_bias"),
+        ("mistral3", None, {"vision_feature_layer": -2}, "vision_feature_layer"),
+        *(("ministral3", TEXT, {"rope_parameters": MINISTRAL | change}, said) for change, said in (
+            ({"mscale": 0.7}, "mscale is 0.7; llama.cpp's YaRN knows only 1.0"),
+            ({"attention_factor": 1.2}, "attention_factor is 1.2"),
+            ({"truncate": False}, "truncate is False"),
+            ({"rope_type": "default", "type": "default"}, "rope type default"),
+        )),
     ],
 )  # fmt: skip
 def test_what_llama_cpp_cannot_express_is_refused_by_name(tiny, arch, where, change, said):

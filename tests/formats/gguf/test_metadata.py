@@ -23,6 +23,7 @@ from vlmq_export.formats.gguf.files.tokenizer import (
     USER_DEFINED,
     read_tokenizer,
 )
+from vlmq_export.formats.gguf.plan import token_notes
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.gguf.tables.params import image_params, text_params, vision_params
 from vlmq_export.formats.model_plan import artifact_plan
@@ -187,6 +188,22 @@ def test_other_tokenizers_are_refused(tokenizer_folder, place, change, said):
     edit(tokenizer_folder / "tokenizer.json", apply)
     with pytest.raises(VlmqError, match=said):
         read_tokenizer(tokenizer_folder, architecture_of(bundled.REFERENCE_VLM), 384)
+
+
+@pytest.mark.parametrize(("arch", "pre"), [("mistral3", "pixtral"), ("ministral3", "tekken")])
+def test_the_pre_tokenizers_of_mistral(arch, pre, tiny, tmp_path):
+    """llama.cpp leaves words whole that are tokens. Here merges lead to every token."""
+    folder = shutil.copytree(tiny(arch), tmp_path / "model")
+    architecture = architecture_of(folder)
+    tokenizer = read_tokenizer(folder, architecture, 448)
+    assert (tokenizer.pre, tokenizer.model) == (pre, "gpt2")
+    assert [n for n in token_notes(tokenizer) if "Hindi" in n] == token_notes(tokenizer)
+    assert bool(token_notes(tokenizer)) == (pre == "tekken")
+    edit(folder / "tokenizer.json", lambda t: t["model"]["merges"].pop())
+    with pytest.raises(FormatError, match=f"no merges lead to the token .* pre-tokenizer {pre}"):
+        read_tokenizer(folder, architecture, 448)
+    edit(folder / "tokenizer.json", lambda t: t["model"].update(ignore_merges=True))
+    assert read_tokenizer(folder, architecture, 448).tokens == tokenizer.tokens
 
 
 def test_missing_companions_are_named(tokenizer_folder):
