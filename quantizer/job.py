@@ -54,6 +54,10 @@ class Job:
         """Hub names of the decoder's linears, in the order in which they are solved."""
         return self.architecture.linears
 
+    def groups(self, layer: int) -> list[tuple[str, ...]]:
+        """Linears of a layer that share one input, in the order in which they are quantized."""
+        return self.architecture.groups(layer)
+
     def prefix(self, layer: int) -> str:
         """Hub name of a decoder layer, with the dot behind it."""
         return f"{self.family.layers}{layer}."

@@ -29,11 +29,12 @@ from vlmq_export.formats.gguf.runtime import llama
 from vlmq_export.formats.proof.checks import CheckSettings
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.model.experts import separated
 from vlmq_export.quantizer.model.families import FAMILIES
 
 SETTINGS = CheckSettings(images=2, questions=2, threads=1)
 # Options of make_tiny, for the reasons that tests/formats/gguf/test_families.py gives.
-SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
+SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}, "qwen3_vl_moe": {"layers": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +85,15 @@ def test_what_rounding_costs_is_known_of_every_family(arch, exported):
     reference, folder = exported(arch)
     export = Exported.open(folder, reference, SETTINGS)
     layout, types = export.layout, export.types
-    found = [module for module, _ in emulate._linears(reference, layout, types)]
-    modules = reference.model.get_decoder().modules()
-    linears = [m for m in modules if isinstance(m, torch.nn.Linear)]
-    assert {*map(id, found)} == {*map(id, linears), id(reference.model.get_output_embeddings())}
+    with separated(reference.model):
+        found = [module for module, _ in emulate._linears(reference, layout, types)]
+        modules = reference.model.get_decoder().modules()
+        linears = [m for m in modules if isinstance(m, torch.nn.Linear)]
+        assert {*map(id, found)} == {*map(id, linears), id(reference.model.get_output_embeddings())}
     sample = reference.prompts[0]
     cost = emulate.cost(reference, layout, types, [sample])[sample.id]
-    assert 1e-3 < cost < 5e-2
+    # Rounding may send a token to another expert.
+    assert 1e-3 < cost < (2e-1 if arch == "qwen3_vl_moe" else 5e-2)
 
 
 SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHES if arch != "qwen2_vl"]

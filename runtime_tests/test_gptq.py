@@ -24,7 +24,7 @@ from vlmq_export import bundled
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gptq.imports.checkpoint import GptqCheckpoint, write_artifact
 from vlmq_export.formats.gptq.layout import GPTQMODEL_LOADS
-from vlmq_export.formats.gptq.proof.check import autogptq_decoder, check, program
+from vlmq_export.formats.gptq.proof.check import autogptq_decoder, check, program, program_for
 from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.formats.gptq.requirements import missing
 from vlmq_export.formats.gptq.write import write
@@ -79,7 +79,7 @@ def folder(artifact, tmp_path_factory) -> Path:
 
 def request_for(folder: Path, out: Path, reference: Reference, prompts) -> Request:
     """A run that also leaves decoded weights and single linears in files."""
-    how = program(GptqFolder(folder).bits)
+    how = program_for(GptqFolder(folder))
     return Request(
         how.worker,
         str(folder),
@@ -329,7 +329,7 @@ def test_every_weight_and_logit_of_the_other_families(arch, tiny, tmp_path):
     opened = GptqFolder(out)
     outcome = run(request_for(out, tmp_path / "out", reference, reference.prompts))
     rows = [own_decoder(opened, reference), autogptq_decoder(opened, reference)]
-    rows += exact_rows(program(opened.bits), outcome, opened, reference)
+    rows += exact_rows(program_for(opened), outcome, opened, reference)
     assert by_level(rows) == ALL_PASS, rows
     assert rows[0].compared == rows[2].compared == reference.weights.count
 

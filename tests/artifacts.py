@@ -72,7 +72,7 @@ def mixed(config: QuantConfig, source: Path = REFERENCE_VLM) -> QuantConfig:
     architecture = Checkpoint(source).architecture
     family, widths = architecture.family, {}
     for layer in range(architecture.layers):
-        for i, names in enumerate(family.groups):
+        for i, names in enumerate(architecture.groups(layer)):
             bits = BITS[(layer + i) % len(BITS)]
             widths |= {f"{family.layers}{layer}.{name}": bits for name in names}
     return replace(config, widths=widths)
@@ -92,7 +92,7 @@ def rtn_artifact(
     records, taken = [], set()
     for layer in range(checkpoint.architecture.layers):
         prefix = f"{family.layers}{layer}."
-        names = [n for n in family.linear_names(layer + 1) if n.startswith(prefix)]
+        names = [n for n in checkpoint.architecture.linears if n.startswith(prefix)]
         solved = [_rounded(checkpoint, n, config, draw) for n in names]
         found = [ModuleRecord.of(linear, layer, {}) for linear in solved]
         write_layer(folder, layer, solved, found)

@@ -141,7 +141,7 @@ def block_gradients(
                 handle.remove()
         return seen[0] if first else out[0] if isinstance(out, tuple) else out
 
-    return _loss_gradients(layer, (*block.ins, block.out), run, hidden, hidden_full)
+    return _loss_gradients(layer, block.linears, run, hidden, hidden_full)
 
 
 def layer_gradients(

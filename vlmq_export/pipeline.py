@@ -24,7 +24,7 @@ from vlmq_export.quantizer.storage.untrusted import third_party
 from vlmq_export.quantizer.storage.whole_files import write_atomic
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import RECIPE_FILE, placed
-from vlmq_export.report.files import source_bytes
+from vlmq_export.report.files import gptqmodel_loads, source_bytes
 from vlmq_export.result import Result
 from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.locate import open_source
@@ -65,7 +65,7 @@ def run(
         out,
         plan,
         source_bytes=source_bytes(source.floats),
-        module_names=recipe.gptq_names == "module",
+        by_gptqmodel=gptqmodel_loads(plan.model, recipe.gptq_names),
         by_vllm=vllm_loads(plan.model),
     )
     with joined(device) as ranks:

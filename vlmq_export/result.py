@@ -27,7 +27,7 @@ class Result:
     evaluation: Evaluation | None = None  # None: no benchmark was run
     notes: dict[str, list[str]] = field(default_factory=dict)  # format → lines for log and card
     source_bytes: int | None = None  # of the source's weights; None: the source is not at hand
-    module_names: bool = False  # the GPTQ folder has the names that GPTQModel.load wants
+    by_gptqmodel: bool = False  # the GPTQ folder is for GPTQModel.load
     by_vllm: bool = True  # vLLM loads the compressed-tensors folder
     seconds: dict[str, float] = field(default_factory=dict)  # stage → wall time
 

@@ -41,7 +41,12 @@ def linear_bits(linear: LinearSpec, config: QuantConfig, options: FormatOptions)
 
 def _refusals(model: ModelPlan) -> Iterator[str]:
     """What the layout or its reader in transformers cannot hold."""
-    config = model.config
+    config, family = model.config, model.architecture.family
+    if family.sparse:
+        yield (
+            f"{family.model_type} has experts, which transformers 5.24 does not load from integers"
+            " of this family; leave out --format compressed-tensors"
+        )
     if config.types:
         yield (
             "the integers are on GGUF's block types;"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.in_transformers.runtimes import (
     ALL_FAMILIES,
+    DENSE,
     MARLIN_GROUPS,
     READ_FAMILIES,
     UNREAD,
@@ -59,6 +60,8 @@ RUNTIMES = (
         "run by runtime_tests/test_compressed_tensors.py and test_compressed_towers.py"
         " (transformers 5.24, compressed-tensors 0.20.1)",
         ran=True,
+        families=DENSE,
+        other_families="transformers 5.24 does not load its experts from integers",
     ),
     # Marlin takes 4 bits, and 8 without zero-points; Humming, which vLLM requires, takes the rest.
     Reader(

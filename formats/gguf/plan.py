@@ -36,6 +36,7 @@ from vlmq_export.formats.model_plan import (
 )
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
+from vlmq_export.quantizer.run.refusals import types_refusal
 
 
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
@@ -100,6 +101,7 @@ def _refusals(
         for name, kind in config.types.items()
         if kind == "F16"
     ]
+    refusals += [why for why in (types_refusal(model.job),) if why]
     refusals += _unknown(config)
     if model.tower and options.mmproj_dtype == "q8_0":
         refusals.append(
@@ -112,6 +114,8 @@ def _refusals(
             " use gar, static or off, or --group-size -1"
         )
     method = model.job.method
+    if options.gguf_imatrix and model.architecture.family.sparse:
+        refusals.append("--emit-imatrix is not there for experts; leave it out")
     if options.gguf_imatrix and (not method.calibrated or method.scaling):
         refusals.append(
             f"--emit-imatrix: --method {config.method} leaves no energies of the model's own"
@@ -207,7 +211,8 @@ def plan_notes(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:
     if config.types:
         return [*notes, *_fallbacks(config)]
     usual = config.bits == 4 and not config.symmetric and not config.widths
-    if usual and not _inexpressible(model.architecture):
+    sparse = model.architecture.family.sparse  # block types are not there for experts
+    if usual and not sparse and not _inexpressible(model.architecture):
         notes.append(_shared(model, homes))
     return [*notes, *_output_matrix(model)]
 

@@ -45,7 +45,9 @@ def part_bytes(
     tower = vision_types(model, layout, options)
     for name, place in layout.text.items():
         kind = kinds.get(place.hub.removesuffix(".weight")) or (
-            "F32" if len(place.shape) == 1 else source_type(dtypes.get(place.hub, "F32"))
+            "F32"
+            if place.wide or len(place.shape) == 1
+            else source_type(dtypes.get(place.hub, "F32"))
         )
         found[_OWN_PARTS.get(name, "text")] += tensor_bytes(place.shape, kind)
     for name, place in layout.vision.items():

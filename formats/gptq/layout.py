@@ -23,6 +23,7 @@ GPTQMODEL_LOADS = (
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
+    "qwen3_vl_moe",
     "internvl",
     "smolvlm",
     "gemma3",

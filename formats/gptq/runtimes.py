@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vlmq_export.formats.contract import FormatOptions
 from vlmq_export.formats.gptq.layout import GPTQMODEL_LOADS
 from vlmq_export.formats.in_transformers.runtimes import (
+    DENSE,
     MARLIN_GROUPS,
     READ_FAMILIES,
     UNREAD,
@@ -47,6 +48,9 @@ RUNTIMES: tuple[Reader, ...] = (
         f"run by runtime_tests/test_gptq.py ({_GPTQMODEL})",
         ran=True,
         mixed=False,
+        families=DENSE,
+        other_families="transformers 5.24 has the experts of a layer in one parameter, and leaves"
+        " that as it was made",
     ),
     Reader(
         "GPTQModel.load",

@@ -15,8 +15,10 @@ from vlmq_export.quantizer.config import BITS
 
 MARLIN_GROUPS = (-1, 32, 64, 128)  # MARLIN_SUPPORTED_GROUP_SIZES of vLLM and SGLang
 READ_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
-UNREAD = ("gemma3", "mistral3")  # of which no server's code was read
+SPARSE = ("qwen3_vl_moe",)  # with experts, which transformers has fused in one parameter
+UNREAD = ("gemma3", "mistral3", *SPARSE)  # of which no server's code was read
 ALL_FAMILIES = (*READ_FAMILIES, "idefics3", "smolvlm", *UNREAD)
+DENSE = tuple(name for name in ALL_FAMILIES if name not in SPARSE)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Runtime:
     @property
     def row(self) -> str:
         """Its row in the table of the format's page in docs/."""
-        families = "all" if self.families == ALL_FAMILIES else ", ".join(self.families)
+        every = {ALL_FAMILIES: "all", DENSE: f"all but {', '.join(SPARSE)}"}
+        families = every.get(self.families, ", ".join(self.families))
         how = "yes" if self.ran else "no, read"
         return f"| {self.name} | {self.flags} | {families} | {how} | {self.source} |"
 

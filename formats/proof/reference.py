@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ _COPIES = 3
 # computes in a process beside.
 _SMALL = 2**25
 
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
 Verdict = Literal["same", "tie", "other"]  # of a greedy answer
 
 
@@ -46,6 +49,24 @@ def too_large(weights: int, memory: int, copies: int = _COPIES) -> str:
     if need <= memory:
         return ""
     return f"needs {need / 1e9:.0f} GB for whole models in float32, {memory / 1e9:.0f} GB are there"
+
+
+def fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by hub name, with those of experts in the two parameters of transformers' layer.
+
+    They are gate_up_proj [experts, 2·inner, hidden] and down_proj [experts, hidden, inner].
+    """
+    experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
+    for name in list(state):
+        if found := _EXPERT.fullmatch(name):
+            module, number, which = found.groups()
+            experts.setdefault(module, {})[int(number), which] = state.pop(name)
+    for module, parts in experts.items():
+        every = range(len(parts) // 3)
+        both = [torch.cat([parts.pop((e, "gate")), parts.pop((e, "up"))]) for e in every]
+        state[f"{module}.gate_up_proj"] = torch.stack(both)
+        state[f"{module}.down_proj"] = torch.stack([parts[e, "down"] for e in every])
+    return state
 
 
 class Reference:
@@ -120,7 +141,7 @@ class Reference:
         """
         config = pretrained_config(self._config)
         cls: Any = model_class(config)
-        state = {name: torch.from_numpy(array) for name, array in self.weights.items()}
+        state = fused({name: torch.from_numpy(array) for name, array in self.weights.items()})
         model, info = cls.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )

@@ -21,14 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vlmq_export.quantizer.arithmetic import tensor_cores
 from vlmq_export.quantizer.calibration.batches import Batch, add
 from vlmq_export.quantizer.calibration.hooks import leaf_output
-from vlmq_export.quantizer.calibration.importance import per_sample, token_factors
+from vlmq_export.quantizer.calibration.importance import Reached, per_sample, token_factors
+from vlmq_export.quantizer.model.experts import reached
 from vlmq_export.quantizer.model.streamed import StreamedModel
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 
 AT_ONCE = 512  # positions whose logits are there at once
 KEPT = 4 * 2**30  # bytes of layers' inputs that are put away at once
-# Is given layer, module, batch and ∂L/∂Z [samples, tokens, out].
-Take = Callable[[int, str, Batch, torch.Tensor], None]
+# Is given layer, module, batch and ∂L/∂Z [samples, tokens, out]. At an expert, to which some tokens
+# alone come, that is [n, out], and the last argument tells which these are.
+Take = Callable[[int, str, Batch, torch.Tensor, torch.Tensor | None], None]
 
 
 @tensor_cores()
@@ -90,7 +92,7 @@ def _gradients_of(
                     found = torch.autograd.grad(out, wanted, grad_outputs=onward)
                 gradients[position : position + 1] = [batch.aside(found[0])]
                 for name, gradient in zip(leaves, found[1:]):
-                    take(index, name, batch, gradient)
+                    take(index, name, batch, gradient, reached(layer, name))
 
 
 def layer_inputs(
@@ -139,18 +141,23 @@ def answer_factors(
     layers: int,
     batches: Sequence[Batch],
     names: Sequence[str],
-) -> list[dict[str, list[torch.Tensor]]]:
+) -> list[dict[str, list[torch.Tensor | Reached]]]:
     """How much the answers depend on each token, at the outputs of `names` of every layer.
 
-    layer → name → g, one tensor a batch, [samples, tokens] on the CPU. g is the mean of |∂L/∂Z|
-    over the channels, scaled to mean(g²) = 1 in each sample. A sample without an answer has zeros.
+    layer → name → g, one tensor a batch, [samples, tokens] on the CPU, or at an expert those of the
+    tokens that come there. g is the mean of |∂L/∂Z| over the channels, scaled to mean(g²) = 1 in
+    each sample. A sample without an answer has zeros.
     """
+    found: list[dict[str, list[torch.Tensor | Reached]]]
     found = [{name: [torch.empty(0)] * len(batches) for name in names} for _ in range(layers)]
     places = {id(batch): index for index, batch in enumerate(batches)}
 
-    def take(layer: int, name: str, batch: Batch, gradient: torch.Tensor) -> None:
-        g = per_sample(token_factors(gradient, "l1"))
-        found[layer][name][places[id(batch)]] = g.cpu()
+    def take(
+        layer: int, name: str, batch: Batch, gradient: torch.Tensor, tokens: torch.Tensor | None
+    ) -> None:
+        g = token_factors(gradient, "l1")
+        some = per_sample(g) if tokens is None else Reached(g, tokens, batch.ids.shape).per_sample()
+        found[layer][name][places[id(batch)]] = some.to("cpu")
 
     answer_gradients(model, layers, batches, names, take)
     return found
@@ -171,7 +178,9 @@ def modality_ratios(
     # Columns: Σ of image means, their number, Σ of answer means, their number.
     sums = {name: torch.zeros(layers, 4, dtype=torch.float64) for name in names}
 
-    def take(layer: int, name: str, batch: Batch, gradient: torch.Tensor) -> None:
+    def take(
+        layer: int, name: str, batch: Batch, gradient: torch.Tensor, _tokens: torch.Tensor | None
+    ) -> None:
         each = gradient.abs().mean(-1).double()  # [samples, tokens]
         for start, tokens in ((0, batch.image), (2, batch.answer)):
             number = tokens.sum(1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
 
 from vlmq_export.quantizer.calibration.batches import Batch
 from vlmq_export.quantizer.calibration.importance import (
+    Reached,
     clipped,
     floored,
     normalized,
@@ -21,10 +22,12 @@ from vlmq_export.quantizer.calibration.layer_walk import Inputs, LayerWalk
 from vlmq_export.quantizer.calibration.statistics import Statistics
 from vlmq_export.quantizer.calibration.sub_blocks import passed
 from vlmq_export.quantizer.methods import Method
+from vlmq_export.quantizer.model.experts import reached
 from vlmq_export.quantizer.model.families import groups_of
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 
-TokenFactors = dict[str, list[torch.Tensor]]  # by projection, one tensor a batch
+# By projection, for each batch: those of all tokens, or at an expert of those that come there.
+TokenFactors = dict[str, list[torch.Tensor | Reached]]
 TokenWeights = Sequence[torch.Tensor] | None  # g, [tokens], one tensor a batch; None: all ones
 
 
@@ -46,13 +49,12 @@ class Evidence:
         return Evidence(self.fitted.to_float32(), held)
 
 
-def importance_factors(
-    walk: LayerWalk, method: Method, ranks: Ranks = ALONE, answers: TokenFactors | None = None
+def raw_factors(
+    walk: LayerWalk, method: Method, answers: TokenFactors | None = None
 ) -> TokenFactors:
-    """projection → the factors of all valid tokens, one tensor a batch, as the method wants them.
+    """projection → its factors in each batch, not normalized over all of them.
 
     answers: the factors that the answers' loss gives this layer, for a method that weighs by them.
-    They are normalized over all batches of all ranks.
     """
     if method.importance == "none":
         return {}
@@ -64,14 +66,40 @@ def importance_factors(
         else:
             found = {name: answers[name][index].to(batch.valid.device) for name in names}
         for name, factors in found.items():
-            raw[name].append(batch.tokens(_as_wanted(factors, method)))
-    weights = {name: normalized(factors, ranks) for name, factors in raw.items()}
+            raw[name].append(_as_wanted(factors, method))
+    return raw
+
+
+def importance_factors(
+    walk: LayerWalk, raw: TokenFactors, method: Method, ranks: Ranks = ALONE
+) -> dict[str, list[torch.Tensor]]:
+    """projection → the factors of all valid tokens, one tensor a batch, as the method wants them.
+
+    Experts are left out, because the router chooses again once the attention is quantized
+    (routed.py).
+    """
+    found = {}
+    for name in [n for block in walk.blocks if block.kind != "experts" for n in block.linears]:
+        if name in raw:
+            every = [batch.tokens(spread(g)) for g, batch in zip(raw[name], walk.batches)]
+            width = walk.layer.get_submodule(name).in_features
+            found[name] = finished(every, method, width, ranks)
+    return found
+
+
+def finished(
+    factors: Sequence[torch.Tensor], method: Method, in_features: int, ranks: Ranks = ALONE
+) -> list[torch.Tensor]:
+    """Factors of the tokens that come to a linear, normalized over all batches of all ranks."""
+    weights = normalized(factors, ranks)
     if method.clip:
-        weights = {name: clipped(factors, method.clip, ranks) for name, factors in weights.items()}
-    if method.effective:
-        least = {n: method.effective * walk.layer.get_submodule(n).in_features for n in names}
-        weights = {name: floored(factors, least[name], ranks) for name, factors in weights.items()}
-    return weights
+        weights = clipped(weights, method.clip, ranks)
+    return floored(weights, method.effective * in_features, ranks) if method.effective else weights
+
+
+def spread(factors: torch.Tensor | Reached) -> torch.Tensor:
+    """The factors of all tokens of a batch, [samples, tokens]."""
+    return factors.spread() if isinstance(factors, Reached) else factors
 
 
 def _weighed(walk: LayerWalk, method: Method) -> tuple[str, ...]:
@@ -84,7 +112,7 @@ def _weighed(walk: LayerWalk, method: Method) -> tuple[str, ...]:
 
 def _batch_factors(
     walk: LayerWalk, index: int, batch: Batch, names: Sequence[str], method: Method
-) -> dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor | Reached]:
     """projection → g of one batch, [samples, tokens], not normalized."""
     hidden = batch.quantized
     # Nothing was quantized before the first layer. The gradient is exactly 0 then, whatever kernel
@@ -92,7 +120,7 @@ def _batch_factors(
     if batch.equal_streams:
         none = torch.zeros(hidden.shape[:2], device=hidden.device)
         return dict.fromkeys(names, none)
-    target, kwargs = walk.target(index), batch.kwargs
+    target, kwargs, tokens = walk.target(index), batch.kwargs, hidden.shape[:2]
     gradients, hidden = output_gradients(walk.layer, walk.blocks[0], hidden, target, kwargs)
     # This is ours; no paper tells of it. Behind the first sub-block the loss is that of the others.
     for block in walk.blocks[1:] if method.weighs == "all" else ():
@@ -101,11 +129,19 @@ def _batch_factors(
         found, hidden = output_gradients(walk.layer, block, hidden, target, kwargs)
         gradients |= found
     norm = method.importance
-    return {name: token_factors(gradients[name], norm) for name in names}
+    factors = {name: token_factors(gradients[name], norm) for name in names}
+    come = {name: reached(walk.layer, name) for name in names}
+    return {
+        name: g if (some := come[name]) is None else Reached(g, some, tokens)
+        for name, g in factors.items()
+    }
 
 
-def _as_wanted(factors: torch.Tensor, method: Method) -> torch.Tensor:
-    """Factors of one batch, [samples, tokens], raised to the method's power and made comparable."""
+def _as_wanted(factors: torch.Tensor | Reached, method: Method) -> torch.Tensor | Reached:
+    """Factors of one batch, raised to the method's power and made comparable."""
+    if isinstance(factors, Reached):
+        powered = replace(factors, factors=factors.factors**method.power)
+        return powered.per_sample() if method.per_sample else powered
     factors = factors if method.power == 1 else factors**method.power
     return per_sample(factors) if method.per_sample else factors
 
@@ -122,6 +158,19 @@ def collect(
     device: torch.device | str = "cpu",
 ) -> list[Evidence]:
     """The statistics of one step's inputs, once for each of the token weights."""
+    found = [nothing(method, in_features, device, residual) for _ in weights]
+    # `inputs` comes first, so that it is run to its end.
+    for index, (entering, batch) in enumerate(zip(inputs, batches)):
+        marks = Marks.of(batch, method)
+        own = [None if weigh is None else weigh[index] for weigh in weights]
+        add(found, entering, own, marks, method)
+    return found
+
+
+def nothing(
+    method: Method, in_features: int, device: torch.device | str, residual: int = 0
+) -> Evidence:
+    """The sums of no tokens."""
     drift, modal = method.drift != "plain", method.ranges == "modality"
 
     def empty() -> Statistics:
@@ -129,24 +178,47 @@ def collect(
             in_features, drift=drift, device=device, modal=modal, residual=residual
         )
 
-    found = [Evidence(empty(), empty() if method.holds_out else None) for _ in weights]
-    # `inputs` comes first, so that it is run to its end.
-    for index, (entering, batch) in enumerate(zip(inputs, batches)):
-        image = batch.tokens(batch.image) if modal else None
-        full = entering.full if drift else None
-        kept = aside = None
-        if method.holds_out:
-            held = batch.tokens(batch.held[:, None].expand_as(batch.image))
-            kept, aside = ((held == which).nonzero().flatten() for which in (False, True))
-        for weigh, sums in zip(weights, found):
-            own = None if weigh is None else weigh[index]
-            each = (entering.quantized, full, own, image, entering.residual)
-            if sums.held is None or kept is None or aside is None:
-                sums.fitted.add(*each)
-            else:
-                sums.fitted.add(entering.quantized[kept], *_rows(each[1:], kept))
-                sums.held.add(entering.quantized[aside], *_rows(each[1:], aside))
-    return found
+    return Evidence(empty(), empty() if method.holds_out else None)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is known of the tokens of a batch, where the method asks for it."""
+
+    image: torch.Tensor | None  # bool [tokens]
+    held: torch.Tensor | None  # bool [tokens]: those of the samples put aside
+
+    @classmethod
+    def of(cls, batch: Batch, method: Method) -> Marks:
+        """Those of the valid tokens of a batch."""
+        image = batch.tokens(batch.image) if method.ranges == "modality" else None
+        held = batch.held[:, None].expand_as(batch.image) if method.holds_out else None
+        return cls(image, None if held is None else batch.tokens(held))
+
+    def at(self, tokens: torch.Tensor) -> Marks:
+        """Those of some tokens."""
+        return Marks(*_rows((self.image, self.held), tokens))
+
+
+def add(
+    found: Sequence[Evidence],
+    entering: Inputs,
+    weights: Sequence[torch.Tensor | None],  # g [tokens], of each of `found`; None: all ones
+    marks: Marks,
+    method: Method,
+) -> None:
+    """Add the inputs of one batch to several sums."""
+    full = entering.full if method.drift != "plain" else None
+    kept = aside = None
+    if marks.held is not None:
+        kept, aside = ((marks.held == which).nonzero().flatten() for which in (False, True))
+    for own, sums in zip(weights, found):
+        each = (entering.quantized, full, own, marks.image, entering.residual)
+        if sums.held is None or kept is None or aside is None:
+            sums.fitted.add(*each)
+        else:
+            sums.fitted.add(entering.quantized[kept], *_rows(each[1:], kept))
+            sums.held.add(entering.quantized[aside], *_rows(each[1:], aside))
 
 
 def _rows(parts: Sequence[torch.Tensor | None], which: torch.Tensor) -> list[torch.Tensor | None]:

@@ -26,17 +26,22 @@ def before(module: nn.Module, action: Callable[[tuple, dict], Any]):
         handle.remove()
 
 
-def input_of(module: nn.Module, call: Callable[[], object]) -> torch.Tensor:
-    """The first argument that `call` would give the module. The call ends there."""
-    caught: list[torch.Tensor] = []
+def inputs_of(module: nn.Module, call: Callable[[], object]) -> tuple:
+    """The arguments that `call` would give the module. The call ends there."""
+    caught: list[tuple] = []
 
     def catch(args: tuple, _kwargs: dict) -> None:
-        caught.append(args[0])
+        caught.append(args)
         raise Stop
 
     with before(module, catch), suppress(Stop):
         call()
     return caught[0]
+
+
+def input_of(module: nn.Module, call: Callable[[], object]) -> torch.Tensor:
+    """The first of these arguments."""
+    return inputs_of(module, call)[0]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,17 +39,21 @@ def output_gradients(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """P of each linear, name → float32 [batch, tokens, out], and what the sub-block makes of X.
 
+    That of an expert's linears is of the tokens that come there alone, [tokens, out].
+
     L is a sum over tokens and channels, so samples do not weigh on each other. Where nothing stands
     between `out` and the residual stream, its output enters L additively: its gradient is twice the
     difference, without a backward pass. The parameters are left alone.
     """
     leaves: dict[str, torch.Tensor] = {}
+    # Behind an expert's output its token's share of the expert is multiplied.
+    asked = bool(block.post) or block.kind == "experts"
     with torch.enable_grad(), ExitStack() as stack:
-        for name in block.ins:
-            stack.enter_context(leaf_output(layer.get_submodule(name), leaves, name))
-        if block.post:
-            out = layer.get_submodule(block.out)
-            stack.enter_context(leaf_output(out, leaves, block.out, cut=False))
+        for place, names in enumerate(block.steps):
+            closing = place % 2 == 1
+            for name in names if asked or not closing else ():
+                module = layer.get_submodule(name)
+                stack.enter_context(leaf_output(module, leaves, name, cut=not closing))
         # On CUDA the fused backward adds in no fixed order, and a resumed run must match.
         if target.is_cuda:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -56,7 +61,7 @@ def output_gradients(
         error = 2 * (student.detach() - target)
         gradients = torch.autograd.grad(student, list(leaves.values()), grad_outputs=error)
     found = dict(zip(leaves, gradients))
-    return found if block.post else found | {block.out: error}, student.detach()
+    return found if asked else found | {block.out: error}, student.detach()
 
 
 def token_factors(gradient: torch.Tensor, norm: str) -> torch.Tensor:
@@ -71,6 +76,33 @@ def per_sample(factors: torch.Tensor) -> torch.Tensor:
     """Factors [samples, tokens] scaled to mean(g²) = 1 in each sample; 0 where all are (D2)."""
     mean = factors.double().square().mean(1, keepdim=True).sqrt()
     return torch.where(mean > 0, factors / mean, 0.0).float()
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The factors of the tokens of a batch that come to an expert."""
+
+    factors: torch.Tensor  # g, float32 [n]
+    tokens: torch.Tensor  # int64 [n], counted through all samples
+    shape: torch.Size  # of the batch: samples and tokens
+
+    def per_sample(self) -> Reached:
+        """Scaled to mean(g²) = 1 over those of each sample; 0 where all are (D2)."""
+        samples = self.tokens // self.shape[1]
+        squares = self.factors.double().square()
+        total = squares.new_zeros(self.shape[0]).index_add_(0, samples, squares)
+        mean = (total / samples.bincount(minlength=self.shape[0])).sqrt()[samples]
+        return replace(self, factors=torch.where(mean > 0, self.factors / mean, 0.0).float())
+
+    def spread(self) -> torch.Tensor:
+        """The factors of all tokens, [samples, tokens]; 0 where a token does not come."""
+        everywhere = self.factors.new_zeros(self.shape.numel())
+        everywhere[self.tokens] = self.factors
+        return everywhere.view(self.shape)
+
+    def to(self, device: torch.device | str) -> Reached:
+        """The same on a device."""
+        return replace(self, factors=self.factors.to(device), tokens=self.tokens.to(device))
 
 
 def normalized(factors: Iterable[torch.Tensor], ranks: Ranks = ALONE) -> list[torch.Tensor]:

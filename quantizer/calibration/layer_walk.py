@@ -10,7 +10,7 @@ The layer runs once with its source weights, for the full-precision stream, and 
 quantized weights. The full-precision stream passes a step while its linears still have their source
 weights, and the quantized stream once they have the decoded ones. Between two steps a batch keeps x
 and, for a while, what an attention has mixed. An MLP's inner value is by far the widest and is
-never kept. No other forward pass is repeated.
+never kept. No other forward pass is repeated. Experts take no steps: `routed.py` walks them.
 
 `Family.blocks` is the chain. A test holds each family's layer against its own forward pass.
 """
@@ -27,7 +27,7 @@ from torch import nn
 
 from vlmq_export.quantizer.arithmetic import tensor_cores
 from vlmq_export.quantizer.calibration.batches import Batch
-from vlmq_export.quantizer.calibration.sub_blocks import closed, mixed, normed
+from vlmq_export.quantizer.calibration.sub_blocks import closed, mixed, normed, passed
 from vlmq_export.quantizer.grids.linears import Linear
 from vlmq_export.quantizer.model.families import SubBlock
 
@@ -112,8 +112,25 @@ class LayerWalk:
     def pass_full(self) -> None:
         """Take the full-precision stream past a layer that an earlier run has solved."""
         for index in range(len(self.batches)) if self.two_streams else ():
-            for number in range(len(self.blocks)):
-                self._pass_full(2 * number + 1, index)
+            for number, block in enumerate(self.blocks):
+                if block.kind == "experts":
+                    self.batches[index].full = self.behind(number, index)
+                else:
+                    self._pass_full(2 * number + 1, index)
+
+    @torch.no_grad()
+    @tensor_cores()
+    def arrive(self, number: int, index: int) -> torch.Tensor:
+        """Take the quantized stream of a batch to a sub-block. Returns what has passed its norm."""
+        self._reached = 2 * number
+        return self._pass_quantized(2 * number, index)
+
+    @torch.no_grad()
+    @tensor_cores()
+    def behind(self, number: int, index: int) -> torch.Tensor:
+        """The full-precision stream of one batch behind a sub-block, which it stands before."""
+        batch = self.batches[index]
+        return passed(self.layer, self.blocks[number], batch.full, batch.kwargs)
 
     def rewind(self, entering: Sequence[Callable[[], torch.Tensor]]) -> None:
         """Put the quantized stream back to the layer's input, X of each batch.
@@ -160,6 +177,9 @@ class LayerWalk:
     def _close(self, block: SubBlock, index: int) -> None:
         """Take the quantized stream of a batch past a sub-block."""
         batch = self.batches[index]
+        if block.kind == "experts":
+            batch.quantized = passed(self.layer, block, batch.quantized, batch.kwargs)
+            return
         # What is popped is let go before the new stream is put away.
         kept = index in self._mixed
         entering = self._mixed.pop(index)() if kept else self._mix(block, index)

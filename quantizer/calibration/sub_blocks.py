@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vlmq_export.quantizer.calibration.hooks import input_of
+from vlmq_export.quantizer.calibration.hooks import input_of, inputs_of
 from vlmq_export.quantizer.model.families import SubBlock
 
 
@@ -32,6 +32,13 @@ def mixed(layer: Any, block: SubBlock, hidden: torch.Tensor, kwargs: Mapping) ->
         layer.get_submodule(block.out),
         lambda: inner(layer, block, normed(layer, block, hidden), kwargs),
     )
+
+
+def chosen(layer: Any, block: SubBlock, x: torch.Tensor, kwargs: Mapping) -> torch.Tensor:
+    """The experts that the router chooses for what has passed the norm, [samples, tokens, k]."""
+    module = layer.get_submodule(block.holder)
+    choice = inputs_of(module, lambda: inner(layer, block, x, kwargs))[1]
+    return choice.view(*x.shape[:2], -1)
 
 
 def closed(layer: Any, block: SubBlock, entering: torch.Tensor) -> torch.Tensor:

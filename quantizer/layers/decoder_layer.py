@@ -14,7 +14,7 @@ from vlmq_export.quantizer.calibration.collect import (
     TokenFactors,
     collect,
     importance_factors,
-    summed_on,
+    raw_factors,
 )
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk, put
 from vlmq_export.quantizer.calibration.token_weights import importance_facts
@@ -22,11 +22,11 @@ from vlmq_export.quantizer.grids.affine import Affine
 from vlmq_export.quantizer.host import give_back
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers.awq_mbq import scaled_layer
-from vlmq_export.quantizer.layers.broadcast import broadcast
+from vlmq_export.quantizer.layers.experts import quantize_experts
 from vlmq_export.quantizer.layers.measures import weight_error
-from vlmq_export.quantizer.layers.stack import Matrix, Solved, linear_of, nearest
+from vlmq_export.quantizer.layers.stack import Solved, linear_of, nearest
 from vlmq_export.quantizer.layers.tuning import tune_layer
-from vlmq_export.quantizer.layers.unit import solve_unit
+from vlmq_export.quantizer.layers.unit import solve_units
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 
 
@@ -45,21 +45,27 @@ def quantize_layer(
 
     answers: what the answers' loss says of this layer's tokens, where the method weighs by it.
     """
-    names = [name for group in job.family.groups for name in group] if job.method.tuned else []
+    names = [n for block in walk.blocks for n in block.linears] if job.method.tuned else []
     source = {f"{n}.weight": walk.layer.get_submodule(n).weight.detach().clone() for n in names}
     entering = [b.aside(b.quantized) for b in walk.batches] if job.method.tuned else []
-    factors = importance_factors(walk, job.method, ranks, answers)
+    raw = raw_factors(walk, job.method, answers)
+    factors = importance_factors(walk, raw, job.method, ranks)
     facts = importance_facts(factors, walk.batches, ranks)
     solved: list[Solved] = []
-    for step, names in enumerate(job.family.groups):
-        # Linears with token weights of their own have statistics of their own.
-        own = all(name in factors for name in names)
-        units: list[list[str]] = [[name] for name in names] if own else [list(names)]
-        found = _evidence(walk, step, units, factors, job)
-        for name, (linear, metrics) in zip(names, _solve(walk, prefix, units, found, job, ranks)):
-            walk.put(name, linear)
-            metrics |= {"importance": facts[name]} if name in facts else {}
-            solved.append((linear, metrics))
+    for number, block in enumerate(walk.blocks):
+        if block.kind == "experts":
+            solved += quantize_experts(walk, number, prefix, job, raw, ranks)
+            continue
+        for step, names in enumerate(block.steps, start=2 * number):
+            # Linears with token weights of their own have statistics of their own.
+            own = all(name in factors for name in names)
+            units: list[list[str]] = [[name] for name in names] if own else [list(names)]
+            found = _evidence(walk, step, units, factors, job)
+            done = solve_units(walk.layer, prefix, units, found, job, ranks)
+            for name, (linear, metrics) in zip(names, done):
+                walk.put(name, linear)
+                metrics |= {"importance": facts[name]} if name in facts else {}
+                solved.append((linear, metrics))
     if job.method.tuned:
         solved = tune_layer(walk, entering, source, solved, prefix, job)
         for linear, _ in solved:
@@ -92,32 +98,6 @@ def _evidence(
     )
     give_back()  # or the freed pieces of every step would add up to more than its peak
     return [*found]
-
-
-def _solve(
-    walk: LayerWalk,
-    prefix: str,
-    units: Sequence[Sequence[str]],
-    found: list[Evidence | None],  # emptied, so that the sums go as they are used
-    job: Job,
-    ranks: Ranks,
-) -> list[Solved]:
-    """The linears of one step, in order. First every rank solves, then the results go round."""
-    owners = [ranks.owner(unit) for unit in range(len(units))]
-    for unit, owner in enumerate(owners):
-        evidence = found[unit]
-        found[unit] = None if evidence is None else summed_on(owner, evidence, ranks)
-    parts: list[Sequence[Solved | None]] = []
-    for names, owner in zip(units, owners):
-        evidence = found.pop(0)
-        evidence = None if evidence is None else evidence.to_float32()
-        if ranks.rank == owner:
-            modules = {name: walk.layer.get_submodule(name) for name in names}
-            matrices = [Matrix(prefix + n, m.weight, m.bias) for n, m in modules.items()]
-            parts.append(solve_unit(matrices, evidence, job))
-        else:
-            parts.append([None] * len(names))
-    return [broadcast(part, ranks, owner) for owner, unit in zip(owners, parts) for part in unit]
 
 
 def scale_layer(

@@ -22,9 +22,8 @@ from vlmq_export.quantizer.calibration.collect import Evidence, collect, summed_
 from vlmq_export.quantizer.calibration.layer_walk import Inputs
 from vlmq_export.quantizer.grids.linears import stacked
 from vlmq_export.quantizer.job import Job
-from vlmq_export.quantizer.layers.broadcast import broadcast
 from vlmq_export.quantizer.layers.stack import Matrix, Solved
-from vlmq_export.quantizer.layers.unit import solve_unit
+from vlmq_export.quantizer.layers.unit import broadcast, solve_unit
 from vlmq_export.quantizer.model.streamed import StreamedModel
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 

@@ -1,18 +1,24 @@
-"""One unit of work: linears that share their statistics, from sums to integers with metrics."""
+"""A unit of work: linears that share their statistics, from sums to integers on every rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
+from torch import nn
 
-from vlmq_export.quantizer.calibration.collect import Evidence
+from vlmq_export.quantizer.artifact.manifest import ModuleRecord
+from vlmq_export.quantizer.calibration.collect import Evidence, summed_on
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers import measures
 from vlmq_export.quantizer.layers.attempt import Attempt, Prepared, attempt, prepared
 from vlmq_export.quantizer.layers.damping import damped_best
 from vlmq_export.quantizer.layers.hold_out import best_of
 from vlmq_export.quantizer.layers.stack import Matrix, Solved, Stack, linear_of, nearest
+from vlmq_export.quantizer.ranks import Ranks
+from vlmq_export.quantizer.storage.tensors import DTYPES
 
 
 @torch.no_grad()
@@ -33,6 +39,51 @@ def solve_unit(
             linear = linear_of(name, found.solution, biases[name], stack.choice, energy)
             solved[name] = linear, metrics
     return [solved[m.name] for m in matrices]
+
+
+def solve_units(
+    layer: nn.Module,
+    prefix: str,  # hub name of the layer, with the dot
+    units: Sequence[Sequence[str]],
+    found: list[Evidence | None],  # of each unit; emptied, so that the sums go as they are used
+    job: Job,
+    ranks: Ranks,
+) -> list[Solved]:
+    """The linears of one step, in order. First every rank solves, then the results go round."""
+    owners = [ranks.owner(unit) for unit in range(len(units))]
+    for unit, owner in enumerate(owners):
+        evidence = found[unit]
+        found[unit] = None if evidence is None else summed_on(owner, evidence, ranks)
+    parts: list[Sequence[Solved | None]] = []
+    for names, owner in zip(units, owners):
+        evidence = found.pop(0)
+        evidence = None if evidence is None else evidence.to_float32()
+        if ranks.rank == owner:
+            modules: dict[str, Any] = {name: layer.get_submodule(name) for name in names}
+            matrices = [Matrix(prefix + n, m.weight, m.bias) for n, m in modules.items()]
+            parts.append(solve_unit(matrices, evidence, job))
+        else:
+            parts.append([None] * len(names))
+    return [broadcast(part, ranks, owner) for owner, unit in zip(owners, parts) for part in unit]
+
+
+def broadcast(solved: Solved | None, ranks: Ranks, owner: int) -> Solved:
+    """The owner's linear with its metrics, on every rank. The others give None."""
+    if not ranks.grouped:
+        assert solved is not None
+        return solved
+    mine: dict[str, torch.Tensor] = {}
+    described = None
+    if solved is not None:
+        linear, metrics = solved
+        described = asdict(ModuleRecord.of(linear, 0, metrics))
+        mine = linear.tensors() | ({} if linear.bias is None else {"bias": linear.bias})
+    record = ModuleRecord(**ranks.broadcast_json(described, owner))
+    tensors = {}
+    for part, (kind, shape) in record.stored().items():
+        empty = torch.empty(shape, dtype=DTYPES[kind])
+        tensors[f"{record.name}.{part}"] = ranks.broadcast(mine.get(part, empty), owner)
+    return record.linear(tensors.__getitem__), record.metrics
 
 
 def _stacks(matrices: Sequence[Matrix], job: Job) -> list[Stack]:

@@ -12,7 +12,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vlmq_export.errors import CheckpointError
-from vlmq_export.quantizer.model.families import FAMILIES, OTHER_LAYOUTS, Family
+from vlmq_export.quantizer.model.families import (
+    FAMILIES,
+    OTHER_LAYOUTS,
+    Family,
+    SubBlock,
+    groups_of,
+)
 from vlmq_export.quantizer.storage.untrusted import third_party
 
 if TYPE_CHECKING:
@@ -30,11 +36,15 @@ _SIZES = frozenset(
         "in_channels",
         "in_chans",
         "intermediate_size",
+        "moe_intermediate_size",
         "max_position_embeddings",
         "num_attention_heads",
+        "num_experts",
+        "num_experts_per_tok",
         "num_heads",
         "num_hidden_layers",
         "num_key_value_heads",
+        "num_local_experts",
         "out_hidden_size",
         "patch_size",
         "scale_factor",
@@ -68,17 +78,50 @@ class Architecture:
         for part in (found.text, found.vision):
             _check_sizes(part)
         decoder = str(found.text.get("model_type"))
-        if "_moe" in decoder or found.text.get("n_routed_experts"):  # as Mistral Small 4 has them
+        if found.family.sparse:
+            found._refuse_experts()
+        # Mistral Small 4 has the second key.
+        elif "_moe" in decoder or found.text.get("n_routed_experts"):
             raise CheckpointError(
                 f"the language model in config.json is {decoder}, a mixture of experts, which is"
                 " not supported; choose a dense model of the family"
             )
         return found
 
+    def _refuse_experts(self) -> None:
+        """Raises CheckpointError for experts that cannot be read, and for layers without any."""
+        text = self.text
+        if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
+            raise CheckpointError(
+                f"mlp_only_layers or decoder_sparse_step in config.json give some layers of this"
+                f" {self.model_type} no experts, which is not supported; as published all have them"
+            )
+        hidden, inner = text["hidden_size"], text["moe_intermediate_size"]
+        if hidden in (inner, 2 * inner):  # where transformers goes by the shape, and takes either
+            raise CheckpointError(
+                f"hidden_size {hidden} and moe_intermediate_size {inner} in config.json leave open"
+                " which way fused experts lie in the file; no published model has such sizes"
+            )
+        if self.taken > self.experts:
+            raise CheckpointError(
+                f"num_experts_per_tok in config.json is {self.taken}, of {self.experts} experts;"
+                " copy the file again"
+            )
+
     @property
     def model_type(self) -> str:
         """The name of the family in config.json."""
         return self.family.model_type
+
+    @property
+    def experts(self) -> int:
+        """How many experts a decoder layer has; 0 in a dense decoder."""
+        return int(self.text["num_local_experts"]) if self.family.sparse else 0
+
+    @property
+    def taken(self) -> int:
+        """How many experts each token takes; 0 in a dense decoder."""
+        return int(self.text["num_experts_per_tok"]) if self.family.sparse else 0
 
     @cached_property
     def text(self) -> dict:
@@ -110,10 +153,27 @@ class Architecture:
             )
         return layers
 
+    def blocks(self, layer: int) -> tuple[SubBlock, ...]:
+        """The chain of sub-blocks that a decoder layer is."""
+        experts = self.experts
+        return tuple(
+            replace(block, experts=experts) if block.kind == "experts" else block
+            for block in self.family.blocks
+        )
+
+    def groups(self, layer: int) -> list[tuple[str, ...]]:
+        """Linears of a layer that share one input, in the order in which they are quantized."""
+        return groups_of(self.blocks(layer))
+
     @property
     def linears(self) -> list[str]:
         """Hub names of the decoder's linears, in the order in which they are solved."""
-        return self.family.linear_names(self.layers)
+        return [
+            f"{self.family.layers}{i}.{name}"
+            for i in range(self.layers)
+            for group in self.groups(i)
+            for name in group
+        ]
 
     def untied(self) -> Architecture:
         """The same with an output matrix of its own.

@@ -17,6 +17,7 @@ import torch
 
 from vlmq_export.errors import CheckpointError
 from vlmq_export.quantizer.model.architecture import Architecture, untied_config
+from vlmq_export.quantizer.model.experts import parts_of
 from vlmq_export.quantizer.model.families import COMPUTED, FAMILIES, Family
 from vlmq_export.quantizer.storage.tensors import (
     TensorInfo,
@@ -216,12 +217,14 @@ class Checkpoint:
     def _hub_names(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         """The same tensors by their published names, whichever version of transformers saved them.
 
-        Those that the model computes itself are left out. Names of a family that is not supported
-        are left alone. Raises CheckpointError for a tensor that is there under two names.
+        Fused experts become a tensor for each linear. What the model computes itself is left out.
+        Names of a family that is not supported are left alone. Raises CheckpointError for a tensor
+        that is there under two names.
         """
         family = FAMILIES.get(self.model_type)
         if family is None:
             return tensors
+        tensors = parts_of(tensors) if family.sparse else tensors
         hub_names = {n: family.hub_name(n) for n in tensors if not n.endswith(COMPUTED)}
         named = {hub: replace(tensors[name], name=hub) for name, hub in hub_names.items()}
         if len(named) < len(hub_names):

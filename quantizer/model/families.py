@@ -23,19 +23,42 @@ class SubBlock:
     """
 
     # An attention is given positions and a mask as well. What it mixes is dear and narrow, and is
-    # kept until `out` is solved. An MLP's is cheap and by far the widest, and is made again.
-    kind: Literal["attention", "mlp"]
+    # kept until `out` is solved. An MLP's is cheap and by far the widest, and is made again. Of
+    # experts each token takes some, as a router says.
+    kind: Literal["attention", "mlp", "experts"]
     norm: str  # read by `ins` and by nothing else, so that a scale can be moved between them
     module: str  # what computes out(mix(ins(·)))
     ins: tuple[str, ...]  # linears that share the norm's output, in the order of quantization
     out: str  # the linear that closes the step
     carrier: str  # the one of `ins` in which the mix is linear, row for column of `out`
     post: str = ""  # a norm between `out` and the residual stream
+    # How many MLPs there are, where it is experts; `*` in the names of linears is their number.
+    experts: int = 0
 
     @property
-    def steps(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def steps(self) -> tuple[tuple[str, ...], ...]:
         """Linears that share one input, in the order of quantization (docs/methods.md §1.3)."""
+        if self.kind == "experts":
+            return tuple(names for number in range(self.experts) for names in self.expert(number))
         return self.ins, (self.out,)
+
+    @property
+    def linears(self) -> list[str]:
+        """All linears of the step, in this order."""
+        return [name for names in self.steps for name in names]
+
+    @property
+    def holder(self) -> str:
+        """The module that holds the experts, and is given the tokens with their choices."""
+        return self.out.partition(".*")[0]
+
+    def expert(self, number: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The two steps of one expert."""
+        ins, out = (
+            tuple(name.replace("*", str(number)) for name in names)
+            for names in (self.ins, (self.out,))
+        )
+        return ins, out
 
 
 ATTENTION = SubBlock(
@@ -55,6 +78,13 @@ MLP = SubBlock(
     carrier="mlp.up_proj",
 )
 DECODER = (ATTENTION, MLP)  # the layer of a Llama-like decoder
+EXPERTS = replace(
+    MLP,
+    kind="experts",
+    ins=("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+    out="mlp.experts.*.down_proj",
+    carrier="mlp.experts.*.up_proj",
+)
 # Gemma 2 and 3 have a norm on both sides of each sub-block.
 GEMMA = (
     replace(ATTENTION, post="post_attention_layernorm"),
@@ -115,12 +145,18 @@ class Family:
         return groups_of(self.blocks)
 
     @property
+    def sparse(self) -> bool:
+        """Whether decoder layers have experts, of which each token takes some."""
+        return any(block.kind == "experts" for block in self.blocks)
+
+    @property
     def row(self) -> str:
         """Its row in the table of docs/families.md."""
         name = f"`{self.model_type}`" + (f" ({self.decoders})" if self.decoders else "")
         has = {
             "DeepStack features after the first layers": bool(self.added),
             "a norm behind each sub-block": any(block.post for block in self.blocks),
+            "experts": self.sparse,
             "image tokens see both ways": bool(self.marks),
         }
         particular = "; ".join(words for words, there in has.items() if there)
@@ -200,6 +236,14 @@ _QWEN3_VL = Family(
         "model.visual.deepstack_merger_list.*.linear_fc2",
     ),
     added=("visual_pos_masks", "deepstack_visual_embeds"),
+)
+_QWEN3_VL_MOE = replace(
+    _QWEN3_VL,
+    model_type="qwen3_vl_moe",
+    published="Qwen/Qwen3-VL-30B-A3B-*, -235B-A22B-*",
+    decoders="",
+    blocks=(ATTENTION, EXPERTS),
+    writers=(),  # rotations of a stream that a router reads are not proven
 )
 _LLAVA_ONEVISION = Family(
     "llava_onevision",
@@ -287,6 +331,7 @@ FAMILIES = {
         _QWEN2_VL,
         replace(_QWEN2_VL, model_type="qwen2_5_vl", published="Qwen/Qwen2.5-VL-*"),
         _QWEN3_VL,
+        _QWEN3_VL_MOE,
         _LLAVA_ONEVISION,
         _INTERNVL,
         _IDEFICS3,

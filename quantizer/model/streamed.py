@@ -17,6 +17,7 @@ from torch import nn
 from vlmq_export.errors import CheckpointError
 from vlmq_export.quantizer.model.architecture import Architecture, pretrained_config
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.experts import separate
 from vlmq_export.quantizer.model.fit import misfit
 from vlmq_export.quantizer.storage.tensors import TensorInfo
 from vlmq_export.quantizer.storage.untrusted import third_party
@@ -209,14 +210,19 @@ def _refuse_misfit(checkpoint: Checkpoint | WeightFiles, model: PreTrainedModel)
 
 
 def _empty_model(checkpoint: Checkpoint | WeightFiles) -> PreTrainedModel:
-    """The model in float32, its parameters without storage. Raises CheckpointError."""
+    """The model in float32, its parameters without storage, and a module for each expert.
+
+    Raises CheckpointError.
+    """
     config = pretrained_config(checkpoint.written_config)
     with (
         _parameters_on_meta(),
         third_party(f"{checkpoint.path}: transformers cannot make this model"),
     ):
         cls = model_class(config)
-        return cls._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = cls._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    separate(model)
+    return model
 
 
 @contextmanager

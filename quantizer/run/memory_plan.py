@@ -22,8 +22,9 @@ layer and the calibration set, and never the number of layers:
                  layer, what enters every layer, where a method starts from the answers' loss
 
 Of solver, ranges and batch one is there at a time; beside a batch stand the sums that it is added
-to. Only the activations can rest in host memory or on disk. The constants are measured
-(docs/scale.md), and a test holds the plan against the peak of a real run.
+to: those of a group of linears, or of as many experts as calibration/routed.py allows. Only
+the activations can rest in host memory or on disk. The constants are measured (docs/scale.md), and
+a test holds the plan against the peak of a real run.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from vlmq_export.quantizer.calibration.answer_loss import AT_ONCE as AT_ONCE_LOG
 from vlmq_export.quantizer.calibration.answer_loss import KEPT
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
 from vlmq_export.quantizer.calibration.offload import Place
+from vlmq_export.quantizer.calibration.routed import expert_bytes, portion
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.job import method_of
 from vlmq_export.quantizer.layers.attempt import moves_of
@@ -57,6 +59,7 @@ _BATCH_SCORES = 5
 # Copies of a layer's weights while it is tuned: source, latents, two moments, gradient, steps,
 # decoded weights, their gradient, and two temporaries of the optimizer.
 _TUNED_COPIES = 10
+_EXPERT_WEIGHTS = 5  # of a token at an expert, in float32: three factors, and its place in int64
 _LOGITS = 3  # copies of these logits in the backward pass of the loss, measured
 
 
@@ -77,6 +80,8 @@ class Shapes:
     weights: int  # of the whole model
     vocabulary: int  # rows of the output matrix
     tower: tuple[tuple[int, int], ...] = ()  # (out, in) of the tower's linears that are quantized
+    experts: int = 0  # of a layer; 0: each token takes all of it
+    taken: int = 0  # experts that a token takes
 
     @property
     def widest(self) -> int:
@@ -87,6 +92,11 @@ class Shapes:
     def layer(self) -> int:
         """The weights of a layer's linears."""
         return sum(rows * columns for rows, columns in self.linears)
+
+    @property
+    def dense(self) -> int:
+        """How many linears of a layer all tokens come to."""
+        return len(self.linears) - 3 * self.experts
 
     @property
     def sharing(self) -> list[tuple[tuple[int, int], ...]]:
@@ -218,7 +228,11 @@ def _summing(shapes: Shapes, method: Method) -> int:
     if not method.calibrated or method.scaling:
         return 0
     sums = (1 + (method.drift != "plain")) * (1 + method.holds_out)
-    return sums * _DOUBLE * shapes.widest**2
+    dense = sums * _DOUBLE * shapes.widest**2
+    if not shapes.experts:
+        return dense
+    together = portion(shapes.experts, shapes.hidden, method)
+    return max(dense, together * expert_bytes(shapes.hidden, method))
 
 
 def _ranges(shapes: Shapes, method: Method, tries: int, at_once: int) -> int:
@@ -235,6 +249,9 @@ def _batch(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     """Bytes of what a layer makes of the batch that takes most."""
     width = _BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * shapes.widest
     backward = method.importance != "none" or method.asks_answers
+    if shapes.experts and backward:  # what each expert makes of its tokens is kept
+        inner = shapes.linears[-1][1]
+        width += shapes.taken * (_BATCH_HIDDEN * shapes.hidden + _BATCH_MLP * inner) // 2
     scores = _BATCH_SCORES * shapes.heads if backward else 0
     batches = lengths.batches(BATCH_TOKENS)
     return _FLOAT * max((n * each * (width + scores * each) for n, each in batches), default=0)
@@ -249,7 +266,11 @@ def _gradients(shapes: Shapes, method: Method) -> int:
 
 def _weights(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     """Bytes of a factor for every token at every linear, if they are found before the first."""
-    each = len(shapes.linears) if method.importance == "answers" else 0
+    if method.importance != "answers":
+        return 0
+    each = len(shapes.linears)
+    if shapes.experts:  # of an expert's linears a factor and a place for each token that comes
+        each = shapes.dense + shapes.taken * _EXPERT_WEIGHTS
     return shapes.layers * each * lengths.tokens * _FLOAT
 
 
@@ -261,6 +282,7 @@ def _activations(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     """
     copies = (4 if method.two_streams else 2) if method.calibrated else 0
     copies += method.tuned  # the layer's input is kept
+    copies += bool(shapes.experts) and method.two_streams  # the stream behind the experts waits
     copies = 3 if method.scaling else copies
     one = lengths.tokens * shapes.hidden * _FLOAT
     kept = one + min(KEPT, shapes.layers * one) if method.asks_answers else 0

@@ -174,6 +174,8 @@ def _refuse(checkpoint: Checkpoint, job: Job, samples: Sequence[Sample], ranks: 
         check_vision(tower, samples, job)
     if job.method.tuned and ranks.size > 1:
         raise UsageError("--tune works in one process; start without torchrun, or leave --tune out")
+    if job.family.sparse and ranks.size > 1:
+        raise UsageError("experts are solved in one process; start without torchrun")
     if job.method.tuned and len(samples) <= HELD_OUT // 2:
         raise CalibrationError(
             f"--tune puts one sample of {HELD_OUT} aside, and {len(samples)} are too few;"
@@ -309,7 +311,7 @@ def _answers_say(run: _Run, batches: Sequence[Batch]) -> _AnswersSay:
             return _AnswersSay(modality_ratios(model, layers, batches, outs, run.ranks))
     if method.importance == "answers":
         with run.clock("gradients"):
-            names = [name for group in run.job.family.groups for name in group]
+            names = [name for group in run.job.groups(0) for name in group]
             return _AnswersSay({}, answer_factors(model, layers, batches, names))
     return _AnswersSay({})
 
@@ -328,7 +330,7 @@ def _pass_layer(
             " the model or the images are damaged"
         )
     with run.clock("layers", None if solved else index), run.model.filled_layer(index) as layer:
-        blocks, two = job.family.blocks, job.method.two_streams
+        blocks, two = job.architecture.blocks(index), job.method.two_streams
         walk = LayerWalk(layer, blocks, batches, two_streams=two)
         if not solved:
             _solve_layer(run, walk, index, said)
@@ -420,6 +422,15 @@ def _publish(
             " use more samples",
             len(fallen),
             fallen[0],
+        )
+    # The first of an expert's linears speaks for it.
+    routed = [m for m in modules if m.name.endswith(".gate_proj") and "routed" in m.metrics]
+    if few := [m.metrics for m in routed if "few" in m.metrics]:
+        log.warning(
+            "%d of %d experts had fewer than %d tokens; use more samples",
+            len(few),
+            len(routed),
+            few[0]["few"],
         )
     write_json(run.folder / TIMING, run.clock.to_dict())
     write_manifest(

@@ -43,6 +43,8 @@ def check_shapes(linears: Iterable[Shape], job: Job) -> None:
             " choose another method for GGUF's block types"
         )
     _check_tuning(job)
+    if unproven := experts_refusal(job) or types_refusal(job):
+        raise UsageError(unproven)
     if config.bits not in BITS:
         raise UsageError(
             f"bits {config.bits} is not supported; choose one of {', '.join(map(str, BITS))}"
@@ -111,6 +113,35 @@ def _check_tuning(job: Job) -> None:
         raise UsageError("--tune moves codes and scales of affine grids, and no GGUF block types")
     if config.tune and config.act_order == "dynamic":
         raise UsageError("--tune needs groups of neighbouring columns; --act-order gar has them")
+
+
+def experts_refusal(job: Job) -> str:
+    """What the recipe asks of experts that is not proven for them, in one line; empty if nothing.
+
+    Rotations are refused by the checkpoint, and costs of widths and types before they are measured.
+    """
+    if not job.family.sparse:
+        return ""
+    asked = {
+        f"--method {job.config.method}": bool(job.method.scaling),
+        "--tune": job.method.tuned,
+    }
+    if named := next((option for option, wanted in asked.items() if wanted), ""):
+        return (
+            f"{named} is not there for experts, which {job.family.model_type} has;"
+            " leave it out, or choose a dense model of the family"
+        )
+    return ""
+
+
+def types_refusal(job: Job) -> str:
+    """That block types are not proven for experts, in one line; empty if nothing asks for them."""
+    if not job.family.sparse or not job.config.types:
+        return ""
+    return (
+        f"llama.cpp's block types are not there for experts, which {job.family.model_type} has;"
+        " give --bits in place of --gguf-type"
+    )
 
 
 def refuse_many_lost(lost: int, samples: int) -> None:

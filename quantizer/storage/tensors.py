@@ -14,7 +14,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeGuard, TypeVar
 
@@ -46,6 +46,15 @@ _CHUNK = 2**24  # elements that are tested together for NaN and infinity
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some columns of a matrix in a file, which are the rows of a tensor: it is read transposed."""
+
+    rows: int  # of the matrix
+    columns: int
+    first: int  # of the columns
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """What a header says of one tensor."""
 
@@ -54,6 +63,7 @@ class TensorInfo:
     dtype: str  # a key of DTYPES
     file: str  # relative to the model folder
     offset: int = 0  # bytes from the start of the file to the tensor's first byte
+    part: Part | None = None  # where the tensor is part of a matrix, which begins at `offset`
 
     @property
     def numel(self) -> int:
@@ -89,6 +99,10 @@ def read_tensor(folder: Path, info: TensorInfo, rows: Sequence[int] | None = Non
 
     Raises OSError, and EOFError where the file ends too early.
     """
+    if part := info.part:
+        matrix = replace(info, shape=(part.rows, part.columns), part=None)
+        value = read_tensor(folder, matrix)[:, part.first : part.first + info.shape[0]].T
+        return value.contiguous() if rows is None else value[list(rows)]
     shape = info.shape if rows is None else (len(rows), *info.shape[1:])
     value = torch.empty(shape, dtype=DTYPES[info.dtype])
     data = value.view(-1).view(torch.uint8).numpy().data

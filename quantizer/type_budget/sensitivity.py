@@ -173,7 +173,7 @@ def _layer_errors(
     The statistics are of the full-precision model, and all tokens count alike.
     """
     prefix = run.job.prefix(index)
-    groups = [[n for n in g if prefix + n in run.kinds] for g in run.job.family.groups]
+    groups = [[n for n in g if prefix + n in run.kinds] for g in run.job.groups(index)]
     sums: dict[str, Statistics] = {}
     with ExitStack() as hooks, torch.no_grad():
         for first in (group[0] for group in groups if group):

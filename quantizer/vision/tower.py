@@ -14,9 +14,8 @@ from vlmq_export.quantizer.calibration.collect import Evidence, summed_on
 from vlmq_export.quantizer.calibration.statistics import Statistics
 from vlmq_export.quantizer.host import give_back
 from vlmq_export.quantizer.job import Job
-from vlmq_export.quantizer.layers.broadcast import broadcast
 from vlmq_export.quantizer.layers.stack import Matrix, Solved
-from vlmq_export.quantizer.layers.unit import solve_unit
+from vlmq_export.quantizer.layers.unit import broadcast, solve_unit
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 from vlmq_export.quantizer.vision.padding import cut, filled, fitting, missing
 from vlmq_export.quantizer.vision.walk import TowerWalk

@@ -71,7 +71,7 @@ SHAPES = {
 }
 # Module, function, phase. A function is watched where it is looked up when it is called.
 WATCHED = (
-    (decoder_layer, "importance_factors", "importance"),
+    (decoder_layer, "raw_factors", "importance"),
     (decoder_layer, "collect", "walk and statistics"),
     (measures, "losses", "metrics"),
     (hessian, "prepare", "factorize"),

@@ -29,7 +29,7 @@ import torch
 
 from vlmq_export import bundled
 from vlmq_export.quantizer.calibration.batches import Batch, decoder_inputs
-from vlmq_export.quantizer.calibration.collect import importance_factors
+from vlmq_export.quantizer.calibration.collect import importance_factors, raw_factors
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk
 from vlmq_export.quantizer.calibration.statistics import Precision, Statistics, tf32
 from vlmq_export.quantizer.config import QuantConfig
@@ -156,9 +156,8 @@ def _compare_layer(layer: Any, batches: list[Batch], table: Table) -> None:
     hidden = [(b.quantized, b.full) for b in batches]
     names = [name for group in groups_of(DECODER) for name in group]
     weights = {n: layer.get_submodule(n).weight.detach().clone() for n in names}
-    factors = importance_factors(
-        LayerWalk(layer, DECODER, batches, two_streams=True), METHODS["vlmq-paper"]
-    )
+    walk, method = LayerWalk(layer, DECODER, batches, two_streams=True), METHODS["vlmq-paper"]
+    factors = importance_factors(walk, raw_factors(walk, method), method)
     plain = inputs_of(layer, batches, hidden)
     walked = inputs_of(layer, batches, hidden, rounded=weights)
     for stage, group in enumerate(groups_of(DECODER)):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from vlmq_export.formats.proof.answers import greedy_answers, stop_ids
+from vlmq_export.formats.proof.reference import fused
 from vlmq_export.quantizer.calibration.divergence import distance_of
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
@@ -48,6 +49,7 @@ def load_model(folder: Path, weights: Iterable[tuple[str, np.ndarray]]) -> torch
 
     config = transformers.AutoConfig.from_pretrained(folder)
     state = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in weights}
+    state = fused(state)
     cls = getattr(transformers, config.architectures[0])
     return cls.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
 

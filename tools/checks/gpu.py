@@ -40,7 +40,7 @@ from vlmq_export.quantizer import arithmetic  # noqa: E402
 from vlmq_export.quantizer.arithmetic import exact_arithmetic  # noqa: E402
 from vlmq_export.quantizer.artifact.read import Artifact  # noqa: E402
 from vlmq_export.quantizer.calibration.batches import Batch, decoder_inputs  # noqa: E402
-from vlmq_export.quantizer.calibration.collect import collect, importance_factors  # noqa: E402
+from vlmq_export.quantizer.calibration.collect import collect, importance_factors, raw_factors  # noqa: E402
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk  # noqa: E402
 from vlmq_export.quantizer.calibration.statistics import Statistics  # noqa: E402
 from vlmq_export.quantizer.config import QuantConfig  # noqa: E402
@@ -218,7 +218,7 @@ def statistics_of(layer: Any, batches: list[Batch]) -> dict[str, Statistics]:
     copies = [move(batch, CPU) for batch in batches]
     walk = LayerWalk(layer, DECODER, copies, two_streams=True)
     method = METHODS["vlmq-paper"]
-    factors = importance_factors(walk, method)
+    factors = importance_factors(walk, raw_factors(walk, method), method)
     sums = {}
     for stage, group in enumerate(GROUPS):
         found = collect(

@@ -142,6 +142,8 @@ def _write_weights(family: Tiny, out_dir: Path, seed: int, generation: str) -> N
         # Gemma's norms multiply by 1 + weight. SigLIP's norms have a bias beside the weight.
         if family.pieces and "norm" in name and name.replace("weight", "bias") not in names:
             value -= 1
+        if ".experts." in name and generation == "hub":  # [experts, in, out], as published
+            value = value.mT.contiguous()
         state[stored] = value.to(torch.bfloat16)
     save_file(state, out_dir / "model.safetensors", metadata={"format": "pt"})
     (out_dir / "model.safetensors").chmod(0o644)  # safetensors writes 600
@@ -222,6 +224,8 @@ def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> 
     """
     if ".lambda_" in name:  # InternVL's layer scale
         return 0.5 + 0.1 * torch.randn(shape, generator=generator)
+    if name.endswith("mlp.gate.weight"):  # a router that hardly ever hesitates, as a trained one
+        return 0.2 * torch.randn(shape, generator=generator)
     large = ("cls_token", "image_newline", "position_embedding", "pos_embed")
     if any(part in name for part in large):
         return 0.3 * torch.randn(shape, generator=generator)

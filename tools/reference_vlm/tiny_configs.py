@@ -299,6 +299,25 @@ QWEN3_VL = {
     "vision_start_token_id": Slot("<|vision_start|>"),
 }
 
+# Qwen/Qwen3-VL-30B-A3B-Instruct. An expert's MLP is as wide as the dense one of other families, so
+# that the file's [experts, hidden, 2·inner] is no shape that transformers has.
+QWEN3_VL_MOE = {
+    **QWEN3_VL,
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "model_type": "qwen3_vl_moe",
+    "text_config": {
+        **QWEN3_VL["text_config"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_vl_moe_text",
+        "moe_intermediate_size": MLP,
+        "norm_topk_prob": True,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    },
+    "vision_config": {**QWEN3_VL["vision_config"], "model_type": "qwen3_vl_moe"},
+}
+
 
 def smolvlm_config(model_type: str, architecture: str) -> dict:
     """HuggingFaceTB/SmolVLM-256M-Instruct and SmolVLM2-500M-Video-Instruct.

@@ -16,6 +16,7 @@ from tools.reference_vlm.tiny_configs import (
     PINPOINTS,
     PIXTRAL_IMAGE,
     QWEN3_VL,
+    QWEN3_VL_MOE,
     SIGLIP_IMAGE,
     SMOLVLM_IMAGE,
     smolvlm_config,
@@ -356,9 +357,11 @@ FAMILIES = {
     ),
 }
 
+FAMILIES["qwen3_vl_moe"] = replace(FAMILIES["qwen3_vl"], config=QWEN3_VL_MOE)
 FAMILIES["internvl3_5"] = replace(FAMILIES["internvl"], config=INTERNVL3_5)
 FAMILIES["ministral3"] = replace(
     FAMILIES["mistral3"], config=MINISTRAL3, pre_tokenizer=_split_by(_TEKKEN)
 )
 ARCHES = ("qwen2_vl", "qwen2_5_vl", *FAMILIES)  # all that make_tiny makes
+SPARSE = ("qwen3_vl_moe",)  # those with experts, which neither ONNX nor compressed-tensors has
 PIXTRAL = ("mistral3", "ministral3")  # those with a tower that ONNX has not

@@ -27,7 +27,7 @@ from vlmq_export.proving.scores import EVAL_FILE, SOURCE, Evaluation, scored
 from vlmq_export.proving.verify import describe
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.recipes.recipe_file import RECIPE_FILE, load_recipe
-from vlmq_export.report.files import source_bytes
+from vlmq_export.report.files import gptqmodel_loads, source_bytes
 from vlmq_export.result import Result
 from vlmq_export.sources.locate import same_source
 
@@ -162,7 +162,7 @@ def describe_again(out: Path) -> None:
     artifact = Artifact(out / "artifact")
     result = Result(out, plan_run(artifact_plan(artifact), recipe))
     result.source_bytes = source_bytes(same_source(recipe.model, artifact))
-    result.module_names = recipe.gptq_names == "module"
+    result.by_gptqmodel = gptqmodel_loads(result.plan.model, recipe.gptq_names)
     result.by_vllm = vllm_loads(result.plan.model)
     if (out / PARITY_FILE).is_file():
         result.parity = Parity.read(out / PARITY_FILE)

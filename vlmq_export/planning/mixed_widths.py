@@ -117,7 +117,7 @@ def _groups(model: ModelPlan) -> list[Group]:
     return [
         tuple(job.prefix(layer) + name for name in names)
         for layer in range(job.layers)
-        for names in job.family.groups
+        for names in job.groups(layer)
     ]
 
 

@@ -16,6 +16,7 @@ from vlmq_export.formats.model_plan import ModelPlan
 from vlmq_export.quantizer.config import EMBEDDING_GROUP, EMBEDDING_TYPES, GROUP_SIZES
 from vlmq_export.quantizer.grids.choice import vision_block
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan, Shapes, memory_plan
+from vlmq_export.quantizer.run.refusals import experts_refusal
 from vlmq_export.quantizer.run.time_plan import Linears, TimePlan
 from vlmq_export.quantizer.samples.sample import Lengths
 from vlmq_export.recipes.recipe import Recipe
@@ -38,7 +39,9 @@ class RunPlan:
     @property
     def refusals(self) -> list[str]:
         """Everything that cannot be, one line each: the grid's own limits first."""
+        unproven = experts_refusal(self.model.job)
         return [
+            *([unproven] if unproven else []),
             *group_refusals(self.model),
             *self.unusable,
             *self.too_large,
@@ -140,7 +143,7 @@ def shapes_of(model: ModelPlan) -> Shapes:
         hidden=decoder[0].in_features,
         heads=text["num_attention_heads"],
         linears=tuple((x.out_features, x.in_features) for x in decoder[: len(decoder) // layers]),
-        groups=tuple(len(group) for group in family.groups),
+        groups=tuple(len(group) for group in model.job.groups(0)),
         prefix=tower + sum(t.numel for t in outside if t.shape[:1] != vocabulary),
         pixels=_pixels(model.architecture.config),
         patches=_patches(model.architecture.config),
@@ -149,6 +152,8 @@ def shapes_of(model: ModelPlan) -> Shapes:
         weights=quantized + sum(t.numel for t in model.floats),
         vocabulary=rows if isinstance(rows, int) else 0,
         tower=tuple((x.out_features, x.in_features) for x in model.tower),
+        experts=model.architecture.experts,
+        taken=model.architecture.taken,
     )
 
 
@@ -170,7 +175,7 @@ def linears_of(model: ModelPlan) -> list[list[Linears]]:
         return Linears(columns[0], rows, tuple(types.get(name, "") for name in names))
 
     layers = [
-        [linears([job.prefix(index) + name for name in names]) for names in job.family.groups]
+        [linears([job.prefix(index) + name for name in names]) for names in job.groups(index)]
         for index in range(job.layers)
     ]
     return layers + ([[linears([job.head])]] if job.head else [])

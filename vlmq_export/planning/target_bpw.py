@@ -52,7 +52,12 @@ def planned_types(model: ModelPlan, recipe: Recipe) -> dict[str, str]:
 
 
 def require_samples(model: ModelPlan, recipe: Recipe) -> None:
-    """Raises UsageError for a method without samples, on which no cost can be measured."""
+    """Raises UsageError where no cost can be measured: without samples, and of experts."""
+    if model.architecture.family.sparse:
+        raise UsageError(
+            f"{recipe.by_cost} is not there for experts, which {model.architecture.model_type} has;"
+            " leave it out, or choose a dense model of the family"
+        )
     if not model.job.method.calibrated:
         raise UsageError(
             f"{recipe.by_cost} measures on calibration samples,"

@@ -28,7 +28,7 @@ from vlmq_export.quantizer.storage.untrusted import third_party
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import RECIPE_FILE, load_recipe
 from vlmq_export.report import page
-from vlmq_export.report.files import source_bytes
+from vlmq_export.report.files import gptqmodel_loads, source_bytes
 from vlmq_export.result import Result
 from vlmq_export.sources.locate import same_source
 
@@ -52,7 +52,7 @@ def verify_folder(
     rows = held_out_again(recipe, verify_data, image_root, calibrated)
     floats = same_source(recipe.model, artifact)
     result.source_bytes = source_bytes(floats)
-    result.module_names = recipe.gptq_names == "module"
+    result.by_gptqmodel = gptqmodel_loads(result.plan.model, recipe.gptq_names)
     result.by_vllm = vllm_loads(result.plan.model)
     changed = checksums.changed_files(out)
     with result.timed("verify"):

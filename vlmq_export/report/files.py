@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from vlmq_export.formats.gguf.files.imatrix import IMATRIX
+from vlmq_export.formats.model_plan import ModelPlan
 
 
 def files_of(folder: Path) -> dict[str, int]:
@@ -16,18 +17,26 @@ def files_of(folder: Path) -> dict[str, int]:
     return dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
 
 
+def gptqmodel_loads(model: ModelPlan, names: str) -> bool:
+    """Whether a GPTQ folder is for GPTQModel.load: by its names, or because nothing else loads it.
+
+    names: as `--gptq-names` has them.
+    """
+    return names == "module" or model.architecture.family.sparse
+
+
 def run_with(
-    name: str, out: Path, *, below: str = "", module_names: bool = False, by_vllm: bool = True
+    name: str, out: Path, *, below: str = "", by_gptqmodel: bool = False, by_vllm: bool = True
 ) -> list[str]:
     """How the files of a format are run, a command or a line of Python each.
 
     below: the path of the output folder as it shall stand in a command; empty: from inside it.
-    module_names: a GPTQ folder has the names that GPTQModel.load wants.
+    by_gptqmodel: a GPTQ folder is for GPTQModel.load.
     by_vllm: vLLM loads the compressed-tensors folder.
     """
     place = f"{below}/{name}" if below else name
     if name == "gptq":
-        if module_names:
+        if by_gptqmodel:
             return [f'GPTQModel.load("{place}")  # Python, gptqmodel']
         loads = f'AutoModelForImageTextToText.from_pretrained("{place}", device_map="auto")'
         return [f"{loads}  # Python, transformers + optimum + gptqmodel"]

@@ -49,7 +49,6 @@ def write(
         "md": markdown,
     }
     manifest, records = artifact.manifest, artifact.manifest.modules
-    by_module = recipe.gptq_names == "module"
     facts = {
         "name": manifest.name,
         "version": __version__,
@@ -75,7 +74,7 @@ def write(
         "sizes": {f: sum(files_of(out / f).values()) for f in recipe.format},
         "plans": result.plan.formats,
         "run_with": {
-            f: run_with(f, out, module_names=by_module, by_vllm=result.by_vllm)[0]
+            f: run_with(f, out, by_gptqmodel=result.by_gptqmodel, by_vllm=result.by_vllm)[0]
             for f in recipe.format
         },
         **card.facts(out, recipe, artifact, result.plan),
@@ -101,7 +100,8 @@ def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
     count = len(linears)
     text = [
         f"{count} linears of the language backbone are quantized by `{recipe.method}`"
-        f" {_grid(recipe, linears)}."
+        f" {_grid(recipe, linears)}.",
+        *_starved(records),
     ]
     if heads:
         grid = "on its type" if recipe.block_types else f"to {recipe.head_bits} bits"
@@ -119,9 +119,28 @@ def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
     scaled = bool(METHODS[recipe.method].scaling)
     if scaled:
         text.append("The norms of its layers carry what the linears' inputs were divided by.")
-    kept = _kept(head=bool(heads), embedding=bool(embeddings), scaled=scaled, tower=bool(tower))
+    sparse = any("routed" in r.metrics for r in records)
+    kept = _kept(
+        head=bool(heads),
+        embedding=bool(embeddings),
+        scaled=scaled,
+        tower=bool(tower),
+        sparse=sparse,
+    )
     text.append(f"{', '.join(kept[:-1]).capitalize()} and {kept[-1]} keep the source's values.")
     return " ".join(text)
+
+
+def _starved(records: Sequence[ModuleRecord]) -> list[str]:
+    """How many experts few tokens came to, if any."""
+    routed = [r for r in records if "routed" in r.metrics and r.name.endswith(".gate_proj")]
+    few = [r for r in routed if "few" in r.metrics]
+    if not few:
+        return []
+    return [
+        f"Of {len(routed)} experts {len(few)} had fewer than {few[0].metrics['few']} calibration"
+        " tokens, and were solved on all other tokens as well, with a small weight."
+    ]
 
 
 def _grid(recipe: Recipe, linears: Sequence[ModuleRecord]) -> str:
@@ -154,14 +173,15 @@ def _tower(linears: Sequence[ModuleRecord]) -> str:
 _TOWER = ["vision tower", "projector"]
 
 
-def _kept(*, head: bool, embedding: bool, scaled: bool, tower: bool) -> list[str]:
+def _kept(*, head: bool, embedding: bool, scaled: bool, tower: bool, sparse: bool) -> list[str]:
     """The parts of the model that keep the source's values.
 
     head, embedding, tower: these are quantized; the output head may share the embedding's matrix.
     scaled: the norms of the layers took a scale.
+    sparse: the layers have experts.
     """
     kept = ["other tensors of vision tower and projector"] if tower else _TOWER
-    kept = [*kept, *([] if embedding else ["embeddings"])]
+    kept = [*kept, *([] if embedding else ["embeddings"]), *(["routers"] if sparse else [])]
     kept += ["last norm" if scaled else "norms"]
     return kept if head or embedding else [*kept, "output head"]
 

@@ -69,7 +69,7 @@ def _print_format(name: str, result: Result) -> None:
         name,
         result.out,
         below=str(result.out),
-        module_names=result.module_names,
+        by_gptqmodel=result.by_gptqmodel,
         by_vllm=result.by_vllm,
     ):
         _line(f"  run: {command}")

@@ -38,6 +38,17 @@ def choose_homes(artifact: Artifact) -> dict[str, str]:
     return {r.name: home_of(artifact.linear(r.name)) for r in records if r.layer != VISION}
 
 
+def together(homes: dict[str, str], layout: Layout) -> dict[str, str]:
+    """The same with one type for experts of one tensor: the largest, which holds them all."""
+    found = dict(homes)
+    for place in layout.text.values():
+        names = [hub.removesuffix(".weight") for hub in place.hubs]
+        if place.experts and found.keys() >= {*names}:
+            kinds = [homes[name] for name in names]
+            found |= dict.fromkeys(names, max(kinds, key=lambda k: TYPES[k].bits_per_weight))
+    return found
+
+
 def dominant(artifact: Artifact, homes: dict[str, str]) -> str:
     """The type that most weights have."""
     weights: Counter[str] = Counter()
@@ -71,6 +82,7 @@ def write_text(
         homes = dict.fromkeys(artifact.linear_names(), "F32")
     elif homes is None:
         homes = choose_homes(artifact)
+    homes = together(homes, layout)
     main = dominant(artifact, homes)
     label = "F32" if twin else artifact.config.gguf_type or main
 
@@ -116,15 +128,15 @@ def _entries(artifact: Artifact, layout: Layout, homes: dict[str, str], twin: bo
             kind, data = "F32", bias_of(artifact, biases[hub], place)
         elif hub in dtypes:
             # llama.cpp wants vectors in F32.
-            kind = "F32" if twin or len(shape) == 1 else source_type(dtypes[hub])
+            kind = "F32" if twin or place.wide or len(shape) == 1 else source_type(dtypes[hub])
             data = _float(artifact, place, kind)
         else:
             raise FormatError(
                 f"{artifact.path}: {hub} is missing from the artifact; the GGUF would lack {name}"
             )
-        if len(shape) == 2 and shape[1] % TYPES[kind].block:
+        if len(shape) > 1 and shape[-1] % TYPES[kind].block:
             raise FormatError(
-                f"{linear}: rows of {shape[1]} columns do not fit {kind}'s blocks of"
+                f"{linear}: rows of {shape[-1]} columns do not fit {kind}'s blocks of"
                 f" {TYPES[kind].block}"
             )
         entries.append(Entry(name, shape, kind, data))
@@ -135,15 +147,25 @@ def _entries(artifact: Artifact, layout: Layout, homes: dict[str, str], twin: bo
 
 
 def packed(artifact: Artifact, place: Place, kind: str) -> Callable[[], np.ndarray]:
-    """The blocks of a linear."""
-    linear = place.hub.removesuffix(".weight")
-    return lambda: place.of_array(pack_linear(artifact.linear(linear), kind))
+    """The blocks of a linear, or of experts one behind the other."""
+    linears = [hub.removesuffix(".weight") for hub in place.hubs]
+
+    def read() -> np.ndarray:
+        parts = [place.of_array(pack_linear(artifact.linear(name), kind)) for name in linears]
+        return np.concatenate(parts) if place.experts else parts[0]
+
+    return read
 
 
 def decoded(artifact: Artifact, place: Place) -> Callable[[], np.ndarray]:
-    """The weights that a linear decodes to, float32."""
-    linear = place.hub.removesuffix(".weight")
-    return lambda: place.of_array(artifact.linear(linear).decode().numpy())
+    """The weights that a linear decodes to, float32, or experts one behind the other."""
+    linears = [hub.removesuffix(".weight") for hub in place.hubs]
+
+    def read() -> np.ndarray:
+        parts = [place.of_array(artifact.linear(name).decode().numpy()) for name in linears]
+        return np.concatenate(parts) if place.experts else parts[0]
+
+    return read
 
 
 def bias_of(artifact: Artifact, linear: str, place: Place) -> Callable[[], np.ndarray]:

@@ -20,6 +20,7 @@ from vlmq_export.formats.gguf.runtime.prompts import as_rows
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.proof.checks import relative_error
 from vlmq_export.formats.proof.reference import Reference
+from vlmq_export.quantizer.model.experts import separated
 from vlmq_export.quantizer.samples.sample import Sample
 
 # Type of a weight → what its inputs are rounded to.
@@ -139,17 +140,18 @@ def cost(
     """
     samples = list(samples)
     wanted = {s.id: reference.logits(s) for s in samples}  # before anything is rounded
-    hooks = [_round_inputs(module, kind) for module, kind in _linears(reference, layout, types)]
     found = {}
-    try:
-        for sample in samples:
-            out = reference.model(**sample.model_inputs(), use_cache=False).logits[0]
-            text = ~as_rows(reference, layout, sample)
-            got = out[:, : reference.vocabulary].numpy()
-            found[sample.id] = relative_error(got[text], wanted[sample.id][text])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with separated(reference.model):  # so that the linears of experts have inputs to round
+        hooks = [_round_inputs(module, kind) for module, kind in _linears(reference, layout, types)]
+        try:
+            for sample in samples:
+                out = reference.model(**sample.model_inputs(), use_cache=False).logits[0]
+                text = ~as_rows(reference, layout, sample)
+                got = out[:, : reference.vocabulary].numpy()
+                found[sample.id] = relative_error(got[text], wanted[sample.id][text])
+        finally:
+            for hook in hooks:
+                hook.remove()
     return found
 
 
@@ -161,9 +163,10 @@ def _linears(
     A tied output matrix has the type of the embedding.
     """
     for name, place in layout.text.items():
-        module = reference.model.get_submodule(place.module.rpartition(".")[0])
-        if isinstance(module, torch.nn.Linear) and name.endswith(".weight"):
-            yield module, ACTIVATIONS[types[name]]
+        for parameter in place.modules:
+            module = reference.model.get_submodule(parameter.rpartition(".")[0])
+            if isinstance(module, torch.nn.Linear) and name.endswith(".weight"):
+                yield module, ACTIVATIONS[types[name]]
     if "output.weight" not in layout.text:
         yield reference.model.get_output_embeddings(), ACTIVATIONS[types["token_embd.weight"]]
 
@@ -171,6 +174,8 @@ def _linears(
 def _round_inputs(module: torch.nn.Module, kind: str) -> RemovableHandle:
     def action(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]):
         x = args[0]
+        if not len(x):  # no token comes to this expert
+            return args
         flat = rounded(x.reshape(-1, x.shape[-1]).numpy(), kind).astype(np.float32)
         return (torch.from_numpy(flat).view_as(x),)
 

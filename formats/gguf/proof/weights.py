@@ -12,6 +12,7 @@ from vlmq_export.errors import FormatError, MissingRuntime
 from vlmq_export.formats.gguf import read
 from vlmq_export.formats.gguf.completeness import complete
 from vlmq_export.formats.gguf.proof.rows import Exported, failed, gated
+from vlmq_export.formats.gguf.tables.layout import Place
 from vlmq_export.formats.proof.checks import Check, compare_weights
 
 Reader = Callable[[Path], Iterator[tuple[str, np.ndarray]]]  # a file's (GGUF name, decoded array)
@@ -86,6 +87,10 @@ class _Pairs:
         tower = {x.hub for name, x in layout.vision.items() if name not in layout.shared}
         left = set(weights.names()) - layout.unused - tower
         for name, got in self.reader(self.export.text):
+            if name in layout.text and layout.text[name].experts:
+                yield from self._experts(layout.text[name], got)
+                left.difference_update(layout.text[name].hubs)
+                continue
             hubs = [layout.text[name].hub] if name in layout.text else []
             # A checkpoint may store a tied output matrix too. The file has one tensor for both.
             if name == "token_embd.weight" and "output.weight" not in layout.text:
@@ -101,6 +106,11 @@ class _Pairs:
                 yield from self._pair(name, got, vision.pop(name))
         yield from vision.items()
         yield from ((hub, weights.array(hub)) for hub in sorted(left))
+
+    def _experts(self, place: Place, got: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Each expert's matrix of a tensor that has them all."""
+        for part, hub in zip(got, place.hubs):
+            yield from self._pair(hub, part, self.export.reference.weights.array(hub))
 
     def _pair(
         self, name: str, got: np.ndarray, want: np.ndarray

@@ -28,7 +28,8 @@ import numpy as np
 from vlmq_export.errors import MissingRuntime
 
 PIN = "2026.10.11549"  # version of xllamacpp, which has llama.cpp b11549
-MUL_MAT = 29  # ggml_op
+MUL_MAT, MUL_MAT_ID = 29, 30  # ggml_op
+I32 = 26  # ggml_type
 LOG_ERROR = 4  # ggml_log_level
 TEXT, IMAGE = 0, 1  # mtmd_input_chunk_type
 
@@ -130,6 +131,17 @@ class Tensor(C.Structure):
         raw = C.string_at(self.data, self.nb[1] * (rows - 1) + 4 * cols) if rows else b""
         flat = np.frombuffer(raw, np.float32)
         return np.lib.stride_tricks.as_strided(flat, (rows, cols), (self.nb[1], 4)).copy()
+
+    def matrices(self) -> np.ndarray:
+        """A copy of float32 or int32 matrices, [ne2, ne1, ne0]. Raises ValueError for others."""
+        dtype = {0: np.float32, I32: np.int32}.get(self.type)
+        cols, rows, count, last = self.ne
+        if dtype is None or self.nb[0] != 4 or last != 1:
+            raise ValueError(f"{self.name}: type {self.type}, shape {list(self.ne)}")
+        span = self.nb[2] * (count - 1) + self.nb[1] * (rows - 1) + 4 * cols
+        flat = np.frombuffer(C.string_at(self.data, span) if count * rows else b"", dtype)
+        strides = self.nb[2], self.nb[1], 4
+        return np.lib.stride_tricks.as_strided(flat, (count, rows, cols), strides).copy()
 
 
 _SIZES = {ModelParams: 80, ContextParams: 168}  # bytes

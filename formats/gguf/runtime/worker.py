@@ -72,7 +72,10 @@ TOKENS = 128
 
 
 class Capture:
-    """Keeps input and output of every MUL_MAT with a weight matrix, by the name of the weight."""
+    """Keeps input and output of every product with a weight matrix, by the name of the weight.
+
+    Of experts each has a name of its own, with its number behind that of their tensor.
+    """
 
     def __init__(self) -> None:
         self.products: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -83,12 +86,14 @@ class Capture:
         """llama.cpp asks whether it shall call again when a node is computed, and then does so."""
         try:
             node = llama.Tensor.from_address(address)
-            if node.op != llama.MUL_MAT:
+            if node.op not in (llama.MUL_MAT, llama.MUL_MAT_ID):
                 return not ask
             weight = llama.Tensor.from_address(node.src[0])
             if not weight.name.endswith(".weight"):
                 return not ask
-            if not ask:
+            if not ask and node.op == llama.MUL_MAT_ID:
+                self._keep_experts(weight.name, node)
+            elif not ask:
                 x = llama.Tensor.from_address(node.src[1])
                 step = max(1, x.ne[1] // TOKENS)
                 product = x.array()[::step], node.array()[::step]
@@ -97,6 +102,15 @@ class Capture:
             # An exception cannot cross the C code that called this. `save` raises it.
             self.error = self.error or f"{type(e).__name__}: {e}"
         return True
+
+    def _keep_experts(self, name: str, node: llama.Tensor) -> None:
+        """The products of each expert with its own tokens."""
+        x, ids = (llama.Tensor.from_address(node.src[i]).matrices() for i in (1, 2))
+        y, ids = node.matrices(), ids[0]  # [tokens, k, out], int32 [tokens, k]
+        x = np.broadcast_to(x, (*ids.shape, x.shape[-1]))  # all k experts may have one input
+        for expert in np.unique(ids):
+            own = ids == expert
+            self.products.setdefault(f"{name}.{expert}", []).append((x[own], y[own]))
 
     def save(self, folder: Path) -> list[str]:
         """Write the files NAME.x.npy and NAME.y.npy of each weight. Returns the names.

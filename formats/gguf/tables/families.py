@@ -96,6 +96,7 @@ def _decoder(
     model: str = "model.language_model.",
     pairs: bool = False,
     gemma: bool = False,
+    experts: bool = False,
 ) -> tuple[Row, ...]:
     """The backbones of Qwen2, Qwen3, Llama and Gemma.
 
@@ -103,6 +104,7 @@ def _decoder(
     head_norms: whether the queries and keys of each head are normalized.
     model: where the module is.
     pairs: whether the two rows of a rotary pair stand next to each other in the file.
+    experts: whether a router and experts are in place of the MLP.
     gemma: whether a norm stands behind each sub-block too, and all norms multiply by 1 + weight.
 
     A model whose output matrix is the embedding has no `output.weight`: see `Layout.text`.
@@ -125,11 +127,34 @@ def _decoder(
         rows += norm(at + "post_ffw_norm", layer + "post_feedforward_layernorm")
     else:
         rows += norm(at + "ffn_norm", layer + "post_attention_layernorm")
-    for name in ("gate", "up"):
-        rows += _linear(f"{at}ffn_{name}", f"{mlp}{name}_proj", "feed_forward hidden", bias=False)
-    rows += _linear(at + "ffn_down", mlp + "down_proj", "hidden feed_forward", bias=False)
+    if experts:
+        rows += _experts(at, mlp)
+    else:
+        for name in ("gate", "up"):
+            wide = "feed_forward hidden"
+            rows += _linear(f"{at}ffn_{name}", f"{mlp}{name}_proj", wide, bias=False)
+        rows += _linear(at + "ffn_down", mlp + "down_proj", "hidden feed_forward", bias=False)
     rows += norm("output_norm", model + "norm")
     return rows + _linear("output", "lm_head", "vocabulary hidden", bias=False)
+
+
+def _experts(at: str, mlp: str) -> tuple[Row, ...]:
+    """A router, and the matrices of all experts in three tensors."""
+    router = Row(
+        at + "ffn_gate_inp.weight", mlp + "gate.weight", ("experts", "hidden"), None, wide=True
+    )
+    shapes = {"gate": ("expert_width", "hidden"), "up": ("expert_width", "hidden")}
+    shapes["down"] = ("hidden", "expert_width")
+    return router, *(
+        Row(
+            f"{at}ffn_{name}_exps.weight",
+            f"{mlp}experts.0.{name}_proj.weight",
+            ("experts", *shape),
+            linear=True,
+            stacked=True,
+        )
+        for name, shape in shapes.items()
+    )
 
 
 # Tensors of the vision towers
@@ -305,6 +330,13 @@ _QWEN3VL_GRAPH = TextGraph(
     sections=True,
     head_keys=True,
     fixed={**_TEXT_FIXED, "attention_bias": False},
+)
+_QWEN3VLMOE_GRAPH = replace(
+    _QWEN3VL_GRAPH,
+    arch="qwen3vlmoe",
+    rows=_decoder(bias=False, head_norms=True, experts=True),
+    sparse=True,
+    fixed={**_QWEN3VL_GRAPH.fixed, "norm_topk_prob": True},
 )
 _LLAMA_GRAPH = TextGraph(
     "llama",
@@ -516,6 +548,7 @@ GRAPHS: dict[str, tuple[tuple[TextGraph, ...], VisionGraph]] = {
     "qwen2_vl": ((_QWEN2VL_GRAPH,), _QWEN2_VL),
     "qwen2_5_vl": ((_QWEN2VL_GRAPH,), _QWEN2_5_VL),
     "qwen3_vl": ((_QWEN3VL_GRAPH,), _QWEN3_VL),
+    "qwen3_vl_moe": ((_QWEN3VLMOE_GRAPH,), _QWEN3_VL),
     "internvl": ((_QWEN2_GRAPH, _QWEN3_GRAPH), _INTERNVL),
     "llava_onevision": ((_QWEN2_GRAPH,), _LLAVA_ONEVISION),
     "idefics3": ((_LLAMA_GRAPH,), _IDEFICS3),

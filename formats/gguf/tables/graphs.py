@@ -28,6 +28,9 @@ class Row:
     shape: tuple[str, ...]  # names of sizes, or digits; in torch's order
     part: Part | None = None  # None: the source tensor as it is
     linear: bool = False  # a matrix that multiplies activations; all others are F32 in an mmproj
+    wide: bool = False  # whether it is F32, though it is no vector
+    # Whether it has the matrices of all experts, one behind the other. `module` is the first.
+    stacked: bool = False
     # Whether its rows are those of heads, and the two of a rotary pair stand next to each other in
     # the file. In transformers the second of each pair is in the other half of the head.
     pairs: bool = False
@@ -45,6 +48,7 @@ class TextGraph:
     # n, where llama.cpp has every n-th layer see all tokens and the others a window, unless the
     # file says which. None: all layers see all tokens.
     windows: int | None = None
+    sparse: bool = False  # whether its layers have experts
     gelu: bool = False  # whether the MLP's activation is GELU, which llama.cpp reads from a table
     # Layers, hidden, heads and head_dim → the only query_pre_attn_scalar that the graph computes.
     scalar: Callable[[int, int, int, int], int] | None = None
@@ -126,11 +130,16 @@ class TextParams:
     window_theta: float  # rope_theta of these layers
     stacked: int  # number of first layers that take features of their own from the vision tower
     tied: bool  # whether the output matrix is the embedding
+    experts: int = 0  # of a layer; 0: it has one MLP
+    taken: int = 0  # experts that a token takes
+    expert_width: int = 0  # of an expert's MLP
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """The sizes by the names that rows use."""
         return {
+            "experts": self.experts,
+            "expert_width": self.expert_width,
             "vocabulary": self.vocabulary,
             "hidden": self.hidden,
             "feed_forward": self.feed_forward,
@@ -161,6 +170,10 @@ class TextParams:
             if self.windows != tuple((i + 1) % self.graph.windows != 0 for i in range(self.layers)):
                 own["attention.sliding_window_pattern"] = list(self.windows)
             own["rope.freq_base_swa"] = self.window_theta
+        if self.experts:
+            own["expert_count"] = self.experts
+            own["expert_used_count"] = self.taken
+            own["expert_feed_forward_length"] = self.expert_width
         if self.stacked:
             own["n_deepstack_layers"] = self.stacked
         return {f"{self.graph.arch}.{key}": value for key, value in own.items()}

@@ -32,6 +32,18 @@ class Place:
     part: Callable[[torch.Tensor], torch.Tensor] | None  # of the source tensor; None: all of it
     linear: bool  # a matrix that multiplies activations
     added: tuple[int, ...] = ()  # zeros behind the source's own numbers, by dimension
+    wide: bool = False  # whether it is F32, though it is no vector
+    experts: int = 0  # how many matrices lie one behind the other; 0: it is one tensor of the hub
+
+    @property
+    def hubs(self) -> list[str]:
+        """Hub names of all source tensors that it is made of, in the order of the file."""
+        return _each_expert(self.hub, self.experts)
+
+    @property
+    def modules(self) -> list[str]:
+        """The same in the module tree of transformers 5, with a module for each expert."""
+        return _each_expert(self.module, self.experts)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of a source tensor that belongs here, with zeros behind it."""
@@ -49,6 +61,12 @@ class Place:
         own = np.ascontiguousarray(self.part(torch.from_numpy(array))) if self.part else array
         rows = self.added[0] if self.added else 0
         return np.pad(own, ((0, rows), *[(0, 0)] * (own.ndim - 1))) if rows else own
+
+
+def _each_expert(name: str, experts: int) -> list[str]:
+    """The name for each number of an expert, where the given one has the number 0."""
+    start, mark, end = name.partition(".experts.0.")
+    return [f"{start}.experts.{e}.{end}" for e in range(experts)] if mark and experts else [name]
 
 
 def pairs_together(rows: torch.Tensor, head: int) -> torch.Tensor:
@@ -146,7 +164,10 @@ class Layout:
                     source = row.module.replace(index, str(module)) if index else row.module
                     hub = self.architecture.family.hub_name(source)
                     part = partial(pairs_together, head=sizes["head"]) if row.pairs else row.part
-                    places[name] = Place(hub, source, shape, part, row.linear, added)
+                    experts = shape[0] if row.stacked else 0
+                    places[name] = Place(
+                        hub, source, shape, part, row.linear, added, row.wide, experts
+                    )
         return places
 
     @property
@@ -169,7 +190,8 @@ class Layout:
     @cached_property
     def held(self) -> frozenset[str]:
         """Hub tensors that one of the two files holds."""
-        return frozenset(place.hub for place in (*self.text.values(), *self.vision.values()))
+        places = (*self.text.values(), *self.vision.values())
+        return frozenset(hub for place in places for hub in place.hubs)
 
     def without_place(self, hub_names: Iterable[str]) -> list[str]:
         """Hub tensors that the files would lose."""

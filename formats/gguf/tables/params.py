@@ -92,6 +92,9 @@ def _text_params(architecture: Architecture, graph: TextGraph, vision: VisionGra
         window_theta=float(local["rope_theta"]) if any(windows) else 0.0,
         stacked=len(architecture.vision.get(vision.stacked) or ()),
         tied=architecture.tied,
+        experts=architecture.experts,
+        taken=architecture.taken,
+        expert_width=int(text["moe_intermediate_size"]) if graph.sparse else 0,
     )
 
 

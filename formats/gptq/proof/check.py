@@ -4,8 +4,9 @@
     L2  each quantized linear alone in its kernel
     L3  logits and greedy answers of transformers with gptqmodel
 
-transformers gives every linear one width. A folder of mixed widths is loaded by GPTQModel.load,
-which builds the same modules in transformers' model.
+transformers gives every linear one width, and has all experts of a layer in one parameter. A folder
+of mixed widths, or with experts, is loaded by GPTQModel.load, which builds the same modules in
+transformers' model.
 
 The model is run in float32 with the kernel gptq_torch. The kernel that the loader picks by itself
 computes in float16, and is reported without a gate.
@@ -30,19 +31,19 @@ from vlmq_export.formats.proof.checks import Check, CheckSettings, Steps, compar
 from vlmq_export.formats.proof.reference import Reference
 
 
-def program(bits: int, *, mixed: bool = False) -> Program:
-    """gptqmodel on a folder of so many bits, or of mixed widths."""
-    exact = {"backend": "gptq_torch"} | ({"mixed": True} if mixed else {"bits": bits})
+def program(bits: int, *, alone: bool = False) -> Program:
+    """gptqmodel on a folder of so many bits. alone: transformers cannot load it."""
+    exact = {"backend": "gptq_torch"} | ({"alone": True} if alone else {"bits": bits})
     return Program(
         "gptq",
         worker="vlmq_export.formats.gptq.proof.worker",
         library="gptqmodel",
-        exact="GPTQModel.load in float32" if mixed else "gptq_torch in float32",
+        exact="GPTQModel.load in float32" if alone else "gptq_torch in float32",
         widened="scales upcast to float32",
         exact_loading=exact,
-        usual_loading={"mixed": True} if mixed else {},
+        usual_loading={"alone": True} if alone else {},
         advice="load with backend=BACKEND.GPTQ_TORCH"
-        if mixed
+        if alone
         else f'load with GPTQConfig(bits={bits}, backend="gptq_torch")',
         # GPTQModel's C++ kernel takes about 100 s to compile on 2 cores.
         usual_seconds=420.0,
@@ -51,7 +52,7 @@ def program(bits: int, *, mixed: bool = False) -> Program:
 
 def program_for(folder: GptqFolder) -> Program:
     """gptqmodel on this folder."""
-    return program(folder.bits, mixed=folder.mixed)
+    return program(folder.bits, alone=folder.mixed or folder.family.sparse)
 
 
 def at_work(

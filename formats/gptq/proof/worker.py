@@ -33,7 +33,7 @@ def load(request: dict) -> Loaded:
     from transformers import GPTQConfig
 
     asked, chosen = request["loading"], {}
-    if asked.get("mixed"):
+    if asked.get("alone"):
         model = by_gptqmodel(request)
     else:
         if "backend" in asked:

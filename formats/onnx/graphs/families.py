@@ -25,6 +25,11 @@ def graph_refusals(architecture: Architecture) -> list[str]:
     where the ONNX packages are not installed.
     """
     family = architecture.family
+    if family.sparse:
+        return [
+            f"config.json: the ONNX graphs have no experts, as {family.model_type} has;"
+            " leave out --format onnx"
+        ]
     if family.images == "lines":
         return [
             "config.json: the ONNX graphs have no vision tower for images of any size whose rows of"

@@ -30,7 +30,7 @@ ARCHES = tiny_families.ARCHES
 PIXTRAL = tiny_families.PIXTRAL
 # llama.cpp wants every n-th block of Qwen2.5-VL's tower to have full attention, and of Qwen3-VL a
 # layer after the last one that takes DeepStack features.
-SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}}
+SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}, "qwen3_vl_moe": {"layers": 3}}
 NEW = ("qwen3_vl", "internvl", "llava_onevision", "idefics3", "smolvlm", "internvl3_5", "gemma3")
 NEW += ("ministral3",)
 
@@ -88,7 +88,7 @@ def test_names_are_llama_cpps_own(arch, artifact):
     suffixes, unknown = (".weight", ".bias"), []
     for name, place in layout.text.items():
         module = place.module.replace("model.language_model.", "model.")
-        module = module.replace("model.text_model.", "model.")
+        module = module.replace("model.text_model.", "model.").replace(".experts.0.", ".experts.")
         assert text.get_name(module, try_suffixes=suffixes) == name
     for name, place in layout.vision.items():
         # The map has no name for the second time slice of the patch convolution, and it numbers
@@ -164,9 +164,13 @@ def test_metadata_that_only_one_family_has(artifact):
     assert keys["internvl"]["clip.vision.projector.scale_factor"] == 2
     assert keys["llava_onevision"]["clip.vision.feature_layer"] == [3]
     assert "qwen2.rope.dimension_sections" not in text["internvl"]
+    experts = {k: v for k, v in text["qwen3_vl_moe"].items() if ".expert_" in k}
+    said = {"count": 6, "used_count": 2, "feed_forward_length": 512}
+    assert experts == {f"qwen3vlmoe.expert_{key}": value for key, value in said.items()}
     silu, gelu = "clip.use_silu", "clip.use_gelu"
     switches = {arch: keys[arch].keys() & {silu, gelu} for arch in ARCHES}
-    wanted = {"qwen2_vl": set(), "qwen2_5_vl": {silu}} | {arch: {gelu} for arch in NEW}
+    wanted = {"qwen2_vl": set(), "qwen2_5_vl": {silu}, "qwen3_vl_moe": {gelu}}
+    wanted |= {arch: {gelu} for arch in NEW}
     wanted |= {arch: {silu} for arch in PIXTRAL}
     assert switches == wanted
 

@@ -79,7 +79,7 @@ def test_gradients_equal_autograd_over_the_whole_model(arch, tiny, small):  # no
     count, streamed, batches = begun(checkpoint, samples)
     found: dict[tuple[int, str], list[torch.Tensor]] = {}
 
-    def keep(layer: int, name: str, _batch, gradient: torch.Tensor) -> None:
+    def keep(layer: int, name: str, _batch, gradient: torch.Tensor, _tokens) -> None:
         found.setdefault((layer, name), []).extend(gradient.unbind())
 
     answer_gradients(streamed, count, batches, OUTS, keep)

@@ -11,7 +11,8 @@ from tools.reference_vlm.model import make_random_checkpoint
 from vlmq_export import bundled
 from vlmq_export.quantizer.calibration import batches as batching
 from vlmq_export.quantizer.calibration.batches import decoder_inputs
-from vlmq_export.quantizer.calibration.collect import collect, importance_factors
+from vlmq_export.quantizer.calibration.collect import collect, raw_factors
+from vlmq_export.quantizer.calibration.collect import importance_factors as of_raw
 from vlmq_export.quantizer.calibration.importance import normalized
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk
 from vlmq_export.quantizer.config import QuantConfig
@@ -51,6 +52,10 @@ def walk(folder):
     model = load_model(checkpoint, CPU)
     family = checkpoint.architecture.family
     return model, list(model.get_submodule(family.module_name(family.layers).rstrip(".")))
+
+
+def importance_factors(walk, method):
+    return of_raw(walk, raw_factors(walk, method), method)
 
 
 def find(batches, groups, sample):

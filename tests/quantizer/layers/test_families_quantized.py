@@ -18,6 +18,7 @@ from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.experts import separate
 from vlmq_export.quantizer.model.streamed import load_model
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
@@ -44,7 +45,7 @@ def made(request, tiny, tmp_path_factory) -> tuple[Artifact, Checkpoint, Referen
 
 def test_every_linear_of_the_decoder_and_nothing_else_is_quantized(made):
     artifact, checkpoint, _ = made
-    assert artifact.linear_names() == checkpoint.architecture.family.linear_names(2)
+    assert artifact.linear_names() == checkpoint.architecture.linears
     for q in artifact.linears():
         weight = checkpoint.tensor(f"{q.name}.weight").float()
         # What 3 bits make of Gaussian weights.
@@ -67,6 +68,7 @@ def test_the_reference_is_the_model_with_decoded_weights(made):
     artifact, checkpoint, reference = made
     model = load_model(checkpoint, torch.device("cpu"))
     family = checkpoint.architecture.family
+    separate(model)
     for q in artifact.linears():
         module = model.get_submodule(family.module_name(q.name))
         module.weight.copy_(q.decode())
@@ -122,7 +124,8 @@ def test_gptq_holds_every_weight(made, tmp_path):
         notes = FORMATS["gptq"].write(artifact, folder, FormatOptions(gptq_names=names))
         needs = "has no class" if lacking else "--gptq-names module"
         told = any("not load in GPTQModel.load: " in note and needs in note for note in notes)
-        one_kind = checkpoint.model_type in ("qwen3_vl", "smolvlm")  # of names, in both places
+        # Of names, in both places.
+        one_kind = checkpoint.model_type in ("qwen3_vl", "qwen3_vl_moe", "smolvlm")
         assert told == (names == "hub" and not one_kind)
         row = own_decoder(GptqFolder(folder), reference)
         assert row.status == "passed", row

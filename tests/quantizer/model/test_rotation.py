@@ -37,7 +37,7 @@ from vlmq_export.recipes.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EQUAL = 1e-9  # allowed relative error of the float64 logits of a rotated model
-TURNED = [arch for arch in ARCHES if arch != "gemma3"]
+TURNED = [arch for arch in ARCHES if arch not in ("gemma3", "qwen3_vl_moe")]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 96, 256, 896, 60])
