@@ -111,7 +111,8 @@ def as_rows(reference: Reference, layout: Layout, sample: Sample) -> np.ndarray:
 def mtmd_rows(reference: Reference, layout: Layout, sample: Sample) -> np.ndarray:
     """float32 [rows, width]: `image_rows` as mtmd gives them, with what stands behind each line."""
     features, rows = image_rows(reference, sample), as_rows(reference, layout, sample)
-    if len(features) == rows.sum():
+    # A picture that is not resized here may have more features than the prompt has tokens for.
+    if not layout.vision_params.graph.row_end:
         return features
     embedding = reference.model.get_input_embeddings().weight.detach()
     found = embedding[sample.input_ids].numpy()  # [S, width]
