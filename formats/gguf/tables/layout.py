@@ -110,8 +110,9 @@ class Layout:
         a token which the mmproj needs.
         """
         text, vision = text_params(architecture), vision_params(architecture)
-        token = vision.graph.row_end if folder else ""
-        return cls(architecture, text, vision, class_row, _row(folder, token) if token else None)
+        token = vision.graph.row_end
+        row = _row(folder, token) if folder and token else None
+        return cls(architecture, text, vision, class_row, row)
 
     @cached_property
     def text(self) -> dict[str, Place]:
