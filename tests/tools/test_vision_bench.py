@@ -19,11 +19,14 @@ def test_a_rounded_tower_costs_more_than_a_solved_one_and_more_bits_cost_less(ti
         [preprocessor.sample(row) for row in read_rows(file)[:4]] for file in (CALIBRATION, HELDOUT)
     )
     bench = Bench(Checkpoint(folder), taken, heldout, QuantConfig("exact", group_size=64))
-    solved, finer = bench.tower_alone(3), bench.tower_alone(8)
+    solved, finer, native = (
+        bench.tower_alone({"vision_bits": bits, "vision_type": kind})
+        for bits, kind in ((3, ""), (8, ""), (6, "Q6_K"))
+    )
     with nearest():
-        rounded = bench.tower_alone(3)
+        rounded = bench.tower_alone({"vision_bits": 3})
     assert stage.tower_job is own
-    assert 0 < finer < solved < rounded
+    assert 0 < finer < native < solved < rounded
 
 
 def test_an_embedding_of_more_bits_costs_less(tiny):

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from tests.jobs import quantized
+from tests.vlmq_export.test_cli import call
 from vlmq_export import bundled
 from vlmq_export.errors import CheckpointError, UsageError
 from vlmq_export.quantizer.artifact.manifest import ModuleRecord
@@ -60,6 +61,19 @@ def test_block_types_and_imatrix_are_refused(tiny):
     )
     plan = planned(source, ("gguf",), emit_imatrix=True)
     assert plan.refusals == ["gguf: --emit-imatrix is not there for experts; leave it out"]
+
+
+def test_gguf_alone_has_the_affine_grid_that_experts_can_have(tiny):
+    """Of a dense model it has block types. The table has a line for all experts of a kind."""
+    code, out, err = call(tiny("qwen3_vl_moe", layers=3), "--format", "gguf", "--dry-run")
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines() if "experts" in line]
+    assert [line[:2] for line in lines[:3]] == [
+        ["experts.*.gate_proj", "18"],
+        ["experts.*.up_proj", "18"],
+        ["experts.*.down_proj", "18"],
+    ]
+    assert "Q4_1" in out and "Q4_K" not in out
 
 
 def test_widths_by_cost_and_rotations_are_refused(tiny):

@@ -17,7 +17,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from tools.reference_vlm.random_checkpoint import COPIED, QWEN2_5_VL_3B, SPECIAL_TOKENS, shapes
+from tools.reference_vlm.random_checkpoint import (
+    COPIED,
+    QWEN2_5_VL_3B,
+    SPECIAL_TOKENS,
+    Shapes,
+    shapes,
+)
 from vlmq_export import Recipe, plan
 from vlmq_export.bundled import REFERENCE_VLM
 
@@ -67,14 +73,19 @@ def headers(folder: Path, config: dict) -> int:
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE_VLM)
     ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in SPECIAL_TOKENS.items()}
     (folder / "config.json").write_text(json.dumps(config | ids), "utf-8")
+    return write_headers(folder / "model.safetensors", shapes(config | ids))
+
+
+def write_headers(file: Path, shapes: Shapes) -> int:
+    """Write a safetensors file of bfloat16 tensors without their bytes, whose number it returns."""
     header, end = {}, 0
-    for name, shape in shapes(config | ids).items():
+    for name, shape in shapes.items():
         size = 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as f:
+    with file.open("wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         f.truncate(8 + len(text) + end)
     return end

@@ -63,15 +63,20 @@ def print_plan(plan: RunPlan) -> None:
 
 
 def _modules(plan: RunPlan) -> Table:
-    """The linears to quantize, by kind and shape."""
-    kinds = Counter(
-        (".".join(x.name.split(".")[-2:]), x.out_features, x.in_features)
-        for x in plan.model.linears
-    )
+    """The linears to quantize, by kind and shape; all experts together."""
+    kinds = Counter((_kind(x.name), x.out_features, x.in_features) for x in plan.model.linears)
     table = Table("modules", "count", "out", "in", box=None, pad_edge=False)
     for (kind, rows, columns), count in kinds.items():
         table.add_row(plain(kind), str(count), str(rows), str(columns))
     return table
+
+
+def _kind(name: str) -> str:
+    """What a linear is called in every layer: self_attn.q_proj, experts.*.up_proj."""
+    parts = name.split(".")
+    if len(parts) > 2 and parts[-2].isdigit():
+        return f"{parts[-3]}.*.{parts[-1]}"
+    return ".".join(parts[-2:])
 
 
 def _sizes(plan: RunPlan) -> Table:
