@@ -164,7 +164,7 @@ def faulty_copy(folder: Path, copy: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arch", ["qwen2_vl", "llava_onevision", "idefics3", "mistral3", "ministral3"]
+    "arch", ["qwen2_vl", "llava_onevision", "idefics3", "mistral3", "ministral3", "qwen3_5"]
 )
 def test_every_level_of_the_other_families(arch, tiny, tmp_path):
     artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny(arch))

@@ -161,6 +161,34 @@ def test_rows_of_rotary_pairs_in_transformers_order(arch, exported, tmp_path):
     assert row(rows, "float32 twin, text prompts").status == "failed"
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        "ssm_out.weight",
+        pytest.param("ssm_a", marks=pytest.mark.slow),
+        pytest.param("attn_norm.weight", marks=pytest.mark.slow),
+    ],
+)
+def test_a_gated_delta_net_as_transformers_has_it(part, exported, tmp_path):
+    """Value heads in its order, the logarithm of the decay, or a gain without its 1."""
+    reference, folder = copied(exported("qwen3_5"), tmp_path)
+    theirs = {
+        "ssm_out.weight": lambda x: x.reshape(-1, 2, 2, 128).swapaxes(1, 2).reshape(x.shape),
+        "ssm_a": lambda x: np.log(-x),
+        "attn_norm.weight": lambda x: x - 1,
+    }
+
+    def change(name, array):
+        return theirs[part](array) if name == f"blk.0.{part}" else array
+
+    text = find_files(folder)[0]
+    copy_container(text, tmp_path / "other.gguf", change=change)
+    (tmp_path / "other.gguf").replace(text)
+    rows = run_check(reference, folder, SETTINGS)
+    assert row(rows, "weights by our reader").status == "failed"
+    assert row(rows, "float32 twin, text prompts").status == "failed"
+
+
 @pytest.mark.parametrize("key", ["clip.vision.projector.scale_factor", "clip.use_gelu"])
 def test_what_smolvlms_tower_cannot_do_without(key, exported, tmp_path):
     reference, folder = copied(exported("idefics3"), tmp_path)

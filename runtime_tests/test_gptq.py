@@ -176,6 +176,7 @@ FAMILY = [
     ("smolvlm", "w4g128"),
     ("mistral3", "w4g128"),
     ("ministral3", "w4g128"),
+    ("qwen3_5", "w4g128"),
 ]
 GRID = [("reference", tag) for tag in ("w2", "w3g128", "w3-sym", "w8g128")]
 OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in FAMILY + GRID]
@@ -348,6 +349,21 @@ def test_decoder_layers_that_the_file_does_not_name_are_not_found(tiny, tmp_path
     failed = [r for r in rows if r.status == "failed"]
     assert {r.level for r in failed} == {"L1", "L2", "L3"}, rows
     assert all("block_name_to_quantize" in r.detail for r in failed), rows
+
+
+@pytest.mark.slow
+def test_linears_that_the_file_does_not_name_must_not_be_floats(tiny, tmp_path):
+    """optimum makes every linear of a layer a quantized one, unless the file lists them."""
+    artifact = rtn_artifact(tmp_path / "artifact", GRIDS["w4g128"], tiny("qwen3_5"))
+    out = exported(tmp_path / "gptq", artifact)
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    named = config["quantization_config"].pop("modules_in_block_to_quantize")
+    assert not any("in_proj_a" in name for group in named for name in group)
+    (out / "config.json").write_text(json.dumps(config), "utf-8")
+    reference = Reference(artifact.path, read_rows(bundled.HELDOUT)[:1])
+    failed = [r for r in check(out, reference, FormatOptions(), SETTINGS) if r.status == "failed"]
+    assert {r.level for r in failed} == {"L1", "L2", "L3"}
+    assert all("could not place" in r.detail for r in failed), failed
 
 
 QUANTIZER = Path(__file__).resolve().parents[1] / "tools" / "bench" / "peers" / "run_gptqmodel.py"

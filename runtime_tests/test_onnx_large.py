@@ -67,8 +67,8 @@ def make_source(folder):
     config.vision_config.out_hidden_size = WIDTH
     with torch.device("meta"):
         model = reference_vlm.make_model(config)
-    family, draw = Architecture.of(config.to_dict()).family, torch.Generator().manual_seed(0)
-    quantized = set(family.linear_names(LAYERS))
+    architecture, draw = Architecture.of(config.to_dict()), torch.Generator().manual_seed(0)
+    family, quantized = architecture.family, set(architecture.linears)
     tensors = {}
     for name, p in model.named_parameters():
         hub = family.hub_name(name)
@@ -110,7 +110,7 @@ def random_artifact(folder, source):
     folder.mkdir()
     for layer in range(LAYERS):
         prefix = f"{family.layers}{layer}."
-        names = [n for n in family.linear_names(LAYERS) if n.startswith(prefix)]
+        names = [n for n in checkpoint.architecture.linears if n.startswith(prefix)]
         linears = [random_linear(name, draw) for name in names]
         own = [ModuleRecord.of(linear, layer, {}) for linear in linears]
         write_layer(folder, layer, linears, own)

@@ -10,7 +10,7 @@ import pytest
 from runtime_tests import test_gguf, test_onnx
 from tools.reference_vlm import random_checkpoint
 from tools.reference_vlm.tiny_checkpoints import make_tiny
-from tools.reference_vlm.tiny_families import ARCHES, PIXTRAL, SPARSE
+from tools.reference_vlm.tiny_families import ARCHES, NOT_ONNX
 from vlmq_export.bundled import CALIBRATION, HELDOUT
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
@@ -81,7 +81,7 @@ def exported(tmp_path_factory):
 
 CASES = ["qwen2_5_vl", "llava_onevision", "internvl", "idefics3", ODD, GATED]
 OTHERS = [a for a in ARCHES if a not in CASES]
-TO_ONNX = [a for a in OTHERS if a not in (*PIXTRAL, *SPARSE)]
+TO_ONNX = [a for a in OTHERS if a not in NOT_ONNX]
 
 
 def slow(*values):

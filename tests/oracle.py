@@ -118,7 +118,7 @@ def block_gradients(
     norm. The MLP is given its input in place of what the attention made. `hidden` is X.
     """
     modules = dict(layer.named_modules())
-    first = block.kind == "attention"
+    first = block.attends
     behind = "pre_feedforward_layernorm"  # Gemma's name of the norm before the MLP
     behind = modules[behind if behind in modules else "post_attention_layernorm"]
 
@@ -129,11 +129,14 @@ def block_gradients(
             seen.append(args[0])
 
         def silent(_module, _inputs, output):  # the attention adds nothing
+            if isinstance(output, torch.Tensor):
+                return torch.zeros_like(output)
             return (torch.zeros_like(output[0]), *output[1:])
 
         handles = [behind.register_forward_pre_hook(look)]
         if not first:
-            handles.append(layer.self_attn.register_forward_hook(silent))
+            attention = getattr(layer, "self_attn", None) or layer.linear_attn
+            handles.append(attention.register_forward_hook(silent))
         try:
             out = layer(x, **kwargs)
         finally:

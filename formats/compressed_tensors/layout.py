@@ -6,7 +6,11 @@ from collections.abc import Iterable, Iterator
 
 from vlmq_export._version import __version__
 from vlmq_export.formats.in_transformers.files import Entry, float_entries
-from vlmq_export.formats.in_transformers.widths import tower_patterns, width_patterns
+from vlmq_export.formats.in_transformers.widths import (
+    kept_patterns,
+    tower_patterns,
+    width_patterns,
+)
 from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, TensorSpec
 from vlmq_export.quantizer.config import QuantConfig
 
@@ -56,9 +60,11 @@ def schemes(model: ModelPlan) -> list[tuple[list[str], QuantConfig]]:
     vLLM gives its fused linears.
     """
     config, family = model.config, model.architecture.family
-    parts = [([LAYERS], config)]
-    if config.widths:
-        found = width_patterns(config.widths, family)
+    parts, widths = [([LAYERS], config)], config.widths
+    if not all(linear.name.endswith("_proj") for linear in model.linears):
+        widths = {n: config.of(n).bits for n in model.architecture.linears}
+    if widths:
+        found = width_patterns(widths, family)
         parts = [([f"re:{one}" for one in each], config.at(bits)) for bits, each in found.items()]
     if config.head_bits:
         parts.append(([HEAD], config.head))
@@ -69,7 +75,8 @@ def schemes(model: ModelPlan) -> list[tuple[list[str], QuantConfig]]:
         key = (grid.bits, grid.group_size, grid.symmetric)
         grids.setdefault(key, ([], grid))[0].extend(targets)
     if len(grids) == 1 and not config.widths:
-        return [(["Linear", *targets[1:]], grid) for targets, grid in grids.values()]
+        named = len(parts[0][0])  # the expressions of the decoder, for which the class stands
+        return [(["Linear", *targets[named:]], grid) for targets, grid in grids.values()]
     return list(grids.values())
 
 
@@ -79,7 +86,7 @@ def ignored(model: ModelPlan) -> list[str]:
     Of a quantized tower, these are the modules that have weights and no integers.
     """
     family = model.architecture.family
-    head = [] if model.config.head_bits else [HEAD]
+    head = [*kept_patterns(family), *([] if model.config.head_bits else [HEAD])]
     if not model.tower:
         roots = [prefix.rstrip(".").split(".")[-1] for prefix in family.vision if prefix[-1] == "."]
         return [rf"re:.*{root}\..*" for root in roots] + head

@@ -26,6 +26,7 @@ from vlmq_export.formats.gguf.tables.params import (
 )
 from vlmq_export.formats.gguf.types.exact import grid_home, planned_home, tower_home, why_homeless
 from vlmq_export.formats.gguf.types.mix import MIXES, module_types
+from vlmq_export.formats.gguf.types.order import torn
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.formats.model_plan import (
     LinearSpec,
@@ -53,6 +54,7 @@ def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
     layout, parts, notes = None, {}, []
     if not inexpressible:
         layout = Layout.of(model.architecture, options.mmproj_class_row)
+        refusals += _torn(model, layout)
         tokenizer, image, unreadable = _beside(model, layout)
         refusals += unreadable
         notes = token_notes(tokenizer) if tokenizer else []
@@ -73,6 +75,18 @@ def _homes(model: ModelPlan) -> dict[str, str | None]:
         x.name: config.types.get(x.name) or planned_home(config.of(x.name), x.in_features)
         for x in model.linears
     }
+
+
+def _torn(model: ModelPlan, layout: Layout) -> list[str]:
+    """A line where groups do not survive the order in which the file has some columns."""
+    size, types = model.config.group_size, model.config.types
+    places = [place for place in layout.text.values() if place.heads]
+    affine = [p for p in places if p.hub.removesuffix(".weight") not in types]
+    return [
+        torn(place.hub.removesuffix(".weight"), f"groups of {size} columns", place.run)
+        for place in affine[:1]
+        if size != -1 and place.run % size
+    ]
 
 
 def linear_bits(linear: LinearSpec, config: QuantConfig, options: FormatOptions) -> int | None:
@@ -304,8 +318,8 @@ def _fallbacks(config: QuantConfig) -> list[str]:
     if not legacy:
         return []
     return [
-        f"{len(legacy)} matrices have rows that no block of 256 divides and take a type of"
-        f" 32-blocks, first {legacy[0]}"
+        f"{len(legacy)} matrices have rows, or heads that llama.cpp puts in another order, that no"
+        f" block of 256 divides, and take a type of 32-blocks, first {legacy[0]}"
     ]
 
 

@@ -12,7 +12,7 @@ from vlmq_export.formats.in_transformers.widths import width_patterns
 from vlmq_export.formats.model_plan import LinearSpec, TensorSpec
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
-from vlmq_export.quantizer.model.families import Family
+from vlmq_export.quantizer.model.families import Family, groups_of
 
 VERSIONS = {"v1": "gptq", "v2": "gptq_v2"}  # option --gptq-version → `checkpoint_format`
 # GPTQModel loads an asymmetric v1 file only if `meta.quantizer` lists GPTQModel itself, in a
@@ -24,6 +24,7 @@ GPTQMODEL_LOADS = (
     "qwen2_5_vl",
     "qwen3_vl",
     "qwen3_vl_moe",
+    "qwen3_5",
     "internvl",
     "smolvlm",
     "gemma3",
@@ -78,6 +79,9 @@ def quantization_config(
     named = {} if layers in OPTIMUM_FINDS else {"block_name_to_quantize": layers}
     usual = usual_grid(config)
     rules = {"dynamic": _dynamic(config, usual, family)} if config.widths else {}
+    if any(block.kept for block in family.every_block):  # linears of the layers that stay floats
+        steps = dict.fromkeys(group for chain in family.chains for group in groups_of(chain))
+        rules |= {"modules_in_block_to_quantize": [[*group] for group in steps]}
     return {
         "quant_method": "gptq",
         "bits": usual.bits,

@@ -16,7 +16,7 @@ from vlmq_export.quantizer.config import BITS
 MARLIN_GROUPS = (-1, 32, 64, 128)  # MARLIN_SUPPORTED_GROUP_SIZES of vLLM and SGLang
 READ_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
 SPARSE = ("qwen3_vl_moe",)  # with experts, which transformers has fused in one parameter
-UNREAD = ("gemma3", "mistral3", *SPARSE)  # of which no server's code was read
+UNREAD = ("gemma3", "mistral3", "qwen3_5", *SPARSE)  # of which no server's code was read
 ALL_FAMILIES = (*READ_FAMILIES, "idefics3", "smolvlm", *UNREAD)
 DENSE = tuple(name for name in ALL_FAMILIES if name not in SPARSE)
 

@@ -16,10 +16,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from vlmq_export.quantizer.model.families import Family
+from vlmq_export.quantizer.model.families import Family, groups_of
 
 # Last names of linears with one input → the linear that programs fuse them to.
-_FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+_FUSED = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("in_proj_qkv", "in_proj_z"): "in_proj_qkvz",
+    ("in_proj_b", "in_proj_a"): "in_proj_ba",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+}
 
 
 def width_patterns(widths: Mapping[str, int], family: Family) -> dict[int, list[str]]:
@@ -29,8 +34,9 @@ def width_patterns(widths: Mapping[str, int], family: Family) -> dict[int, list[
     """
     layers: dict[int, dict[tuple[str, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
     count = len({name.removeprefix(family.layers).partition(".")[0] for name in widths})
+    kinds = dict.fromkeys(group for chain in family.chains for group in groups_of(chain))
     for layer in range(count):
-        for group in family.groups:
+        for group in (g for g in kinds if f"{family.layers}{layer}.{g[0]}" in widths):
             alike: dict[int, list[str]] = defaultdict(list)
             for name in group:
                 alike[widths[f"{family.layers}{layer}.{name}"]].append(name)
@@ -44,11 +50,25 @@ def width_patterns(widths: Mapping[str, int], family: Family) -> dict[int, list[
 
 def _pattern(names: tuple[str, ...], layers: list[str]) -> str:
     """The expression of linears with one input, by their names in a layer, in some layers."""
+    return rf".*model\.layers\.({'|'.join(layers)})\.{_alternatives(names)}$"
+
+
+def _alternatives(names: tuple[str, ...]) -> str:
+    """The end of an expression for linears of one module, with the name that they are fused to."""
     parent = names[0].rpartition(".")[0].replace(".", r"\.")
     ends = tuple(name.rpartition(".")[2] for name in names)
     if fused := _FUSED.get(ends):
         ends = (*ends, fused)
-    return rf".*model\.layers\.({'|'.join(layers)})\.{parent}\.({'|'.join(ends)})$"
+    return rf"{parent}\.({'|'.join(ends)})"
+
+
+def kept_patterns(family: Family) -> list[str]:
+    """The expressions that together name the linears of the decoder layers that stay floats."""
+    return [
+        rf"re:.*layers\.(.*\.)?{_alternatives(block.kept)}$"
+        for block in family.every_block
+        if block.kept
+    ]
 
 
 def tower_patterns(modules: Iterable[str], family: Family) -> list[str]:

@@ -28,6 +28,7 @@ from vlmq_export.quantizer.ranks import ALONE, Ranks
 
 AT_ONCE = 512  # positions whose logits are there at once
 KEPT = 4 * 2**30  # bytes of layers' inputs that are put away at once
+Names = Sequence[Sequence[str]]  # of modules, one sequence for each layer
 # Is given layer, module, batch and ∂L/∂Z [samples, tokens, out]. At an expert, to which some tokens
 # alone come, that is [n, out], and the last argument tells which these are.
 Take = Callable[[int, str, Batch, torch.Tensor, torch.Tensor | None], None]
@@ -35,16 +36,16 @@ Take = Callable[[int, str, Batch, torch.Tensor, torch.Tensor | None], None]
 
 @tensor_cores()
 def answer_gradients(
-    model: StreamedModel, layers: int, batches: Sequence[Batch], names: Sequence[str], take: Take
+    model: StreamedModel, batches: Sequence[Batch], names: Names, take: Take
 ) -> None:
     """Give `take` the gradient of L at the output Z of each module of `names`, last layer first.
 
     Samples do not weigh on each other. The batches are at the input of the first layer and are left
     there. Samples whose activations are not finite have no loss.
     """
-    kept = 4 * layers * model.head_shape[1]  # bytes of a token
+    kept = 4 * len(names) * model.head_shape[1]  # bytes of a token
     for some in _parts(batches, kept):
-        _gradients_of(model, layers, some, names, take)
+        _gradients_of(model, some, names, take)
 
 
 def _parts(batches: Sequence[Batch], kept: int) -> Iterator[Sequence[Batch]]:
@@ -63,10 +64,9 @@ def _parts(batches: Sequence[Batch], kept: int) -> Iterator[Sequence[Batch]]:
         yield batches[start:]
 
 
-def _gradients_of(
-    model: StreamedModel, layers: int, batches: Sequence[Batch], names: Sequence[str], take: Take
-) -> None:
+def _gradients_of(model: StreamedModel, batches: Sequence[Batch], names: Names, take: Take) -> None:
     """`answer_gradients` of one part of the batches."""
+    layers = len(names)
     inputs = layer_inputs(model, layers, batches)
     gradients: list[Callable] = []  # ∂L/∂ of what leaves the layer, one a batch
     for index in reversed(range(layers)):
@@ -79,7 +79,7 @@ def _gradients_of(
                     # match.
                     if hidden.is_cuda:
                         hooks.enter_context(sdpa_kernel(SDPBackend.MATH))
-                    for name in names:
+                    for name in names[index]:
                         module = layer.get_submodule(name)
                         hooks.enter_context(leaf_output(module, leaves, name, cut=False))
                     out = layer_output(layer, hidden, batch, index)
@@ -137,10 +137,7 @@ def _loss_gradient(
 
 
 def answer_factors(
-    model: StreamedModel,
-    layers: int,
-    batches: Sequence[Batch],
-    names: Sequence[str],
+    model: StreamedModel, batches: Sequence[Batch], names: Names
 ) -> list[dict[str, list[torch.Tensor | Reached]]]:
     """How much the answers depend on each token, at the outputs of `names` of every layer.
 
@@ -149,7 +146,7 @@ def answer_factors(
     each sample. A sample without an answer has zeros.
     """
     found: list[dict[str, list[torch.Tensor | Reached]]]
-    found = [{name: [torch.empty(0)] * len(batches) for name in names} for _ in range(layers)]
+    found = [{name: [torch.empty(0)] * len(batches) for name in own} for own in names]
     places = {id(batch): index for index, batch in enumerate(batches)}
 
     def take(
@@ -159,24 +156,21 @@ def answer_factors(
         some = per_sample(g) if tokens is None else Reached(g, tokens, batch.ids.shape).per_sample()
         found[layer][name][places[id(batch)]] = some.to("cpu")
 
-    answer_gradients(model, layers, batches, names, take)
+    answer_gradients(model, batches, names, take)
     return found
 
 
 def modality_ratios(
-    model: StreamedModel,
-    layers: int,
-    batches: Sequence[Batch],
-    names: Sequence[str],
-    ranks: Ranks = ALONE,
-) -> dict[str, list[float]]:
-    """MBQ's ρ of each module of `names`, one figure a layer (docs/methods.md §4.2).
+    model: StreamedModel, batches: Sequence[Batch], names: Names, ranks: Ranks = ALONE
+) -> list[dict[str, float]]:
+    """MBQ's ρ of each module of `names`, by layer (docs/methods.md §4.2).
 
     ρ is the mean magnitude of the gradient over image tokens, divided by that over answer tokens.
-    Each sample's mean counts alike. ρ is never below its median over the layers.
+    Each sample's mean counts alike. ρ is never below its median over the layers that have a module
+    of that name.
     """
     # Columns: Σ of image means, their number, Σ of answer means, their number.
-    sums = {name: torch.zeros(layers, 4, dtype=torch.float64) for name in names}
+    sums = [{name: torch.zeros(4, dtype=torch.float64) for name in own} for own in names]
 
     def take(
         layer: int, name: str, batch: Batch, gradient: torch.Tensor, _tokens: torch.Tensor | None
@@ -187,15 +181,18 @@ def modality_ratios(
             some = batch.valid & (number > 0)
             means = torch.where(tokens, each, 0.0).sum(1) / number.clamp_min(1)
             found = torch.stack([means[some].sum(), some.sum().double()])
-            sums[name][layer, start : start + 2] += found.cpu()
+            sums[layer][name][start : start + 2] += found.cpu()
 
-    answer_gradients(model, layers, batches, names, take)
-    ratios = {}
-    for name, parts in sums.items():
-        total = torch.tensor(ranks.total(*parts.flatten().tolist())).view(layers, 4)
+    answer_gradients(model, batches, names, take)
+    ratios: list[dict[str, float]] = [{} for _ in names]
+    for name in dict.fromkeys(name for own in names for name in own):
+        where = [layer for layer, own in enumerate(names) if name in own]
+        parts = torch.stack([sums[layer][name] for layer in where])
+        total = torch.tensor(ranks.total(*parts.flatten().tolist())).view(-1, 4)
         image, images, answer, answers = total.T
         image, answer = image / images.clamp_min(1), answer / answers.clamp_min(1)
         each = (image / answer.clamp_min(1e-300)).tolist()
         least = statistics.median(each)
-        ratios[name] = [max(ratio, least) for ratio in each]
+        for layer, ratio in zip(where, each):
+            ratios[layer][name] = max(ratio, least)
     return ratios

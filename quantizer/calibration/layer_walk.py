@@ -12,7 +12,7 @@ weights, and the quantized stream once they have the decoded ones. Between two s
 and, for a while, what an attention has mixed. An MLP's inner value is by far the widest and is
 never kept. No other forward pass is repeated. Experts take no steps: `routed.py` walks them.
 
-`Family.blocks` is the chain. A test holds each family's layer against its own forward pass.
+`Architecture.blocks` is the chain. A test holds each family's layer against its own forward pass.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class LayerWalk:
                 self._close(self.blocks[step // 2 - 1], index)
             return normed(self.layer, block, self.batches[index].quantized)
         entering = self._mix(block, index)
-        if block.kind == "attention":
+        if block.attends:
             self._mixed[index] = self.batches[index].aside(entering)
         return entering
 
@@ -193,7 +193,7 @@ class LayerWalk:
         """
         (block, closing), batch = self.step(step), self.batches[index]
         if not closing:
-            if block.kind == "attention":  # before its `ins` are replaced
+            if block.attends:  # before its `ins` are replaced
                 self._mix_full(block, index)
             return normed(self.layer, block, batch.full)
         with source_weights(self._source):
@@ -208,7 +208,7 @@ class LayerWalk:
             return kept()
         batch = self.batches[index]
         entering = mixed(self.layer, block, batch.full, batch.kwargs)
-        if block.kind == "attention":
+        if block.attends:
             self._full_mixed[index] = batch.aside(entering)
         return entering
 

@@ -14,6 +14,8 @@ import torch
 from vlmq_export.quantizer.calibration.hooks import input_of, inputs_of
 from vlmq_export.quantizer.model.families import SubBlock
 
+_POSITIONS = ("position_embeddings", "position_ids")
+
 
 def normed(layer: Any, block: SubBlock, hidden: torch.Tensor) -> torch.Tensor:
     """norm(x), which enters `ins`, [samples, tokens, hidden]."""
@@ -23,7 +25,11 @@ def normed(layer: Any, block: SubBlock, hidden: torch.Tensor) -> torch.Tensor:
 def inner(layer: Any, block: SubBlock, x: torch.Tensor, kwargs: Mapping) -> torch.Tensor:
     """out(mix(ins(x))) of what has passed the norm, [samples, tokens, hidden]."""
     module = layer.get_submodule(block.module)
-    return module(hidden_states=x, **kwargs)[0] if block.kind == "attention" else module(x)
+    if not block.attends:
+        return module(x)
+    if block.kind == "recurrent":  # it hands on to its kernels whatever else it is given
+        return module(hidden_states=x, **{k: v for k, v in kwargs.items() if k not in _POSITIONS})
+    return module(hidden_states=x, **kwargs)[0]
 
 
 def mixed(layer: Any, block: SubBlock, hidden: torch.Tensor, kwargs: Mapping) -> torch.Tensor:

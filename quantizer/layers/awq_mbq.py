@@ -14,7 +14,8 @@ A layer is a chain of sub-blocks, x ← x + post(out(mix(ins(norm(x))))). f is o
 for `out`. Nothing is left for a runtime to do. 1/s goes into the norm before `ins`. Before `out` it
 goes into the rows of the linear in which the mix is linear: into those of up, and into those of v
 where they fit. A norm is first rounded to the type that it is stored in, and the weights take the
-scale that is left.
+scale that is left. Linears that read the norm and stay floats take it too, and are rounded to the
+type that they are stored in.
 docs/methods.md §4.1 and §4.2.
 """
 
@@ -37,7 +38,7 @@ from vlmq_export.quantizer.solver.nearest import round_to_nearest
 
 POWERS = tuple(i / 20 for i in range(20))  # values of t that are tried
 CLIPS = tuple(1 - i / 20 for i in range(10))  # AWQ: shares of a group's largest magnitude
-_UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
+_UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj", "linear_attn.in_proj_qkv")
 # Linear and its columns → its grid, and the columns per scale.
 GridOf = Callable[[str, int], tuple[Affine, int]]
 # A float tensor by its name in the layer → its value as the file can hold it, float32.
@@ -50,7 +51,8 @@ class Scaled:
 
     weights: dict[str, torch.Tensor]  # linear → float32 [out, in]
     biases: dict[str, torch.Tensor]  # linear → float32 [out], where it has one
-    norms: dict[str, torch.Tensor] = field(default_factory=dict)  # parameter → float32, storable
+    # Norms, and linears that are not quantized: parameter → float32, storable.
+    floats: dict[str, torch.Tensor] = field(default_factory=dict)
     powers: dict[str, float] = field(default_factory=dict)  # linear → t, where something took 1/s
 
 
@@ -88,6 +90,9 @@ def scaled_layer(
             out.powers |= dict.fromkeys(names, power)
         for name in names:
             out.weights[name] *= scale
+        block, closing = walk.step(step)
+        for name in () if closing else (f"{kept}.weight" for kept in block.kept):
+            out.floats[name] = stored(name, layer.get_parameter(name) * scale)
         clips.append((names, energy.grams, scale))
     # Only now, because the rows of v and up have been scaled by the steps after them.
     for names, grams, scale in clips:
@@ -193,10 +198,15 @@ class _Fold:
 
 
 def _fold_of(walk: LayerWalk, step: int) -> _Fold | None:
-    """None where heads share a value, so that the rows of v do not fit the columns of o."""
+    """None where no linear is the carrier, and where heads share a value.
+
+    The rows of v do not fit the columns of o then.
+    """
     block, closing = walk.step(step)
     if not closing:
         return _Fold(norm=f"{block.norm}.weight")
+    if not block.carrier:
+        return None
     given, taken = (walk.layer.get_submodule(name) for name in (block.carrier, block.out))
     return _Fold(linear=block.carrier) if given.out_features == taken.in_features else None
 
@@ -211,8 +221,8 @@ def _fold(
             out.biases[fold.linear] /= scale
         return scale
     gain = layer.get_parameter(fold.norm) + offset
-    out.norms[fold.norm] = stored(fold.norm, gain / scale - offset)
-    new = out.norms[fold.norm] + offset
+    out.floats[fold.norm] = stored(fold.norm, gain / scale - offset)
+    new = out.floats[fold.norm] + offset
     return torch.where(new == 0, torch.ones_like(gain), gain / new)
 
 

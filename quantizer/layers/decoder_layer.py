@@ -110,7 +110,7 @@ def scale_layer(
 ) -> tuple[list[Solved], dict[str, torch.Tensor]]:
     """Round a layer's linears to nearest after AWQ's or MBQ's scaling.
 
-    Returns the linears, and the norms that ship in place of the source's, by hub name. The layer
+    Returns the linears, and the floats that ship in place of the source's, by hub name. The layer
     keeps its source weights, because these methods calibrate on the full-precision stream.
     """
 
@@ -136,4 +136,4 @@ def scale_layer(
             metrics["power"] = scaled.powers[name]
         linear = linear_of(prefix + name, solution, scaled.biases.get(name), choice)
         solved.append((linear, metrics))
-    return solved, {prefix + name: value for name, value in scaled.norms.items()}
+    return solved, {prefix + name: value for name, value in scaled.floats.items()}

@@ -37,6 +37,11 @@ _SIZES = frozenset(
         "in_chans",
         "intermediate_size",
         "moe_intermediate_size",
+        "linear_conv_kernel_dim",
+        "linear_key_head_dim",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_value_head_dim",
         "max_position_embeddings",
         "num_attention_heads",
         "num_experts",
@@ -155,10 +160,10 @@ class Architecture:
 
     def blocks(self, layer: int) -> tuple[SubBlock, ...]:
         """The chain of sub-blocks that a decoder layer is."""
-        experts = self.experts
+        experts, special = self.experts, self.family.special
+        chain = self.family.blocks_of(self.text["layer_types"][layer] if special else "")
         return tuple(
-            replace(block, experts=experts) if block.kind == "experts" else block
-            for block in self.family.blocks
+            replace(block, experts=experts) if block.kind == "experts" else block for block in chain
         )
 
     def groups(self, layer: int) -> list[tuple[str, ...]]:

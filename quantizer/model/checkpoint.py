@@ -217,15 +217,19 @@ class Checkpoint:
     def _hub_names(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         """The same tensors by their published names, whichever version of transformers saved them.
 
-        Fused experts become a tensor for each linear. What the model computes itself is left out.
-        Names of a family that is not supported are left alone. Raises CheckpointError for a tensor
-        that is there under two names.
+        Fused experts become a tensor for each linear. What the model computes itself is left out,
+        and what `Family.left_out` names. Names of a family that is not supported are left alone.
+        Raises CheckpointError for a tensor that is there under two names.
         """
         family = FAMILIES.get(self.model_type)
         if family is None:
             return tensors
         tensors = parts_of(tensors) if family.sparse else tensors
-        hub_names = {n: family.hub_name(n) for n in tensors if not n.endswith(COMPUTED)}
+        out = [name for name in tensors if family.left_out and name.startswith(family.left_out)]
+        if out:
+            log.info("%s: %d tensors left out, first %s", self.path.name, len(out), min(out))
+        own = (n for n in tensors if n not in {*out} and not n.endswith(COMPUTED))
+        hub_names = {n: family.hub_name(n) for n in own}
         named = {hub: replace(tensors[name], name=hub) for name, hub in hub_names.items()}
         if len(named) < len(hub_names):
             seen: set[str] = set()

@@ -22,18 +22,22 @@ class SubBlock:
     A layer is a chain of these. All names are those of modules in the layer.
     """
 
-    # An attention is given positions and a mask as well. What it mixes is dear and narrow, and is
-    # kept until `out` is solved. An MLP's is cheap and by far the widest, and is made again. Of
-    # experts each token takes some, as a router says.
-    kind: Literal["attention", "mlp", "experts"]
-    norm: str  # read by `ins` and by nothing else, so that a scale can be moved between them
+    # An attention is given positions and a mask as well, and a linear attention (`recurrent`) a
+    # mask alone. What they mix is dear and narrow, and is kept until `out` is solved. An MLP's is
+    # cheap and by far the widest, and is made again. Of experts each token takes some, as a router
+    # says.
+    kind: Literal["attention", "recurrent", "mlp", "experts"]
+    norm: str  # read by `ins` and `kept` alone, so that a scale can be moved between them
     module: str  # what computes out(mix(ins(·)))
     ins: tuple[str, ...]  # linears that share the norm's output, in the order of quantization
     out: str  # the linear that closes the step
-    carrier: str  # the one of `ins` in which the mix is linear, row for column of `out`
+    carrier: str = ""  # the one of `ins` in which the mix is linear, row for column of `out`
     post: str = ""  # a norm between `out` and the residual stream
     # How many MLPs there are, where it is experts; `*` in the names of linears is their number.
     experts: int = 0
+    kept: tuple[str, ...] = ()  # linears that read the norm as well, and stay floats
+    # Whether what enters `out` may be rotated within each head, by a rotation of the carrier.
+    turns: bool = False
 
     @property
     def steps(self) -> tuple[tuple[str, ...], ...]:
@@ -48,6 +52,11 @@ class SubBlock:
         return [name for names in self.steps for name in names]
 
     @property
+    def attends(self) -> bool:
+        """Whether it mixes tokens with each other."""
+        return self.kind in ("attention", "recurrent")
+
+    @property
     def holder(self) -> str:
         """The module that holds the experts, and is given the tokens with their choices."""
         return self.out.partition(".*")[0]
@@ -60,6 +69,11 @@ class SubBlock:
         )
         return ins, out
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """All linears that read the norm."""
+        return *self.ins, *self.kept
+
 
 ATTENTION = SubBlock(
     "attention",
@@ -68,6 +82,7 @@ ATTENTION = SubBlock(
     ins=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     out="self_attn.o_proj",
     carrier="self_attn.v_proj",
+    turns=True,
 )
 MLP = SubBlock(
     "mlp",
@@ -90,6 +105,19 @@ GEMMA = (
     replace(ATTENTION, post="post_attention_layernorm"),
     replace(MLP, norm="pre_feedforward_layernorm", post="post_feedforward_layernorm"),
 )
+# The full attention of Qwen3.5 multiplies what it mixes by a gate, channel by channel.
+GATED = replace(ATTENTION, turns=False)
+# A gated delta net has a norm of each head and a gate between its mix and `out`. A value's scale
+# would be lost in that norm, whose own weight all heads share. Decay and step size of each head are
+# one row of a matrix each.
+DELTA_NET = SubBlock(
+    "recurrent",
+    norm="input_layernorm",
+    module="linear_attn",
+    ins=("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+    out="linear_attn.out_proj",
+    kept=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+)
 # Ends of the names of buffers that the models compute themselves. Some versions of transformers
 # saved them, and none reads them.
 COMPUTED = ("inv_freq", "position_ids", "embed_scale")
@@ -111,6 +139,10 @@ class Family:
     tokens: str = ""
     decoders: str = ""
     blocks: tuple[SubBlock, ...] = DECODER  # the chain that a decoder layer is
+    # Pairs of a name in `layer_types` of config.json and the chain that such layers are.
+    special: tuple[tuple[str, tuple[SubBlock, ...]], ...] = ()
+    # Prefixes of tensors in the published files that transformers' model does not have.
+    left_out: tuple[str, ...] = ()
     gain: float = 0.0  # what the norms add to their weights
     # Hub modules and tensors outside the decoder whose output enters its residual stream. Their
     # shapes are [hidden, ...], and `*` stands for a number.
@@ -139,10 +171,19 @@ class Family:
     # to these tokens after layers 0, 1, ... (DeepStack).
     added: tuple[str, str] | None = None
 
+    def blocks_of(self, layer_type: str) -> tuple[SubBlock, ...]:
+        """The chain that a layer of a type is, which is one of `layer_types` in config.json."""
+        return dict(self.special).get(layer_type, self.blocks)
+
     @property
-    def groups(self) -> list[tuple[str, ...]]:
-        """Linears of a layer that share one input, in the order in which they are quantized."""
-        return groups_of(self.blocks)
+    def chains(self) -> list[tuple[SubBlock, ...]]:
+        """The chain of every kind of layer."""
+        return [self.blocks, *dict(self.special).values()]
+
+    @property
+    def every_block(self) -> list[SubBlock]:
+        """The sub-blocks of all kinds of layers. One name has one meaning in all of them."""
+        return [*dict.fromkeys(block for chain in self.chains for block in chain)]
 
     @property
     def sparse(self) -> bool:
@@ -155,18 +196,13 @@ class Family:
         name = f"`{self.model_type}`" + (f" ({self.decoders})" if self.decoders else "")
         has = {
             "DeepStack features after the first layers": bool(self.added),
-            "a norm behind each sub-block": any(block.post for block in self.blocks),
+            "a norm behind each sub-block": any(block.post for block in self.every_block),
             "experts": self.sparse,
+            "gated delta nets in three of four layers": bool(self.special),
             "image tokens see both ways": bool(self.marks),
         }
         particular = "; ".join(words for words, there in has.items() if there)
         return f"| {name} | {self.published} | {self.tokens} | {self.seq_len} | {particular} |"
-
-    def linear_names(self, layers: int) -> list[str]:
-        """Hub names of the modules to quantize, in layer order, then in the order of `groups`."""
-        return [
-            f"{self.layers}{i}.{p}" for i in range(layers) for group in self.groups for p in group
-        ]
 
     @property
     def head(self) -> str:
@@ -244,6 +280,20 @@ _QWEN3_VL_MOE = replace(
     decoders="",
     blocks=(ATTENTION, EXPERTS),
     writers=(),  # rotations of a stream that a router reads are not proven
+)
+_QWEN3_5 = Family(
+    "qwen3_5",
+    published="Qwen/Qwen3.5-0.8B, -2B, -4B, -9B, -27B, Qwen3.6-27B",
+    tokens="one for 32 × 32 pixels",
+    decoders="dense",
+    layers="model.language_model.layers.",
+    vision=("model.visual.",),
+    prefixes=(),
+    blocks=(GATED, MLP),
+    special=(("linear_attention", (DELTA_NET, MLP)),),
+    left_out=("mtp.",),
+    gain=1.0,
+    writers=("model.visual.merger.linear_fc2",),
 )
 _LLAVA_ONEVISION = Family(
     "llava_onevision",
@@ -332,6 +382,7 @@ FAMILIES = {
         replace(_QWEN2_VL, model_type="qwen2_5_vl", published="Qwen/Qwen2.5-VL-*"),
         _QWEN3_VL,
         _QWEN3_VL_MOE,
+        _QWEN3_5,
         _LLAVA_ONEVISION,
         _INTERNVL,
         _IDEFICS3,

@@ -4,12 +4,14 @@
     v' = v·R   values of each head: Rᵀ·W for an attention's carrier (rows of v_proj), W·R for the
                columns of its `out` (o_proj)
     γ' = 1     norms: W becomes W·diag(γ) where it reads the norm, because an RMSNorm commutes with
-               Q only without a gain
+               Q only without a gain. γ is the weight, or 1 more where `Family.gain` says so
 
 QuaRot, arXiv 2404.00456; docs/methods.md §4.3. The rotated model computes the same function, and
-its weights and activations have no outlying channels. Vision features and everything else that
-joins the residual stream are rotated where they are made (`Family.writers`). A tied output matrix
-gets weights of its own: it takes the gain of the last norm, which the embedding must not.
+its weights and activations have no outlying channels. Values are not rotated where the mix treats
+the channels of a head apart, by a gate or a norm of its own (`SubBlock.turns`). Vision features and
+everything else that joins the residual stream are rotated where they are made (`Family.writers`). A
+tied output matrix gets weights of its own: it takes the gain of the last norm, which the embedding
+must not.
 
 `online` also rotates the input of an MLP's `out`, down_proj. The running model then needs a
 Hadamard product between two linears, which no stock runtime has. It is there to evaluate quantized
@@ -117,7 +119,7 @@ class RotatedCheckpoint(Checkpoint):
         features do not have the width of its residual stream.
         """
         why = ""
-        if not self.family.writers or any(block.post for block in self.family.blocks):
+        if not self.family.writers or any(block.post for block in self.family.every_block):
             why = f"decoders of {self.family.model_type} cannot be rotated"
         for name, info in self.tensors.items():
             inside = name.startswith(self.family.layers)
@@ -138,7 +140,7 @@ class RotatedCheckpoint(Checkpoint):
         info = replace(self.source.info(self._origin(name)), name=name)
         if not changes(name, self.family) or name.endswith("norm.weight"):
             return info
-        wide = name.startswith(self.family.layers) or info.dtype in ("F32", "F64")
+        wide = _quantized(name, self.family) or info.dtype in ("F32", "F64")
         return replace(info, dtype="F32" if wide else "F16")
 
     def tensor(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor:
@@ -168,10 +170,9 @@ class RotatedCheckpoint(Checkpoint):
         if name.startswith(self.family.layers):
             return self._of_layer(name, value)
         if name == self._head:
-            gain = self.source.tensor(f"{self._outside}norm.weight").double()
-            return self._residual.apply(value * gain)
+            return self._residual.apply(value * self._gain(f"{self._outside}norm"))
         if name.endswith("norm.weight"):
-            return torch.ones_like(value)
+            return torch.full_like(value, 1 - self.family.gain)
         # A writer's weight is [hidden, in]. The embedding is [vocabulary, hidden], and everything
         # else is a vector [hidden].
         if value.ndim == 2 and not name.endswith("embed_tokens.weight"):
@@ -182,24 +183,29 @@ class RotatedCheckpoint(Checkpoint):
         """A tensor of a decoder layer, rotated. `value` is the source's, float64."""
         index, _, part = name.removeprefix(self.family.layers).partition(".")
         module, _, leaf = part.rpartition(".")
-        block = next(b for b in self.family.blocks if module in (b.norm, *b.ins, b.out))
+        chain = self.source.architecture.blocks(int(index))
+        block = next(b for b in chain if module in (b.norm, *b.readers, b.out))
         values = Rotation.of(self.head_dim, self.seed, _VALUES + int(index))
         if module == block.norm:
-            return torch.ones_like(value)
-        if module in block.ins and leaf == "weight":
-            gain = self.source.tensor(f"{self.family.layers}{index}.{block.norm}.weight").double()
+            return torch.full_like(value, 1 - self.family.gain)
+        if module in block.readers and leaf == "weight":
+            gain = self._gain(f"{self.family.layers}{index}.{block.norm}")
             value = self._residual.apply(value * gain)
-        if module in block.ins:
-            if block.kind == "mlp" or module != block.carrier:
+        if module in block.readers:
+            if not block.turns or module != block.carrier:
                 return value
             return values.blocks(value.T).T if leaf == "weight" else values.blocks(value)
         if leaf == "bias":
             return self._residual.apply(value)
-        if block.kind == "attention":
+        if block.turns:
             value = values.blocks(value)
-        elif self.online:
+        elif self.online and block.kind == "mlp":
             value = self.inner_rotation().apply(value)
         return self._residual.apply(value.T).T
+
+    def _gain(self, norm: str) -> torch.Tensor:
+        """What a norm of the source multiplies by, float64 [hidden]."""
+        return self.source.tensor(f"{norm}.weight").double() + self.family.gain
 
     def inner_rotation(self) -> Rotation:
         """The rotation of the input of an MLP's `out`, where rotations are online."""
@@ -251,11 +257,11 @@ def changes(name: str, family: Family) -> bool:
     """Whether a rotation gives this tensor, by its hub name, other values."""
     if name.startswith(family.layers):
         module, _, leaf = name.removeprefix(family.layers).partition(".")[2].rpartition(".")
-        for block in family.blocks:
-            if leaf == "weight" and module in (block.norm, *block.ins, block.out):
+        for block in family.every_block:
+            if leaf == "weight" and module in (block.norm, *block.readers, block.out):
                 return True
             # Of `ins`, values alone have a rotation of their outputs.
-            if module == block.out or (block.kind == "attention" and module == block.carrier):
+            if module == block.out or (block.turns and module == block.carrier):
                 return True
         return False
     outside = family.layers.removesuffix("layers.")
@@ -263,3 +269,10 @@ def changes(name: str, family: Family) -> bool:
     if name in (f"{outside}embed_tokens.weight", f"{outside}norm.weight", head):
         return True
     return any(fnmatchcase(name, w) or fnmatchcase(name, f"{w}.*") for w in family.writers)
+
+
+def _quantized(name: str, family: Family) -> bool:
+    """Whether a tensor that is rotated belongs to a linear of the decoder that is quantized."""
+    kept = {module for block in family.every_block for module in block.kept}
+    module = name.removeprefix(family.layers).partition(".")[2].rpartition(".")[0]
+    return name.startswith(family.layers) and module not in kept

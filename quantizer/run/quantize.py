@@ -48,6 +48,7 @@ from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer, scale_layer
 from vlmq_export.quantizer.layers.head import quantize_head
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
+from vlmq_export.quantizer.model.families import groups_of
 from vlmq_export.quantizer.model.rotation import RotatedCheckpoint, rotate_inner, rotated
 from vlmq_export.quantizer.model.streamed import StreamedModel
 from vlmq_export.quantizer.ranks import ALONE, Ranks
@@ -152,7 +153,7 @@ class _Outside:
 class _AnswersSay:
     """What a method takes from the gradients of the answers' loss, if anything."""
 
-    ratios: dict[str, list[float]]  # MBQ's, by module: one figure a layer
+    ratios: Sequence[dict[str, float]]  # MBQ's of the closing modules, one dict for each layer
     factors: Sequence[TokenFactors] = ()  # of the tokens, one for each layer
 
 
@@ -201,7 +202,7 @@ def _begun(
         model = StreamedModel(checkpoint, device)
         if isinstance(checkpoint, RotatedCheckpoint) and checkpoint.online:
             layers = [model.layer(i) for i in range(job.layers)]
-            rotate_inner(layers, job.family.blocks, checkpoint.inner_rotation())
+            rotate_inner(layers, job.family.every_block, checkpoint.inner_rotation())
     return _Run(checkpoint, model, job, folder, ranks, clock)
 
 
@@ -261,8 +262,9 @@ def _write_floats(run: _Run, outside: _Outside) -> None:
     job, checkpoint = run.job, run.checkpoint
     solved = [*job.linears, *([job.head] if job.head else [])]
     solved += [q.name for q in (*outside.outer, *outside.tower)]
-    norms = [block.norm for block in job.family.blocks] if job.method.scaling else []
-    solved += [job.prefix(i) + norm for i in range(job.layers) for norm in norms]
+    for index in range(job.layers) if job.method.scaling else ():
+        blocks = job.architecture.blocks(index)
+        solved += [job.prefix(index) + n for block in blocks for n in (block.norm, *block.kept)]
     if (
         job.architecture.tied and outside.outer
     ):  # a checkpoint may store the output matrix all the same
@@ -304,16 +306,17 @@ def _first_batches(
 
 def _answers_say(run: _Run, batches: Sequence[Batch]) -> _AnswersSay:
     """What the gradients of the answers' loss are asked for; nothing for most methods."""
-    model, layers, method = run.model, run.job.layers, run.job.method
+    model, method = run.model, run.job.method
+    chains = [run.job.architecture.blocks(index) for index in range(run.job.layers)]
     if method.scaling == "mbq":
         with run.clock("gradients"):
-            outs = [block.out for block in run.job.family.blocks]
-            return _AnswersSay(modality_ratios(model, layers, batches, outs, run.ranks))
+            outs = [[block.out for block in blocks] for blocks in chains]
+            return _AnswersSay(modality_ratios(model, batches, outs, run.ranks))
     if method.importance == "answers":
         with run.clock("gradients"):
-            names = [name for group in run.job.groups(0) for name in group]
-            return _AnswersSay({}, answer_factors(model, layers, batches, names))
-    return _AnswersSay({})
+            names = [[name for group in groups_of(blocks) for name in group] for blocks in chains]
+            return _AnswersSay((), answer_factors(model, batches, names))
+    return _AnswersSay(())
 
 
 def _pass_layer(
@@ -348,7 +351,7 @@ def _solve_layer(run: _Run, walk: LayerWalk, index: int, said: _AnswersSay) -> N
     """
     prefix, checkpoint = run.job.prefix(index), run.checkpoint
     if run.job.method.scaling:
-        own = [each[index] for each in said.ratios.values()] or None
+        own = [said.ratios[index][b.out] for b in walk.blocks] if said.ratios else None
         linears, changed = scale_layer(
             walk,
             prefix,

@@ -53,6 +53,9 @@ from vlmq_export.quantizer.vision.stage import COUNTED
 _HIDDEN_PASSES = 38
 _MLP_PASSES = 4  # over what is as wide as the MLP: activation, product, copies
 _SCORE_PASSES = 4  # over the attention's scores: scale, largest, exponential, sum
+_CHUNK = 64  # tokens that a linear attention takes at once
+_CHUNK_PASSES = 12  # over its queries, keys, values and scores
+_CHUNK_CALLS = 12  # small operations of one chunk
 _LAYER_CALLS = 200  # small operations of one layer on one batch, with Python's own work
 _PIXEL_PASSES = 12  # over pixels: gathered, moved to the layout of the convolution, multiplied
 _WINDOW = 64  # patches that a layer of the tower attends over at once
@@ -78,6 +81,7 @@ class Linears:
     columns: int
     rows: tuple[int, ...]  # of each
     types: tuple[str, ...]  # block type of each; empty on an affine grid
+    recurrent: bool = False  # whether they belong to a linear attention
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class _Job:
     lengths: Lengths
     machine: Machine
     most: int = BATCH_TOKENS  # tokens of a batch of several samples
+    recurrent: bool = False  # whether the layer has a linear attention
 
     @cached_property
     def batches(self) -> list[tuple[int, int]]:
@@ -113,14 +118,40 @@ class _Job:
         mean = self.lengths.tokens / max(1, len(self.batches))
         return len(self.batches) * self.machine.product(mean, columns, rows)
 
+    def of_layer(self, groups: Sequence[Linears]) -> _Job:
+        """The same for a layer with these linears."""
+        linears = tuple((rows, group.columns) for group in groups for rows in group.rows)
+        sizes = tuple(len(group.rows) for group in groups)
+        shapes = replace(self.shapes, linears=linears, groups=sizes)
+        return replace(self, shapes=shapes, recurrent=groups[0].recurrent)
+
     def attention(self) -> float:
         """Seconds of the scores and of the values of all tokens, in one layer."""
-        width, heads, m = self.shapes.linears[0][0], self.shapes.heads, self.machine
+        if self.recurrent:
+            return self._delta_rule()
+        heads, m = self.shapes.heads, self.machine
+        width = self.shapes.sharing[1][0][1]  # of all heads together
         total = 0.0
         for samples, each in self.batches:
             scores = samples * heads * each**2
             total += 2 * samples * heads * m.product(each, width // heads, each)
             total += m.elementwise(_SCORE_PASSES * scores, scores)
+        return total
+
+    def _delta_rule(self) -> float:
+        """Seconds of a linear attention, which goes through a sample chunk by chunk.
+
+        In a chunk of each head, five products have both sides as long as the chunk and three have
+        both as wide as the head.
+        """
+        heads, width, m = self.shapes.recurrent_heads, self.shapes.recurrent_width, self.machine
+        total = 0.0
+        for samples, each in self.batches:
+            chunks = -(-each // _CHUNK)
+            one = 5 * m.product(_CHUNK, width, _CHUNK) + 3 * m.product(_CHUNK, width, width)
+            values = samples * chunks * _CHUNK * heads
+            total += samples * heads * chunks * one + chunks * _CHUNK_CALLS * m.call
+            total += m.elementwise(_CHUNK_PASSES * values * (width + _CHUNK), values * width)
         return total
 
     def moved(self, passes: float, width: int) -> float:
@@ -148,13 +179,14 @@ def plan_seconds(
         found["first pass"] = _first_pass(job)
     for index, groups in enumerate(layers):
         if method.calibrated and index < shapes.layers:
-            found["walk"] += _walk(job)
+            own = job.of_layer(groups)
+            found["walk"] += _walk(own)
             if method.importance == "answers":
-                found["importance"] += _answers(job)
+                found["importance"] += _answers(own)
             elif method.importance != "none" and index:
-                found["importance"] += _importance(job)
-        for group in groups:
-            _add(found, _solved(job, group))
+                found["importance"] += _importance(own)
+        for place, group in enumerate(groups):
+            _add(found, _solved(job, group, first=place == 0 and index < shapes.layers))
         found["weights"] += machine.elementwise(_ON_DISK * shapes.layer)
     for kind, weights in outside.items():
         found["embedding"] += machine.fits[kind] * weights
@@ -263,7 +295,7 @@ def _walk(job: _Job) -> float:
     """Both streams through a layer. The quantized one computes gate and up twice."""
     streams = 2 if job.method.two_streams else 1
     linears, m = job.shapes.linears, job.machine
-    twice = linears[4:6]
+    twice = job.shapes.sharing[-2]
     products = sum(job.through(*each) for each in linears) * streams
     products += sum(job.through(*each) for each in twice)
     moved = job.moved(_HIDDEN_PASSES, job.shapes.hidden) * streams
@@ -274,7 +306,7 @@ def _walk(job: _Job) -> float:
 
 def _importance(job: _Job) -> float:
     """The quantized stream's attention block forwards, and back to the outputs of q, k and v."""
-    *qkv, out = job.shapes.linears[:4]
+    qkv, (out,), *_ = job.shapes.sharing
     products = sum(job.through(*each) for each in qkv) + 3 * job.through(*out)
     attention = (1 + _BACKWARD) * job.attention()
     moved = 2 * job.moved(_HIDDEN_PASSES, job.shapes.hidden)
@@ -295,10 +327,10 @@ def _answers(job: _Job) -> float:
     )
 
 
-def _solved(job: _Job, group: Linears) -> dict[str, float]:
-    """The linears of a group, from their inputs to integers."""
+def _solved(job: _Job, group: Linears, *, first: bool = False) -> dict[str, float]:
+    """The linears of a group, the first of its layer or another, from their inputs to integers."""
     found = _Seconds(float)
-    for names in _units(job, group):
+    for names in _units(job, group, first=first):
         if job.method.calibrated:
             found["statistics"] += _statistics(job, group.columns)
         # Linears of one type are solved as one matrix.
@@ -317,11 +349,10 @@ def _attempts(method: Method) -> list[Method]:
     return [*tried, *tried[-1:]] or [method]
 
 
-def _units(job: _Job, group: Linears) -> list[list[int]]:
+def _units(job: _Job, group: Linears, *, first: bool) -> list[list[int]]:
     """Linears that share their statistics. Those whose tokens are weighed have their own."""
     every = list(range(len(group.rows)))
-    attention = len(every) == len(job.shapes.linears[:3])  # q, k and v
-    weighs = job.method.importance != "none" and (attention or job.method.weighs == "all")
+    weighs = job.method.importance != "none" and (first or job.method.weighs == "all")
     return [[i] for i in every] if weighs else [every]
 
 

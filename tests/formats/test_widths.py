@@ -15,13 +15,13 @@ from vlmq_export.formats.compressed_tensors.read import CompressedFolder
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gptq.read import GptqFolder
 from vlmq_export.formats.in_transformers.read import named_linears
-from vlmq_export.formats.in_transformers.widths import width_patterns
+from vlmq_export.formats.in_transformers.widths import kept_patterns, width_patterns
 from vlmq_export.formats.model_plan import artifact_plan
 from vlmq_export.formats.onnx.read import OnnxFolder
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import BITS, QuantConfig
-from vlmq_export.quantizer.model.families import FAMILIES
+from vlmq_export.quantizer.model.families import FAMILIES, groups_of
 
 SYMMETRIC = GRIDS["w4g128-sym"]
 OPTIONS = FormatOptions(gptq_names="module")
@@ -57,7 +57,8 @@ def written(artifact, tmp_path_factory):
 @given(st.data(), st.sampled_from(sorted(FAMILIES)), st.integers(1, 12))
 def test_patterns_name_each_linear_once_and_no_other(data, model_type, layers):
     family = FAMILIES[model_type]
-    names = [f"{i}.{n}" for i in range(layers) for group in family.groups for n in group]
+    chains = [data.draw(st.sampled_from(family.chains)) for _ in range(layers)]
+    names = [f"{i}.{n}" for i, c in enumerate(chains) for group in groups_of(c) for n in group]
     widths = {n: data.draw(st.sampled_from(BITS)) for n in names}
     found = width_patterns({f"{family.layers}{n}": w for n, w in widths.items()}, family)
     assert set(found) == set(widths.values())
@@ -75,9 +76,27 @@ def test_patterns_name_each_linear_once_and_no_other(data, model_type, layers):
         assert not any(re.match(p, other) for p in every)
 
 
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_patterns_of_what_stays_float_name_no_linear_that_is_quantized(model_type):
+    family = FAMILIES[model_type]
+    patterns = [p.removeprefix("re:") for p in kept_patterns(family)]
+
+    def named(name: str) -> bool:
+        hub = f"{family.layers}1.{name}"
+        spelt = (hub, family.module_name(hub), f"language_model.model.layers.1.{name}")
+        (found,) = {any(re.match(p, one) for p in patterns) for one in spelt}
+        return found
+
+    for block in family.every_block:
+        assert not any(map(named, (*block.ins, block.out, block.norm)))
+        assert all(map(named, block.kept))
+    assert named("linear_attn.in_proj_ba") == (model_type == "qwen3_5")  # as vLLM fuses them
+
+
 def test_linears_that_programs_fuse_have_the_fused_name_too():
     family = FAMILIES["qwen2_vl"]
-    widths = {f"model.layers.{i}.{n}": 4 for i in (0, 1) for group in family.groups for n in group}
+    names = [n for group in groups_of(family.blocks) for n in group]
+    widths = {f"model.layers.{i}.{n}": 4 for i in (0, 1) for n in names}
     (patterns,) = width_patterns(widths, family).values()
     for fused in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
         assert any(re.match(p, f"language_model.model.layers.1.{fused}") for p in patterns)

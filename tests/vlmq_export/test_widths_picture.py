@@ -32,9 +32,10 @@ def test_each_matrix_has_a_cell_and_each_width_a_colour():
     found = width_map([*layers(4, [2, 3, 4]), record("lm_head", 4, 8)])
     assert found is not None
     assert [k["kind"] for k in found["key"]] == ["8 bits", "4 bits", "3 bits", "2 bits"]
-    assert sum(k["count"] for k in found["key"]) == 29
+    cells = 4 * len(PROJECTIONS) + 1
+    assert sum(k["count"] for k in found["key"]) == cells
     svg = str(found["svg"])
-    assert svg.count("<rect") == 29
+    assert svg.count("<rect") == cells
     for k in found["key"]:
         assert svg.count(f'fill="{k["colour"]}"') == k["count"]
     assert "layer 2, up_proj: 3 bits, 3 bits per weight" in svg

@@ -85,7 +85,6 @@ def quantize(model: Any, samples: torch.Tensor, config: QuantConfig, layers: int
     job: Any = SimpleNamespace(
         config=config,
         method=method,
-        family=SimpleNamespace(groups=groups_of(DECODER)),
         grid=lambda name, columns: grid_choice(config, name, columns),
     )
     batches = first_batches(model, samples)

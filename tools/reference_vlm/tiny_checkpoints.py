@@ -11,6 +11,7 @@ Files of two generations are written, which must load as the same model:
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def _smolvlm_sizes(hidden: int, mlp: int, heads: int) -> dict:
 
 SMOLVLM_256M = _smolvlm_sizes(576, 1536, 9)  # 30 layers
 SMOLVLM_500M = _smolvlm_sizes(960, 2560, 15)  # 32 layers
+
+# Tensors that the published files hold in float32.
+_WIDE = (".A_log", "linear_attn.norm.weight")
 
 # --- writing --------------------------------------------------------------------------------------
 
@@ -139,17 +143,27 @@ def _write_weights(family: Tiny, out_dir: Path, seed: int, generation: str) -> N
     for name, weight in sorted(names.items()):
         stored = name if generation == "modules" else _renamed(name, family.names)
         value = _random_weight(name, weight.shape, generator)
-        # Gemma's norms multiply by 1 + weight. SigLIP's norms have a bias beside the weight.
-        if family.pieces and "norm" in name and name.replace("weight", "bias") not in names:
-            value -= 1
+        if _has_gain(name, names):
+            value -= family.gain
         if ".experts." in name and generation == "hub":  # [experts, in, out], as published
             value = value.mT.contiguous()
-        state[stored] = value.to(torch.bfloat16)
+        state[stored] = value.to(torch.float32 if name.endswith(_WIDE) else torch.bfloat16)
+    for name in family.extra if generation == "hub" else ():
+        state[f"{name}.weight"] = torch.zeros(2, 2, dtype=torch.bfloat16)
     save_file(state, out_dir / "model.safetensors", metadata={"format": "pt"})
     (out_dir / "model.safetensors").chmod(0o644)  # safetensors writes 600
     if generation == "modules":
         config.dtype = torch.bfloat16
         config.save_pretrained(out_dir)
+
+
+def _has_gain(name: str, names: Mapping) -> bool:
+    """Whether a parameter is that of a norm that multiplies by `Tiny.gain` + weight.
+
+    A tower's norms have a bias beside the weight. The norm in a gated delta net has a plain weight.
+    """
+    bias = name.replace("weight", "bias")
+    return "norm" in name and bias not in names and not name.endswith("linear_attn.norm.weight")
 
 
 def _write_tokenizer(family: Tiny, out_dir: Path) -> dict[str, int]:
@@ -226,6 +240,11 @@ def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> 
         return 0.5 + 0.1 * torch.randn(shape, generator=generator)
     if name.endswith("mlp.gate.weight"):  # a router that hardly ever hesitates, as a trained one
         return 0.2 * torch.randn(shape, generator=generator)
+    if name.endswith(".A_log"):  # of the decay of a head: exp(−A·softplus(…))
+        return torch.linspace(-2, 1, shape[0])
+    if name.endswith("conv1d.weight"):  # most of a token itself, and some of those before it
+        taps = 0.2 * torch.randn(shape, generator=generator)
+        return taps + torch.eye(shape[-1])[-1]
     large = ("cls_token", "image_newline", "position_embedding", "pos_embed")
     if any(part in name for part in large):
         return 0.3 * torch.randn(shape, generator=generator)

@@ -318,6 +318,48 @@ QWEN3_VL_MOE = {
     "vision_config": {**QWEN3_VL["vision_config"], "model_type": "qwen3_vl_moe"},
 }
 
+# Qwen/Qwen3.5-4B, whose values have twice as many heads as its keys in a gated delta net. Every
+# second layer attends here, of four in the published models.
+QWEN3_5 = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "image_token_id": Slot("<|image_pad|>"),
+    "model_type": "qwen3_5",
+    "text_config": {
+        **{key: value for key, value in _TEXT.items() if key != "bos_token_id"},
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "dtype": "bfloat16",
+        "full_attention_interval": 2,
+        "head_dim": 256,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+    },
+    "tie_word_embeddings": Slot("tied"),
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": Slot("<|video_pad|>"),
+    "vision_config": {**QWEN3_VL["vision_config"], "deepstack_visual_indexes": []}
+    | {"model_type": "qwen3_5"},
+    "vision_end_token_id": Slot("<|vision_end|>"),
+    "vision_start_token_id": Slot("<|vision_start|>"),
+}
+
 
 def smolvlm_config(model_type: str, architecture: str) -> dict:
     """HuggingFaceTB/SmolVLM-256M-Instruct and SmolVLM2-500M-Video-Instruct.

@@ -15,6 +15,7 @@ from tools.reference_vlm.tiny_configs import (
     MISTRAL3,
     PINPOINTS,
     PIXTRAL_IMAGE,
+    QWEN3_5,
     QWEN3_VL,
     QWEN3_VL_MOE,
     SIGLIP_IMAGE,
@@ -37,6 +38,10 @@ class Tiny:
     pre_tokenizer: dict | None = None  # of tokenizer.json; None: that of Qwen2-VL
     joined: tuple[str, ...] = ()  # pairs of characters that the vocabulary has as one token
     pieces: bool = False  # whether the tokenizer is one of characters, in the form of Gemma's
+    gain: float = 0.0  # what the decoder's norms add to their weights
+    extra: tuple[
+        str, ...
+    ] = ()  # prefixes of tensors that the published files hold beside the model
     end: str = "<|im_end|>"  # of a turn
     begin: str = "<|endoftext|>"  # of a text
     pad: str = "<|endoftext|>"
@@ -137,6 +142,23 @@ _DIGITS_APART = {
     "pretokenizers": [
         {"type": "Digits", "individual_digits": True},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+
+# As Qwen2-VL's, but marks of letters belong to words.
+_MARKS_IN_WORDS = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {
+            "type": "Split",
+            "pattern": {
+                "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
+                r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            },
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
     ],
 }
 
@@ -298,6 +320,7 @@ FAMILIES = {
             "image_token": "<image_soft_token>",
         },
         pieces=True,
+        gain=1.0,
         end="<end_of_turn>",
         begin="<bos>",
         pad="<pad>",
@@ -358,10 +381,19 @@ FAMILIES = {
 }
 
 FAMILIES["qwen3_vl_moe"] = replace(FAMILIES["qwen3_vl"], config=QWEN3_VL_MOE)
+FAMILIES["qwen3_5"] = replace(
+    FAMILIES["qwen3_vl"],
+    config=QWEN3_5,
+    pre_tokenizer=_MARKS_IN_WORDS,
+    tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"},
+    gain=1.0,
+    extra=("mtp.fc", "mtp.layers.0.mlp.up_proj"),
+)
 FAMILIES["internvl3_5"] = replace(FAMILIES["internvl"], config=INTERNVL3_5)
 FAMILIES["ministral3"] = replace(
     FAMILIES["mistral3"], config=MINISTRAL3, pre_tokenizer=_split_by(_TEKKEN)
 )
 ARCHES = ("qwen2_vl", "qwen2_5_vl", *FAMILIES)  # all that make_tiny makes
-SPARSE = ("qwen3_vl_moe",)  # those with experts, which neither ONNX nor compressed-tensors has
-PIXTRAL = ("mistral3", "ministral3")  # those with a tower that ONNX has not
+SPARSE = ("qwen3_vl_moe",)  # those with experts, which compressed-tensors has not
+PIXTRAL = ("mistral3", "ministral3")
+NOT_ONNX = (*PIXTRAL, *SPARSE, "qwen3_5")  # those that ONNX refuses

@@ -7,12 +7,12 @@ weight and no pixel is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vlmq_export.errors import CheckpointError
 from vlmq_export.formats.contract import FORMATS, FormatOptions, FormatPlan
-from vlmq_export.formats.model_plan import ModelPlan
+from vlmq_export.formats.model_plan import LinearSpec, ModelPlan
 from vlmq_export.quantizer.config import EMBEDDING_GROUP, EMBEDDING_TYPES, GROUP_SIZES
 from vlmq_export.quantizer.grids.choice import vision_block
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan, Shapes, memory_plan
@@ -129,21 +129,21 @@ def shapes_of(model: ModelPlan) -> Shapes:
     """What the memory plan needs to know of a model.
 
     A matrix with a row for every token of the vocabulary does not count: it is never held whole.
+    Where layers differ, the linears are those of the layer that has the most weights.
     """
     family, text = model.architecture.family, model.architecture.text
-    vision = model.architecture.vision
-    layers, rows = model.architecture.layers, text["vocab_size"]
+    vision, rows = model.architecture.vision, text["vocab_size"]
     vocabulary = (rows,)
-    decoder = [x for x in model.linears if x.name.startswith(family.layers)]
+    groups = max(_groups(model), key=lambda own: sum(x.numel for group in own for x in group))
     outside = [t for t in model.floats if not t.name.startswith(family.layers)]
     tower = sum(x.numel for x in model.tower)
     quantized = sum(x.numel for x in model.linears) + tower
     return Shapes(
-        layers=layers,
-        hidden=decoder[0].in_features,
+        layers=model.architecture.layers,
+        hidden=groups[0][0].in_features,
         heads=text["num_attention_heads"],
-        linears=tuple((x.out_features, x.in_features) for x in decoder[: len(decoder) // layers]),
-        groups=tuple(len(group) for group in model.job.groups(0)),
+        linears=tuple((x.out_features, x.in_features) for group in groups for x in group),
+        groups=tuple(len(group) for group in groups),
         prefix=tower + sum(t.numel for t in outside if t.shape[:1] != vocabulary),
         pixels=_pixels(model.architecture.config),
         patches=_patches(model.architecture.config),
@@ -154,7 +154,17 @@ def shapes_of(model: ModelPlan) -> Shapes:
         tower=tuple((x.out_features, x.in_features) for x in model.tower),
         experts=model.architecture.experts,
         taken=model.architecture.taken,
+        recurrent_heads=text.get("linear_num_value_heads", 0),
+        recurrent_width=text.get("linear_value_head_dim", 0),
     )
+
+
+def _groups(model: ModelPlan) -> Iterator[list[list[LinearSpec]]]:
+    """The linears of each decoder layer, by the input that they share."""
+    job, linears = model.job, {x.name: x for x in model.linears}
+    for index in range(job.layers):
+        names = job.groups(index)
+        yield [[linears[job.prefix(index) + name] for name in group] for group in names]
 
 
 def matrix_sizes(model: ModelPlan) -> dict[str, tuple[int, int]]:
@@ -170,12 +180,16 @@ def linears_of(model: ModelPlan) -> list[list[Linears]]:
     """
     types, job, sizes = model.config.types, model.job, matrix_sizes(model)
 
-    def linears(names: Sequence[str]) -> Linears:
+    def linears(names: Sequence[str], *, recurrent: bool = False) -> Linears:
         rows, columns = zip(*(sizes[name] for name in names))
-        return Linears(columns[0], rows, tuple(types.get(name, "") for name in names))
+        return Linears(columns[0], rows, tuple(types.get(name, "") for name in names), recurrent)
 
     layers = [
-        [linears([job.prefix(index) + name for name in names]) for names in job.groups(index)]
+        [
+            linears([job.prefix(index) + n for n in names], recurrent=block.kind == "recurrent")
+            for block in job.architecture.blocks(index)
+            for names in block.steps
+        ]
         for index in range(job.layers)
     ]
     return layers + ([[linears([job.head])]] if job.head else [])

@@ -27,7 +27,8 @@ from vlmq_export.quantizer.samples.rows import Row
 if TYPE_CHECKING:
     from vlmq_export.proving.fidelity import Fidelity
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")
+PROJECTIONS = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 232, 132, 38, 18, 8  # of a chart and its margins, in pixels
 RIGHT = 8
 LAYERS_PICTURED = 4
@@ -103,7 +104,7 @@ def low_importance_charts(records: Sequence[ModuleRecord]) -> list[dict]:
     One line is for image tokens, the other for text tokens.
     """
     charts = []
-    for name in PROJECTIONS[:4]:
+    for name in _ATTENTION:
         mine = [r for r in records if r.name.endswith(f".{name}") and _importance(r) is not None]
         lines = {
             label: _points(mine, lambda m, key=key: m["importance"].get(key))

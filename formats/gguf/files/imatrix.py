@@ -43,7 +43,8 @@ def energies(artifact: Artifact, layout: Layout) -> dict[str, np.ndarray]:
             f"{artifact.path}: no energies of inputs for --emit-imatrix; quantize the float model"
             " again"
         )
-    return {name: found[place.hub] for name, place in layout.text.items() if place.hub in found}
+    places = layout.text.items()
+    return {n: place.of_columns(found[place.hub]) for n, place in places if place.hub in found}
 
 
 def write_imatrix(

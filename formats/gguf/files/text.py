@@ -21,6 +21,7 @@ from vlmq_export.formats.gguf.files.metadata import add_general, add_keys
 from vlmq_export.formats.gguf.files.tokenizer import read_tokenizer
 from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.gguf.types.exact import home_of, pack_linear
+from vlmq_export.formats.gguf.types.order import in_order
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.quantizer.artifact.manifest import VISION
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -150,8 +151,11 @@ def packed(artifact: Artifact, place: Place, kind: str) -> Callable[[], np.ndarr
     """The blocks of a linear, or of experts one behind the other."""
     linears = [hub.removesuffix(".weight") for hub in place.hubs]
 
+    def one(name: str) -> np.ndarray:
+        return place.of_rows(pack_linear(in_order(artifact.linear(name), place), kind))
+
     def read() -> np.ndarray:
-        parts = [place.of_array(pack_linear(artifact.linear(name), kind)) for name in linears]
+        parts = [one(name) for name in linears]
         return np.concatenate(parts) if place.experts else parts[0]
 
     return read

@@ -157,6 +157,59 @@ def _experts(at: str, mlp: str) -> tuple[Row, ...]:
     )
 
 
+def _minus_exp(logarithm: torch.Tensor) -> torch.Tensor:
+    """−exp of what a delta net holds of its decay, float32. [n] → [n]"""
+    return -logarithm.float().exp()
+
+
+def _taps(convolution: torch.Tensor) -> torch.Tensor:
+    """A convolution of each channel by itself: [channels, 1, kernel] → [channels, kernel]."""
+    return convolution.squeeze(1)
+
+
+def _hybrid() -> tuple[Row, ...]:
+    """The backbone of Qwen3.5: layers with an attention, and others with a gated delta net.
+
+    The attention's queries stand beside the gates of their heads in one matrix, as in transformers.
+    """
+    model = "model.language_model."
+    at, layer = "blk.{i}.", model + "layers.{i}."
+    norm = partial(_norm, bias=False, part=_one_added)
+    rows = _one("token_embd.weight", model + "embed_tokens.weight", "vocabulary hidden")
+    rows += norm(at + "attn_norm", layer + "input_layernorm")
+    rows += norm(at + "post_attention_norm", layer + "post_attention_layernorm")
+    for name in ("gate", "up"):
+        rows += _linear(
+            f"{at}ffn_{name}", f"{layer}mlp.{name}_proj", "feed_forward hidden", bias=False
+        )
+    rows += _linear(at + "ffn_down", layer + "mlp.down_proj", "hidden feed_forward", bias=False)
+    at, own = "blk.{a}.", model + "layers.{a}.self_attn."
+    for letter, size in (("q", "gated_query"), ("k", "key"), ("v", "key")):
+        rows += _linear(f"{at}attn_{letter}", f"{own}{letter}_proj", f"{size} hidden", bias=False)
+        if letter != "v":
+            rows += norm(f"{at}attn_{letter}_norm", f"{own}{letter}_norm", "head")
+    rows += _linear(at + "attn_output", own + "o_proj", "hidden query", bias=False)
+    rows += _delta_net("blk.{r}.", model + "layers.{r}.linear_attn.")
+    rows += norm("output_norm", model + "norm")
+    return rows + _linear("output", "lm_head", "vocabulary hidden", bias=False)
+
+
+def _delta_net(at: str, own: str) -> tuple[Row, ...]:
+    """A gated delta net. What is small is no linear, as it stays float."""
+    rows = _linear(at + "attn_qkv", own + "in_proj_qkv", "mixed hidden", bias=False)
+    rows += _linear(at + "attn_gate", own + "in_proj_z", "values hidden", bias=False)
+    rows += _one(at + "ssm_conv1d.weight", own + "conv1d.weight", "mixed kernel", _taps)
+    rows += _one(at + "ssm_dt.bias", own + "dt_bias", "value_heads")
+    rows += _one(at + "ssm_a", own + "A_log", "value_heads", _minus_exp)
+    for name, letter in (("beta", "b"), ("alpha", "a")):
+        module = f"{own}in_proj_{letter}.weight"
+        rows += _one(f"{at}ssm_{name}.weight", module, "value_heads hidden")
+    rows = tuple(replace(row, value_rows=True, wide="conv1d" in row.gguf) for row in rows)
+    rows += _norm(at + "ssm_norm", own + "norm", "value_head", bias=False)
+    (out,) = _linear(at + "ssm_out", own + "out_proj", "hidden values", bias=False)
+    return (*rows, replace(out, value_columns=True))
+
+
 # Tensors of the vision towers
 
 _BLOCK, _QWEN = "v.blk.{i}.", "model.visual."
@@ -338,6 +391,15 @@ _QWEN3VLMOE_GRAPH = replace(
     sparse=True,
     fixed={**_QWEN3VL_GRAPH.fixed, "norm_topk_prob": True},
 )
+_QWEN35_GRAPH = TextGraph(
+    "qwen35",
+    _hybrid(),
+    rope_types=("default",),
+    sections=True,
+    head_keys=True,
+    recurrent=True,
+    fixed={**_TEXT_FIXED, "attention_bias": False},
+)
 _LLAMA_GRAPH = TextGraph(
     "llama",
     _decoder(bias=False, head_norms=False, model="model.text_model.", pairs=True),
@@ -431,6 +493,9 @@ _QWEN3_VL = VisionGraph(
         "spatial_merge_size": 2,
         "is_deepstack_layers": [i in p.stacked for i in range(p.layers)],
     },
+)
+_QWEN3_5 = replace(
+    _QWEN3_VL, fixed={**_QWEN3_VL.fixed, "deepstack_visual_indexes": []}, stacked=None
 )
 # b11549 asks for these two numbers, and for no key of the file.
 _LARGE_TOWER = (
@@ -549,6 +614,7 @@ GRAPHS: dict[str, tuple[tuple[TextGraph, ...], VisionGraph]] = {
     "qwen2_5_vl": ((_QWEN2VL_GRAPH,), _QWEN2_5_VL),
     "qwen3_vl": ((_QWEN3VL_GRAPH,), _QWEN3_VL),
     "qwen3_vl_moe": ((_QWEN3VLMOE_GRAPH,), _QWEN3_VL),
+    "qwen3_5": ((_QWEN35_GRAPH,), _QWEN3_5),
     "internvl": ((_QWEN2_GRAPH, _QWEN3_GRAPH), _INTERNVL),
     "llava_onevision": ((_QWEN2_GRAPH,), _LLAVA_ONEVISION),
     "idefics3": ((_LLAMA_GRAPH,), _IDEFICS3),

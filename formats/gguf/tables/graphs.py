@@ -23,7 +23,9 @@ Part = Callable[[torch.Tensor], torch.Tensor]  # makes a GGUF tensor of a source
 class Row:
     """A GGUF tensor, or one of each block where the names contain an index."""
 
-    gguf: str  # its name in the file; {i} is a block, {d} a block whose features are stacked
+    # Its name in the file. {i} is a block, {a} one with an attention, {r} one with a linear
+    # attention, and {d} a block whose features are stacked.
+    gguf: str
     module: str  # the name of its source in the module tree of transformers 5
     shape: tuple[str, ...]  # names of sizes, or digits; in torch's order
     part: Part | None = None  # None: the source tensor as it is
@@ -34,6 +36,11 @@ class Row:
     # Whether its rows are those of heads, and the two of a rotary pair stand next to each other in
     # the file. In transformers the second of each pair is in the other half of the head.
     pairs: bool = False
+    # Whether its last rows, or its columns, are those of the value heads of a linear attention.
+    # With r of them for each key head, transformers has the r of the first key head first. In the
+    # file the first of each key head come first, then the second of each.
+    value_rows: bool = False
+    value_columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class TextGraph:
     windows: int | None = None
     sparse: bool = False  # whether its layers have experts
     gelu: bool = False  # whether the MLP's activation is GELU, which llama.cpp reads from a table
+    recurrent: bool = False  # whether some layers have a linear attention, a gated delta net
     # Layers, hidden, heads and head_dim → the only query_pre_attn_scalar that the graph computes.
     scalar: Callable[[int, int, int, int], int] | None = None
     # Key of the text's config → the only value that the graph computes.
@@ -107,6 +115,47 @@ class VisionGraph:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """The linear attention of a language model: gated delta nets."""
+
+    every: int  # each so-manieth layer has an attention in place of it
+    key_heads: int
+    value_heads: int
+    head: int  # columns of a head, of keys and of values
+    kernel: int  # tokens that its convolution sees
+
+    @property
+    def order(self) -> list[int]:
+        """The value heads in the order of the file; empty where it is that of transformers."""
+        each = self.value_heads // self.key_heads
+        tiled = [k * each + i for i in range(each) for k in range(self.key_heads)]
+        return tiled if each > 1 else []
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes by the names that rows use."""
+        values = self.value_heads * self.head
+        return {
+            "value_heads": self.value_heads,
+            "value_head": self.head,
+            "values": values,
+            "mixed": 2 * self.key_heads * self.head + values,
+            "kernel": self.kernel,
+        }
+
+    def keys(self) -> dict[str, object]:
+        """The metadata of the architecture."""
+        return {
+            "full_attention_interval": self.every,
+            "ssm.conv_kernel": self.kernel,
+            "ssm.state_size": self.head,
+            "ssm.group_count": self.key_heads,
+            "ssm.time_step_rank": self.value_heads,
+            "ssm.inner_size": self.value_heads * self.head,
+        }
+
+
+@dataclass(frozen=True)
 class TextParams:
     """The language model of one model."""
 
@@ -133,11 +182,13 @@ class TextParams:
     experts: int = 0  # of a layer; 0: it has one MLP
     taken: int = 0  # experts that a token takes
     expert_width: int = 0  # of an expert's MLP
+    rotary: int = 0  # columns of a head that have a position; 0: all
+    delta: DeltaNet | None = None  # of layers with a linear attention
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """The sizes by the names that rows use."""
-        return {
+        return (self.delta.sizes if self.delta else {}) | {
             "experts": self.experts,
             "expert_width": self.expert_width,
             "vocabulary": self.vocabulary,
@@ -145,6 +196,7 @@ class TextParams:
             "feed_forward": self.feed_forward,
             "head": self.head_dim,
             "query": self.heads * self.head_dim,
+            "gated_query": 2 * self.heads * self.head_dim,
             "key": self.kv_heads * self.head_dim,
         }
 
@@ -174,6 +226,10 @@ class TextParams:
             own["expert_count"] = self.experts
             own["expert_used_count"] = self.taken
             own["expert_feed_forward_length"] = self.expert_width
+        if self.rotary:
+            own["rope.dimension_count"] = self.rotary
+        if self.delta:
+            own |= self.delta.keys()
         if self.stacked:
             own["n_deepstack_layers"] = self.stacked
         return {f"{self.graph.arch}.{key}": value for key, value in own.items()}

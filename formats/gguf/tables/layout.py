@@ -34,6 +34,8 @@ class Place:
     added: tuple[int, ...] = ()  # zeros behind the source's own numbers, by dimension
     wide: bool = False  # whether it is F32, though it is no vector
     experts: int = 0  # how many matrices lie one behind the other; 0: it is one tensor of the hub
+    # Of columns that stand in another order: heads of equal width, in the order of the file.
+    heads: tuple[int, ...] = ()
 
     @property
     def hubs(self) -> list[str]:
@@ -45,9 +47,14 @@ class Place:
         """The same in the module tree of transformers 5, with a module for each expert."""
         return _each_expert(self.module, self.experts)
 
+    @property
+    def run(self) -> int:
+        """Columns of the source that are neighbours in the file too."""
+        return self.shape[-1] // max(1, len(self.heads))
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of a source tensor that belongs here, with zeros behind it."""
-        part = self.part(tensor) if self.part else tensor
+        part = heads_in_order(self.part(tensor) if self.part else tensor, self.heads)
         if not any(self.added):
             return part
         return pad(part, [n for more in reversed(self.added) for n in (0, more)])
@@ -57,6 +64,14 @@ class Place:
         return tuple(n - more for n, more in zip(shape, self.added))
 
     def of_array(self, array: np.ndarray) -> np.ndarray:
+        """The same for an array with as many numbers for each head of the columns."""
+        return self.of_rows(self.of_columns(array))
+
+    def of_columns(self, array: np.ndarray) -> np.ndarray:
+        """The same for the columns of an array, or for a number for each column."""
+        return heads_in_order(torch.from_numpy(array), self.heads).numpy()
+
+    def of_rows(self, array: np.ndarray) -> np.ndarray:
         """The same for the rows of an array, such as packed rows or a number for each row."""
         own = np.ascontiguousarray(self.part(torch.from_numpy(array))) if self.part else array
         rows = self.added[0] if self.added else 0
@@ -89,6 +104,30 @@ def _row(folder: Path, token: str) -> int:
     return int(ids[0])
 
 
+def heads_in_order(values: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
+    """The last axis, which is that of heads, in this order of them. None: as it is."""
+    if not heads:
+        return values
+    return values.unflatten(-1, (len(heads), -1))[..., list(heads), :].flatten(-2)
+
+
+def _then_in_order(
+    rows: torch.Tensor, part: Part | None, heads: list[int], head: int
+) -> torch.Tensor:
+    """A part of a tensor, and then its value heads in order."""
+    return value_heads_in_order(part(rows) if part else rows, heads, head)
+
+
+def value_heads_in_order(rows: torch.Tensor, heads: list[int], head: int) -> torch.Tensor:
+    """Rows whose last ones are those of value heads, with these heads in this order.
+
+    head: rows of a head. [rows, ...] → the same shape
+    """
+    first = len(rows) - len(heads) * head
+    values = rows[first:].unflatten(0, (len(heads), head))[heads].flatten(0, 1)
+    return torch.cat([rows[:first], values])
+
+
 @dataclass(frozen=True)
 class Layout:
     """The text model and the mmproj of one model, resolved from its config.json once."""
@@ -118,7 +157,13 @@ class Layout:
     def text(self) -> dict[str, Place]:
         """GGUF name → place, of every tensor of the text file, in the file's order."""
         p = self.text_params
-        places = self._places(p.graph.rows, p.sizes, {"{i}": list(enumerate(range(p.layers)))})
+        kinds = [blocks[0].kind for blocks in map(self.architecture.blocks, range(p.layers))]
+        each = {
+            "{i}": [(i, i) for i in range(p.layers)],
+            "{a}": [(i, i) for i, kind in enumerate(kinds) if kind == "attention"],
+            "{r}": [(i, i) for i, kind in enumerate(kinds) if kind == "recurrent"],
+        }
+        places = self._places(p.graph.rows, p.sizes, each)
         if p.tied:
             del places["output.weight"]
         return places
@@ -166,8 +211,14 @@ class Layout:
                     hub = self.architecture.family.hub_name(source)
                     part = partial(pairs_together, head=sizes["head"]) if row.pairs else row.part
                     experts = shape[0] if row.stacked else 0
+                    delta = self.text_params.delta
+                    order = delta.order if delta else []
+                    if row.value_rows and delta and order:
+                        head = 1 if shape[0] == delta.value_heads else delta.head
+                        part = partial(_then_in_order, part=row.part, heads=order, head=head)
+                    heads = tuple(order) if row.value_columns else ()
                     places[name] = Place(
-                        hub, source, shape, part, row.linear, added, row.wide, experts
+                        hub, source, shape, part, row.linear, added, row.wide, experts, heads
                     )
         return places
 

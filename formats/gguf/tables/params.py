@@ -15,6 +15,7 @@ from types import MappingProxyType
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.gguf.tables.families import graphs_of
 from vlmq_export.formats.gguf.tables.graphs import (
+    DeltaNet,
     TextGraph,
     TextParams,
     VisionGraph,
@@ -48,7 +49,9 @@ def text_params(architecture: Architecture) -> TextParams:
         raise FormatError(
             f"config.json: rope type {kind} is not written to GGUF; for this family only {known} is"
         )
-    known = {"full_attention", "sliding_attention"} if graph.windows else {"full_attention"}
+    known = {"full_attention"}
+    known |= {"sliding_attention"} if graph.windows else set()
+    known |= {"linear_attention"} if graph.recurrent else set()
     if other := layers - known:
         raise FormatError(
             f"config.json: {min(other)} in layer_types; llama.cpp's {graph.arch} has only"
@@ -95,6 +98,8 @@ def _text_params(architecture: Architecture, graph: TextGraph, vision: VisionGra
         experts=architecture.experts,
         taken=architecture.taken,
         expert_width=int(text["moe_intermediate_size"]) if graph.sparse else 0,
+        rotary=int(head_dim * rope["partial_rotary_factor"]) if graph.recurrent else 0,
+        delta=_delta_net(text) if graph.recurrent else None,
     )
 
 
@@ -128,6 +133,25 @@ def _scaling(rope: Mapping, context: int) -> dict[str, object]:
     return keys
 
 
+def _delta_net(text: Mapping) -> DeltaNet:
+    """The sizes of the linear attention. Raises FormatError for what llama.cpp cannot express."""
+    full = [i for i, kind in enumerate(text["layer_types"]) if kind == "full_attention"]
+    every = full[0] + 1 if full else len(text["layer_types"]) + 1
+    if full != list(range(every - 1, len(text["layer_types"]), every)):
+        raise FormatError(
+            f"config.json: the layers {full} attend in layer_types; llama.cpp knows only every n-th"
+        )
+    keys, values = (int(text[f"linear_num_{kind}_heads"]) for kind in ("key", "value"))
+    head, other = (int(text[f"linear_{kind}_head_dim"]) for kind in ("value", "key"))
+    if head != other or values % keys:
+        raise FormatError(
+            f"config.json: a linear attention of {keys} key heads of {other} columns and {values}"
+            f" value heads of {head}; llama.cpp knows only heads of one width, and as many value"
+            " heads for each key head"
+        )
+    return DeltaNet(every, keys, values, head, int(text["linear_conv_kernel_dim"]))
+
+
 def _require_expressible(params: TextParams, text: Mapping) -> None:
     """Raises FormatError for sizes that do not fit together in llama.cpp's graph."""
     arch, head_dim, sections = params.graph.arch, params.head_dim, params.sections
@@ -148,10 +172,11 @@ def _require_expressible(params: TextParams, text: Mapping) -> None:
             f"config.json: rope type {scaled} of sliding_attention; llama.cpp's {arch} knows only"
             " default there"
         )
-    if sections and (len(sections) != 3 or 2 * sum(sections) != head_dim):
+    turned = params.rotary or head_dim
+    if sections and (len(sections) != 3 or 2 * sum(sections) != turned):
+        part = f"the {turned} rotary columns" if params.rotary else f"head_dim {head_dim}"
         raise FormatError(
-            f"config.json: mrope_section {list(sections)} does not add up to half of head_dim"
-            f" {head_dim}"
+            f"config.json: mrope_section {list(sections)} does not add up to half of {part}"
         )
     # By the last layer, llama.cpp's graph has dropped the rows of the image, and aborts there.
     if params.stacked >= params.layers:

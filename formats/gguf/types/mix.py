@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vlmq_export.errors import UsageError
-from vlmq_export.formats.gguf.tables.layout import Layout
+from vlmq_export.formats.gguf.tables.layout import Layout, Place
 from vlmq_export.formats.gguf.types.table import TYPES
 from vlmq_export.formats.model_plan import ModelPlan
 from vlmq_export.quantizer.grids.blocks import GRIDS
@@ -110,7 +110,7 @@ class Tensor:
     """What the choice for a tensor depends on."""
 
     name: str  # GGUF name: blk.3.ffn_down.weight
-    columns: int
+    columns: int  # of a row, or of a head where llama.cpp has heads in another order
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def module_types(model: ModelPlan, mix: str, given: Iterable[str] = ()) -> dict[
     layout = Layout.of(model.architecture)
     p = layout.text_params
     shape = Shape(p.layers, p.heads, p.kv_heads, p.tied)
-    matrices = [Tensor(n, x.shape[1]) for n, x in layout.text.items() if len(x.shape) == 2]
+    matrices = [Tensor(n, x.run) for n, x in layout.text.items() if _takes_blocks(n, x)]
     types = tensor_types(mix, matrices, shape, parse_overrides(given))
     return {layout.text[n].hub.removesuffix(".weight"): kind for n, kind in types.items()}
 
@@ -152,18 +152,23 @@ def module_choices(
     overrides = parse_overrides(given)
     choices = {}
     for name, place in Layout.of(model.architecture).text.items():
-        if len(place.shape) != 2:
+        if not _takes_blocks(name, place):
             continue
         rows, columns = place.shape
-        candidates = _BUDGET if columns % 256 == 0 else _NARROW_BUDGET
+        candidates = _BUDGET if place.run % 256 == 0 else _NARROW_BUDGET
         if candidates is _BUDGET and target_bpw < _LATTICES_BELOW and name != "token_embd.weight":
             candidates = (*_BUDGET_LATTICES, *_BUDGET)
         if manual := _overridden(name, overrides):
             candidates = (manual,)
-        kinds = [fallback(kind, columns) for kind in candidates]
+        kinds = [fallback(kind, place.run) for kind in candidates]
         bits = {kind: 8 * rows * TYPES[kind].row_bytes(columns) for kind in kinds}
         choices[place.hub.removesuffix(".weight")] = bits
     return choices
+
+
+def _takes_blocks(name: str, place: Place) -> bool:
+    """Whether a tensor of the language model gets a block type."""
+    return place.linear or name == "token_embd.weight"
 
 
 def mix_named(name: str) -> str:
@@ -310,6 +315,7 @@ _RULES = {
     "attn_q": _attn_q_or_k,
     "attn_k": _attn_q_or_k,
     "attn_v": _attn_v,
+    "attn_qkv": _attn_v,
     "attn_output": _attn_output,
     "ffn_gate": _ffn_in,
     "ffn_up": _ffn_in,

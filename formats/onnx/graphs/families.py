@@ -35,6 +35,11 @@ def graph_refusals(architecture: Architecture) -> list[str]:
             "config.json: the ONNX graphs have no vision tower for images of any size whose rows of"
             f" tokens end in one of their own, as {family.model_type} has; leave out --format onnx"
         ]
+    if any(block.kind == "recurrent" for block in family.every_block):
+        return [
+            "config.json: the ONNX graphs have no linear attention, as three of four layers of"
+            f" {family.model_type} have; leave out --format onnx"
+        ]
     if architecture.model_type not in TRACED:
         try:
             return list(_mobius_refusals(architecture))

@@ -145,6 +145,10 @@ def test_a_float_tower_is_ignored_by_its_name_in_every_program(planned):
     assert kept("model.connector.modality_projection.proj", "idefics3")
     assert kept("language_model.lm_head", "qwen2_vl") and kept("lm_head", "qwen2_vl")
     assert not kept("lm_head", "qwen2_vl", head_bits=4)
+    # vLLM looks for both linears that its `in_proj_ba` is fused of.
+    linear = "model.language_model.layers.0.linear_attn"
+    assert kept(f"{linear}.in_proj_a", "qwen3_5") and kept(f"{linear}.in_proj_b", "qwen3_5")
+    assert not any(kept(f"{linear}.in_proj_{end}", "qwen3_5") for end in ("qkv", "z", "qkvz"))
     for arch in FAMILIES:
         assert not kept("language_model.model.layers.0.mlp.gate_up_proj", arch)
 

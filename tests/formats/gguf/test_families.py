@@ -9,6 +9,7 @@ from dataclasses import replace
 import gguf as gguf_py
 import numpy as np
 import pytest
+import torch
 
 from tests.artifacts import GRIDS, config_of, edit, rtn_artifact, tower_of
 from tools.reference_vlm import tiny_families
@@ -19,6 +20,8 @@ from vlmq_export.formats.gguf.files.mmproj import stored_type
 from vlmq_export.formats.gguf.tables.families import graphs_of
 from vlmq_export.formats.gguf.tables.layout import Layout, Place, shapes
 from vlmq_export.formats.gguf.tables.params import image_params
+from vlmq_export.formats.gguf.types.mix import module_choices, module_types
+from vlmq_export.formats.gguf.types.order import in_order
 from vlmq_export.formats.model_plan import artifact_plan
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -32,7 +35,7 @@ PIXTRAL = tiny_families.PIXTRAL
 # layer after the last one that takes DeepStack features.
 SHAPE = {"qwen2_5_vl": {"depth": 4}, "qwen3_vl": {"layers": 3}, "qwen3_vl_moe": {"layers": 3}}
 NEW = ("qwen3_vl", "internvl", "llava_onevision", "idefics3", "smolvlm", "internvl3_5", "gemma3")
-NEW += ("ministral3",)
+NEW += ("ministral3", "qwen3_5")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,7 @@ def test_names_are_llama_cpps_own(arch, artifact):
     for name, place in layout.text.items():
         module = place.module.replace("model.language_model.", "model.")
         module = module.replace("model.text_model.", "model.").replace(".experts.0.", ".experts.")
+        module = module.replace(".dt_bias", ".dt_proj.bias")  # as the converter renames it
         assert text.get_name(module, try_suffixes=suffixes) == name
     for name, place in layout.vision.items():
         # The map has no name for the second time slice of the patch convolution, and it numbers
@@ -298,6 +302,98 @@ def tokenizer_of(source):
     return json.loads((source / "tokenizer.json").read_text("utf-8"))
 
 
+def test_what_qwen3_5_says_of_its_layers(artifact):
+    """As llama.cpp's converter writes it."""
+    keys = Layout.of(artifact("qwen3_5").architecture).text_params.keys()
+    said = {k.removeprefix("qwen35."): v for k, v in keys.items() if "ssm" in k or "_int" in k}
+    assert said == {
+        "full_attention_interval": 2,
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": 128,
+        "ssm.group_count": 2,
+        "ssm.time_step_rank": 4,
+        "ssm.inner_size": 512,
+    }
+    assert keys["qwen35.rope.dimension_count"] == 64  # a quarter of a head
+    assert keys["qwen35.rope.dimension_sections"] == [11, 11, 10, 0]
+    assert keys["qwen35.attention.key_length"] == 256
+
+
+def test_value_heads_stand_in_the_order_of_llama_cpp(artifact):
+    """Of two for each key head, the first of all come first. Queries and keys stay as they are."""
+    a = artifact("qwen3_5")
+    layout, weights = Layout.of(a.architecture), Weights(a.path)
+
+    def both(name: str) -> tuple[np.ndarray, np.ndarray]:
+        place = layout.text[f"blk.0.{name}"]
+        source = weights.array(place.hub)
+        return source, place.of(torch.from_numpy(source)).numpy()
+
+    tiled = np.array([0, 2, 1, 3])
+    heads = (tiled[:, None] * 128 + np.arange(128)).ravel()
+    mixed = np.concatenate([np.arange(512), 512 + heads])
+    for name, rows in {
+        "attn_qkv.weight": mixed,
+        "attn_gate.weight": heads,
+        "ssm_alpha.weight": tiled,
+        "ssm_beta.weight": tiled,
+        "ssm_dt.bias": tiled,
+    }.items():
+        source, own = both(name)
+        assert np.array_equal(own, source[rows]), name
+    source, own = both("ssm_conv1d.weight")
+    assert np.array_equal(own, source[mixed, 0])
+    source, own = both("ssm_a")
+    assert np.array_equal(own, -torch.from_numpy(source[tiled]).exp().numpy())
+    source, own = both("ssm_out.weight")
+    assert np.array_equal(own, source[:, heads])
+    source, own = both("ssm_norm.weight")
+    assert np.array_equal(own, source)  # the one norm here without 1 + weight
+    source, own = both("attn_norm.weight")
+    assert np.array_equal(own, 1 + source)
+
+
+def test_as_many_value_heads_as_key_heads_stay_in_order(tiny):
+    """As in the published models of 0.8B and 2B: a row is one run, whatever the blocks."""
+    config = config_of(tiny("qwen3_5"))
+    text = {**config[TEXT], "linear_num_value_heads": 2}
+    layout = Layout.of(Architecture.of({**config, TEXT: text}))
+    places = [layout.text[f"blk.0.{n}.weight"] for n in ("attn_qkv", "attn_gate", "ssm_out")]
+    assert not any(place.part or place.heads for place in places)
+    assert places[-1].run == 256
+
+
+@pytest.mark.parametrize("tag", ["w4", "w4g32", "w2g128", "w8g128"])
+def test_packed_columns_are_moved_with_their_scales(tag, tiny, tmp_path):
+    a = rtn_artifact(tmp_path, GRIDS[tag], tiny("qwen3_5"))
+    place = Layout.of(a.architecture).text["blk.0.ssm_out.weight"]
+    linear = a.linear(place.hub.removesuffix(".weight"))
+    assert torch.equal(in_order(linear, place).decode(), place.of(linear.decode()))
+    assert not torch.equal(in_order(linear, place).decode(), linear.decode())
+
+
+def test_groups_that_span_heads_are_refused_in_the_plan(tiny, tmp_path):
+    a = rtn_artifact(tmp_path / "a", GRIDS["w4g256"], tiny("qwen3_5"))
+    (refusal,) = gguf.plan(artifact_plan(a), FormatOptions()).refusals
+    assert "out_proj: llama.cpp has its heads of 128 columns in another order" in refusal
+    with pytest.raises(FormatError, match="use --group-size 32, 64, 128 or -1"):
+        gguf.write(a, tmp_path / "out", FormatOptions())
+
+
+def test_a_mix_takes_blocks_that_lie_within_a_head(artifact):
+    plan = artifact_plan(artifact("qwen3_5"))
+    layer = "model.language_model.layers.0.linear_attn"
+    types = module_types(plan, "Q4_K_M", ["ssm_out=Q6_K"])
+    assert types[f"{layer}.out_proj"] == "Q8_0"  # in the place of Q6_K
+    assert module_types(plan, "Q4_K_M")[f"{layer}.out_proj"] == "Q5_0"
+    more = module_types(plan, "Q3_K_M")  # where values are given more bits
+    assert more[f"{layer}.in_proj_qkv"] == "Q5_K" and more[f"{layer}.in_proj_z"] == "Q3_K"
+    assert not any("in_proj_a" in n or "in_proj_b" in n or "conv1d" in n for n in types)
+    choices = module_choices(plan, 3.0)
+    assert {*choices[f"{layer}.out_proj"]} == {"Q4_0", "Q5_0", "Q5_1", "Q8_0"}
+    assert "Q2_K" in choices[f"{layer}.in_proj_z"]
+
+
 def test_where_the_class_row_goes(artifact):
     a = artifact("internvl")
     rows = Weights(a.path).array("vision_tower.embeddings.position_embeddings")[0]
@@ -323,6 +419,9 @@ YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [1
         ("qwen3_vl", VISION, {"deepstack_visual_indexes": [0, 1, 2]}, "fails at the last of 3"),
         ("qwen3_vl", TEXT, {"attention_bias": True}, "attention_bias"),
         ("qwen3_vl", TEXT, YARN, "rope type yarn"),
+        ("qwen3_5", TEXT, {"layer_types": ["full_attention", "linear_attention"]}, "every n-th"),
+        ("qwen3_5", TEXT, {"linear_key_head_dim": 64}, "knows only heads of one width"),
+        ("qwen3_5", VISION, {"deepstack_visual_indexes": [1]}, "deepstack_visual_indexes"),
         ("internvl", TEXT, {"model_type": "llama"}, "model_type is llama"),
         ("internvl", VISION, {"norm_type": "rms_norm"},
          "norm_type is rms_norm; .* RMS norms .* 3200 columns and 45 layers"),

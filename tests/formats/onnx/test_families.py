@@ -320,6 +320,7 @@ PHI = {"text_config": {"model_type": "phi"}}
         ("gemma3", {"text_config": {"rope_scaling": LONG}}, "longrope"),
         ("mistral3", {}, "as mistral3 has"),
         ("ministral3", {}, "as mistral3 has"),
+        ("qwen3_5", {}, "of qwen3_5 have"),
         ("qwen2_vl", {}, None),
         ("qwen3_vl", {}, None),
         ("smolvlm", {}, None),

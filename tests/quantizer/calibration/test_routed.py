@@ -38,7 +38,7 @@ def drifted(loaded) -> LayerWalk:
     batches = loaded.walked()
     for batch in batches:
         batch.quantized = batch.quantized * (1 + 0.1 * torch.randn(batch.quantized.shape))
-    walk = LayerWalk(loaded.layers[0], loaded.blocks, batches, two_streams=True)
+    walk = LayerWalk(loaded.layers[0], loaded.blocks(0), batches, two_streams=True)
     for step in (0, 1):
         for _ in walk.inputs(step):
             pass
@@ -113,8 +113,8 @@ def test_tokens_weigh_what_the_answers_need_at_each_expert(loaded):
         batches = decoder_inputs(
             prefix, samples, two_streams=False, device=CPU, added=loaded.family.added
         )
-    names = [n for n in loaded.blocks[1].linears if ".1." in n or ".4." in n]
-    found = answer_factors(streamed, 2, batches, names)
+    names = [n for n in loaded.blocks(0)[1].linears if ".1." in n or ".4." in n]
+    found = answer_factors(streamed, batches, [names] * 2)
     model = loaded.model
     groups = enumerate(_equal_lengths(samples))
     for place, row, sample in [(i, row, s) for i, g in groups for row, s in enumerate(g)]:
@@ -168,7 +168,7 @@ def test_experts_in_portions_are_solved_to_the_same_integers(tiny, monkeypatch):
         loaded = Loaded(tiny("qwen3_vl_moe"))
         batches, layer = loaded.walked(), loaded.layers[0]
         before = [(b.quantized, b.kwargs, b.added[0]) for b in batches]
-        walk = LayerWalk(layer, loaded.blocks, batches, two_streams=True)
+        walk = LayerWalk(layer, loaded.blocks(0), batches, two_streams=True)
         with torch.no_grad():
             wanted = [layer(b.full, **b.kwargs) for b in batches]
         job = job_for(QuantConfig(method="gptaq", bits=3), loaded.checkpoint.config)
@@ -181,7 +181,7 @@ def test_experts_in_portions_are_solved_to_the_same_integers(tiny, monkeypatch):
                 plain[batch.vision] += added
                 torch.testing.assert_close(stream, plain, rtol=1e-5, atol=1e-5)
     names = [linear.name.removeprefix("l.") for linear, _ in found[0]]
-    assert names == [name for block in loaded.blocks for name in block.linears]
+    assert names == [name for block in loaded.blocks(0) for name in block.linears]
     for (one, metrics), (other, _) in zip(*found):
         assert torch.equal(one.solution.codes, other.solution.codes)
         assert torch.equal(one.decode(), other.decode())

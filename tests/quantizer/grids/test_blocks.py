@@ -285,7 +285,7 @@ def test_a_hopeless_hessian_is_rounded_to_nearest():
 def mixed(tmp_path_factory) -> Path:
     """An artifact of the bundled model that uses every type. Its embedding has one too."""
     checkpoint = Checkpoint(REFERENCE_VLM)
-    names = [*checkpoint.architecture.family.linear_names(6), "model.embed_tokens"]
+    names = [*checkpoint.architecture.linears, "model.embed_tokens"]
     config = QuantConfig("rtn", gguf_type="Q4_K_M", types=dict(zip(names, cycle(GRIDS))))
     folder = tmp_path_factory.mktemp("mixed") / "artifact"
     quantize(checkpoint, [], config, folder, name="x", calibration={})

@@ -146,16 +146,27 @@ def test_folded_scales_leave_the_function_alone(made, small, samples, tmp_path):
     assert mismatch > 3 * error, "the norms carry nothing, so the check above proves nothing"
 
 
-def test_scales_go_into_norms_that_add_one_to_their_weights(tiny, tmp_path):
-    """Gemma 3: the scales of norms and weights cancel, and only the rounding at 8 bits is left."""
-    folder, config = tiny("gemma3"), QuantConfig(method="awq", bits=8, group_size=16)
+@pytest.mark.parametrize("arch", ["gemma3", "qwen3_5"])
+def test_scales_go_into_norms_that_add_one_to_their_weights(arch, tiny, tmp_path):
+    """The scales of norms and weights cancel, and only the rounding at 8 bits is left.
+
+    In Qwen3.5, linears that read the norm and stay floats take the scale too.
+    """
+    folder, config = tiny(arch), QuantConfig(method="awq", bits=8, group_size=16)
     rows = read_rows(bundled.CALIBRATION)[:4]
     samples, checkpoint = [Preprocessor(folder).sample(row) for row in rows], Checkpoint(folder)
     artifact, model = run(folder, samples, tmp_path / "a", config), load_model(checkpoint, CPU)
     family = checkpoint.architecture.family
-    norms = [f"{family.layers}{i}.{b.norm}.weight" for i in range(2) for b in family.blocks]
-    new = {n: artifact.float_tensor(n).float() for n in norms}
-    assert not any(torch.equal(v, checkpoint.tensor(n).float()) for n, v in new.items())
+    blocks = [(i, b) for i in range(2) for b in checkpoint.architecture.blocks(i)]
+    new, scaled = {}, set()
+    for index, block in blocks:
+        prefix = f"{family.layers}{index}."
+        power = artifact.records[prefix + block.ins[0]].metrics["power"]
+        scaled |= {block.kind} if power else set()
+        for name in (f"{prefix}{n}.weight" for n in (block.norm, *block.kept)):
+            new[name] = artifact.float_tensor(name).float()
+            assert torch.equal(new[name], checkpoint.tensor(name).float()) == (power == 0), name
+    assert scaled == {block.kind for _, block in blocks}
     with torch.no_grad():
         before = model(**samples[3].model_inputs(), use_cache=False).logits
         write(model, artifact)

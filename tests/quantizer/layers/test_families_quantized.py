@@ -125,7 +125,7 @@ def test_gptq_holds_every_weight(made, tmp_path):
         needs = "has no class" if lacking else "--gptq-names module"
         told = any("not load in GPTQModel.load: " in note and needs in note for note in notes)
         # Of names, in both places.
-        one_kind = checkpoint.model_type in ("qwen3_vl", "qwen3_vl_moe", "smolvlm")
+        one_kind = checkpoint.model_type in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "smolvlm")
         assert told == (names == "hub" and not one_kind)
         row = own_decoder(GptqFolder(folder), reference)
         assert row.status == "passed", row
@@ -136,8 +136,8 @@ def test_a_changed_norm_is_caught(made, tmp_path):
     """The last bit of one gain of the norm behind or before the last linears of a layer."""
     artifact, checkpoint, reference = made
     FORMATS["gptq"].write(artifact, tmp_path, FormatOptions())
-    family = checkpoint.architecture.family
-    name = f"{family.layers}1.{family.blocks[-1].post or family.blocks[-1].norm}.weight"
+    *_, last = checkpoint.architecture.blocks(1)
+    name = f"{checkpoint.architecture.family.layers}1.{last.post or last.norm}.weight"
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[name].view(torch.int16)[7] ^= 1
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})

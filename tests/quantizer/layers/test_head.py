@@ -212,7 +212,7 @@ def test_a_family_whose_head_has_another_name(tiny, tmp_path):
 
 
 def test_the_heads_type_in_a_mix_is_solved_too(checkpoints, samples, tmp_path):
-    names = Checkpoint(checkpoints[False]).architecture.family.linear_names(2)
+    names = Checkpoint(checkpoints[False]).architecture.linears
     types = dict.fromkeys([*names, "model.embed_tokens"], "Q4_0") | {"lm_head": "Q6_K"}
     config = QuantConfig(method="gptq", gguf_type="Q4_0", types=types)
     artifact = run(checkpoints[False], samples, tmp_path / "a", config)

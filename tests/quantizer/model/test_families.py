@@ -48,11 +48,20 @@ class Loaded:
         self.preprocessor = Preprocessor(folder)
         self.model = load_model(self.checkpoint, CPU)
         separate(self.model)  # experts, if it has any
-        self.blocks = self.checkpoint.architecture.blocks(0)
         layers = self.family.module_name(self.family.layers).rstrip(".")
         self.layers = list(self.model.get_submodule(layers))
         rows = read_rows(bundled.CALIBRATION)[:ROWS]
         self.samples = [self.preprocessor.sample(row) for row in rows]
+
+    def blocks(self, layer: int):
+        """The chain that a layer is."""
+        return self.checkpoint.architecture.blocks(layer)
+
+    def kinds(self):
+        """The first layers up to one of each kind, each with its chain."""
+        found = [self.blocks(i) for i in range(len(self.layers))]
+        last = max(found.index(chain) for chain in found)
+        return list(zip(self.layers[: last + 1], found))
 
     def walked(self):
         """The batches of these samples at the first decoder layer."""
@@ -91,16 +100,31 @@ def test_every_tensor_has_its_module_and_every_module_its_tensor(loaded):
     assert {n for n in tensors if family.is_vision(n)} == vision
 
 
-def test_the_linears_are_all_linears_of_the_decoder(loaded):
-    modules = loaded.layers[0].named_modules()
-    names = {name for name, module in modules if isinstance(module, torch.nn.Linear)}
-    assert {name for block in loaded.blocks for name in block.linears} == names
+def test_the_linears_are_all_linears_of_the_decoder_but_those_that_stay(loaded):
+    for layer, blocks in loaded.kinds():
+        modules = layer.named_modules()
+        names = {name for name, module in modules if isinstance(module, torch.nn.Linear)}
+        kept = {name for block in blocks for name in block.kept}
+        assert kept < names or not kept
+        assert {name for block in blocks for name in block.linears} == names - kept
 
 
 def test_norms_feed_the_linears_that_the_entry_says_and_no_others(loaded):
     """A linear reads a norm where its input is that norm's very output."""
-    layer = loaded.layers[0]
-    (batch, *_) = loaded.walked()
+    batches = loaded.walked()
+    for index, (layer, blocks) in enumerate(loaded.kinds()):
+        # A router reads the norm of experts, and each of them is given some tokens.
+        dense = [block for block in blocks if block.kind != "experts"]
+        found = readers_of_norms(layer, dense, batches[0], index)
+        assert {norm: {*names} for norm, names in found.items()} == {
+            block.norm: {*block.readers} for block in dense
+        }
+        for block in dense:
+            assert tuple(name for name in found[block.norm] if name in block.ins) == block.ins
+
+
+def readers_of_norms(layer, blocks, batch, ahead: int) -> dict[str, list[str]]:
+    """Norm → the linears that read it, in the order in which they run."""
     produced: dict[str, torch.Tensor] = {}
     readers: dict[str, list[str]] = {}  # norm, or "" → its linears
 
@@ -114,19 +138,16 @@ def test_norms_feed_the_linears_that_the_entry_says_and_no_others(loaded):
 
         return hook
 
-    # A router reads the norm of experts, and each of them is given some tokens.
-    dense = [block for block in loaded.blocks if block.kind != "experts"]
-    norms = [block.norm for block in dense]
+    norms = [block.norm for block in blocks]
     hooks = [layer.get_submodule(name).register_forward_hook(keep(name)) for name in norms]
     for name, module in layer.named_modules():
         if isinstance(module, torch.nn.Linear):
             hooks.append(module.register_forward_pre_hook(look(name)))
     with torch.no_grad():
-        layer(batch.quantized, **batch.kwargs)
+        layer(batch.quantized, **batch.kwargs_of(ahead))
     for hook in hooks:
         hook.remove()
-    found = {norm: tuple(names) for norm, names in readers.items() if norm}
-    assert found == {block.norm: block.ins for block in dense}
+    return {norm: names for norm, names in readers.items() if norm}
 
 
 @pytest.mark.parametrize("arch", (*NEW, "gemma3", "idefics3", "smolvlm", "mistral3", "ministral3"))
@@ -319,9 +340,9 @@ def test_layers_walked_one_by_one_are_the_model(loaded):
     batches = loaded.walked()
     if loaded.family.added:
         assert all(len(b.added) == 2 and float(b.added[0].abs().max()) > 0 for b in batches)
-    for layer in loaded.layers:
+    for index, layer in enumerate(loaded.layers):
         expected = [None if b.added else layer(b.quantized, **b.kwargs) for b in batches]
-        walk = LayerWalk(layer, loaded.blocks, batches, two_streams=True)
+        walk = LayerWalk(layer, loaded.blocks(index), batches, two_streams=True)
         walk.pass_full()
         assert walk.advance() == 0
         for batch, own in zip(batches, expected):
@@ -338,21 +359,22 @@ def test_layers_walked_one_by_one_are_the_model(loaded):
 
 def test_importance_is_autograds_own(loaded):
     """Norms lie between a linear's output and the loss: of heads, and in Gemma 3 behind `out`."""
-    (batch, *_), layer = loaded.walked(), loaded.layers[0]
-    hidden, kwargs = batch.quantized, batch.kwargs
+    (batch, *_) = loaded.walked()
     generator = torch.Generator().manual_seed(0)
-    full = batch.full + 0.1 * torch.randn(batch.full.shape, generator=generator)
-    for block in loaded.blocks:
-        with torch.no_grad():
-            target = passed(layer, block, full, kwargs)
-        ours, after = output_gradients(layer, block, hidden, target, kwargs)
-        brute = block_gradients(layer, block, hidden, full, kwargs)
-        assert ours.keys() == brute.keys() == {*block.linears}
-        for name, gradient in brute.items():
-            largest = float(gradient.abs().max()) if gradient.numel() else 0.0
-            assert largest > 0 or block.kind == "experts"  # to one of which no token may come
-            torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5 * largest)
-        hidden, full = after, target
+    for index, (layer, blocks) in enumerate(loaded.kinds()):
+        hidden, kwargs = batch.quantized, batch.kwargs_of(index)
+        full = batch.full + 0.1 * torch.randn(batch.full.shape, generator=generator)
+        for block in blocks:
+            with torch.no_grad():
+                target = passed(layer, block, full, kwargs)
+            ours, after = output_gradients(layer, block, hidden, target, kwargs)
+            brute = block_gradients(layer, block, hidden, full, kwargs)
+            assert ours.keys() == brute.keys() == {*block.linears}
+            for name, gradient in brute.items():
+                largest = float(gradient.abs().max()) if gradient.numel() else 0.0
+                assert largest > 0 or block.kind == "experts"  # to one of which no token may come
+                torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5 * largest)
+            hidden, full = after, target
 
 
 def test_what_is_added_between_layers_reaches_both_streams(tiny):
@@ -367,7 +389,7 @@ def test_what_is_added_between_layers_reaches_both_streams(tiny):
     with torch.no_grad():
         outputs = [layer(b.full, **b.kwargs) for b in batches]
     before = [(b.quantized, b.kwargs) for b in batches]
-    walk = LayerWalk(layer, loaded.blocks, batches, two_streams=True)
+    walk = LayerWalk(layer, loaded.blocks(0), batches, two_streams=True)
     quantize_layer(walk, "l.", job_for(QuantConfig(method="vlmq", bits=3)))
     walk.advance()
     for batch, output, feature, (hidden, kwargs) in zip(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tools.bench.scoring import load_model
 from tools.reference_vlm import onevision
-from tools.reference_vlm.tiny_families import ARCHES, PIXTRAL
+from tools.reference_vlm.tiny_families import ARCHES, NOT_ONNX
 from vlmq_export import bundled
 from vlmq_export.errors import CheckpointError, UsageError
 from vlmq_export.formats.proof.weights import Weights
@@ -22,7 +22,7 @@ from vlmq_export.pipeline import run
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.model.families import DECODER
+from vlmq_export.quantizer.model.families import DECODER, FAMILIES
 from vlmq_export.quantizer.model.rotation import (
     RotatedCheckpoint,
     Rotation,
@@ -37,6 +37,8 @@ from vlmq_export.recipes.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EQUAL = 1e-9  # allowed relative error of the float64 logits of a rotated model
+# The same where transformers computes some steps in float32, whatever it is given: a delta rule.
+EQUAL_IN_PART = {"qwen3_5": 1e-5}
 TURNED = [arch for arch in ARCHES if arch not in ("gemma3", "qwen3_vl_moe")]
 
 
@@ -81,10 +83,12 @@ def float64_logits(folder, checkpoint, exact, samples):
         None, config=config, state_dict=state, dtype=torch.float64, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    added = FAMILIES[config.model_type].gain
     for norm in model.get_decoder().modules():
         if type(norm).__name__.endswith("RMSNorm"):
-            norm.forward = lambda x, n=norm: (
-                n.weight * x * (x.square().mean(-1, keepdim=True) + n.variance_epsilon).rsqrt()
+            eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+            norm.forward = lambda x, gain=norm.weight + added, eps=eps: (
+                gain * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
             )
     if getattr(checkpoint, "online", False):
         rotate_inner(model.get_decoder().layers, DECODER, checkpoint.inner_rotation())
@@ -109,10 +113,10 @@ def test_the_rotated_model_computes_the_same(arch, tied, online, tiny):
     before = float64_logits(folder, plain, plain.tensor, samples)
     after = float64_logits(folder, turned, turned.exact, samples)
     for a, b in zip(before, after):
-        assert float((a - b).norm() / a.norm()) < EQUAL
+        assert float((a - b).norm() / a.norm()) < EQUAL_IN_PART.get(arch, EQUAL)
     moved = [n for n in plain.tensors if not torch.equal(plain.tensor(n).double(), turned.exact(n))]
     family = plain.architecture.family
-    assert f"{family.layers}0.self_attn.v_proj.weight" in moved
+    assert any(name.endswith("self_attn.v_proj.weight") for name in moved)
     assert any(family.is_vision(n) for n in moved)
 
 
@@ -259,7 +263,7 @@ def test_a_folded_rotation_is_proven_in_every_runtime_that_takes_the_family(arch
     # llama.cpp wants it.
     recipe = Recipe(
         model=str(tiny(arch, tied=True, layers=3, depth=4)),
-        format=["gptq", "gguf", *(["onnx"] if arch not in PIXTRAL else [])],
+        format=["gptq", "gguf", *(["onnx"] if arch not in NOT_ONNX else [])],
         method="rtn",
         rotate="folded",
         out=tmp_path / "out",

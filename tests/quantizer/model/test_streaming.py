@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 FAMILIES = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3"),
-    *("mistral3", "ministral3"),
+    *("mistral3", "ministral3", "qwen3_5"),
 )
 
 
@@ -56,12 +56,13 @@ def test_streamed_parts_are_the_whole_model(arch, generation, tiny):
     assert held(streamed.model) == 0
     layer = 0
     while f"{family.layers}{layer}.mlp.up_proj.weight" in checkpoint.tensors:
+        blocks = checkpoint.architecture.blocks(layer)
         own = whole.get_submodule(family.module_name(f"{family.layers}{layer}"))
         with streamed.filled_layer(layer) as other:
             assert held(streamed.model) == sum(p.nbytes for p in own.parameters()), layer
             assert all(torch.equal(p, q) for p, q in zip(own.parameters(), other.parameters()))
             for module, stream in ((own, expected), (other, batches)):
-                walk = LayerWalk(module, family.blocks, stream, two_streams=True)
+                walk = LayerWalk(module, blocks, stream, two_streams=True)
                 walk.pass_full()
                 walk.advance()
         for batch, other in zip(expected, batches):

@@ -63,6 +63,15 @@ def plan(shapes=QWEN_3B, method="vlmq-paper", bits=2, **options):
     return memory_plan(shapes, QuantConfig(method=method, bits=bits), **options)
 
 
+@pytest.mark.parametrize(("method", "copies"), [("gptq", 16), ("vlmq-paper", 45)])
+def test_a_linear_attention_takes_what_its_values_take(method, copies):
+    shapes = dataclasses.replace(QWEN_3B, recurrent_heads=32, recurrent_width=128)
+    more, usual = (plan(s, method=method).parts["batch"] for s in (shapes, QWEN_3B))
+    assert more == 4 * 4096 * (10 * 2048 + copies * 32 * 128) > usual
+    narrow = dataclasses.replace(QWEN_3B, recurrent_heads=1, recurrent_width=128)
+    assert plan(narrow, method=method).parts["batch"] == usual
+
+
 def test_the_number_of_layers_costs_nothing():
     deeper = dataclasses.replace(QWEN_3B, layers=72, weights=2 * QWEN_3B.weights)
     assert plan(deeper) == plan()

@@ -105,7 +105,7 @@ BLOCKS = {"self_attn.q_proj": "Q4_0", "self_attn.v_proj": "Q5_1", "mlp.down_proj
 
 
 def test_block_types_and_an_embedding_stay_on_the_device(model, samples, tmp_path, monkeypatch):
-    names = Checkpoint(model).architecture.family.linear_names(2)
+    names = Checkpoint(model).architecture.linears
     types = {n: kind for n in names for end, kind in BLOCKS.items() if n.endswith(end)}
     types["model.language_model.embed_tokens"] = "Q4_0"
     config = QuantConfig(method="gptaq", group_size=32, types=types)

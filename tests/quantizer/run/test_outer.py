@@ -21,7 +21,7 @@ def source(tmp_path):
 
 
 def config_for(source, block_type="Q4_0"):
-    names = Checkpoint(source).architecture.family.linear_names(1)
+    names = Checkpoint(source).architecture.linears
     types = dict.fromkeys([*names, EMBEDDING], block_type)
     return QuantConfig(method="rtn", gguf_type=block_type, types=types)
 

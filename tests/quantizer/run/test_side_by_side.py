@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 FAMILIES = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3"),
-    *("mistral3", "ministral3", "qwen3_vl_moe"),
+    *("mistral3", "ministral3", "qwen3_vl_moe", "qwen3_5"),
 )
 
 # GGUF's block types for one linear and for the embedding, which is read by rows.

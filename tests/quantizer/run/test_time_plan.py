@@ -71,6 +71,25 @@ def test_products_are_counted_in_operations():
     assert found["metrics"] == pytest.approx(losses, rel=1e-6)
 
 
+def test_a_linear_attention_goes_through_a_sample_chunk_by_chunk():
+    """On the same machine: the walk by hand. It does not grow with the length of the samples."""
+    slow = dataclasses.replace(QUICK, products={1: 1.0})
+    shapes = dataclasses.replace(QWEN_3B, layers=1, recurrent_heads=16, recurrent_width=128)
+    ((first, second, *mlp),) = layers(1)
+    mixing = [dataclasses.replace(group, recurrent=True) for group in (first, second)]
+    tokens, twice = 64 * 512, QWEN_3B.linears[4:6]
+
+    def walk(lengths):
+        config = QuantConfig(method="gptq")
+        return plan_seconds(shapes, [[*mixing, *mlp]], {}, config, lengths, slow)["walk"]
+
+    chunk = 2 * 16 * (5 * 64 * 64 * 128 + 3 * 64 * 128 * 128)
+    weights = QWEN_3B.layer + sum(r * c for r, c in twice)
+    by_hand = 2 * tokens * weights + tokens / 64 * chunk
+    assert walk(LENGTHS) == pytest.approx(by_hand, rel=1e-6)
+    assert walk(Lengths((Length(2048, 256),) * 16)) == pytest.approx(by_hand, rel=1e-6)
+
+
 def test_a_tower_is_walked_and_solved_on_patches():
     """On the same machine: a tower of one linear, by `gptq`, and the plan without it unchanged."""
     slow = dataclasses.replace(QUICK, products={1: 1.0})
