@@ -312,7 +312,11 @@ def test_a_worker_that_dies_over_one_request_leaves_the_next_to_another(
 
 
 # What a family has in common with one of these is loaded in the slow tests alone.
-LIKE_OTHERS = ("internvl", "idefics3", "smolvlm", "llava_onevision", "ministral3")
+# test_experts.py loads qwen3_vl_moe.
+LIKE_OTHERS = (
+    *("internvl", "idefics3", "smolvlm", "llava_onevision", "ministral3"),
+    "qwen3_vl_moe",
+)
 
 
 @pytest.mark.parametrize(
