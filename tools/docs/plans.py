@@ -60,6 +60,25 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": _TOWER | {"out_hidden_size": 2560},
         },
     ),
+    "qwen3_5": (
+        "Qwen3.5-4B",
+        {
+            "text_config": {
+                "full_attention_interval": 4,
+                "head_dim": 256,
+                "hidden_size": 2560,
+                "intermediate_size": 9216,
+                "linear_num_key_heads": 16,
+                "linear_num_value_heads": 32,
+                "num_attention_heads": 16,
+                "num_hidden_layers": 32,
+                "num_key_value_heads": 4,
+                "vocab_size": 248320,
+            },
+            "tie_word_embeddings": True,
+            "vision_config": _TOWER | {"deepstack_visual_indexes": [], "out_hidden_size": 2560},
+        },
+    ),
     "qwen3_vl_moe": (
         "Qwen3-VL-30B-A3B-Instruct",
         {
