@@ -10,15 +10,19 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 from transformers import AutoProcessor
+from transformers.models import pixtral
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+from transformers.models.pixtral import image_processing_pil_pixtral as with_pillow
 from transformers.processing_utils import ProcessorMixin
 
+from tools.reference_vlm.tiny_families import PIXTRAL
 from vlmq_export import Recipe, export, formats
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.proving.parity import required_runtimes
@@ -32,6 +36,18 @@ AutoVideoProcessor.from_pretrained = classmethod(lambda cls, *args, **kwargs: No
 ProcessorMixin.check_argument_for_proper_class = lambda self, name, value: (
     None if name == "video_processor" else _checked(self, name, value)
 )
+"""
+
+# Mistral 3's processor asks for torchvision by name. Its image part with Pillow needs none.
+PIXTRAL_WITHOUT_TORCHVISION = """
+import sys
+from transformers.models import pixtral
+from transformers.models.pixtral import image_processing_pil_pixtral as with_pillow
+
+sys.modules["transformers.models.pixtral.image_processing_pixtral"] = with_pillow
+from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+
+pixtral.PixtralProcessor = PixtralProcessor
 """
 
 
@@ -199,14 +215,23 @@ def reference_answer(out: Path, limit: int) -> str:
 
 @pytest.mark.slow
 @needs("onnx")
-@pytest.mark.parametrize("arch", ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3"])
+@pytest.mark.parametrize(
+    "arch", ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3", "ministral3"]
+)
 def test_the_block_for_onnx_runtime_answers_as_transformers_does(arch, tiny, tmp_path, monkeypatch):
     """Random models: the same answer needs the same pixels, tiles, positions and cache."""
     out, limit = tmp_path / "out", 12
     export(Recipe(model=str(tiny(arch)), format=["onnx"], method="rtn", verify=False, out=out))
     photo().save(out / "photo.jpg", quality=90)
     ((_, code),) = blocks(out, "`onnx/` in ONNX Runtime")
-    said = answer(code.replace("len(answer) < 128", f"len(answer) < {limit}"), out)
+    before = WITHOUT_TORCHVISION
+    if arch in PIXTRAL:
+        before += PIXTRAL_WITHOUT_TORCHVISION
+        package = pixtral.__name__
+        monkeypatch.setitem(sys.modules, f"{package}.image_processing_pixtral", with_pillow)
+        processor = import_module(f"{package}.processing_pixtral").PixtralProcessor
+        monkeypatch.setattr(pixtral, "PixtralProcessor", processor)
+    said = answer(code.replace("len(answer) < 128", f"len(answer) < {limit}"), out, before)
     monkeypatch.setattr(AutoVideoProcessor, "from_pretrained", lambda *args, **kwargs: None)
     monkeypatch.setattr(
         ProcessorMixin, "check_argument_for_proper_class", lambda self, name, value: None

@@ -39,6 +39,7 @@ def slow(*values):
 
 
 FAMILIES = ("qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3")
+FAMILIES += (slow("ministral3"),)  # test_onnx_mistral.py has more
 DECODERS = ("internvl3_5",)  # other decoders of these families, in the tests of the whole graphs
 SECOND = "second"  # in the place of a family: the second reference VLM
 
@@ -120,15 +121,15 @@ def test_the_standard_operators_pass_every_gate(exported, arch):
 def test_one_prompt_at_a_time_passes_every_gate(exported, arch):
     """GroupQueryAttention rotates queries and keys itself, for Qwen3-VL by three axes of positions.
 
-    Query, key and value are one product, except in Qwen3 and Gemma: they norm queries and keys
-    before.
+    Query, key and value are one product, except in Qwen3 and Gemma, which norm queries and keys
+    before, and in Ministral 3, whose queries grow.
     """
     reference, folder = exported(arch, graph="single")
     options = FormatOptions(onnx_graph="single")
     assert_all_pass(run_check(reference, folder, options, SETTINGS, images=1))
     nodes = onnx.load(folder / "text.onnx", load_external_data=False).graph.node
     attentions = [n for n in nodes if n.op_type == "GroupQueryAttention"]
-    one_product = arch not in ("qwen3_vl", "internvl3_5", "gemma3")
+    one_product = arch not in ("qwen3_vl", "internvl3_5", "gemma3", "ministral3")
     assert {tuple(n.input[1:3]) == ("", "") for n in attentions} == {one_product}
 
 
@@ -294,7 +295,7 @@ def test_the_graphs_are_valid_and_their_lengths_free(exported, arch):
     text = onnx.load(folder / "text.onnx", load_external_data=False).graph
     dims = {i.name: i.type.tensor_type.shape.dim for i in text.input}
     lengths = {name: [d.dim_param or d.dim_value for d in each] for name, each in dims.items()}
-    size = 128 if arch == "gemma3" else 64
+    size = 128 if arch in ("gemma3", "ministral3") else 64
     assert lengths["inputs_embeds"][:2] == ["batch", "sequence"]
     assert lengths["past_key_values.1.value"] == ["batch", 2, "past_sequence", size]
 

@@ -1,6 +1,7 @@
 """Writes genai_config.json and processor_config.json, which onnxruntime-genai reads.
 
-They are written for the families that onnxruntime-genai 0.18 knows.
+They are written for the families that onnxruntime-genai 0.18 knows, but for Mistral 3: its type was
+not tried.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
 # Tokens of a cache whose past and present share one buffer, unless the caller asks for another
 # length. The buffer is allocated at once.
 SHARED_LENGTH = 8192
-# Those of our families that have a runtime type in onnxruntime-genai 0.18, each with the ids of
-# tokens that it is told: its own key → the key of config.json.
+# Those of our families whose runtime type in onnxruntime-genai 0.18 runs our graphs, each with the
+# ids of tokens that it is told: its own key → the key of config.json.
 _QWEN_TOKENS = {k: k for k in ("image_token_id", "video_token_id", "vision_start_token_id")}
 KNOWN = {
     "qwen2_5_vl": _QWEN_TOKENS,
     "qwen3_vl": _QWEN_TOKENS,
     "gemma3": {"image_token_id": "image_token_index"},
 }
+UNTRIED = ("mistral3",)  # it has a runtime type too
 GEMMA_TOKENS = 256  # of an image of Gemma 3, for onnxruntime-genai
 # Family → images of a prompt for which onnxruntime-genai makes room. It stops at more.
 MOST_IMAGES = {"gemma3": 1}
@@ -79,6 +81,8 @@ def genai_files(
 
 def _why_not(architecture: Architecture) -> str:
     """Why onnxruntime-genai does not run a model; empty if it does."""
+    if architecture.model_type in UNTRIED:
+        return f"onnxruntime-genai's {architecture.model_type} was not tried with these graphs"
     if architecture.model_type not in KNOWN:
         return f"onnxruntime-genai does not know {architecture.model_type}"
     tokens = architecture.config.get("mm_tokens_per_image", GEMMA_TOKENS)

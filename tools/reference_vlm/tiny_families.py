@@ -395,5 +395,5 @@ FAMILIES["ministral3"] = replace(
 )
 ARCHES = ("qwen2_vl", "qwen2_5_vl", *FAMILIES)  # all that make_tiny makes
 SPARSE = ("qwen3_vl_moe",)  # those with experts, which compressed-tensors has not
-PIXTRAL = ("mistral3", "ministral3")
-NOT_ONNX = (*PIXTRAL, *SPARSE, "qwen3_5")  # those that ONNX refuses
+PIXTRAL = ("mistral3", "ministral3")  # those with Pixtral's tower
+NOT_ONNX = (*SPARSE, "qwen3_5")  # those that ONNX refuses

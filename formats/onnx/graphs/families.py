@@ -15,7 +15,7 @@ from vlmq_export.formats.model_plan import decoder_attention
 from vlmq_export.quantizer.model.architecture import Architecture, pretrained_config
 
 # Families whose graphs are traced by torch.onnx (traced.py). mobius makes those of the others.
-TRACED = ("qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3")
+TRACED = ("qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3", "mistral3")
 
 
 def graph_refusals(architecture: Architecture) -> list[str]:
@@ -29,11 +29,6 @@ def graph_refusals(architecture: Architecture) -> list[str]:
         return [
             f"config.json: the ONNX graphs have no experts, as {family.model_type} has;"
             " leave out --format onnx"
-        ]
-    if family.images == "lines":
-        return [
-            "config.json: the ONNX graphs have no vision tower for images of any size whose rows of"
-            f" tokens end in one of their own, as {family.model_type} has; leave out --format onnx"
         ]
     if any(block.kind == "recurrent" for block in family.every_block):
         return [

@@ -26,6 +26,7 @@ from vlmq_export.formats.onnx.graphs.traced_vision import (
     GemmaVision,
     InternVision,
     LlavaOnevision,
+    PixtralVision,
     Qwen3Vision,
     SmolVision,
 )
@@ -41,10 +42,18 @@ VISION = {  # one entry for each of families.TRACED
     "idefics3": SmolVision,
     "smolvlm": SmolVision,
     "gemma3": GemmaVision,
+    "mistral3": PixtralVision,
 }
 
 Traceable = (
-    GemmaVision | Qwen3Vision | LlavaOnevision | InternVision | SmolVision | Embedding | Text
+    GemmaVision
+    | Qwen3Vision
+    | LlavaOnevision
+    | InternVision
+    | SmolVision
+    | PixtralVision
+    | Embedding
+    | Text
 )
 
 

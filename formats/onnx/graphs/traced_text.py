@@ -62,6 +62,11 @@ class Text(nn.Module):
                 f"ONNX graphs have no {min(other)}, which config.json asks for;"
                 " leave out --format onnx"
             )
+        if getattr(self.config, "sliding_window", None) and not hasattr(self.config, "layer_types"):
+            raise FormatError(
+                "ONNX graphs have no sliding_window, which config.json asks for;"
+                " leave out --format onnx"
+            )
         if getattr(self.config, "use_bidirectional_attention", False):
             raise FormatError(
                 "ONNX graphs have no words that see both ways, which config.json asks for"
@@ -104,13 +109,13 @@ class Text(nn.Module):
         hidden, *added = (
             inputs_embeds[..., i * size : (i + 1) * size] for i in range(1 + self.deepstack)
         )
-        masks = self._masks(inputs_embeds, attention_mask)
+        masks, grown = self._masks(inputs_embeds, attention_mask), self._grown(position_ids)
         turns = self.rotary(position_ids, inputs_embeds.dtype)
         present = []
         for i, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
             x, cache = self._norm(getattr(layer, attention.norm), hidden), past[2 * i : 2 * i + 2]
             rotary = turns[kind if kind in turns else ""]
-            x, key, value = self._attend(layer.self_attn, x, rotary, masks[kind], cache)
+            x, key, value = self._attend(layer.self_attn, x, rotary, grown, masks[kind], cache)
             present += [key, value]
             hidden = hidden + self._behind(layer, attention, x)
             x = layer.mlp(self._norm(getattr(layer, mlp.norm), hidden))
@@ -133,6 +138,14 @@ class Text(nn.Module):
         real = attention_mask.bool()[:, None, None, :].expand(batch, 1, length, total)
         return {"full_attention": real}
 
+    def _grown(self, position_ids: torch.Tensor) -> torch.Tensor | None:
+        """By how much queries are larger, [B, S, 1], where they grow with the position."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if not (beta := rope.get("llama_4_scaling_beta")):
+            return None
+        times = torch.floor(position_ids / rope["original_max_position_embeddings"])
+        return 1 + beta * torch.log(1 + times)[..., None]
+
     def _norm(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(norm, x, gain=self.family.gain)
 
@@ -145,6 +158,7 @@ class Text(nn.Module):
         attention: Any,
         x: torch.Tensor,  # [B, S, hidden]
         rotary: tuple[torch.Tensor, torch.Tensor],  # cosines and sines
+        grown: torch.Tensor | None,  # what queries are multiplied by, [B, S, 1]
         mask: torch.Tensor,  # bool [B, 1, S, past + S]
         past: list[torch.Tensor],  # key and value
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -152,6 +166,8 @@ class Text(nn.Module):
         size, (past_key, past_value) = attention.head_dim, past
         batch, length = x.shape[:2]
         query, key, value = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        if grown is not None:  # before the rotation, which keeps lengths, as well as behind it
+            query = query * grown.to(query.dtype)
         heads, kv_heads = query.shape[-1] // size, key.shape[-1] // size
         if hasattr(attention, "q_norm"):  # over each head
             query = self._norm(attention.q_norm, query.unflatten(-1, (heads, size))).flatten(2)

@@ -260,6 +260,68 @@ class GemmaVision(nn.Module):
         return self.projector(self.tower.post_layernorm(x)).flatten(0, 1)
 
 
+class PixtralVision(nn.Module):
+    """Images of one size → their features: Pixtral with Mistral 3's projector.
+
+    The tower of the model takes images of several sizes as one sequence. Those of one size are rows
+    of a batch here, which see no patch of each other either.
+    """
+
+    deepstack = 0  # no decoder layer is fed
+    inv_freq: torch.Tensor  # [head size / 2]: of rows, then of columns
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.tower: Any = model.model.vision_tower
+        self.projector: Any = model.model.multi_modal_projector
+        self.merge: int = model.config.spatial_merge_size
+        layer, layers = one_layer(model.config.vision_feature_layer), self.tower.transformer.layers
+        self.layers: Any = layers[: hidden_state(layer, layers)]
+        self.register_buffer("inv_freq", axial_frequencies(self.tower.config))
+
+    def example(self) -> Example:
+        """Two images of 3 × 4 merged patches."""
+        config: Any = self.tower.config
+        unit = config.patch_size * self.merge
+        pixels = torch.zeros(2, config.num_channels, 3 * unit, 4 * unit)
+        axes = {0: "images", 2: "height", 3: "width"}
+        return Example((pixels,), {"pixel_values": axes}, OUTPUTS)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[images, channels, height, width] → [image tokens, hidden]."""
+        grid = self.tower.patch_conv(pixel_values)  # [images, width of the tower, rows, columns]
+        rows, columns = grid.shape[2:]
+        x = self.tower.ln_pre(grid.flatten(2).transpose(1, 2))
+        by_row, by_column = self.inv_freq.chunk(2)
+        down = (torch.arange(rows)[:, None] * by_row)[:, None].expand(-1, columns, -1)
+        across = (torch.arange(columns)[:, None] * by_column)[None].expand(rows, -1, -1)
+        turn = torch.cat([down, across] * 2, dim=-1).flatten(0, 1)  # [patches, head size]
+        for layer in self.layers:
+            x = layer(x, None, position_embeddings=(turn.cos(), turn.sin()))
+        return self._projected(self.projector.norm(x), columns)
+
+    def _projected(self, x: torch.Tensor, columns: int) -> torch.Tensor:
+        """[images, patches, width of the tower] → [image tokens, hidden].
+
+        The patches of a token are put side by side, column by column of the tower's width.
+        """
+        side, projector = self.merge, self.projector
+        x = x.unflatten(1, (-1, side, columns // side, side))
+        x = x.permute(0, 1, 3, 5, 2, 4).flatten(0, 2).flatten(1)  # [tokens, width · side²]
+        x = projector.patch_merger.merging_layer(x)
+        return projector.linear_2(projector.act(projector.linear_1(x)))
+
+
+def axial_frequencies(config: Any) -> torch.Tensor:
+    """The frequencies of Pixtral: every second one turns with the row, the others with the column.
+
+    [head size / 2], of rows and then of columns.
+    """
+    size, base = config.head_dim, config.rope_parameters["rope_theta"]
+    frequencies = 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.float) / size))
+    return torch.cat([frequencies[0::2], frequencies[1::2]])
+
+
 class LlavaOnevision(nn.Module):
     """The tiles of one image, and its size → its features.
 

@@ -212,17 +212,21 @@ def _replace_linear(
 
 
 def _take_apart(graph: ir.Graph, weight: ir.Value, name: str) -> None:
-    """Make Transpose, MatMul and Add of a Gemm that reads the weight, if one does."""
+    """Make Transpose, MatMul and Add of a Gemm that reads the weight, if one does.
+
+    One without a bias has no Add.
+    """
     for gemm in [node for node in weight.consumers() if node.op_type == "Gemm"]:
         settings = {key: attribute.value for key, attribute in gemm.attributes.items()}
-        x, _, bias = gemm.inputs
+        x, _, *bias = gemm.inputs
         if settings != {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}:
             raise FormatError(
                 f"{name} is a Gemm of {settings}; this torch version is not supported"
             )
         tape = ir.tape.Tape()
         product = tape.op("MatMul", [x, tape.op("Transpose", [weight], {"perm": [1, 0]})])
-        tape.op("Add", [product, bias])
+        if bias:
+            tape.op("Add", [product, *bias])
         name_outputs(tape.nodes, name)
         _put_in_place(graph, gemm, list(tape.nodes), f"{name}.sum")
 

@@ -93,7 +93,7 @@ def genai_rows(
 ) -> list[Check]:
     """Pixels and answers, on images that keep their size and on others.
 
-    There is no row for a family that onnxruntime-genai does not know. At accuracy_level 4 the
+    There is no row for a model without a genai_config.json. At accuracy_level 4 the
     file's own rounding changes answers in every runtime. genai's answers are then compared with
     those of plain ONNX Runtime on the same file.
     """

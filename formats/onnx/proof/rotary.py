@@ -132,6 +132,9 @@ def _frequencies(written: OnnxFolder, reference: Reference) -> Check:
     if visual := getattr(reference.model.model, "visual", None):
         # Other towers have learned positions.
         wanted["vision.inv_freq"] = visual.rotary_pos_emb.inv_freq
+    elif reference.architecture.family.packed:
+        tower = reference.model.model.vision_tower
+        wanted["vision.inv_freq"] = tower.patch_positional_embedding.inv_freq
     wrong, compared = [], 0
     for name, buffer in wanted.items():
         want, got = buffer.numpy(), written.weight(name)

@@ -131,10 +131,16 @@ class OnnxRunner:
 
         where: image_grid_thw or image_sizes, in a family that has one of them.
 
-        A graph that takes image_sizes takes one image at a time. pixel_values has an image of one
-        tile in each row then, or is [images, tiles, ...].
+        A graph that takes pixels alone takes images of one size. Those that image_sizes says are
+        smaller than pixel_values go in one by one, without what fills them up. A graph that takes
+        image_sizes too takes one image at a time. pixel_values has an image of one tile in each row
+        then, or is [images, tiles, ...].
         """
         _, *more = (i.name for i in self.vision.get_inputs())
+        if not more and where is not None:
+            images = [x[None, :, :h, :w] for x, (h, w) in zip(pixel_values, where.tolist())]
+            runs = [run(self.vision, {"pixel_values": x}, [FEATURES])[0] for x in images]
+            return np.concatenate(runs)
         if not more:
             return run(self.vision, {"pixel_values": pixel_values}, [FEATURES])[0]
         assert where is not None, f"the graph takes {more[0]}"

@@ -265,7 +265,7 @@ def test_sliding_windows_are_refused():
         "gemma3",
         *(
             pytest.param(arch, marks=pytest.mark.slow)
-            for arch in ("qwen3_vl", "llava_onevision", "idefics3")
+            for arch in ("qwen3_vl", "llava_onevision", "idefics3", "ministral3")
         ),
     ],
 )
@@ -318,8 +318,10 @@ PHI = {"text_config": {"model_type": "phi"}}
         ("gemma3", {}, None),
         ("gemma3", {"text_config": {"use_bidirectional_attention": True}}, "see both ways"),
         ("gemma3", {"text_config": {"rope_scaling": LONG}}, "longrope"),
-        ("mistral3", {}, "as mistral3 has"),
-        ("ministral3", {}, "as mistral3 has"),
+        ("mistral3", {}, None),
+        ("ministral3", {}, None),
+        ("mistral3", {"text_config": {"sliding_window": 64}}, "sliding_window"),
+        ("mistral3", {"vision_feature_layer": [-1, -2]}, "one vision layer"),
         ("qwen3_5", {}, "of qwen3_5 have"),
         ("qwen2_vl", {}, None),
         ("qwen3_vl", {}, None),
