@@ -24,9 +24,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 
 from vlmq_export.quantizer.grids.lattices import Lattice, nearest
+
+_FEW = 2**10  # numbers whose places are searched for one by one
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class BlockGrid:
         ratio = (weights + minimum).div_(safe) if self.affine else weights / safe
         if self.levels:
             levels = _tensor(self.levels, ratio.device)
-            return torch.bucketize(ratio.contiguous(), (levels[1:] + levels[:-1]) / 2).float()
+            return _places(ratio.contiguous(), (levels[1:] + levels[:-1]) / 2)
         codes = ratio.round_()
         return (codes.add_(self.centre) if self.centre else codes).clamp_(0, self.top)
 
@@ -168,6 +171,20 @@ class BlockGrid:
         """The weights in float32, as ggml computes them."""
         weights = scale * self.values(codes)
         return weights.sub_(minimum) if self.affine else weights
+
+
+def _places(numbers: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """How many of the bounds are less than each number, float32.
+
+    On a CPU many numbers are compared with one bound after the other, which takes a tenth of the
+    time of a search for each.
+    """
+    if numbers.device.type != "cpu" or numbers.numel() < _FEW:
+        return torch.bucketize(numbers, bounds).float()
+    found, own = np.zeros(numbers.shape, np.uint8), numbers.numpy()
+    for bound in bounds.numpy():
+        found += (own > bound).view(np.uint8)
+    return torch.from_numpy(found.astype(np.float32))
 
 
 @cache

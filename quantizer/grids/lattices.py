@@ -102,7 +102,7 @@ def _nearest(
     table = torch.cat([each * each, each], 1).T.contiguous()
     pull = (importance * weights.abs()).reshape(-1, lattice.columns)
     bend = (importance * scale[:, None]).reshape(-1, lattice.columns)
-    scores, chosen = (torch.cat([bend, -2 * pull], 1) @ table).min(1)
+    scores, chosen = _least(torch.cat([bend, -2 * pull], 1) @ table)
     negative = weights < 0
     if lattice.even:
         odd = (negative.sum(1) % 2 == 1).nonzero().squeeze(1)
@@ -111,6 +111,17 @@ def _nearest(
     places = grid[chosen].view(len(weights), lattice.together)
     top = len(lattice.magnitudes)
     return torch.where(negative, top - 1 - places, top + places).to(torch.uint8)
+
+
+def _least(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least score of each row, and the number of its point: [n, points] → [n] each.
+
+    On a CPU NumPy finds it in a third of PyTorch's time. Both take the first of equal scores.
+    """
+    if scores.device.type != "cpu":
+        return scores.min(1)
+    chosen = torch.from_numpy(scores.numpy().argmin(1))
+    return scores.gather(1, chosen[:, None]).squeeze(1), chosen
 
 
 def _turn(
@@ -147,7 +158,7 @@ def _turn(
     step = max(1, _SCORES // lattice.points)
     for here in range(0, len(row), step):
         some = slice(here, here + step)
-        score, number = (torch.cat([bend[place[some]], -2 * turned[some]], 1) @ table).min(1)
+        score, number = _least(torch.cat([bend[place[some]], -2 * turned[some]], 1) @ table)
         better[row[some], column[some]] = score - scores[place[some]]
         found[row[some], column[some]] = number
     least, at = better.min(1)

@@ -29,7 +29,7 @@ from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids import block_fit
 from vlmq_export.quantizer.grids.block_fit import fit_blocks
-from vlmq_export.quantizer.grids.blocks import GRIDS, BlockGrid, Params
+from vlmq_export.quantizer.grids.blocks import GRIDS, BlockGrid, Params, _places
 from vlmq_export.quantizer.grids.lattices import Lattice
 from vlmq_export.quantizer.grids.linears import BlockLinear
 from vlmq_export.quantizer.grids.solutions import BlockSolution
@@ -385,3 +385,13 @@ def test_trials_at_once_choose_what_trials_in_turn_choose(kind, monkeypatch):
     monkeypatch.setattr(block_fit, "_trials", at_once)
     for a, b in zip(in_turn.fields(), fit_blocks(grid, weights, importance).fields()):
         assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("count", [100, 5000])
+def test_the_places_among_levels_are_those_of_a_search(count):
+    bounds = torch.tensor([-3.5, -1.0, 0.25, 2.0])
+    numbers = torch.randn(count, generator=torch.Generator().manual_seed(0)) * 3
+    numbers[:4] = bounds  # a number that is a bound stands below it
+    found = _places(numbers.view(4, -1), bounds)
+    assert torch.equal(found, torch.bucketize(numbers, bounds).float().view(4, -1))
+    assert found.view(-1)[:4].tolist() == [0, 1, 2, 3]
