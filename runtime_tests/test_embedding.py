@@ -120,7 +120,7 @@ def slow(*values):
     ("arch", "format"),
     [
         ("qwen2_5_vl", "onnx"),
-        ("smolvlm", "onnx"),
+        slow("smolvlm", "onnx"),
         ("smolvlm", "gguf"),
         ("llava_onevision", "gguf"),
         slow("llava_onevision", "onnx"),
