@@ -225,10 +225,10 @@ class Checkpoint:
         if family is None:
             return tensors
         tensors = parts_of(tensors) if family.sparse else tensors
-        out = [name for name in tensors if family.left_out and name.startswith(family.left_out)]
+        out = {name for name in tensors if family.left_out and name.startswith(family.left_out)}
         if out:
             log.info("%s: %d tensors left out, first %s", self.path.name, len(out), min(out))
-        own = (n for n in tensors if n not in {*out} and not n.endswith(COMPUTED))
+        own = (n for n in tensors if n not in out and not n.endswith(COMPUTED))
         hub_names = {n: family.hub_name(n) for n in own}
         named = {hub: replace(tensors[name], name=hub) for name, hub in hub_names.items()}
         if len(named) < len(hub_names):

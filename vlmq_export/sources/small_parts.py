@@ -32,19 +32,16 @@ def with_small_parts(recipe: Recipe, checkpoint: Checkpoint, data: CalibrationRo
     architecture = checkpoint.architecture
     width = architecture.text["hidden_size"]
     small = {
-        "vision_bits": (
-            _tower_bits(recipe, checkpoint),
-            lambda: recipe.holds_outside and _tower_can(recipe, checkpoint, data),
+        "vision_bits": lambda: (
+            _tower_bits(recipe, checkpoint)
+            if recipe.holds_outside and _tower_can(recipe, checkpoint, data)
+            else 0
         ),
-        "embedding_bits": (OUTSIDE_BITS, lambda: affine and width % EMBEDDING_GROUP == 0),
-        "head_bits": (OUTSIDE_BITS, lambda: affine and not architecture.tied),
+        "embedding_bits": lambda: OUTSIDE_BITS * (affine and width % EMBEDDING_GROUP == 0),
+        "head_bits": lambda: OUTSIDE_BITS * (affine and not architecture.tied),
     }
     return recipe.model_copy(
-        update={
-            key: bits if can() else 0
-            for key, (bits, can) in small.items()
-            if getattr(recipe, key) is None
-        }
+        update={key: bits() for key, bits in small.items() if getattr(recipe, key) is None}
     )
 
 
