@@ -39,8 +39,11 @@ def slow(*values):
 
 
 FAMILIES = ("qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3")
-FAMILIES += (slow("ministral3"),)  # test_onnx_mistral.py has more
+# test_onnx_mistral.py and test_onnx_experts.py have more.
+FAMILIES += (slow("ministral3"), slow("qwen3_vl_moe"))
 DECODERS = ("internvl3_5",)  # other decoders of these families, in the tests of the whole graphs
+# Those whose queries are normed or grow before they are rotated.
+QUERIES_CHANGE = ("qwen3_vl", "qwen3_vl_moe", "internvl3_5", "gemma3", "ministral3")
 SECOND = "second"  # in the place of a family: the second reference VLM
 
 
@@ -121,15 +124,14 @@ def test_the_standard_operators_pass_every_gate(exported, arch):
 def test_one_prompt_at_a_time_passes_every_gate(exported, arch):
     """GroupQueryAttention rotates queries and keys itself, for Qwen3-VL by three axes of positions.
 
-    Query, key and value are one product, except in Qwen3 and Gemma, which norm queries and keys
-    before, and in Ministral 3, whose queries grow.
+    Query, key and value are one product, except in QUERIES_CHANGE.
     """
     reference, folder = exported(arch, graph="single")
     options = FormatOptions(onnx_graph="single")
     assert_all_pass(run_check(reference, folder, options, SETTINGS, images=1))
     nodes = onnx.load(folder / "text.onnx", load_external_data=False).graph.node
     attentions = [n for n in nodes if n.op_type == "GroupQueryAttention"]
-    one_product = arch not in ("qwen3_vl", "internvl3_5", "gemma3", "ministral3")
+    one_product = arch not in QUERIES_CHANGE
     assert {tuple(n.input[1:3]) == ("", "") for n in attentions} == {one_product}
 
 

@@ -31,8 +31,11 @@ _QWEN_TOKENS = {k: k for k in ("image_token_id", "video_token_id", "vision_start
 KNOWN = {
     "qwen2_5_vl": _QWEN_TOKENS,
     "qwen3_vl": _QWEN_TOKENS,
+    "qwen3_vl_moe": _QWEN_TOKENS,
     "gemma3": {"image_token_id": "image_token_index"},
 }
+# Family → a runtime type of another name, whose graphs take and give the same.
+TYPES = {"qwen3_vl_moe": "qwen3_vl"}
 UNTRIED = ("mistral3",)  # it has a runtime type too
 GEMMA_TOKENS = 256  # of an image of Gemma 3, for onnxruntime-genai
 # Family → images of a prompt for which onnxruntime-genai makes room. It stops at more.
@@ -170,7 +173,7 @@ def genai_config(
     session = {"session_options": {"provider_options": provider_options}}
     return {
         "model": {
-            "type": source["model_type"],
+            "type": TYPES.get(source["model_type"], source["model_type"]),
             "bos_token_id": first_eos if bos is None else bos,
             "eos_token_id": eos,
             "pad_token_id": first_eos if pad is None else pad,

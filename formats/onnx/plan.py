@@ -21,9 +21,11 @@ from vlmq_export.formats.onnx.passes.packing import block_size_for, container_bi
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.storage.tensors import DTYPES
 
-# Bytes of nodes and names in the graphs for each quantized linear, and for each tensor of a vision
-# tower that torch traced or mobius made.
+# Bytes of nodes and names in the graphs for each quantized linear, the nodes of its layer among
+# them, and for each tensor of a vision tower that torch traced or mobius made.
 _LINEAR_BYTES, _TRACED_BYTES, _MOBIUS_BYTES = 3_300, 1_400, 4_100
+# Of one linear of an expert, and of what brings a layer's tokens to its experts and back.
+_EXPERT_BYTES, _ROUTING_BYTES = 1_100, 18_000
 _TOWER_BYTES = 800  # what a tensor of the tower takes more where it is quantized
 
 
@@ -150,7 +152,10 @@ def _graph_bytes(model: ModelPlan) -> int:
     tower = sum(architecture.family.is_vision(tensor.name) for tensor in model.floats)
     tower += sum(1 + linear.bias for linear in model.tower)
     each = _TRACED_BYTES if architecture.model_type in TRACED else _MOBIUS_BYTES
-    nodes = _LINEAR_BYTES * len(model.linears) + _TOWER_BYTES * len(model.tower)
+    sparse = architecture.text["num_hidden_layers"] if architecture.experts else 0
+    experts = 3 * architecture.experts * sparse
+    nodes = _LINEAR_BYTES * (len(model.linears) - experts) + _TOWER_BYTES * len(model.tower)
+    nodes += _EXPERT_BYTES * experts + _ROUTING_BYTES * sparse
     return nodes + each * tower
 
 

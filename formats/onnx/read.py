@@ -242,13 +242,13 @@ class OnnxFolder:
     ) -> list[tuple[str, slice]]:
         """The linears of a node, and the rows of each.
 
-        A merged node is named after its linears: `…self_attn.q_proj|k_proj|v_proj`. A Split or an
-        attention behind it takes them apart, perhaps after an Add of their biases.
+        A Split or an attention behind a merged node takes its linears apart, perhaps after an Add
+        of their biases. Those of an expert have as many rows each, and are taken apart together
+        with those of the other experts.
         """
-        if "|" not in module:
+        names = merged_linears(module)
+        if len(names) == 1:
             return [(module, slice(None))]
-        first, *others = module.split("|")
-        names = [first, *(f"{first.rpartition('.')[0]}.{other}" for other in others)]
         reader = consumers.get(node.output[0])
         if reader is not None and reader.op_type == "Add":
             reader = consumers.get(reader.output[0])
@@ -259,6 +259,8 @@ class OnnxFolder:
         elif reader is not None and reader.op_type == "GroupQueryAttention":
             # Keys and values are inputs of their own unless they come with the queries.
             sizes = [] if any(reader.input[1:3]) else _head_rows(reader, outputs)
+        elif reader is not None and reader.op_type == "Concat":
+            sizes = [outputs // len(names)] * len(names)
         if len(sizes) != len(names) or sum(sizes) != outputs or min(sizes) < 1:
             raise FormatError(
                 f"{self.path}: {module} is not split into {len(names)} linears; export again"
@@ -345,6 +347,12 @@ class OnnxFolder:
         if module in self._linears:
             return self.linear(module).decode()
         return agreeing([self.array(t) for t in self.floats.get(name, [])])
+
+
+def merged_linears(module: str) -> list[str]:
+    """The linears of a node by its name: `x.q_proj|k_proj` is a merged one."""
+    first, *others = module.split("|")
+    return [first, *(f"{first.rpartition('.')[0]}.{other}" for other in others)]
 
 
 def stored_inputs(node: NodeProto, producers: Mapping[str, NodeProto]) -> list[str]:

@@ -21,7 +21,7 @@ from vlmq_export.formats.onnx.graphs.build import float_graphs
 from vlmq_export.formats.onnx.graphs.edit import shape_of
 from vlmq_export.formats.onnx.passes.fill import fill
 from vlmq_export.formats.onnx.passes.fuse import fuse, fuse_transposed
-from vlmq_export.formats.onnx.passes.merge import merge
+from vlmq_export.formats.onnx.passes.merge import merge, merge_side_by_side
 from vlmq_export.formats.onnx.passes.widen import widen
 from vlmq_export.formats.onnx.plan import notes_for
 from vlmq_export.quantizer.artifact.read import Artifact
@@ -48,6 +48,8 @@ def write(artifact: Artifact, folder: Path, options: FormatOptions) -> list[str]
                 " use --onnx-graph plain"
             )
         found += fill(model, artifact, options.onnx_accuracy_level)
+        if name == "text":
+            merge_side_by_side(model)
         if fused:
             merge(model)
         if options.onnx_fused:

@@ -46,6 +46,11 @@ def numpy_type(value: ir.Value) -> np.dtype:
     return (value.dtype or ir.DataType.FLOAT).numpy()
 
 
+def merged_name(names: list[str]) -> str:
+    """The name of a merged product: `x.gate_proj` and `x.up_proj` give `x.gate_proj|up_proj`."""
+    return "|".join([names[0], *(n.rpartition(".")[2] for n in names[1:])])
+
+
 # -- adding to a graph -------------------------------------------------------------------------
 
 

@@ -15,7 +15,10 @@ from vlmq_export.formats.model_plan import decoder_attention
 from vlmq_export.quantizer.model.architecture import Architecture, pretrained_config
 
 # Families whose graphs are traced by torch.onnx (traced.py). mobius makes those of the others.
-TRACED = ("qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3", "mistral3")
+TRACED = (
+    *("qwen3_vl", "qwen3_vl_moe", "llava_onevision", "internvl"),
+    *("idefics3", "smolvlm", "gemma3", "mistral3"),
+)
 
 
 def graph_refusals(architecture: Architecture) -> list[str]:
@@ -25,11 +28,6 @@ def graph_refusals(architecture: Architecture) -> list[str]:
     where the ONNX packages are not installed.
     """
     family = architecture.family
-    if family.sparse:
-        return [
-            f"config.json: the ONNX graphs have no experts, as {family.model_type} has;"
-            " leave out --format onnx"
-        ]
     if any(block.kind == "recurrent" for block in family.every_block):
         return [
             "config.json: the ONNX graphs have no linear attention, as three of four layers of"

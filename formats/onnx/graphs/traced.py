@@ -21,6 +21,7 @@ from torch import nn
 
 from vlmq_export.errors import CheckpointError, FormatError
 from vlmq_export.formats.onnx.graphs.edit import IR_VERSION, cast_output, rename
+from vlmq_export.formats.onnx.graphs.experts import take_apart
 from vlmq_export.formats.onnx.graphs.traced_text import OPSET, Embedding, Example, Text
 from vlmq_export.formats.onnx.graphs.traced_vision import (
     GemmaVision,
@@ -37,6 +38,7 @@ from vlmq_export.quantizer.storage.untrusted import read_json
 
 VISION = {  # one entry for each of families.TRACED
     "qwen3_vl": Qwen3Vision,
+    "qwen3_vl_moe": Qwen3Vision,
     "llava_onevision": LlavaOnevision,
     "internvl": InternVision,
     "idefics3": SmolVision,
@@ -171,6 +173,7 @@ def export(graph: str, module: nn.Module, example: Example, hub_names: dict[int,
     model = program.model
     model.graph.name, model.ir_version = graph, IR_VERSION
     _name_initializers(model.graph, module, hub_names)
+    take_apart(model)
     _clear_metadata(model)
     return model
 

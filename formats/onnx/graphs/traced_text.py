@@ -15,6 +15,7 @@ from torch import nn
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from vlmq_export.errors import FormatError
+from vlmq_export.formats.onnx.graphs.experts import routed
 from vlmq_export.formats.onnx.graphs.traced_positions import Rotary, seen_keys
 from vlmq_export.quantizer.model.families import Family, SubBlock
 
@@ -118,7 +119,8 @@ class Text(nn.Module):
             x, key, value = self._attend(layer.self_attn, x, rotary, grown, masks[kind], cache)
             present += [key, value]
             hidden = hidden + self._behind(layer, attention, x)
-            x = layer.mlp(self._norm(getattr(layer, mlp.norm), hidden))
+            x = self._norm(getattr(layer, mlp.norm), hidden)
+            x = self._mlp(layer, mlp, x, i)
             hidden = hidden + self._behind(layer, mlp, x)
             if i < self.deepstack:
                 hidden = hidden + added[i]
@@ -152,6 +154,12 @@ class Text(nn.Module):
     def _behind(self, layer: Any, block: SubBlock, x: torch.Tensor) -> torch.Tensor:
         """What a sub-block adds to the residual stream: x, or what its norm behind makes of it."""
         return self._norm(getattr(layer, block.post), x) if block.post else x
+
+    def _mlp(self, layer: Any, block: SubBlock, x: torch.Tensor, number: int) -> torch.Tensor:
+        """What the MLP of layer `number` makes of x [B, S, hidden], or each token's experts."""
+        if block.kind == "experts":
+            return routed(layer.mlp, block, x, f"{self.family.layers}{number}.")
+        return layer.mlp(x)
 
     def _attend(
         self,

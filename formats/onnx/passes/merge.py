@@ -10,6 +10,8 @@ apart: their Split costs a prompt 1 to 3 % and saves a token nothing.
 
 In any other graph linears are merged at accuracy_level 4 alone. There the kernel rounds its
 activations to 8 bits before it multiplies: once instead of three times.
+
+Gate and up of an expert are one product in every graph, because a Concat puts them side by side.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from vlmq_export.formats.onnx.graphs.edit import (
     DOMAIN,
     add_constant,
     constant_of,
+    merged_name,
     name_of,
     name_outputs,
 )
@@ -84,6 +87,30 @@ def merge(model: ir.Model) -> None:
             _split(graph, linears)
 
 
+def merge_side_by_side(model: ir.Model) -> None:
+    """Make one product of linears that a Concat puts side by side, in place.
+
+    They are gate and up of an expert. Those with columns in an order of their own stay apart.
+    """
+    graph = model.graph
+    for joined in [n for n in graph if n.op_type == "Concat" and n.attributes["axis"].value == -1]:
+        nodes = [None if value is None else value.producer() for value in joined.inputs]
+        products = [n for n in nodes if n is not None and n.op_type == "MatMulNBits"]
+        if len(products) < len(nodes) or len({_grid(n) for n in products}) > 1:
+            continue
+        linears = [_Linear(n) for n in products]
+        merged = _merged(graph, linears)
+        replace, (made,) = ir.convenience.replace_nodes_and_values, merged.nodes
+        replace(graph, joined, [joined], [made], joined.outputs, made.outputs)
+        _remove(graph, linears, merged.replaced)
+
+
+def _grid(node: ir.Node) -> tuple:
+    """What linears of one merged product have in common: activations, columns, grid and level."""
+    names = ("K", "bits", "block_size", "accuracy_level")
+    return node.inputs[0], *(node.attributes[a].as_int() for a in names)
+
+
 def _groups(graph: ir.Graph) -> list[tuple[int, list[_Linear]]]:
     """Linears of one module that could be merged, with their accuracy_level.
 
@@ -92,10 +119,7 @@ def _groups(graph: ir.Graph) -> list[tuple[int, list[_Linear]]]:
     groups: dict[tuple, list[ir.Node]] = defaultdict(list)
     for node in graph:
         if node.op_type == "MatMulNBits":
-            grid = [node.attributes[a].as_int() for a in ("K", "bits", "block_size")]
-            level = node.attributes["accuracy_level"].as_int()
-            module = (node.name or "").rpartition(".")[0]
-            groups[node.inputs[0], module, *grid, level].append(node)
+            groups[(node.name or "").rpartition(".")[0], *_grid(node)].append(node)
     return [(level, [_Linear.of(n) for n in nodes]) for (*_, level), nodes in groups.items()]
 
 
@@ -116,11 +140,6 @@ def _rotating_attention(linears: list[_Linear]) -> tuple[list[_Linear], ir.Node]
     (attention,) = readers
     ordered = [x for value in attention.inputs[:3] for x in linears if x.result is value]
     return (ordered, attention) if _rotates(attention) and len(ordered) == 3 else None
-
-
-def merged_name(names: list[str]) -> str:
-    """The name of a merged product: `x.gate_proj` and `x.up_proj` give `x.gate_proj|up_proj`."""
-    return "|".join([names[0], *(n.rpartition(".")[2] for n in names[1:])])
 
 
 def _pack(graph: ir.Graph, linears: list[_Linear], attention: ir.Node) -> None:

@@ -1,6 +1,7 @@
 """The proof of an ONNX folder in ONNX Runtime and onnxruntime-genai.
 
-L1  every weight by our reader and by the runtime; rotary tables at every position
+L1  every weight by our reader and by the runtime; rotary tables at every position; the place of
+    each expert
 L2  each MatMulNBits node alone
 L3  the whole model, and the answers of onnxruntime-genai from image files
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from vlmq_export.errors import VlmqError
 from vlmq_export.formats.contract import FormatOptions
+from vlmq_export.formats.onnx.proof.experts import expert_places
 from vlmq_export.formats.onnx.proof.genai import genai_rows
 from vlmq_export.formats.onnx.proof.nodes import linear_rows
 from vlmq_export.formats.onnx.proof.rotary import rotary_tables
@@ -73,12 +75,14 @@ def _stages(
     own = partial(own_reader, written, reference)
     runtime = partial(runtime_reader, written, reference, settings)
     tables = partial(rotary_tables, written, reference)
+    places = partial(expert_places, written, reference)
     nodes = partial(linear_rows, written, reference, settings, provider)
     model = partial(whole_model_rows, folder, written, reference, settings, provider, steps)
     genai = partial(genai_rows, folder, reference, settings, level, FORMAT_GATE, steps)
     return [
         _Stage("weights", "L1", own),
         _Stage("weights", "L1", runtime),
+        _Stage("weights", "L1", places),
         _Stage("weights", "L1", tables, whole="tables"),
         _Stage("each linear", "L2", nodes),
         _Stage("whole model", "L3", model, whole="whole model"),

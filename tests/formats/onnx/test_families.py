@@ -265,7 +265,7 @@ def test_sliding_windows_are_refused():
         "gemma3",
         *(
             pytest.param(arch, marks=pytest.mark.slow)
-            for arch in ("qwen3_vl", "llava_onevision", "idefics3", "ministral3")
+            for arch in ("qwen3_vl", "qwen3_vl_moe", "llava_onevision", "idefics3", "ministral3")
         ),
     ],
 )
@@ -323,6 +323,7 @@ PHI = {"text_config": {"model_type": "phi"}}
         ("mistral3", {"text_config": {"sliding_window": 64}}, "sliding_window"),
         ("mistral3", {"vision_feature_layer": [-1, -2]}, "one vision layer"),
         ("qwen3_5", {}, "of qwen3_5 have"),
+        ("qwen3_vl_moe", {}, None),
         ("qwen2_vl", {}, None),
         ("qwen3_vl", {}, None),
         ("smolvlm", {}, None),
