@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vlmq_export.errors import CheckpointError, FormatError
 from vlmq_export.quantizer.artifact.manifest import VISION
 from vlmq_export.quantizer.artifact.read import Artifact
-from vlmq_export.quantizer.config import VISION_GROUP, QuantConfig
+from vlmq_export.quantizer.config import TOWER, VISION_GROUP, QuantConfig
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.model.architecture import Architecture
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
@@ -230,18 +231,33 @@ def widths_note(model: ModelPlan, bits_of: Callable[[LinearSpec], int | None]) -
     return [f"mixed widths, {taken:.3f} bits per weight: {spread}"]
 
 
-def with_widths(model: ModelPlan, widths: dict[str, int]) -> ModelPlan:
-    """The same run with a width of each linear of the decoder. widths: hub module → bits."""
-    return replace(model, config=replace(model.config, widths=widths))
+def with_kinds(model: ModelPlan, kinds: Mapping[str, str | int], mix: str = "") -> ModelPlan:
+    """The same run on these block types and widths.
 
-
-def with_types(model: ModelPlan, types: dict[str, str], mix: str = "") -> ModelPlan:
-    """The same run on block types.
-
-    types: hub name of a module → GGUF type.
+    kinds: hub name of a module → GGUF type, or bits; under TOWER the bits of the vision tower.
     mix: what the types came from; empty if from nothing that has a name.
     """
-    return replace(model, config=replace(model.config, gguf_type=mix, types=types))
+    parts = {name: kinds[name] for name in parts_of(model) if isinstance(kinds.get(name), int)}
+    types = {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
+    widths = {n: k for n, k in kinds.items() if isinstance(k, int) and n not in parts}
+    config = replace(model.config, gguf_type=mix, types=types, widths=widths)
+    for name, bits in parts.items():
+        config = with_part(replace(model, config=config), name, int(bits)).config
+    return replace(model, config=config)
+
+
+def parts_of(model: ModelPlan) -> dict[str, str]:
+    """Name of a part outside the decoder layers → the key of its width in a recipe."""
+    family = model.architecture.family
+    return {TOWER: "vision_bits", family.embedding: "embedding_bits", family.head: "head_bits"}
+
+
+def with_part(model: ModelPlan, name: str, bits: int) -> ModelPlan:
+    """The same run with so many bits for a part of `parts_of`."""
+    if name == TOWER:
+        return replace(model, config=model.config.with_vision(bits))
+    own: dict[str, Any] = {parts_of(model)[name]: bits}
+    return replace(model, config=replace(model.config, **own))
 
 
 def artifact_plan(artifact: Artifact) -> ModelPlan:

@@ -20,6 +20,9 @@ ROTATIONS = {
     "folded": "Hadamard rotations folded into the weights",
     "online": "further rotations between linears, which no format can hold; for evaluation",
 }
+TOWER = (
+    "vision"  # stands for the vision tower and the projector, where one width is chosen for both
+)
 VISION_GROUP = 32  # columns per scale of the vision tower: Q8_0, Q4_0 and MatMulNBits have these
 # Width of the vision tower's codes → the GGUF block type of that width, and the width that linears
 # have whose rows its blocks do not divide. 2 and 3 bits of such rows take no less room than 4. At 4
@@ -81,6 +84,11 @@ class QuantConfig:
         """The recipe of the embedding: a symmetric grid, which GGUF and ONNX hold alike."""
         bits, group = self.embedding_bits, EMBEDDING_GROUP
         return replace(self, bits=bits, group_size=group, symmetric=True, act_order="off")
+
+    def with_vision(self, bits: int) -> QuantConfig:
+        """The recipe with a vision tower of so many bits, on block types if the decoder is."""
+        kind = VISION_TYPES.get(bits, ("",))[0] if self.types else ""
+        return replace(self, vision_bits=bits, vision_type=kind)
 
     @property
     def vision(self) -> QuantConfig:

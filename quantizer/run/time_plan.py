@@ -210,12 +210,15 @@ def choosing_seconds(
     lengths: Lengths,  # of all samples
     most: int,  # of them, on which costs are measured
     plain: int,  # bits from which on a width has no ranges and no descent
+    towers: Sequence[int],  # widths of the vision tower whose costs are measured
+    pictures: int,  # samples that each of them is solved on
     machine: Machine,
 ) -> float:
     """Seconds in which the costs of all kinds are measured (type_budget/sensitivity.py).
 
     All samples that are taken go forward once. One half goes through each layer once more for the
-    statistics, and the other forward and back with the gradients of the weights.
+    statistics, and the other forward and back with the gradients of the weights. A tower of each
+    width is solved, and the other half goes through it.
     """
     few = Lengths(lengths.each, len(lengths.each) / max(1, min(lengths.samples, most)))
     own = method_of(config)
@@ -232,6 +235,9 @@ def choosing_seconds(
         + 2 * machine.elementwise(_ON_DISK * shapes.layer)
     )
     total = _first_pass(job) + shapes.layers * layer
+    whole = replace(job, method=own, lengths=lengths)
+    for bits in towers:
+        total += _tower(whole, config.with_vision(bits), pictures) + _first_pass(half)
     for each in tried:
         weights = each.rows * each.columns
         dots = half.lengths.samples * len(each.kinds) * machine.elementwise(3 * weights)
@@ -268,12 +274,14 @@ def _first_pass(job: _Job) -> float:
     )
 
 
-def _tower(job: _Job, config: QuantConfig) -> float:
+def _tower(job: _Job, config: QuantConfig, most: int = COUNTED) -> float:
     """The vision tower, on patches in place of tokens, and on one sample at a time.
 
     Linears that share an input are planned with statistics of their own.
+
+    most: samples that it is solved on.
     """
-    counted = job.lengths.pictured(COUNTED)
+    counted = job.lengths.pictured(most)
     patches = tuple(Length(job.shapes.patches * one.images, one.images) for one in counted.each)
     own = replace(
         job,

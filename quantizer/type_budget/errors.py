@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from vlmq_export.quantizer.calibration.statistics import Statistics
-from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.config import EMBEDDING_TYPES, QuantConfig
 from vlmq_export.quantizer.grids.blocks import GRIDS, BlockGrid
 from vlmq_export.quantizer.grids.choice import grid_choice
 from vlmq_export.quantizer.layers.attempt import Prepared, attempt, prepared
@@ -38,7 +38,11 @@ def errors_of(
     weight = weight.detach().float()
     types = [kind for kind in kinds if isinstance(kind, str)]
     if sums is None:
-        return {kind: (_rounded(weight, GRIDS[kind]) - weight).bfloat16() for kind in types}
+        # The embedding's own grid has the numbers of a block type.
+        grids = {
+            kind: GRIDS[kind if isinstance(kind, str) else EMBEDDING_TYPES[kind]] for kind in kinds
+        }
+        return {kind: (_rounded(weight, grid) - weight).bfloat16() for kind, grid in grids.items()}
     widths = {
         kind: Method() if kind >= likeness.PLAIN else _refined(config)
         for kind in kinds

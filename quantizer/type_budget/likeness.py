@@ -73,16 +73,26 @@ def _losses(errors: Mapping[Kind, torch.Tensor], hessian: torch.Tensor) -> dict[
 
 
 def completed(
-    costs: Mapping[str, Mapping[Kind, float]], kinds: Kinds, found: Sequence[Ratios]
+    costs: Mapping[str, Mapping[Kind, float]],
+    kinds: Kinds,
+    found: Sequence[Ratios],
+    solved: Container[str],
 ) -> dict[str, dict[Kind, float]]:
-    """The costs, with those of the kinds that were not measured. found: of each probe."""
+    """The costs, with those of the kinds that were not measured.
+
+    found: the ratios of each probe.
+    solved: matrices that are solved. What a width costs the others, they were measured with.
+    """
     logs: dict[Kind, list[float]] = defaultdict(list)
     for probe in found:
         for kind, ratio in probe.items():
             logs[kind].append(math.log(ratio))
     mean = {kind: math.exp(sum(each) / len(each)) for kind, each in logs.items()}
     return {
-        name: {k: _cost(cost, k, mean.get(k, 1.0)) for k in kinds[name]}
+        name: {
+            k: _cost(cost, k, mean.get(k, 1.0) if isinstance(k, str) or name in solved else 1.0)
+            for k in kinds[name]
+        }
         for name, cost in costs.items()
     }
 

@@ -14,8 +14,9 @@ backward pass for each sample, and one inner product for each matrix and type, m
 the end of the network with the whole covariance of inputs and gradients, which is never formed.
 
 ΔW is the solver's error (errors.py), from statistics of one half of the samples. Its cost is
-measured on the other half. That of a lattice follows from that of a K type (likeness.py). The costs
-of the matrices are taken to add up; `knapsack.choose` then chooses. docs/gguf.md says how well this
+measured on the other half. That of a lattice follows from that of a K type (likeness.py). A vision
+tower counts as one matrix, whose error is what it changes for the decoder (tower.py). The costs of
+the matrices are taken to add up; `knapsack.choose` then chooses. docs/gguf.md says how well this
 works for block types, docs/widths.md for widths.
 
 Only one layer has its weights in memory. All samples are taken forward first, and what enters each
@@ -39,12 +40,14 @@ from vlmq_export.quantizer.calibration.batches import Batch, add, decoder_inputs
 from vlmq_export.quantizer.calibration.hooks import before
 from vlmq_export.quantizer.calibration.offload import Shelf
 from vlmq_export.quantizer.calibration.statistics import Statistics
+from vlmq_export.quantizer.config import TOWER
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.model.streamed import StreamedModel
 from vlmq_export.quantizer.samples.sample import Lengths, Sample
 from vlmq_export.quantizer.type_budget import likeness
 from vlmq_export.quantizer.type_budget.errors import errors_of, ratios_of
 from vlmq_export.quantizer.type_budget.likeness import Kind
+from vlmq_export.quantizer.type_budget.tower import Shift, shifts_of
 
 SAMPLES = 128  # of each half; the relative error of a cost is about √(2 / samples)
 _SLAB = 2**14  # rows of the output matrix that are solved at once
@@ -52,10 +55,14 @@ Kinds = Mapping[str, Iterable[Kind]]  # hub module → types or widths to try
 Putaway = list[list[Callable[[], torch.Tensor]]]  # of each batch, what enters each layer
 
 
-def kept_bytes(layers: int, hidden: int, lengths: Lengths) -> int:
-    """Bytes of what enters each layer, for the samples that costs are measured on."""
+def kept_bytes(places: int, hidden: int, lengths: Lengths) -> int:
+    """Bytes of what is kept of the samples that costs are measured on.
+
+    places: where a token has a vector that is kept: at the input of each layer, and at each place
+    where a tower of another width changes the decoder's inputs.
+    """
     share = min(1.0, 2 * SAMPLES / max(1, lengths.samples))
-    return 4 * layers * hidden * round(share * lengths.tokens)
+    return 4 * places * hidden * round(share * lengths.tokens)
 
 
 def measured(
@@ -69,7 +76,7 @@ def measured(
     """matrix → kind → KL per answer token, in nats, that this one matrix at that kind would cost.
 
     Linears are solved, and the embedding is rounded to nearest. A matrix that is embedding and
-    output matrix stands once, as the embedding.
+    output matrix stands once, as the embedding. The vision tower stands under TOWER, by its bits.
 
     Raises CalibrationError where no sample has a finite gradient.
     """
@@ -83,10 +90,12 @@ def measured(
             entering = [seen.pop() for seen in run.inputs]
             if index == job.layers - 1:
                 gradients = _from_the_head(run, layer, entering)
+            _tower_slopes(run, index + 1, gradients)
             errors = _layer_errors(run, layer, index, entering)
             gradients = _back(run, layer, index, entering, errors, gradients)
+    _tower_slopes(run, 0, gradients)
     _embedding_slopes(run, gradients)
-    return likeness.completed(run.costs(), kinds, run.ratios)
+    return likeness.completed(run.costs(), kinds, run.ratios, solved=run.solved)
 
 
 @dataclass
@@ -96,12 +105,14 @@ class _Run:
     model: StreamedModel
     job: Job
     kinds: Kinds
-    probes: list[str]  # matrices that lattices are solved on
+    solved: list[str]  # matrices whose inputs calibrate them: linears, and an output matrix
+    probes: list[str]  # those of them that lattices are solved on
     held: Sequence[Sample]
     batches: list[Batch]  # of the samples that statistics are taken of
     singles: list[Batch]  # each of the other samples alone
     inputs: Putaway  # of all these batches
     slopes: dict[str, dict[Kind, torch.Tensor]]  # ⟨∂, ΔW⟩ of each of the other samples
+    shifts: dict[int, list[Shift]]  # width of the tower → what it changes for each of them
     ratios: list[likeness.Ratios] = field(default_factory=list)
 
     @classmethod
@@ -115,9 +126,8 @@ class _Run:
         shelf: Shelf | None,
     ) -> _Run:
         """Take all samples forward."""
-        embedding, head = job.family.embedding, job.family.head
-        linears = [name for name in kinds if name not in (embedding, head)]
-        probes = likeness.probes(kinds, {n for n in kinds if n != embedding})
+        embedding = job.family.embedding
+        solved = [name for name in kinds if name not in (embedding, TOWER)]
         ids = torch.cat([sample.input_ids for sample in (*fitted, *held)])
         with model.filled_prefix(ids) as prefix:
             given: Any = {
@@ -126,14 +136,20 @@ class _Run:
                 "added": job.family.added,
                 "shelf": shelf,
             }
-            batches = decoder_inputs(prefix, fitted, **given) if linears or head in kinds else []
+            batches = decoder_inputs(prefix, fitted, **given) if solved else []
             singles = [decoder_inputs(prefix, [sample], **given)[0] for sample in held]
         inputs = layer_inputs(model, job.layers, [*batches, *singles])
         slopes = {
             name: {k: torch.zeros(len(held), dtype=torch.float64) for k in likeness.quick(each)}
             for name, each in kinds.items()
         }
-        return cls(model, job, kinds, probes, held, batches, singles, inputs, slopes)
+        widths = [int(bits) for bits in kinds.get(TOWER, ())]
+        rest = shelf or Shelf(model.device)
+        shifts = shifts_of(model, job, widths, fitted, held, singles, rest)
+        probes = likeness.probes(kinds, solved)
+        return cls(
+            model, job, kinds, solved, probes, held, batches, singles, inputs, slopes, shifts
+        )
 
     def add(self, name: str, kind: Kind, sample: int, slope: torch.Tensor) -> None:
         """A part of ⟨∂, ΔW⟩ of one sample."""
@@ -287,6 +303,21 @@ def _head_slopes(
                     entered = norm(some)
                     for kind, error in errors.items():
                         run.add(name, kind, place, (entered @ error.float().T * v[:, slab]).sum())
+
+
+@torch.no_grad()
+def _tower_slopes(run: _Run, place: int, gradients: Sequence[Callable[[], torch.Tensor]]) -> None:
+    """Add what the image tokens say of each width of the vision tower.
+
+    place: 0 at what enters the first layer, then one more behind each layer that something is added
+    after.
+    gradients: there, of each sample.
+    """
+    for bits, shifts in run.shifts.items():
+        for number, (batch, shift) in enumerate(zip(run.singles, shifts)):
+            if place < len(shift):
+                moved = gradients[number]()[batch.image] * shift[place]()
+                run.add(TOWER, bits, number, moved.sum())
 
 
 @torch.no_grad()

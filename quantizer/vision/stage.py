@@ -22,7 +22,7 @@ from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers.stack import Matrix, Solved
 from vlmq_export.quantizer.layers.unit import solve_unit
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.model.streamed import StreamedModel, tower_linears
+from vlmq_export.quantizer.model.streamed import StreamedModel, WeightFiles, tower_linears
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.vision.padding import cut, filled, fitting, missing
@@ -35,7 +35,7 @@ from vlmq_export.quantizer.vision.walk import Picture, TowerWalk
 COUNTED = 128
 
 
-def tower_names(checkpoint: Checkpoint, *, short: bool = False) -> list[str]:
+def tower_names(checkpoint: Checkpoint | WeightFiles, *, short: bool = False) -> list[str]:
     """Hub names of the tower's and the projector's linears that are to be quantized.
 
     A group has 32 columns. Linears whose rows groups do not fill stay float in every format of a
@@ -66,27 +66,42 @@ def solve_vision(
 ) -> list[Linear]:
     """Solve these linears and write them. What an earlier run wrote is read.
 
-    A linear that no image comes by is left out, and stays float. Raises ArtifactError where the
-    file is damaged, CalibrationError where no sample has finite activations.
+    Raises ArtifactError where the file is damaged, CalibrationError where no sample has finite
+    activations.
     """
     if not names:
         return []
     if (folder / layer_file(VISION)).is_file():
         return read_layer(folder, VISION)
-    own = tower_job(job)
-    if own.method.calibrated:
-        modules = [job.family.module_name(name) for name in names]
-        pictures, two = ranks.share(_pictures(samples)), own.method.two_streams
-        with model.filled_prefix(torch.cat([sample.input_ids for sample in samples])) as prefix:
-            walk = TowerWalk(prefix, modules, pictures, shelf, two_streams=two)
-            solved = quantize_tower(walk, own, ranks, tell)
-    else:
-        solved = [_rounded(model, name, own) for name in names]
+    solved = solved_tower(model, names, samples, job, shelf, ranks, tell)
     linears = [linear for linear, _ in solved]
     if ranks.first:
         records = [ModuleRecord.of(linear, VISION, metrics) for linear, metrics in solved]
         write_layer(folder, VISION, linears, records)
     return linears
+
+
+def solved_tower(
+    model: StreamedModel,
+    names: Sequence[str],  # hub names of the linears that are to be quantized
+    samples: Sequence[Sample],
+    job: Job,
+    shelf: Shelf,
+    ranks: Ranks = ALONE,
+    tell: Callable[[int, int], None] = lambda *_: None,  # steps done, steps in all
+) -> list[Solved]:
+    """These linears, solved. One that no image comes by is left out, and stays float.
+
+    Raises CalibrationError where no sample has finite activations.
+    """
+    own = tower_job(job)
+    if not own.method.calibrated:
+        return [_rounded(model, name, own) for name in names]
+    modules = [job.family.module_name(name) for name in names]
+    pictures, two = ranks.share(_pictures(samples)), own.method.two_streams
+    with model.filled_prefix(torch.cat([sample.input_ids for sample in samples])) as prefix:
+        walk = TowerWalk(prefix, modules, pictures, shelf, two_streams=two)
+        return quantize_tower(walk, own, ranks, tell)
 
 
 def put_tower(model: Any, tower: Sequence[Linear], job: Job) -> None:

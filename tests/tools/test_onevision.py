@@ -193,6 +193,7 @@ def test_a_teachers_token_stands_under_its_patch(size):
     assert len(blocks) == (4 if size == (112, 112) else 0)
 
 
+@pytest.mark.slow  # minutes, and what is trained seldom changes
 @pytest.mark.parametrize("stage", distillation.Stage)
 def test_steps_on_one_batch_reduce_its_loss(stage, tokenizer):
     trainer = distillation.OneVisionTrainer(SMALL, tokenizer)
@@ -210,6 +211,7 @@ def test_steps_on_one_batch_reduce_its_loss(stage, tokenizer):
         assert moved == {"language_model", "image_newline"}
 
 
+@pytest.mark.slow
 def test_resumed_training_takes_the_same_step(tmp_path, tokenizer):
     unbroken = distillation.OneVisionTrainer(SMALL, tokenizer)
     unbroken.step(0.0)

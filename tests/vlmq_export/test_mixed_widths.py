@@ -17,7 +17,7 @@ from vlmq_export import Recipe, bundled
 from vlmq_export.errors import UsageError
 from vlmq_export.formats.contract import FORMATS
 from vlmq_export.formats.gptq.read import GptqFolder
-from vlmq_export.formats.model_plan import artifact_plan, with_widths
+from vlmq_export.formats.model_plan import artifact_plan, with_kinds
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.planning.mixed_widths import budget_of, by_linear, choices_of, planned_widths
 from vlmq_export.planning.target_bpw import measured_costs
@@ -97,7 +97,7 @@ def test_the_choice_never_exceeds_the_budget_in_any_format(shapes, formats, sym,
         return
     costs = iter(drawn)
     measured = {g: {w: (b, next(costs)) for w, b in ws.items()} for g, ws in choices.items()}
-    chosen = with_widths(plan, by_linear(choose(measured, budget)))
+    chosen = with_kinds(plan, by_linear(choose(measured, budget)))
     for name in formats:
         assert taken(name, chosen, recipe) <= bpw
     for group in choices:

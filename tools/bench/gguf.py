@@ -77,7 +77,7 @@ from vlmq_export.formats.gguf.runtime.llama import library_path
 from vlmq_export.formats.gguf.runtime.prompts import Prompts
 from vlmq_export.formats.gguf.tables.layout import Layout
 from vlmq_export.formats.gguf.types.table import TYPES
-from vlmq_export.formats.model_plan import with_types
+from vlmq_export.formats.model_plan import with_kinds
 from vlmq_export.formats.proof.reference import Reference
 from vlmq_export.planning.budget import budget_of
 from vlmq_export.planning.target_bpw import measured_costs
@@ -212,7 +212,7 @@ class Calibrated:
                 8 * sizes[n][0] * TYPES[kind].row_bytes(sizes[n][1])
                 for n, kind in plan.config.types.items()
             )
-            plan = with_types(plan, choose(self.costs, bits))
+            plan = with_kinds(plan, choose(self.costs, bits))
         tokens = sum(len(s.input_ids) for s in self.samples)
         quantize(
             self.checkpoint,

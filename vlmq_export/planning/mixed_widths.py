@@ -16,9 +16,16 @@ from pathlib import Path
 from vlmq_export.callbacks import Progress
 from vlmq_export.errors import UsageError
 from vlmq_export.formats.contract import FORMATS
-from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, with_widths
+from vlmq_export.formats.model_plan import LinearSpec, ModelPlan, parts_of, with_kinds
 from vlmq_export.planning.budget import at_least
 from vlmq_export.planning.budget import budget_of as types_budget
+from vlmq_export.planning.parts import (
+    open_parts,
+    part_bits,
+    part_choices,
+    part_weights,
+    widest_parts,
+)
 from vlmq_export.planning.run_plan import format_plan, plan_run
 from vlmq_export.planning.target_bpw import (
     begun_with,
@@ -34,8 +41,8 @@ from vlmq_export.quantizer.type_budget.knapsack import choose
 from vlmq_export.recipes.recipe import Recipe
 
 log = logging.getLogger("vlmq_export")
-Group = tuple[str, ...]  # hub names of linears with one input
-Widths = dict[str, int]  # hub module → bits
+Group = tuple[str, ...]  # hub names of linears with one input, or the name of a part
+Widths = dict[str, int]  # hub module, or a part of parts.py → bits
 Choices = dict[Group, dict[int, int]]  # group → width → bits that its linears take
 
 
@@ -48,7 +55,7 @@ def planned_widths(model: ModelPlan, recipe: Recipe) -> Widths:
     """
     require_samples(model, recipe)
     unlimited = recipe.model_copy(update={"target_size": None})
-    widest = with_widths(model, {x: max(BITS) for group in _groups(model) for x in group})
+    widest = _widest(model, recipe)
     if plan_run(widest, unlimited).refusals:  # which the plan says: there is nothing to choose
         return widest.config.widths
     choices, weights = choices_of(model, recipe), _weights(model)
@@ -65,7 +72,13 @@ def choices_of(model: ModelPlan, recipe: Recipe) -> Choices:
     return {
         group: {w: _bits(model, w, [linears[n] for n in group], recipe) for w in BITS}
         for group in _groups(model)
-    }
+    } | {(name,): widths for name, widths in part_choices(_widest(model, recipe), recipe).items()}
+
+
+def _widest(model: ModelPlan, recipe: Recipe) -> ModelPlan:
+    """The same run with the most bits for every linear of the decoder, and for each open part."""
+    widths = {name: max(BITS) for group in _groups(model) for name in group}
+    return widest_parts(with_kinds(model, widths), recipe)
 
 
 def budget_of(model: ModelPlan, recipe: Recipe, choices: Choices) -> int:
@@ -94,19 +107,21 @@ def budget_of(model: ModelPlan, recipe: Recipe, choices: Choices) -> int:
 def _not_chosen(model: ModelPlan, recipe: Recipe) -> int:
     """The bits of all that is not chosen, in the format where that is the most."""
     options = recipe.format_options(model.name)
-    widest = with_widths(model, {name: max(BITS) for group in _groups(model) for name in group})
-    rest = []
+    widest, rest = _widest(model, recipe), []
     for name in recipe.format:
         own = (x for x in widest.linears if x.name in widest.config.widths)
-        chosen = [FORMATS[name].linear_bits(x, widest.config.of(x.name), options) for x in own]
-        whole = format_plan(name, widest, options).size_bytes
-        rest.append(8 * whole - sum(bits or 0 for bits in chosen))
+        linears = [FORMATS[name].linear_bits(x, widest.config.of(x.name), options) for x in own]
+        chosen = sum(bits or 0 for bits in linears)
+        chosen += part_bits(widest, recipe, name, open_parts(widest, recipe))
+        rest.append(8 * format_plan(name, widest, options).size_bytes - chosen)
     return max(rest)
 
 
 def spare_width_note(model: ModelPlan, recipe: Recipe) -> list[str]:
     """Says so where the budget leaves every linear the most bits."""
-    if not recipe.widths_by_cost or {*model.config.widths.values()} != {max(BITS)}:
+    config = model.config
+    most = [*config.widths.values(), *(getattr(config, key) for key in recipe.open_parts)]
+    if not recipe.widths_by_cost or {*most} != {max(BITS)}:
         return []
     return [f"{recipe.by_cost} is as much as {max(BITS)} bits take: every linear has these"]
 
@@ -133,10 +148,11 @@ def chosen_widths(
 ) -> Widths:
     """The widths, the same on every rank. A resumed run keeps those that it started with."""
     allowed = {name: BITS for group in _groups(model) for name in group}
+    allowed |= open_parts(model, recipe)
     return on_every_rank(
         ranks,
         begun,
-        lambda run: begun_with(run, "widths", allowed),
+        lambda run: begun_with(run, "widths", allowed, model),
         lambda: measured_widths(model, recipe, checkpoint, samples, memory, progress),
     )
 
@@ -162,9 +178,12 @@ def measured_widths(
     chosen = choose(costs, budget)
     spent, expected = (sum(costs[g][w][i] for g, w in chosen.items()) for i in (0, 1))
     widths, weights = by_linear(chosen), _weights(model)
+    named = ((key, widths.get(name)) for name, key in parts_of(model).items())
+    parts = [f"{key.removesuffix('_bits')} {bits} bits" for key, bits in named if bits]
     log.info(
-        "%.4f bits per weight; so would cost a KL of about %.1e",
+        "%.4f bits per weight%s; so would cost a KL of about %.1e",
         spent / sum(weights[name] for name in widths),
+        f" ({', '.join(parts)})" if parts else "",
         expected,
     )
     return widths
@@ -221,8 +240,8 @@ def _bits(model: ModelPlan, width: int, linears: Iterable[LinearSpec], recipe: R
 
 
 def _weights(model: ModelPlan) -> dict[str, int]:
-    """The number of weights of each linear."""
-    return {x.name: x.numel for x in model.linears}
+    """The number of weights of each linear, and of each part."""
+    return {x.name: x.numel for x in model.linears} | part_weights(model)
 
 
 def by_linear(chosen: Mapping[Group, int]) -> Widths:

@@ -22,6 +22,7 @@ from vlmq_export.planning.run_plan import (
     outside_of,
     shapes_of,
 )
+from vlmq_export.quantizer.config import TOWER
 from vlmq_export.quantizer.run.machine import Clock, Machine, measured
 from vlmq_export.quantizer.run.time_plan import (
     TimePlan,
@@ -35,6 +36,7 @@ from vlmq_export.quantizer.samples.rows import Row
 from vlmq_export.quantizer.samples.sample import Lengths
 from vlmq_export.quantizer.type_budget import likeness
 from vlmq_export.quantizer.type_budget.sensitivity import SAMPLES
+from vlmq_export.quantizer.type_budget.tower import PICTURES
 
 log = logging.getLogger("vlmq_export")
 PROOF = "proof and fidelity"
@@ -100,11 +102,16 @@ def choosing(plan: RunPlan, tried: Mapping[str, Iterable[str | int]], machine: M
     if not tried or plan.lengths is None:
         return 0.0
     model, sizes = plan.model, matrix_sizes(plan.model)
-    counts = Counter((*sizes[n], tuple(likeness.quick(kinds))) for n, kinds in tried.items())
+    counts = Counter(
+        (*sizes[name], tuple(likeness.quick(kinds)))
+        for name, kinds in tried.items()
+        if name != TOWER
+    )
     matrices = [Tried(rows, columns, kinds, n) for (rows, columns, kinds), n in counts.items()]
     most = 2 * SAMPLES
+    towers = [int(bits) for bits in tried.get(TOWER, ())]
     shapes, config = shapes_of(model), model.config
-    given = shapes, matrices, config, plan.lengths, most, likeness.PLAIN
+    given = shapes, matrices, config, plan.lengths, most, likeness.PLAIN, towers, PICTURES
     return choosing_seconds(*given, machine)
 
 

@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 from vlmq_export.callbacks import Progress
 from vlmq_export.errors import ArtifactError, UsageError
-from vlmq_export.formats.model_plan import ModelPlan
+from vlmq_export.formats.model_plan import ModelPlan, parts_of
 from vlmq_export.planning.budget import budget_of, largest_types, weights_of
+from vlmq_export.planning.parts import open_parts
 from vlmq_export.planning.run_plan import shapes_of
 from vlmq_export.quantizer.arithmetic import exact_arithmetic, pick_device
 from vlmq_export.quantizer.calibration.offload import Place, Shelf
+from vlmq_export.quantizer.config import TOWER
 from vlmq_export.quantizer.grids.blocks import GRIDS
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
@@ -29,12 +31,14 @@ from vlmq_export.quantizer.samples.sample import Lengths, Sample
 from vlmq_export.quantizer.storage.untrusted import read_json
 from vlmq_export.quantizer.type_budget.knapsack import choose
 from vlmq_export.quantizer.type_budget.sensitivity import kept_bytes, measured
-from vlmq_export.recipes.recipe import Recipe
+from vlmq_export.recipes.recipe import OUTSIDE_BITS, Recipe
 
 log = logging.getLogger("vlmq_export")
+# Hub module → block type; under TOWER the bits of the vision tower, where they are chosen too.
+Types = dict[str, str | int]
 
 
-def planned_types(model: ModelPlan, recipe: Recipe) -> dict[str, str]:
+def planned_types(model: ModelPlan, recipe: Recipe) -> Types:
     """Hub module → type, of about the right size, before anything is measured.
 
     An error is taken to cost alike in every weight, and to fall to a quarter with each bit of it.
@@ -45,10 +49,15 @@ def planned_types(model: ModelPlan, recipe: Recipe) -> dict[str, str]:
     budget = budget_of(model, recipe)
     weights = weights_of(model, budget.choices)
     costs = {
-        n: {k: (b, weights[n] * 4.0 ** -GRIDS[k].bits_per_weight) for k, b in kinds.items()}
+        n: {k: (b, weights[n] * 4.0 ** -_bits_of(k)) for k, b in kinds.items()}
         for n, kinds in budget.choices.items()
     }
     return choose(costs, budget.bits)
+
+
+def _bits_of(kind: str | int) -> float:
+    """Bits per weight of a block type, or of a width."""
+    return GRIDS[kind].bits_per_weight if isinstance(kind, str) else kind
 
 
 def require_samples(model: ModelPlan, recipe: Recipe) -> None:
@@ -71,6 +80,7 @@ def spare_note(model: ModelPlan, recipe: Recipe) -> list[str]:
         recipe.target_size is None
         or recipe.widths_by_cost
         or model.config.types != largest_types(model, recipe)
+        or (TOWER in open_parts(model, recipe) and model.config.vision_bits < OUTSIDE_BITS)
     ):
         return []
     return [
@@ -88,12 +98,12 @@ def chosen_types(
     ranks: Ranks,
     begun: Path | None,  # run.json of the run that is resumed, if it is
     progress: Progress,
-) -> dict[str, str]:
+) -> Types:
     """Hub module → type, the same on every rank. A resumed run keeps the types it started with."""
     return on_every_rank(
         ranks,
         begun,
-        lambda run: begun_with(run, "types", budget_of(model, recipe).choices),
+        lambda run: begun_with(run, "types", budget_of(model, recipe).choices, model),
         lambda: measured_types(model, recipe, checkpoint, samples, memory, progress),
     )
 
@@ -112,15 +122,20 @@ def on_every_rank(
 
 
 def begun_with(
-    file: Path, key: Literal["types", "widths"], choices: Mapping[str, Collection[Any]]
+    file: Path,
+    key: Literal["types", "widths"],
+    choices: Mapping[str, Collection[Any]],
+    model: ModelPlan,
 ) -> dict[str, Any]:
     """The types or widths of the run that a run.json belongs to.
 
     Raises ArtifactError where they are missing, or are none that this recipe could choose.
     """
     config = read_json(file, error=ArtifactError).get("config")
-    found = config.get(key) if isinstance(config, dict) else None
-    chosen = found if isinstance(found, dict) else {}
+    config = config if isinstance(config, dict) else {}
+    found = config.get(key)
+    parts = {name: config.get(own) for name, own in parts_of(model).items() if name in choices}
+    chosen = parts | found if isinstance(found, dict) else {}
     same = chosen.keys() == choices.keys()
     kinds = {name: {*each} for name, each in choices.items()}
     if not same or any(
@@ -140,7 +155,7 @@ def measured_types(
     samples: list[Sample],
     memory: int,
     progress: Progress,
-) -> dict[str, str]:
+) -> Types:
     """Hub module → type, of the least measured cost within the budget.
 
     Nothing is measured where every matrix may have its largest type.
@@ -154,11 +169,14 @@ def measured_types(
     weights = weights_of(model, costs)
     types = choose(costs, budget.bits)
     spent, expected = (sum(costs[n][k][i] for n, k in types.items()) for i in (0, 1))
-    spread = ", ".join(f"{n} {k}" for k, n in sorted(Counter(types.values()).items()))
+    tower = {name: types[name] for name in (TOWER,) if name in types}
+    counts = Counter(str(kind) for name, kind in types.items() if name not in tower)
+    spread = [f"{n} {kind}" for kind, n in sorted(counts.items())]
+    spread += [f"the vision tower {bits} bits" for bits in tower.values()]
     log.info(
         "%.4f bits per weight: %s; so would cost a KL of about %.1e",
         spent / sum(weights.values()),
-        spread,
+        ", ".join(spread),
         expected,
     )
     return types
@@ -181,7 +199,9 @@ def measured_costs(
     turned, device = rotated(checkpoint, recipe.rotate, recipe.seed), pick_device(recipe.device)
     job = Job.of(turned.architecture, model.config)
     shapes, streamed = shapes_of(model), StreamedModel(turned, device)
-    kept = kept_bytes(shapes.layers, shapes.hidden, Lengths.of(samples))
+    vision = turned.architecture.vision
+    changed = len(bits.get(TOWER, ())) * (1 + len(vision.get("deepstack_visual_indexes", ())))
+    kept = kept_bytes(shapes.layers + changed, shapes.hidden, Lengths.of(samples))
     with TemporaryDirectory() as scratch, exact_arithmetic():
         place: Place = "disk" if kept > memory / 2 else "host"
         cost = measured(

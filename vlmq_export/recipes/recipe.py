@@ -64,8 +64,8 @@ class Recipe(BaseModel):
     seq_len: Annotated[int, Field(ge=8, le=2**20)] | None = None
     long_images: str = "scale"
     skip_bad_rows: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of bad rows to leave out
-    # What lies outside the decoder layers: 0 or `off` leaves it as it is. None: 8 bits where every
-    # format holds them and the model allows it.
+    # What lies outside the decoder layers: 0 or `off` leaves it as it is. None: with --target-size
+    # chosen by cost, else 8 bits, where every format holds them and the model allows it.
     head_bits: int | None = None  # of an output head that is not the embedding
     embedding_bits: int | None = None  # of the token embedding
     vision_bits: int | None = None  # of vision tower and projector
@@ -284,6 +284,14 @@ class Recipe(BaseModel):
         return self.model_copy(update={"gguf_type": NATIVE_MIX})
 
     @property
+    def open_parts(self) -> list[str]:
+        """Keys of the widths outside the decoder layers that are chosen by cost, with the others.
+
+        A size is that of the whole package, and so takes whatever the recipe leaves open.
+        """
+        return [k for k in _OUTSIDE if self.target_size is not None and getattr(self, k) is None]
+
+    @property
     def holds_outside(self) -> bool:
         """Whether every format holds vision tower, embedding and output head quantized."""
         return bool(self.format) and HOLD_OUTSIDE.issuperset(self.format)
@@ -320,7 +328,9 @@ class Recipe(BaseModel):
         return int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]] if size else 0
 
     def quant_config(self) -> QuantConfig:
-        """The part that the quantizer is given."""
+        """The part that the quantizer is given. A width that is to be chosen has its most bits."""
+        outside = {key: getattr(self, key) or 0 for key in _OUTSIDE}
+        outside |= dict.fromkeys(self.open_parts, OUTSIDE_BITS)
         return QuantConfig(
             method=self.method,
             bits=self.bits,
@@ -330,11 +340,11 @@ class Recipe(BaseModel):
             seed=self.seed,
             rotate=self.rotate,
             tune=self.tune,
-            head_bits=self.head_bits or 0,
-            embedding_bits=self.embedding_bits or 0,
-            vision_bits=self.vision_bits or 0,
+            head_bits=outside["head_bits"],
+            embedding_bits=outside["embedding_bits"],
+            vision_bits=outside["vision_bits"],
             vision_type=self.vision_type,
-            vision_short=bool(self.vision_bits) and self.holds_outside,
+            vision_short=bool(outside["vision_bits"]) and self.holds_outside,
         )
 
     def format_options(self, name: str) -> FormatOptions:

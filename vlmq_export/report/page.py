@@ -104,12 +104,12 @@ def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
         *_starved(records),
     ]
     if heads:
-        grid = "on its type" if recipe.block_types else f"to {recipe.head_bits} bits"
+        grid = "on its type" if recipe.block_types else f"to {heads[0].bits} bits"
         text.append(f"So is the output head, {grid}.")
     if tower:
         text.append(f"So are {len(tower)} linears of vision tower and projector, {_tower(tower)}.")
     if embeddings:
-        grid = "on its type" if recipe.block_types else f"to {recipe.embedding_bits} bits"
+        grid = "on its type" if recipe.block_types else f"to {embeddings[0].bits} bits"
         text.append(f"The embedding is rounded to nearest {grid}.")
     if recipe.rotate != "off":
         text.append(

@@ -10,7 +10,7 @@ import torch
 
 from vlmq_export.callbacks import Callbacks
 from vlmq_export.formats.gguf.types.mix import mix_named, module_types
-from vlmq_export.formats.model_plan import ModelPlan, model_plan, with_types, with_widths
+from vlmq_export.formats.model_plan import ModelPlan, model_plan, with_kinds
 from vlmq_export.planning.mixed_widths import (
     chosen_widths,
     kinds_tried,
@@ -81,11 +81,11 @@ class FloatModel(Source):
         model = model_plan(checkpoint, recipe.quant_config(), self.origin.name)
         if recipe.gguf_type is not None:
             mix = mix_named(recipe.gguf_type)
-            model = with_types(model, module_types(model, mix, recipe.tensor_type), mix)
+            model = with_kinds(model, module_types(model, mix, recipe.tensor_type), mix)
         elif recipe.types_by_cost:
-            model = with_types(model, planned_types(model, recipe))
+            model = with_kinds(model, planned_types(model, recipe))
         elif recipe.widths_by_cost:
-            model = with_widths(model, planned_widths(model, recipe))
+            model = with_kinds(model, planned_widths(model, recipe))
         return self._of_types(model, recipe)
 
     @staticmethod
@@ -143,10 +143,8 @@ class FloatModel(Source):
             model, given = plan.model, (samples, planned.host_free, ranks, begun)
             choice = model, recipe, self.checkpoint, *given, callbacks.progress
             with filling.timed("choose types"):
-                if recipe.types_by_cost:
-                    model = with_types(model, chosen_types(*choice))
-                else:
-                    model = with_widths(model, chosen_widths(*choice))
+                chosen = chosen_types if recipe.types_by_cost else chosen_widths
+                model = with_kinds(model, chosen(*choice))
             plan = replace(plan, model=model, formats=self._of_types(model, recipe).formats)
         own = Lengths.of(samples[:: ranks.size])  # of this rank: samples are shared out by length
         memory = plan_memory(plan.model, own, planned.host_free, planned.device_free)

@@ -7,12 +7,11 @@ the tower 6 beside a decoder on smaller block types
 
 from __future__ import annotations
 
-from math import prod
-
 from vlmq_export.formats.compressed_tensors.runtimes import with_towers
 from vlmq_export.formats.gguf.types.mix import MIXES, mix_named
 from vlmq_export.formats.gguf.types.table import TYPES
-from vlmq_export.quantizer.config import EMBEDDING_GROUP, VISION_TYPES
+from vlmq_export.planning.parts import fits_blocks
+from vlmq_export.quantizer.config import EMBEDDING_GROUP
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.streamed import tower_linears
@@ -24,6 +23,8 @@ from vlmq_export.sources.calibration import CalibrationRows
 def with_small_parts(recipe: Recipe, checkpoint: Checkpoint, data: CalibrationRows) -> Recipe:
     """The recipe, with a width for each part that it leaves open; 0 where the part stays float.
 
+    With --target-size a part that can be quantized stays open: its width is chosen by cost.
+
     data: the rows that it calibrates on. They are read only to see whether any has an image.
     Raises CalibrationError for rows that cannot be used.
     """
@@ -31,18 +32,20 @@ def with_small_parts(recipe: Recipe, checkpoint: Checkpoint, data: CalibrationRo
     affine = recipe.holds_outside and recipe.block_types is None
     architecture = checkpoint.architecture
     width = architecture.text["hidden_size"]
-    small = {
-        "vision_bits": lambda: (
-            _tower_bits(recipe, checkpoint)
-            if recipe.holds_outside and _tower_can(recipe, checkpoint, data)
-            else 0
-        ),
-        "embedding_bits": lambda: OUTSIDE_BITS * (affine and width % EMBEDDING_GROUP == 0),
-        "head_bits": lambda: OUTSIDE_BITS * (affine and not architecture.tied),
+    able = {
+        "vision_bits": lambda: recipe.holds_outside and _tower_can(recipe, checkpoint, data),
+        "embedding_bits": lambda: affine and width % EMBEDDING_GROUP == 0,
+        "head_bits": lambda: affine and not architecture.tied,
     }
-    return recipe.model_copy(
-        update={key: bits() for key, bits in small.items() if getattr(recipe, key) is None}
-    )
+    small: dict[str, int] = {}
+    for key, can in able.items():
+        if getattr(recipe, key) is not None:
+            continue
+        if not can():
+            small[key] = 0
+        elif key not in recipe.open_parts:
+            small[key] = _tower_bits(recipe, checkpoint) if key == "vision_bits" else OUTSIDE_BITS
+    return recipe.model_copy(update=small)
 
 
 def _tower_bits(recipe: Recipe, checkpoint: Checkpoint) -> int:
@@ -50,15 +53,13 @@ def _tower_bits(recipe: Recipe, checkpoint: Checkpoint) -> int:
 
     Fewer pay only where blocks of 256 hold most of it.
     """
-    decoder = recipe.target_bpw or 0.0  # --target-size gives the decoder what the tower leaves
+    decoder = recipe.target_bpw or 0.0
     if recipe.gguf_type is not None:
         decoder = TYPES[MIXES[mix_named(recipe.gguf_type)]].bits_per_weight
     if recipe.block_types is None or decoder >= NATIVE_TOWER_BITS:
         return OUTSIDE_BITS
-    block = TYPES[VISION_TYPES[NATIVE_TOWER_BITS][0]].block
-    shapes = [checkpoint.info(f"{name}.weight").shape for name in tower_linears(checkpoint)]
-    fit = sum(prod(shape) for shape in shapes if shape[-1] % block == 0)
-    return NATIVE_TOWER_BITS if 2 * fit > sum(map(prod, shapes)) else OUTSIDE_BITS
+    shapes = (checkpoint.info(f"{name}.weight").shape for name in tower_linears(checkpoint))
+    return NATIVE_TOWER_BITS if fits_blocks(shapes) else OUTSIDE_BITS
 
 
 def kept_note(recipe: Recipe, name: str, model_type: str) -> list[str]:
