@@ -24,6 +24,7 @@ from vlmq_export.planning.parts import (
     part_bits,
     part_choices,
     part_weights,
+    planned_weights,
     widest_parts,
 )
 from vlmq_export.planning.run_plan import format_plan, plan_run
@@ -58,7 +59,8 @@ def planned_widths(model: ModelPlan, recipe: Recipe) -> Widths:
     widest = _widest(model, recipe)
     if plan_run(widest, unlimited).refusals:  # which the plan says: there is nothing to choose
         return widest.config.widths
-    choices, weights = choices_of(model, recipe), _weights(model)
+    choices = choices_of(model, recipe)
+    weights = _weights(model) | planned_weights(model, recipe)
     costs = {
         group: {w: (b, sum(weights[n] for n in group) * 4.0**-w) for w, b in widths.items()}
         for group, widths in choices.items()

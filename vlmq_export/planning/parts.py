@@ -19,6 +19,10 @@ from vlmq_export.recipes.recipe import NATIVE_TOWER_BITS, Recipe
 # Below four bits a tower costs more than any decoder gains by the bytes (docs/quality.md).
 _TOWER = (4, 8)
 _TOWER_ON_BLOCKS = (4, 5, 6, 8)
+# What a plan takes a weight to cost beside one of the decoder with as many bits. On the references
+# it costs 7 to 24 times as much in towers at 4 bits, and over a hundred times in the embedding,
+# which is rounded and not solved (docs/quality.md).
+_DEARER = {"vision_bits": 16, "head_bits": 16, "embedding_bits": 256}
 
 
 def open_parts(model: ModelPlan, recipe: Recipe) -> dict[str, tuple[int, ...]]:
@@ -74,6 +78,12 @@ def part_weights(model: ModelPlan) -> dict[str, int]:
     """The number of weights of each part that is quantized."""
     own = {x.name: x.numel for x in model.linears if x.name in parts_of(model)}
     return own | {TOWER: sum(x.numel for x in model.tower)}
+
+
+def planned_weights(model: ModelPlan, recipe: Recipe) -> dict[str, int]:
+    """The same of each open part, as if it had as many more weights as one of them costs more."""
+    keys, weights = parts_of(model), part_weights(model)
+    return {name: _DEARER[keys[name]] * weights[name] for name in open_parts(model, recipe)}
 
 
 def fits_blocks(shapes: Iterable[tuple[int, ...]]) -> bool:

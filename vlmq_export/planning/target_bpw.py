@@ -16,7 +16,7 @@ from vlmq_export.callbacks import Progress
 from vlmq_export.errors import ArtifactError, UsageError
 from vlmq_export.formats.model_plan import ModelPlan, parts_of
 from vlmq_export.planning.budget import budget_of, largest_types, weights_of
-from vlmq_export.planning.parts import open_parts
+from vlmq_export.planning.parts import open_parts, planned_weights
 from vlmq_export.planning.run_plan import shapes_of
 from vlmq_export.quantizer.arithmetic import exact_arithmetic, pick_device
 from vlmq_export.quantizer.calibration.offload import Place, Shelf
@@ -47,7 +47,7 @@ def planned_types(model: ModelPlan, recipe: Recipe) -> Types:
     """
     require_samples(model, recipe)
     budget = budget_of(model, recipe)
-    weights = weights_of(model, budget.choices)
+    weights = weights_of(model, budget.choices) | planned_weights(model, recipe)
     costs = {
         n: {k: (b, weights[n] * 4.0 ** -_bits_of(k)) for k, b in kinds.items()}
         for n, kinds in budget.choices.items()
