@@ -20,9 +20,7 @@ ROTATIONS = {
     "folded": "Hadamard rotations folded into the weights",
     "online": "further rotations between linears, which no format can hold; for evaluation",
 }
-TOWER = (
-    "vision"  # stands for the vision tower and the projector, where one width is chosen for both
-)
+TOWER = "vision"  # the vision tower and the projector, where one width is chosen for both
 VISION_GROUP = 32  # columns per scale of the vision tower: Q8_0, Q4_0 and MatMulNBits have these
 # Width of the vision tower's codes → the GGUF block type of that width, and the width that linears
 # have whose rows its blocks do not divide. 2 and 3 bits of such rows take no less room than 4. At 4
