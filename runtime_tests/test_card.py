@@ -216,7 +216,8 @@ def reference_answer(out: Path, limit: int) -> str:
 @pytest.mark.slow
 @needs("onnx")
 @pytest.mark.parametrize(
-    "arch", ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3", "ministral3"]
+    "arch",
+    ["qwen2_vl", "qwen3_vl", "qwen3_5", "llava_onevision", "internvl", "gemma3", "ministral3"],
 )
 def test_the_block_for_onnx_runtime_answers_as_transformers_does(arch, tiny, tmp_path, monkeypatch):
     """Random models: the same answer needs the same pixels, tiles, positions and cache."""

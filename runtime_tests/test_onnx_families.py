@@ -39,11 +39,11 @@ def slow(*values):
 
 
 FAMILIES = ("qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3")
-# test_onnx_mistral.py and test_onnx_experts.py have more.
-FAMILIES += (slow("ministral3"), slow("qwen3_vl_moe"))
+# test_onnx_mistral.py, test_onnx_experts.py and test_onnx_recurrent.py have more.
+FAMILIES += (slow("ministral3"), slow("qwen3_vl_moe"), slow("qwen3_5"))
 DECODERS = ("internvl3_5",)  # other decoders of these families, in the tests of the whole graphs
 # Those whose queries are normed or grow before they are rotated.
-QUERIES_CHANGE = ("qwen3_vl", "qwen3_vl_moe", "internvl3_5", "gemma3", "ministral3")
+QUERIES_CHANGE = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "internvl3_5", "gemma3", "ministral3")
 SECOND = "second"  # in the place of a family: the second reference VLM
 
 
@@ -116,8 +116,9 @@ def test_the_standard_operators_pass_every_gate(exported, arch):
     reference, folder = exported(arch, graph="plain")
     options = FormatOptions(onnx_graph="plain")
     assert_all_pass(run_check(reference, folder, options, SETTINGS, images=1))
-    nodes = onnx.load(folder / "text.onnx", load_external_data=False).graph.node
-    assert {n.op_type for n in nodes if n.domain} == {"MatMulNBits"}
+    text = onnx.load(folder / "text.onnx", load_external_data=False)
+    spelled_out = {function.name for function in text.functions}
+    assert {n.op_type for n in text.graph.node if n.domain} == {"MatMulNBits", *spelled_out}
 
 
 @pytest.mark.parametrize("arch", [*FAMILIES, *DECODERS, slow(SECOND)])
@@ -297,9 +298,10 @@ def test_the_graphs_are_valid_and_their_lengths_free(exported, arch):
     text = onnx.load(folder / "text.onnx", load_external_data=False).graph
     dims = {i.name: i.type.tensor_type.shape.dim for i in text.input}
     lengths = {name: [d.dim_param or d.dim_value for d in each] for name, each in dims.items()}
-    size = 128 if arch in ("gemma3", "ministral3") else 64
+    others = {"gemma3": (2, 128), "ministral3": (2, 128), "qwen3_5": (1, 256)}
+    heads, size = others.get(arch, (2, 64))
     assert lengths["inputs_embeds"][:2] == ["batch", "sequence"]
-    assert lengths["past_key_values.1.value"] == ["batch", 2, "past_sequence", size]
+    assert lengths["past_key_values.1.value"] == ["batch", heads, "past_sequence", size]
 
 
 @pytest.mark.parametrize("arch", FAMILIES)

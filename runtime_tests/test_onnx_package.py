@@ -161,10 +161,10 @@ def test_past_and_present_in_one_buffer(packages, graph):
     p, runner = reference.prompts[0], OnnxRunner(folder)
     positions, embeds = reference.position_ids(p), runner._embed_prompt(p)
     capacity = len(p.input_ids) + 7
-    cache = {}
-    for name, (heads, size) in runner._cache_shapes.items():
-        buffer = np.full((1, heads, capacity, size), 1e3, np.float32)
-        cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)
+    cache = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.full_like(empty, 1e3))
+        for name, empty in runner.empty_cache(1, capacity).items()
+    }
     rows, split = [], len(p.input_ids) - 3
     for start, stop in ((0, split), *((i, i + 1) for i in range(split, len(p.input_ids)))):
         binding = runner.text.io_binding()

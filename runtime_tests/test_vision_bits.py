@@ -10,7 +10,7 @@ import pytest
 from runtime_tests import test_gguf, test_onnx
 from tools.reference_vlm import random_checkpoint
 from tools.reference_vlm.tiny_checkpoints import make_tiny
-from tools.reference_vlm.tiny_families import ARCHES, NOT_ONNX
+from tools.reference_vlm.tiny_families import ARCHES
 from vlmq_export.bundled import CALIBRATION, HELDOUT
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.gguf.read import GGUFFile, find_files
@@ -81,7 +81,6 @@ def exported(tmp_path_factory):
 
 CASES = ["qwen2_5_vl", "llava_onevision", "internvl", "idefics3", ODD, GATED]
 OTHERS = [a for a in ARCHES if a not in CASES]
-TO_ONNX = [a for a in OTHERS if a not in NOT_ONNX]
 
 
 def slow(*values):
@@ -118,7 +117,7 @@ def test_eight_bits_pass_every_gate_of_llama_cpp(arch, exported):
         assert "this build wants it last" in other.detail
 
 
-@pytest.mark.parametrize("arch", [*CASES[:1], *slow(*CASES[1:], *TO_ONNX)])
+@pytest.mark.parametrize("arch", [*CASES[:1], *slow(*CASES[1:], *OTHERS)])
 def test_eight_bits_pass_every_gate_of_onnx_runtime(arch, exported):
     reference, folder = exported(arch, "onnx")
     test_onnx.assert_all_pass(check("onnx", reference, folder))

@@ -32,6 +32,7 @@ KNOWN = {
     "qwen2_5_vl": _QWEN_TOKENS,
     "qwen3_vl": _QWEN_TOKENS,
     "qwen3_vl_moe": _QWEN_TOKENS,
+    "qwen3_5": _QWEN_TOKENS,
     "gemma3": {"image_token_id": "image_token_index"},
 }
 # Family → a runtime type of another name, whose graphs take and give the same.
@@ -208,7 +209,7 @@ def _decoder(architecture: Architecture) -> dict:
     `inputs_embeds` is wider than a token.
     """
     text, vision = architecture.text, architecture.vision
-    stacked = len(vision.get("deepstack_visual_indexes", []))
+    stacked = len(vision.get("deepstack_visual_indexes", [])) if architecture.family.added else 0
     width = text["hidden_size"] * (1 + stacked) + bool(architecture.family.marks)
     return {
         "filename": "text.onnx",
@@ -249,7 +250,7 @@ def _vision(architecture: Architecture, processor: str) -> dict:
     return files | {
         "spatial_merge_size": vision["spatial_merge_size"],
         "patch_size": vision["patch_size"],
-        # Qwen3-VL has no such setting, and genai wants a number.
+        # Qwen3-VL and Qwen3.5 have no such setting, and genai wants a number.
         "tokens_per_second": float(vision.get("tokens_per_second", 2)),
         "inputs": inputs | {"image_grid_thw": "image_grid_thw"},
         "outputs": outputs,

@@ -116,7 +116,8 @@ def environment() -> jinja2.Environment:
 @pytest.mark.parametrize("yes", [True, False])
 def test_a_block_is_python_in_every_kind_of_export(file, yes):
     kinds = {"onnx_provider": "cuda", "onnx_dtype": "float16"} if yes else {}
-    names = dict.fromkeys(("mrope", "several_tiles", "ends_in_config", "one_grid"), yes)
+    names = ("mrope", "recurrent", "several_tiles", "ends_in_config", "one_grid")
+    names = dict.fromkeys(names, yes)
     needs = "torchvision num2words" if yes else "torchvision"
     facts = {"recipe": RECIPE.model_copy(update=kinds), "needs": needs, **names}
     code = environment().get_template(file).render(facts)

@@ -396,4 +396,3 @@ FAMILIES["ministral3"] = replace(
 ARCHES = ("qwen2_vl", "qwen2_5_vl", *FAMILIES)  # all that make_tiny makes
 SPARSE = ("qwen3_vl_moe",)  # those with experts, which compressed-tensors has not
 PIXTRAL = ("mistral3", "ministral3")  # those with Pixtral's tower
-NOT_ONNX = ("qwen3_5",)  # those that ONNX refuses

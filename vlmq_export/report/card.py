@@ -53,6 +53,7 @@ def facts(out: Path, recipe: Recipe, artifact: Artifact, plan: RunPlan) -> dict:
         "by_genai": (out / "onnx" / "genai_config.json").is_file(),
         "by_ollama": (out / "gguf" / "Modelfile").is_file(),
         "mrope": family.mrope,
+        "recurrent": any(block.kind == "recurrent" for block in family.every_block),
         "needs": " ".join(["torchvision", *family.processor_needs]),
         "several_tiles": family.newline > 0,  # an image comes in several tiles, as [1, tiles, ...]
         "ends_in_config": (out / "onnx" / "generation_config.json").is_file(),

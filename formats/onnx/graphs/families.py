@@ -16,7 +16,7 @@ from vlmq_export.quantizer.model.architecture import Architecture, pretrained_co
 
 # Families whose graphs are traced by torch.onnx (traced.py). mobius makes those of the others.
 TRACED = (
-    *("qwen3_vl", "qwen3_vl_moe", "llava_onevision", "internvl"),
+    *("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "llava_onevision", "internvl"),
     *("idefics3", "smolvlm", "gemma3", "mistral3"),
 )
 
@@ -27,12 +27,6 @@ def graph_refusals(architecture: Architecture) -> list[str]:
     The modules that would be traced are made without weights and are not traced. They are not made
     where the ONNX packages are not installed.
     """
-    family = architecture.family
-    if any(block.kind == "recurrent" for block in family.every_block):
-        return [
-            "config.json: the ONNX graphs have no linear attention, as three of four layers of"
-            f" {family.model_type} have; leave out --format onnx"
-        ]
     if architecture.model_type not in TRACED:
         try:
             return list(_mobius_refusals(architecture))

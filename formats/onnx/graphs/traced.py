@@ -22,7 +22,9 @@ from torch import nn
 from vlmq_export.errors import CheckpointError, FormatError
 from vlmq_export.formats.onnx.graphs.edit import IR_VERSION, cast_output, rename
 from vlmq_export.formats.onnx.graphs.experts import take_apart
-from vlmq_export.formats.onnx.graphs.traced_text import OPSET, Embedding, Example, Text
+from vlmq_export.formats.onnx.graphs.traced_delta_net import WIDE
+from vlmq_export.formats.onnx.graphs.traced_operators import OPSET
+from vlmq_export.formats.onnx.graphs.traced_text import Embedding, Example, Text
 from vlmq_export.formats.onnx.graphs.traced_vision import (
     GemmaVision,
     InternVision,
@@ -39,6 +41,7 @@ from vlmq_export.quantizer.storage.untrusted import read_json
 VISION = {  # one entry for each of families.TRACED
     "qwen3_vl": Qwen3Vision,
     "qwen3_vl_moe": Qwen3Vision,
+    "qwen3_5": Qwen3Vision,
     "llava_onevision": LlavaOnevision,
     "internvl": InternVision,
     "idefics3": SmolVision,
@@ -71,14 +74,16 @@ class Parts:
     def of(cls, config: Any, dtype: torch.dtype) -> Parts:
         """The parts of the model that transformers' configuration describes.
 
-        `dtype` is the type of the embedding and the decoder. The vision tower is float32.
+        `dtype` is the type of the embedding and the decoder. The vision tower is float32, and so
+        is what a linear attention has beside its linears.
 
         Raises FormatError for what the modules cannot express.
         """
         family, whole = FAMILIES[config.model_type], _model_class(config)
 
         def dtype_of(name: str) -> torch.dtype:
-            return torch.float32 if family.is_vision(family.hub_name(name)) else dtype
+            wide = family.is_vision(family.hub_name(name)) or name.endswith(WIDE)
+            return torch.float32 if wide else dtype
 
         try:
             with torch.device("meta"):
@@ -130,6 +135,10 @@ def float_graphs(
         name: export(name, module, example, parts.hub_names)
         for name, (module, example) in parts.modules.items()
     }
+    text = parts.modules["text"][0]
+    assert isinstance(text, Text)
+    for function in text.functions():
+        graphs["text"].functions[function.identifier()] = function
     if dtype != ir.DataType.FLOAT:
         cast_output(graphs["vision"].graph, dtype)
     _keep_unused(graphs, parts, known)

@@ -1,8 +1,7 @@
-"""The decoder with its KV cache, and the embedding, as modules that torch.onnx can trace.
+"""The decoder with its cache, and the embedding, as modules that torch.onnx can trace.
 
-RMSNormalization, RotaryEmbedding and Attention are written as the standard operators of opset 23,
-as in mobius' graphs. So what a runtime fuses, or what another pass replaces, looks the same
-whichever library made the graph. The linears are the model's own modules.
+Norms, rotations and attention are written as operators of the graph (traced_operators.py). The
+linears are the model's own modules.
 """
 
 from __future__ import annotations
@@ -10,16 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import nn
-from torch.onnx.ops import symbolic, symbolic_multi_out
+from torch.onnx.ops import symbolic_multi_out
 
 from vlmq_export.errors import FormatError
+from vlmq_export.formats.onnx.graphs import traced_delta_net
 from vlmq_export.formats.onnx.graphs.experts import routed
+from vlmq_export.formats.onnx.graphs.traced_delta_net import delta_net
+from vlmq_export.formats.onnx.graphs.traced_operators import OPSET, rms_norm, rotate
 from vlmq_export.formats.onnx.graphs.traced_positions import Rotary, seen_keys
 from vlmq_export.quantizer.model.families import Family, SubBlock
-
-OPSET = 23
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Example:
 
 class Text(nn.Module):
     """The decoder: embeddings, mask, positions and cache → logits and the new cache.
+
+    The cache of a layer with an attention are its keys and values, and of one with a linear
+    attention the two states of traced_delta_net.py.
 
     Some vision towers feed layers of the decoder too (deepstack). There inputs_embeds is
     (1 + deepstack)·hidden wide: first the embedding, then what is added after layer 0, 1 and so
@@ -57,7 +61,8 @@ class Text(nn.Module):
         self.lm_head: Any = model.lm_head
         self.rotary = Rotary(language)
         kinds = getattr(self.config, "layer_types", None) or ["full_attention"] * len(self.layers)
-        known = {"full_attention", "sliding_attention"} if family.marks else {"full_attention"}
+        known = {"full_attention", *dict(family.special)}
+        known |= {"sliding_attention"} if family.marks else set()
         if other := set(kinds) - known:
             raise FormatError(
                 f"ONNX graphs have no {min(other)}, which config.json asks for;"
@@ -74,39 +79,70 @@ class Text(nn.Module):
                 " (use_bidirectional_attention); leave out --format onnx"
             )
         self.kinds: list[str] = kinds  # of each layer
+        for net in self._delta_nets():
+            traced_delta_net.require_silu(net)
+
+    def functions(self) -> list[ir.Function]:
+        """What takes the place of the graph's operators that are no standard ones."""
+        return [f for net in self._delta_nets()[:1] for f in traced_delta_net.functions(net)]
+
+    def _delta_nets(self) -> list[Any]:
+        """The linear attention of each layer that has one."""
+        return [
+            getattr(layer, mixer.module)
+            for layer, kind in zip(self.layers, self.kinds, strict=True)
+            if (mixer := self.family.blocks_of(kind)[0]).kind == "recurrent"
+        ]
 
     def example(self) -> Example:
         """Two rows of five tokens after a cache of three."""
-        config, dtype, layers = self.config, self.lm_head.weight.dtype, len(self.layers)
+        config, dtype = self.config, self.lm_head.weight.dtype
         batch, length, past = 2, 5, 3
-        heads, size = config.num_key_value_heads, self.layers[0].self_attn.head_dim
-        caches = [torch.zeros(batch, heads, past, size, dtype=dtype) for _ in range(2 * layers)]
+        kept = self._kept(batch, past, dtype)
         axes = [3] if self.rotary.sections else []  # temporal, height, width
         width = (1 + self.deepstack) * config.hidden_size + bool(self.family.marks)
         arguments = (
             torch.zeros(batch, length, width, dtype=dtype),
             torch.ones(batch, past + length, dtype=torch.long),
             torch.zeros(*axes, batch, length, dtype=torch.long),
-            caches,
+            [tensor for tensor, _ in kept.values()],
         )
-        names = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
         inputs = {
             "inputs_embeds": {0: "batch", 1: "sequence"},
             "attention_mask": {0: "batch", 1: "total_sequence"},
             "position_ids": {len(axes): "batch", len(axes) + 1: "sequence"},
-            **{f"past_key_values.{n}": {0: "batch", 2: "past_sequence"} for n in names},
+            **{f"past_key_values.{name}": lengths for name, (_, lengths) in kept.items()},
         }
-        return Example(arguments, inputs, ("logits", *(f"present.{n}" for n in names)))
+        return Example(arguments, inputs, ("logits", *(f"present.{name}" for name in kept)))
+
+    def _kept(
+        self, batch: int, past: int, dtype: torch.dtype
+    ) -> dict[str, tuple[torch.Tensor, dict[int, str]]]:
+        """The cache of `past` tokens: number of the layer and name → zeros, and free lengths."""
+        kept: dict[str, tuple[torch.Tensor, dict[int, str]]] = {}
+        heads = self.config.num_key_value_heads
+        for i, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
+            mixer = self.family.blocks_of(kind)[0]
+            module: Any = getattr(layer, mixer.module)
+            if mixer.kind == "recurrent":
+                states = traced_delta_net.empty_states(module, batch)
+                for name, state in zip(traced_delta_net.STATES, states, strict=True):
+                    kept[f"{i}.{name}"] = state, {0: "batch"}
+            else:
+                for name in ("key", "value"):
+                    cache = torch.zeros(batch, heads, past, module.head_dim, dtype=dtype)
+                    kept[f"{i}.{name}"] = cache, {0: "batch", 2: "past_sequence"}
+        return kept
 
     def forward(
         self,
         inputs_embeds: torch.Tensor,  # [B, S, (1 + deepstack)·hidden], or one column more
         attention_mask: torch.Tensor,  # int64 [B, past + S]
         position_ids: torch.Tensor,  # int64 [B, S] or [3, B, S]
-        past: list[torch.Tensor],  # key and value of each layer, [B, kv heads, past, head size]
+        past: list[torch.Tensor],  # two of each layer: [B, kv heads, past, head size], or states
     ) -> tuple[torch.Tensor, ...]:
-        """Logits [B, S, vocabulary], then the keys and values of each layer with the new tokens."""
-        size, (attention, mlp) = self.config.hidden_size, self.family.blocks
+        """Logits [B, S, vocabulary], then the cache of each layer with the new tokens."""
+        size = self.config.hidden_size
         hidden, *added = (
             inputs_embeds[..., i * size : (i + 1) * size] for i in range(1 + self.deepstack)
         )
@@ -114,11 +150,16 @@ class Text(nn.Module):
         turns = self.rotary(position_ids, inputs_embeds.dtype)
         present = []
         for i, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
-            x, cache = self._norm(getattr(layer, attention.norm), hidden), past[2 * i : 2 * i + 2]
-            rotary = turns[kind if kind in turns else ""]
-            x, key, value = self._attend(layer.self_attn, x, rotary, grown, masks[kind], cache)
-            present += [key, value]
-            hidden = hidden + self._behind(layer, attention, x)
+            mixer, mlp = self.family.blocks_of(kind)
+            x, cache = self._norm(getattr(layer, mixer.norm), hidden), past[2 * i : 2 * i + 2]
+            if mixer.kind == "recurrent":
+                real = attention_mask[:, attention_mask.shape[1] - x.shape[1] :]
+                x, *cache = delta_net(getattr(layer, mixer.module), x, real, cache)
+            else:
+                rotary = turns[kind if kind in turns else ""]
+                x, *cache = self._attend(layer.self_attn, x, rotary, grown, masks[kind], cache)
+            present += cache
+            hidden = hidden + self._behind(layer, mixer, x)
             x = self._norm(getattr(layer, mlp.norm), hidden)
             x = self._mlp(layer, mlp, x, i)
             hidden = hidden + self._behind(layer, mlp, x)
@@ -174,9 +215,13 @@ class Text(nn.Module):
         size, (past_key, past_value) = attention.head_dim, past
         batch, length = x.shape[:2]
         query, key, value = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        heads, kv_heads = self.config.num_attention_heads, key.shape[-1] // size
+        gate = None
+        if query.shape[-1] == 2 * heads * size:  # behind each head's query, the gate of its output
+            query, gate = query.unflatten(-1, (heads, 2 * size)).chunk(2, dim=-1)
+            query, gate = query.flatten(2), gate.flatten(2)
         if grown is not None:  # before the rotation, which keeps lengths, as well as behind it
             query = query * grown.to(query.dtype)
-        heads, kv_heads = query.shape[-1] // size, key.shape[-1] // size
         if hasattr(attention, "q_norm"):  # over each head
             query = self._norm(attention.q_norm, query.unflatten(-1, (heads, size))).flatten(2)
             key = self._norm(attention.k_norm, key.unflatten(-1, (kv_heads, size))).flatten(2)
@@ -195,6 +240,7 @@ class Text(nn.Module):
             shapes=((batch, length, heads * size), cache, cache),
             version=OPSET,
         )
+        attended = attended if gate is None else attended * gate.sigmoid()
         return attention.o_proj(attended), key, value
 
 
@@ -251,31 +297,3 @@ class Embedding(nn.Module):
             input_ids = torch.where(input_ids == self.image_token, 0, input_ids)
         words = nn.functional.embedding(input_ids, table)
         return words if self.scale is None else words * self.scale
-
-
-def rms_norm(norm: Any, x: torch.Tensor, gain: float = 0.0) -> torch.Tensor:
-    """`norm` of x [..., width], as one operator of the graph. It multiplies by gain + weight."""
-    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    return symbolic(
-        "::RMSNormalization",
-        (x, gain + norm.weight if gain else norm.weight),
-        {"axis": -1, "epsilon": float(epsilon)},
-        dtype=x.dtype,
-        shape=x.shape,
-        version=OPSET,
-    )
-
-
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], heads: int) -> torch.Tensor:
-    """The two halves of each head rotated against each other, as one operator of the graph.
-
-    x is [B, S, heads·head size]. `rotary` is the cosines and sines.
-    """
-    return symbolic(
-        "::RotaryEmbedding",
-        (x, *rotary),
-        {"num_heads": heads, "interleaved": 0},
-        dtype=x.dtype,
-        shape=x.shape,
-        version=OPSET,
-    )

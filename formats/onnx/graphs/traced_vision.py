@@ -16,7 +16,8 @@ from torch.onnx.ops import symbolic
 
 from vlmq_export.errors import FormatError
 from vlmq_export.formats.model_plan import require_even_positions
-from vlmq_export.formats.onnx.graphs.traced_text import OPSET, Example
+from vlmq_export.formats.onnx.graphs.traced_operators import OPSET
+from vlmq_export.formats.onnx.graphs.traced_text import Example
 
 OUTPUTS = ("image_features",)
 
@@ -25,7 +26,7 @@ class Qwen3Vision(nn.Module):
     """Patches of any number of images → their features.
 
     A feature is (1 + deepstack)·hidden wide: the embedding of an image token, then what the first
-    layers of the decoder add to it (deepstack).
+    layers of the decoder add to it (deepstack). In Qwen3.5 they add nothing.
     """
 
     inv_freq: torch.Tensor  # [head size / 4]
@@ -34,7 +35,8 @@ class Qwen3Vision(nn.Module):
         super().__init__()
         self.visual: Any = model.model.visual
         config: Any = self.visual.config
-        self.deepstack = len(config.deepstack_visual_indexes)  # how many decoder layers are fed
+        self.indexes: list[int] = getattr(self.visual, "deepstack_visual_indexes", [])
+        self.deepstack = len(self.indexes)  # how many decoder layers are fed
         self.merge: int = config.spatial_merge_size
         self.side: int = self.visual.num_grid_per_side
         self.heads: int = config.num_heads
@@ -71,9 +73,8 @@ class Qwen3Vision(nn.Module):
         for i, block in enumerate(visual.blocks):
             x = x + self._attend(block.attn, block.norm1(x), cos, sin, apart)
             x = x + block.mlp(block.norm2(x))
-            if i in visual.deepstack_visual_indexes:
-                merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(i)]
-                deep.append(merger(x))
+            if i in self.indexes:
+                deep.append(visual.deepstack_merger_list[self.indexes.index(i)](x))
         return torch.cat([visual.merger(x), *deep], dim=-1)
 
     def _attend(

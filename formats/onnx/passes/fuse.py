@@ -6,8 +6,9 @@ The graph is then much like the one that onnxruntime-genai's own builder writes:
                                         cache may be one buffer
     RotaryEmbedding and its inputs    → com.microsoft::MRotaryEmbedding, which looks up the tables
                                         by position itself
-    SkipSimplifiedLayerNormalization  → the runtime's kernel; the standard operators that spell it
-                                        out as a function are removed
+    SkipSimplifiedLayerNormalization, → the runtime's kernels; the standard operators that spell
+    CausalConvWithState,                them out as functions are removed
+    LinearAttention
     Transpose(weight) → MatMul        → com.microsoft::FusedMatMul, once the graph is filled: a
                                         float output matrix is used as it is stored
 
@@ -42,6 +43,8 @@ from vlmq_export.formats.onnx.passes.attention_inputs import (
 # The ends of the names of mobius' cosines and sines of every position, [positions, head size / 2]
 # each. A traced graph has no such tables: it computes them from the current positions.
 TABLES = ("rotary_emb.cos_cache", "rotary_emb.sin_cache")
+# Operators of the runtime that the graphs spell out as functions.
+_SPELLED_OUT = ("SkipSimplifiedLayerNormalization", "CausalConvWithState", "LinearAttention")
 
 
 def fuse(model: ir.Model, mrope_section: list[int] | None, *, single: bool = False) -> bool:
@@ -70,7 +73,8 @@ def fuse(model: ir.Model, mrope_section: list[int] | None, *, single: bool = Fal
             for i in (1, 2):  # mean and inverse deviation, which nothing reads
                 node.outputs[i].name = ""
     model.opset_imports[DOMAIN] = 1
-    model.functions.pop((DOMAIN, "SkipSimplifiedLayerNormalization", ""), None)
+    for name in _SPELLED_OUT:
+        model.functions.pop((DOMAIN, name, ""), None)
     RemoveUnusedNodesPass()(model)
     return True
 

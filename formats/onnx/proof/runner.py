@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FEATURES = "image_features"
-Cache = dict[str, np.ndarray]  # name of a past input → float [B, heads, tokens, head size]
+Cache = dict[str, np.ndarray]  # name of a past input → its value, with a row for each prompt
 
 
 def available(provider: str) -> bool:
@@ -117,11 +117,17 @@ class OnnxRunner:
         """The numpy type of embeddings and cache."""
         return np.float16 if self.text.get_inputs()[0].type == "tensor(float16)" else np.float32
 
-    @cached_property
-    def _cache_shapes(self) -> dict[str, tuple[int, int]]:
-        """Name of every past input → (heads, head size)."""
+    def empty_cache(self, batch: int, length: int = 0) -> Cache:
+        """Zeros for every past input, in its type.
+
+        Keys and values are [B, heads, length, head size]; a linear attention's states have a shape
+        that is the same for every length.
+        """
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         return {
-            i.name: (i.shape[1], i.shape[3])
+            i.name: np.zeros(
+                [batch, *(n if isinstance(n, int) else length for n in i.shape[1:])], types[i.type]
+            )
             for i in self.text.get_inputs()
             if i.name.startswith("past_key_values")
         }
@@ -179,11 +185,7 @@ class OnnxRunner:
         past: Cache | None,
     ) -> tuple[np.ndarray, Cache]:
         """Logits float32 [B, S, vocabulary], and the cache after these tokens."""
-        if past is None:
-            past = {
-                name: np.zeros((embeds.shape[0], heads, 0, size), self._dtype)
-                for name, (heads, size) in self._cache_shapes.items()
-            }
+        past = self.empty_cache(embeds.shape[0]) if past is None else past
         names = [o.name for o in self.text.get_outputs()]
         feeds = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **past}
         logits, *values = run(self.text, feeds, names)

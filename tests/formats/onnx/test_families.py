@@ -265,7 +265,10 @@ def test_sliding_windows_are_refused():
         "gemma3",
         *(
             pytest.param(arch, marks=pytest.mark.slow)
-            for arch in ("qwen3_vl", "qwen3_vl_moe", "llava_onevision", "idefics3", "ministral3")
+            for arch in (
+                *("qwen3_vl", "qwen3_vl_moe", "qwen3_5"),
+                *("llava_onevision", "idefics3", "ministral3"),
+            )
         ),
     ],
 )
@@ -322,8 +325,10 @@ PHI = {"text_config": {"model_type": "phi"}}
         ("ministral3", {}, None),
         ("mistral3", {"text_config": {"sliding_window": 64}}, "sliding_window"),
         ("mistral3", {"vision_feature_layer": [-1, -2]}, "one vision layer"),
-        ("qwen3_5", {}, "of qwen3_5 have"),
         ("qwen3_vl_moe", {}, None),
+        ("qwen3_5", {}, None),
+        ("qwen3_5", {"text_config": {"hidden_act": "gelu"}}, "no gelu in a linear attention"),
+        ("qwen3_5", {"text_config": {"layer_types": ["conv"] * 2}}, "conv"),
         ("qwen2_vl", {}, None),
         ("qwen3_vl", {}, None),
         ("smolvlm", {}, None),

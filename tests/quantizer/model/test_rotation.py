@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tools.bench.scoring import load_model
 from tools.reference_vlm import onevision
-from tools.reference_vlm.tiny_families import ARCHES, NOT_ONNX
+from tools.reference_vlm.tiny_families import ARCHES
 from vlmq_export import bundled
 from vlmq_export.errors import CheckpointError, UsageError
 from vlmq_export.formats.proof.weights import Weights
@@ -263,7 +263,7 @@ def test_a_folded_rotation_is_proven_in_every_runtime_that_takes_the_family(arch
     # llama.cpp wants it.
     recipe = Recipe(
         model=str(tiny(arch, tied=True, layers=3, depth=4)),
-        format=["gptq", "gguf", *(["onnx"] if arch not in NOT_ONNX else [])],
+        format=["gptq", "gguf", "onnx"],
         method="rtn",
         rotate="folded",
         out=tmp_path / "out",
