@@ -167,7 +167,10 @@ def test_prompt_is_the_chat_template(tokenizer):
     assert model.prompt(QUESTION, 1) == written
 
 
-@pytest.mark.parametrize("arch", model.PROCESSORS)
+QWEN2 = ("qwen2_5_vl", "qwen2_vl")  # Qwen3.5 is trained by tools/bench/linear_attention.py
+
+
+@pytest.mark.parametrize("arch", QWEN2)
 def test_random_checkpoint_is_reproducible_and_not_degenerate(tmp_path, arch, tokenizer):
     first = model.make_random_checkpoint(tmp_path / "first", arch)
     second = model.make_random_checkpoint(tmp_path / "second", arch)
@@ -195,7 +198,7 @@ def test_random_checkpoint_is_reproducible_and_not_degenerate(tmp_path, arch, to
 SMALL = training.Settings(batch_size=4)
 
 
-@pytest.mark.parametrize("arch", model.PROCESSORS)
+@pytest.mark.parametrize("arch", QWEN2)
 def test_steps_on_one_batch_reduce_its_loss(arch, tokenizer):
     trainer = training.Trainer(training.Settings(arch, batch_size=4), tokenizer)
     phase = training.Phase(learning_rate=1e-3, easy=1.0, localisation=1.0, size=drawing.SIZES[0])

@@ -5,6 +5,10 @@ Two architectures share one decoder (256 wide, M-RoPE) and differ in the vision 
     qwen2_5_vl   windowed attention, gated MLP, RMSNorm
     qwen2_vl     full attention, plain MLP, LayerNorm
 
+A third has the same tokens and patches, and a decoder of its own:
+
+    qwen3_5      gated delta nets in three of four layers; Qwen3-VL's tower
+
 Every in_features of the decoder is a multiple of 256, so that every K-quant of llama.cpp fits.
 """
 
@@ -38,7 +42,11 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 # Each architecture's processor class, as published preprocessor_config.json files name it.
-PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}
+PROCESSORS = {
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen3_5": "Qwen3VLProcessor",
+}
 # Pixels. A merged vision token covers 2 × 2 patches, so that image sides are multiples of 28.
 PATCH = 14
 IMAGE_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -144,7 +152,7 @@ def make_config(
 
     Raises ValueError for an architecture that PROCESSORS does not list.
     """
-    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3_5Config
 
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     text = _text_config(ids, vocabulary=len(tokenizer), layers=layers, tied=tied)
@@ -169,6 +177,10 @@ def make_config(
     if arch == "qwen2_vl":
         vision |= {"embed_dim": 128, "hidden_size": 256, "mlp_ratio": mlp_ratio}
         return Qwen2VLConfig(text_config=text, vision_config=vision, **shared)
+    if arch == "qwen3_5":
+        vision |= {"hidden_size": 128, "intermediate_size": 128 * mlp_ratio, "out_hidden_size": 256}
+        vision |= {"num_position_embeddings": 64}
+        return Qwen3_5Config(text_config=_recurrent(text), vision_config=vision, **shared)
     raise ValueError(f"unknown architecture {arch!r}: expected one of {', '.join(PROCESSORS)}")
 
 
@@ -195,13 +207,38 @@ def _text_config(ids: dict[str, int], *, vocabulary: int, layers: int, tied: boo
     }
 
 
+def _recurrent(text: dict) -> dict:
+    """The decoder's part of Qwen3.5's config: values have twice as many heads as keys."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    own = {
+        "head_dim": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 64,
+        "rope_parameters": rope | {"mrope_interleaved": True, "mrope_section": [6, 5, 5]},
+    }
+    return {key: value for key, value in text.items() if key != "max_window_layers"} | own
+
+
 def make_model(config):
     """A float32 model of `config` with transformers' own initialisation."""
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+    from transformers import (
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLForConditionalGeneration,
+        Qwen3_5ForConditionalGeneration,
+    )
 
-    if config.model_type == "qwen2_5_vl":
-        return Qwen2_5_VLForConditionalGeneration(config).float()
-    return Qwen2VLForConditionalGeneration(config).float()
+    classes = {
+        "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+        "qwen2_vl": Qwen2VLForConditionalGeneration,
+        "qwen3_5": Qwen3_5ForConditionalGeneration,
+    }
+    return classes[config.model_type](config).float()
 
 
 def load_model(folder: Path):
