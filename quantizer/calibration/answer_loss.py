@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmq_export.quantizer.arithmetic import tensor_cores
 from vlmq_export.quantizer.calibration.batches import Batch, add
-from vlmq_export.quantizer.calibration.hooks import leaf_output
+from vlmq_export.quantizer.calibration.hooks import leaf_output, unsaid
 from vlmq_export.quantizer.calibration.importance import Reached, per_sample, token_factors
 from vlmq_export.quantizer.model.experts import reached
 from vlmq_export.quantizer.model.streamed import StreamedModel
@@ -79,6 +79,8 @@ def _gradients_of(model: StreamedModel, batches: Sequence[Batch], names: Names, 
                     # match.
                     if hidden.is_cuda:
                         hooks.enter_context(sdpa_kernel(SDPBackend.MATH))
+                    if head is None and (last := _last_linear(model, index)):
+                        hooks.enter_context(unsaid(layer.get_submodule(last)))
                     for name in names[index]:
                         module = layer.get_submodule(name)
                         hooks.enter_context(leaf_output(module, leaves, name, cut=False))
@@ -93,6 +95,15 @@ def _gradients_of(model: StreamedModel, batches: Sequence[Batch], names: Names, 
                 gradients[position : position + 1] = [batch.aside(found[0])]
                 for name, gradient in zip(leaves, found[1:]):
                     take(index, name, batch, gradient, reached(layer, name))
+
+
+def _last_linear(model: StreamedModel, index: int) -> str:
+    """The linear whose output leaves the layer, added to the residual stream; empty if none does.
+
+    No gradient within the layer depends on that output.
+    """
+    last = model.checkpoint.architecture.blocks(index)[-1]
+    return last.out if last.kind == "mlp" and not last.post else ""
 
 
 def layer_inputs(

@@ -60,3 +60,28 @@ def leaf_output(module: nn.Module, leaves: dict[str, torch.Tensor], name: str, *
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def unsaid(linear: Any):
+    """Do not compute what a linear puts out: it is zeros, and gradients pass as through the linear.
+
+    For a backward pass where no value depends on the output.
+    """
+    linear.forward = lambda x: _Unsaid.apply(x, linear.weight)
+    try:
+        yield
+    finally:
+        del linear.forward
+
+
+class _Unsaid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight, None

@@ -322,11 +322,15 @@ def _importance(job: _Job) -> float:
 
 
 def _answers(job: _Job) -> float:
-    """A layer forwards, forwards once more where its gradient is found, and back to its input."""
+    """A layer forwards, forwards once more where its gradient is found, and back to its input.
+
+    The second time its last linear is left out.
+    """
     linears, m = job.shapes.linears, job.machine
     kept = job.lengths.tokens * job.shapes.hidden * job.shapes.layers * 4
     return (
         3 * sum(job.through(*each) for each in linears)
+        - job.through(*linears[-1])
         + (2 + _BACKWARD) * job.attention()
         + 4 * job.moved(_HIDDEN_PASSES, job.shapes.hidden)
         + 4 * job.moved(_MLP_PASSES, linears[-1][1])
