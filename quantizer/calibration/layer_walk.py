@@ -9,8 +9,9 @@ Each sub-block, x ← x + post(out(mix(ins(norm(x))))), takes two steps:
 The layer runs once with its source weights, for the full-precision stream, and once with its
 quantized weights. The full-precision stream passes a step while its linears still have their source
 weights, and the quantized stream once they have the decoded ones. Between two steps a batch keeps x
-and, for a while, what an attention has mixed. An MLP's inner value is by far the widest and is
-never kept. No other forward pass is repeated. Experts take no steps: `routed.py` walks them.
+and, for a while, what an attention has mixed. An MLP's inner value is by far the widest. It is kept
+where there is room for it, and made again where there is none. No other forward pass is repeated.
+Experts take no steps: `routed.py` walks them.
 
 `Architecture.blocks` is the chain. A test holds each family's layer against its own forward pass.
 """
@@ -48,12 +49,18 @@ class LayerWalk:
     """
 
     def __init__(
-        self, layer: Any, blocks: Sequence[SubBlock], batches: list[Batch], *, two_streams: bool
+        self,
+        layer: Any,
+        blocks: Sequence[SubBlock],
+        batches: list[Batch],
+        *,
+        two_streams: bool,
+        room: int = 0,  # bytes of memory for what enters `out` of MLPs
     ):
         self.layer, self.blocks, self.batches = layer, blocks, batches
-        self.two_streams = two_streams
+        self.two_streams, self._room = two_streams, room
         self._reached = -1  # the last step that the quantized stream has come to
-        # Batch → what an attention has mixed, until `out` has taken it: one for each stream.
+        # Batch → what a sub-block has mixed, until `out` has taken it: one for each stream.
         self._mixed: dict[int, Callable] = {}
         self._full_mixed: dict[int, Callable] = {}
         self._source: list[tuple[nn.Parameter, torch.Tensor]] = []  # of an MLP's `ins`, once put
@@ -140,6 +147,7 @@ class LayerWalk:
         for batch, hidden in zip(self.batches, entering):
             batch.quantized = hidden()
         self._reached = -1
+        self._mixed.clear()
 
     @torch.no_grad()
     @tensor_cores()
@@ -167,6 +175,9 @@ class LayerWalk:
         entering = self._mix(block, index)
         if block.attends:
             self._mixed[index] = self.batches[index].aside(entering)
+        elif entering.nbytes <= self._room:
+            self._room -= entering.nbytes
+            self._mixed[index] = lambda: entering
         return entering
 
     def _mix(self, block: SubBlock, index: int) -> torch.Tensor:

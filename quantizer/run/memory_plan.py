@@ -19,7 +19,8 @@ layer and the calibration set, and never the number of layers:
                  answers' loss. This is before the first layer is solved
     weights      of the tokens in every layer, where a method takes them from that loss
     activations  both streams, and within a layer what attention made of them; before the first
-                 layer, what enters every layer, where a method starts from the answers' loss
+                 layer, what enters every layer, where a method starts from the answers' loss. On a
+                 CPU also what the MLP has made, as far as memory has room
 
 Of solver, ranges and batch one is there at a time; beside a batch stand the sums that it is added
 to: those of a group of linears, or of as many experts as calibration/routed.py allows. Only
@@ -125,6 +126,7 @@ class MemoryPlan:
     host: int  # needed at the peak
     device: int  # what CUDA needs at the peak; 0 on the CPU
     disk: int  # for activations
+    room: int  # of the activations, what enters the MLPs' `out`: made again where there is none
     host_free: int
     device_free: int  # 0: there is no CUDA device
 
@@ -164,6 +166,7 @@ def memory_plan(
         host, device = FIXED + images + parts["weights"], max(first, work)
     else:
         host, device = FIXED + max(images + first, parts["weights"] + work), 0
+    room = 0
     fits_host = host + activations <= int(_SHARE * host_free)
     fits_device = device + activations <= int(_SHARE * device_free) if on_cuda else fits_host
     place: Place = "device" if fits_device else "host" if fits_host else "disk"
@@ -171,6 +174,9 @@ def memory_plan(
         device += activations
     elif place != "disk":
         host += activations
+        if not on_cuda:
+            room = max(0, min(_inner(shapes, method, lengths), int(_SHARE * host_free) - host))
+            host, activations = host + room, activations + room
     return MemoryPlan(
         place,
         {"fixed": FIXED} | parts,
@@ -178,6 +184,7 @@ def memory_plan(
         host,
         device,
         disk=activations if place == "disk" else 0,
+        room=room,
         host_free=host_free,
         device_free=device_free,
     )
@@ -302,6 +309,13 @@ def _activations(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     patches = shown * shapes.patches
     streams = 2 * (1 + method.two_streams)  # before a segment of the tower, and behind it
     return max(copies * one, kept, streams * patches * shapes.tower_width * _FLOAT)
+
+
+def _inner(shapes: Shapes, method: Method, lengths: Lengths) -> int:
+    """Bytes of what enters the MLP's `out` in the quantized stream, for all samples."""
+    if not method.calibrated or method.scaling or shapes.experts:
+        return 0
+    return lengths.tokens * shapes.linears[-1][1] * _FLOAT
 
 
 def tries_of(config: QuantConfig) -> int:

@@ -79,6 +79,7 @@ def quantize(
     device: str = "auto",
     resume: bool = False,
     place: Place = "device",
+    room: int = 0,
     ranks: Ranks = ALONE,
     drop_images: bool = False,
     progress: Progress = lambda *_: None,
@@ -91,6 +92,7 @@ def quantize(
     resume: layers that are on disk are not solved again. The folder ends with the bytes of a run
         that was never stopped, given the same device and the same number of threads and of ranks.
     place: where activations rest between two uses.
+    room: bytes of memory for what enters the `out` of MLPs, which else is made again.
     ranks: each is given all samples and walks its share. The first one writes, and the others need
         to read what it wrote.
     drop_images: take the pixels out of the list `samples` once the first pass has seen them. They
@@ -103,7 +105,7 @@ def quantize(
     checkpoint = rotated(checkpoint, config.rotate, config.seed)
     job = Job.of(checkpoint.architecture, config)
     _refuse(checkpoint, job, samples, ranks)
-    run = _begun(checkpoint, job, samples, folder, pick_device(device), ranks)
+    run = _begun(checkpoint, job, samples, folder, pick_device(device), ranks, room)
     done = _layers_done(run, samples, calibration, resume)
     if done == WHOLE:
         return
@@ -139,6 +141,7 @@ class _Run:
     folder: Path
     ranks: Ranks
     clock: Clock
+    room: int  # bytes of memory for what MLPs have made
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def _begun(
     folder: Path,
     device: torch.device,
     ranks: Ranks,
+    room: int,
 ) -> _Run:
     """The model without weights, and a clock that runs."""
     clock = Clock(device, tokens=sum(len(sample.input_ids) for sample in samples))
@@ -203,7 +207,7 @@ def _begun(
         if isinstance(checkpoint, RotatedCheckpoint) and checkpoint.online:
             layers = [model.layer(i) for i in range(job.layers)]
             rotate_inner(layers, job.family.every_block, checkpoint.inner_rotation())
-    return _Run(checkpoint, model, job, folder, ranks, clock)
+    return _Run(checkpoint, model, job, folder, ranks, clock, room)
 
 
 def _layers_done(run: _Run, samples: Sequence[Sample], calibration: dict, resume: bool) -> int:
@@ -334,7 +338,7 @@ def _pass_layer(
         )
     with run.clock("layers", None if solved else index), run.model.filled_layer(index) as layer:
         blocks, two = job.architecture.blocks(index), job.method.two_streams
-        walk = LayerWalk(layer, blocks, batches, two_streams=two)
+        walk = LayerWalk(layer, blocks, batches, two_streams=two, room=run.room)
         if not solved:
             _solve_layer(run, walk, index, said)
         else:

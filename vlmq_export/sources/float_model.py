@@ -162,6 +162,7 @@ class FloatModel(Source):
             device=recipe.device,
             resume=filling.resume,
             place=memory.place,
+            room=memory.room,
             ranks=ranks,
             drop_images=True,
             progress=callbacks.progress,

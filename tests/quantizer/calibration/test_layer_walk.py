@@ -104,9 +104,13 @@ def test_batches_have_no_padding_and_lose_nobody(samples, monkeypatch):
     assert all(len(g) == 1 for g in batching._equal_lengths(samples))
 
 
+@pytest.mark.parametrize("kept", [0, 1, 100])
 @torch.no_grad()
-def test_inputs_are_those_of_the_linears_in_the_layers_own_forward(walk, samples):
-    """In both streams and every group, bit for bit. So are the layer's outputs."""
+def test_inputs_are_those_of_the_linears_in_the_layers_own_forward(walk, samples, kept):
+    """In both streams and every group, bit for bit. So are the layer's outputs.
+
+    So it is where what the MLP has made of no batch, of one batch or of all is kept.
+    """
     model, layers = walk
     layer = layers[1]
     batches = decoder_inputs(model, samples[:6], two_streams=True, device=CPU)
@@ -124,12 +128,14 @@ def test_inputs_are_those_of_the_linears_in_the_layers_own_forward(walk, samples
         expected.append((inputs, own, full))
     for module in layer.modules():
         module._forward_pre_hooks.clear()
-    steps = LayerWalk(layer, DECODER, batches, two_streams=True)
+    room = kept * expected[0][0][0][3].nbytes
+    steps = LayerWalk(layer, DECODER, batches, two_streams=True, room=room)
     for stage in range(4):
         for i, entering in enumerate(steps.inputs(stage)):
             assert torch.equal(entering.quantized, expected[i][0][0][stage].flatten(0, 1))
             assert torch.equal(entering.full, expected[i][0][1][stage].flatten(0, 1))
-    assert steps.advance() == 0
+    assert len(steps._mixed) == min(kept, len(batches))
+    assert steps.advance() == 0 and not steps._mixed
     for batch, (_, own, full) in zip(batches, expected):
         assert torch.equal(batch.quantized, own) and torch.equal(batch.full, full)
     assert not any(m._forward_pre_hooks for m in layer.modules())
