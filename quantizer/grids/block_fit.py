@@ -21,6 +21,7 @@ importance of each of their columns, [1, blocks, sub-blocks, columns]. q is what
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -65,17 +66,55 @@ def _fitted(grid: BlockGrid, weights: torch.Tensor, importance: torch.Tensor) ->
     w = weights.reshape(rows, -1, grid.block // grid.sub_block, grid.sub_block)
     h = importance.view(1, *w.shape[1:])
     scale, minimum = _sub_blocks(grid, w, h)
-    best = _stored(grid, scale, minimum, 1.0)
-    least = _block_error(grid, w, h, best)
+    best = _Trial.of(grid, w, h, _stored(grid, scale, minimum, 1.0))
     shrinks = _SUPER_SHRINK if grid.lattice is None else _SUPER_SHRINK_ON_LATTICE
     for shrink in shrinks if grid.sub_block < grid.block else ():
-        least, best = _better(grid, w, h, _stored(grid, scale, minimum, shrink), least, best)
+        best = best.or_better(_Trial.of(grid, w, h, _stored(grid, scale, minimum, shrink)))
     if grid.lattice is not None:
-        least, best = _better(grid, w, h, _next_multiples(grid, w, h, best), least, best)
+        best = best.or_better(_next_multiples(grid, w, h, best))
     for _ in range(_REFITS if grid.lattice is None else _REFITS_ON_LATTICE):
-        least, best = _better(grid, w, h, _refitted(grid, w, h, best), least, best)
-    _, best = _better(grid, w, h, _zeros(best), least, best)
-    return best.each(lambda p: p.reshape(rows, -1))
+        best = best.or_better(_Trial.of(grid, w, h, _refitted(grid, w, h, best)))
+    zeros = (w * w).mul_(h).sum(-1).sum(-1) < best.error.sum(-1)
+    return _zeroed(best.stored, zeros).each(lambda p: p.reshape(rows, -1))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Stored parameters of blocks, with d and dmin [rows, blocks], and what they lead to."""
+
+    stored: Params
+    q: torch.Tensor  # what the best codes stand for, [rows, blocks, sub-blocks, columns]
+    error: torch.Tensor  # weighted and squared, [rows, blocks, sub-blocks]
+
+    @classmethod
+    def of(cls, grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, stored: Params) -> _Trial:
+        scale, minimum = _effective(stored)
+        q = grid.round(w, scale[..., None], minimum[..., None], h)
+        return cls(stored, q, _error(grid, w, h, q, scale, minimum))
+
+    def or_better(self, other: _Trial) -> _Trial:
+        """Block by block the one with the smaller error."""
+        better = other.error.sum(-1) < self.error.sum(-1)  # [rows, blocks]
+        new, old = other.stored, self.stored
+
+        def minimum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+            return None if a is None or b is None else _chosen(better, a, b)
+
+        return _Trial(
+            Params(
+                _chosen(better, new.d, old.d),
+                _chosen(better, new.scales, old.scales),
+                minimum(new.dmin, old.dmin),
+                minimum(new.mins, old.mins),
+            ),
+            _chosen(better, other.q, self.q),
+            _chosen(better, other.error, self.error),
+        )
+
+
+def _chosen(where: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a where `where` [rows, …] holds, and b elsewhere. Both may have more dimensions behind."""
+    return torch.where(where.view(*where.shape, *[1] * (a.dim() - where.dim())), a, b)
 
 
 # -- 1. real-valued scales and minima of the sub-blocks ------------------------------------------
@@ -86,15 +125,15 @@ def _sub_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum of each sub-block, [rows, blocks, sub-blocks] each."""
     if grid.lattice is not None:
-        scale = _symmetric_scale(grid, w, h).abs()
+        scale = _symmetric_scale(grid.positive, w.abs(), h, (1.0,))
         return _lattice_scale(grid, w, h, scale), torch.zeros_like(scale)
     if not grid.affine:
-        return _symmetric_scale(grid, w, h), torch.zeros_like(w[..., 0])
+        return _symmetric_scale(grid, w, h, (-1.0, 1.0)), torch.zeros_like(w[..., 0])
     low, high = w.amin(-1), w.amax(-1)
     if not grid.signed_minimum:
         low, high = low.clamp_max(0), high.clamp_min(0)
     best = [((high - low) / grid.top).clamp_min(0), -low]
-    least = _sub_error(grid, w, h, *best)
+    least = _error_alone(grid, w, h, *best)
     sums = h.sum(-1), (h * w).sum(-1)
     shares = [grid.top / (grid.top + excess) for excess in _EXCESS[grid.bits]]
     middle = (low + high) / 2 if grid.signed_minimum else torch.zeros_like(low)
@@ -102,12 +141,12 @@ def _sub_blocks(
         below, above = trial.unbind(-1)  # [trials, 1, 1, 1] each
         bottom = middle + (low - middle) * below
         scale, minimum = (middle + (high - middle) * above - bottom) / grid.top, -bottom
-        q = grid.encode(w, scale[..., None], minimum[..., None])
+        q = grid.alone(w, scale[..., None], minimum[..., None])
         found = []
         for _ in range(2):
             scale, minimum = _least_squares(grid, w, h, q, sums, scale, minimum)
-            q = grid.encode(w, scale[..., None], minimum[..., None])
-            found.append((_code_error(grid, w, h, q, scale, minimum), scale, minimum))
+            q = grid.alone(w, scale[..., None], minimum[..., None])
+            found.append((_error(grid, w, h, q, scale, minimum), scale, minimum))
         least, best = _least(found, least, best)
     scale, minimum = best
     return scale, minimum
@@ -145,40 +184,33 @@ def _least(
     return least, best
 
 
-def _symmetric_scale(grid: BlockGrid, w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Signed scale of each sub-block, [rows, blocks, sub-blocks].
+def _symmetric_scale(
+    grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, signs: Sequence[float]
+) -> torch.Tensor:
+    """Scale of each sub-block, of one of the signs, [rows, blocks, sub-blocks].
 
     The longer side of the grid, mostly that of code 0, reaches the weight of largest magnitude.
     """
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best = extreme / grid.reach
     zero = torch.zeros_like(best)
-    least = _column_error(grid, w, h, best)
+    least = _error_alone(grid, w, h, best, zero)
     reaches = [
         (sign * (abs(grid.reach) + excess * grid.spacing),)
-        for excess, sign in product(_EXCESS_SYMMETRIC, (-1.0, 1.0))
+        for excess, sign in product(_EXCESS_SYMMETRIC, signs)
     ]
     for trial in _trials(reaches, w):
         scale = extreme / trial.squeeze(-1)
-        codes = grid.encode(w, scale[..., None], zero[..., None])
+        q = grid.alone(w, scale[..., None], zero[..., None])
         found = []
         for _ in range(2):
-            q = grid.values(codes)
             weighted = h * q
             square = (weighted * q).sum(-1).clamp_min_(_NOTHING)
             scale = weighted.mul_(w).sum(-1).div_(square)
-            codes = grid.encode(w, scale[..., None], zero[..., None])
-            found.append((_code_error(grid, w, h, codes, scale, zero), scale))
+            q = grid.alone(w, scale[..., None], zero[..., None])
+            found.append((_error(grid, w, h, q, scale, zero), scale))
         least, (best,) = _least(found, least, (best,))
     return best
-
-
-def _column_error(
-    grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
-    """Error of each sub-block whose columns are rounded alone, [rows, blocks, sub-blocks]."""
-    scale, zero = scale[..., None], torch.zeros_like(scale[..., None])
-    return (h * (grid.decode(grid.encode(w, scale, zero), scale, zero) - w).square()).sum(-1)
 
 
 def _lattice_scale(
@@ -191,8 +223,9 @@ def _lattice_scale(
     """
     best, most, zero = scale, torch.full_like(scale, -1.0), torch.zeros_like(scale[..., None])
     for share in _AROUND:
-        q = grid.values(grid.round(w, (share * scale)[..., None], zero, h))
-        along, across = (h * q * w).sum(-1), (h * q * q).sum(-1)
+        q = grid.round(w, (share * scale)[..., None], zero, h)
+        weighted = h * q
+        across, along = (weighted * q).sum(-1), weighted.mul_(w).sum(-1)
         gain = along.clamp_min(0).square() / across
         best = torch.where(gain > most, along.clamp_min(0) / across, best)
         most = torch.maximum(gain, most)
@@ -203,7 +236,7 @@ def _least_squares(
     grid: BlockGrid,
     w: torch.Tensor,
     h: torch.Tensor,
-    q: torch.Tensor,  # the codes that the given scale and minimum lead to
+    q: torch.Tensor,  # of the codes that the given scale and minimum lead to
     sums: tuple[torch.Tensor, torch.Tensor],  # Σh and Σhw of each sub-block
     scale: torch.Tensor,
     minimum: torch.Tensor,
@@ -227,24 +260,25 @@ def _least_squares(
     return torch.where(ok, new_scale, scale), torch.where(ok, new_minimum, minimum)
 
 
-def _sub_error(
+def _error_alone(
     grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted squared error of each sub-block, [rows, blocks, sub-blocks]."""
-    codes = grid.round(w, scale[..., None], minimum[..., None], h)
-    return _code_error(grid, w, h, codes, scale, minimum)
+    """Error of each sub-block whose columns are rounded alone, [rows, blocks, sub-blocks]."""
+    q = grid.alone(w, scale[..., None], minimum[..., None])
+    return _error(grid, w, h, q, scale, minimum)
 
 
-def _code_error(
+def _error(
     grid: BlockGrid,
     w: torch.Tensor,
     h: torch.Tensor,
-    codes: torch.Tensor,
+    q: torch.Tensor,
     scale: torch.Tensor,
     minimum: torch.Tensor,
 ) -> torch.Tensor:
-    """The same for codes that are known."""
-    decoded = grid.decode(codes, scale[..., None], minimum[..., None])
+    """Weighted squared error of each sub-block, [rows, blocks, sub-blocks]."""
+    decoded = scale[..., None] * q
+    decoded = decoded.sub_(minimum[..., None]) if grid.affine else decoded
     return decoded.sub_(w).square_().mul_(h).sum(-1)
 
 
@@ -285,21 +319,22 @@ def _multiples(
     return unit, multiples.clamp(low, high).to(torch.int16)
 
 
-def _next_multiples(grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, stored: Params) -> Params:
+def _next_multiples(grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, best: _Trial) -> _Trial:
     """Multiples one step up or down, in the sub-blocks whose error is smaller there."""
-    best, least = stored.scales, _sub_error(grid, w, h, *_effective(stored))
+    d, scales, q, error = best.stored.d, best.stored.scales, best.q, best.error
     for step in (-grid.scale_step, grid.scale_step):
-        trial = Params(stored.d, (stored.scales + step).clamp(*grid.scale_limits))
-        error = _sub_error(grid, w, h, *_effective(trial))
-        best = torch.where(error < least, trial.scales, best)
-        least = torch.minimum(error, least)
-    return Params(stored.d, best)
+        next_ = Params(d, (best.stored.scales + step).clamp(*grid.scale_limits))
+        trial = _Trial.of(grid, w, h, next_)
+        better = trial.error < error  # [rows, blocks, sub-blocks]
+        scales, q = _chosen(better, next_.scales, scales), _chosen(better, trial.q, q)
+        error = torch.minimum(trial.error, error)
+    return _Trial(Params(d, scales), q, error)
 
 
-def _zeros(stored: Params) -> Params:
-    """Units with which every block decodes to zeros."""
-    dmin = None if stored.dmin is None else torch.zeros_like(stored.dmin)
-    return Params(torch.zeros_like(stored.d), stored.scales, dmin, stored.mins)
+def _zeroed(stored: Params, where: torch.Tensor) -> Params:
+    """Units with which some blocks, bool [rows, blocks], decode to zeros."""
+    dmin = None if stored.dmin is None else stored.dmin.masked_fill(where, 0)
+    return Params(stored.d.masked_fill(where, 0), stored.scales, dmin, stored.mins)
 
 
 def _half(values: torch.Tensor) -> torch.Tensor:
@@ -314,41 +349,12 @@ def _effective(stored: Params) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, stored.dmin.float()[..., None] * stored.mins
 
 
-def _block_error(grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, stored: Params) -> torch.Tensor:
-    """Weighted squared error of each block, [rows, blocks]."""
-    return _sub_error(grid, w, h, *_effective(stored)).sum(-1)
-
-
-def _better(
-    grid: BlockGrid,
-    w: torch.Tensor,
-    h: torch.Tensor,
-    trial: Params,
-    least: torch.Tensor,
-    best: Params,
-) -> tuple[torch.Tensor, Params]:
-    """Block by block the smaller error of `trial` and `least`, and the parameters it belongs to."""
-    error = _block_error(grid, w, h, trial)
-    better = error < least
-    d, scales = (
-        torch.where(better, trial.d, best.d),
-        torch.where(better[..., None], trial.scales, best.scales),
-    )
-    mixed = Params(d, scales)
-    if trial.dmin is not None and best.dmin is not None:
-        assert trial.mins is not None and best.mins is not None
-        dmin = torch.where(better, trial.dmin, best.dmin)
-        mixed = Params(d, scales, dmin, torch.where(better[..., None], trial.mins, best.mins))
-    return torch.where(better, error, least), mixed
-
-
 # -- 3. units refitted to the codes --------------------------------------------------------------
 
 
-def _refitted(grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, stored: Params) -> Params:
+def _refitted(grid: BlockGrid, w: torch.Tensor, h: torch.Tensor, best: _Trial) -> Params:
     """The units d and dmin of least error for the codes and multiples that are there."""
-    scale, minimum = _effective(stored)
-    q = grid.values(grid.round(w, scale[..., None], minimum[..., None], h))
+    stored, q = best.stored, best.q
     x = (q * stored.scales[..., None]).flatten(-2)  # what d is multiplied by, [rows, blocks, block]
     hf, wf = h.flatten(-2), w.flatten(-2)
     sxx, sxw = (hf * x * x).sum(-1), (hf * x * wf).sum(-1)

@@ -21,13 +21,13 @@ and the subtraction rounds once, as in ggml.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import numpy as np
 import torch
 
-from vlmq_export.quantizer.grids.lattices import Lattice, nearest
+from vlmq_export.quantizer.grids.lattices import Lattice, as_tensor, nearest, on_host
 
 _FEW = 2**10  # numbers whose places are searched for one by one
 
@@ -116,7 +116,14 @@ class BlockGrid:
     @property
     def spacing(self) -> float:
         """The distance between the last two codes there."""
-        return abs(self.levels[0] - self.levels[1]) if self.levels else 1.0
+        ends = self.levels[:2] if self.levels[:1] == (self.reach,) else self.levels[-2:]
+        return abs(ends[0] - ends[1]) if ends else 1.0
+
+    @cached_property
+    def positive(self) -> BlockGrid:
+        """On a lattice, the magnitudes alone: what |w| of each column may become."""
+        assert self.lattice is not None, "the two sides of other grids are not alike"
+        return replace(self, levels=self.lattice.magnitudes, lattice=None)
 
     @property
     def bits_per_weight(self) -> float:
@@ -143,6 +150,14 @@ class BlockGrid:
         codes = ratio.round_()
         return (codes.add_(self.centre) if self.centre else codes).clamp_(0, self.top)
 
+    def alone(
+        self, weights: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    ) -> torch.Tensor:
+        """What the codes of `encode` stand for, float32."""
+        if self.levels and weights.device.type == "cpu":
+            return _nearest_levels(weights / torch.where(scale == 0, torch.inf, scale), self.levels)
+        return self.values(self.encode(weights, scale, minimum))
+
     def round(
         self,
         weights: torch.Tensor,  # [..., columns]
@@ -150,20 +165,27 @@ class BlockGrid:
         minimum: torch.Tensor,  # broadcasts likewise
         importance: torch.Tensor,  # likewise, greater than 0; it decides on a lattice alone
     ) -> torch.Tensor:
-        """The codes of least weighted squared error, as float32."""
+        """What the codes of least weighted squared error stand for, float32."""
         if self.lattice is None:
-            return self.encode(weights, scale, minimum)
+            return self.alone(weights, scale, minimum)
         size = self.lattice.together
-        vectors = weights.reshape(-1, size)
-        scales = scale.expand_as(weights).reshape(-1, size)[:, 0]
+        each = scale if scale.shape[-1] == 1 else scale[..., ::size]  # of the columns of a point
+        each = each.expand(*weights.shape[:-1], weights.shape[-1] // size).reshape(-1)
         cost = importance.expand_as(weights).reshape(-1, size)
-        return nearest(self.lattice, vectors, scales, cost).view_as(weights).float()
+        given = map(on_host, (weights.reshape(-1, size), each, cost))
+        return as_tensor(nearest(self.lattice, *given)).view_as(weights)
+
+    def codes(self, values: torch.Tensor) -> torch.Tensor:
+        """The codes that stand for `values`, uint8."""
+        if self.levels:
+            return torch.bucketize(values, _tensor(self.levels, values.device)).to(torch.uint8)
+        return (values + self.centre).to(torch.uint8)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """What codes stand for before scale and minimum, float32."""
         if self.levels:
             return _tensor(self.levels, codes.device)[codes.long()]
-        return codes.float() - self.centre
+        return codes.float() - self.centre if self.centre else codes.float()
 
     def decode(
         self, codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
@@ -185,6 +207,28 @@ def _places(numbers: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     for bound in bounds.numpy():
         found += (own > bound).view(np.uint8)
     return torch.from_numpy(found.astype(np.float32))
+
+
+def _nearest_levels(numbers: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
+    """The level nearest to each number on a CPU, float32. Of two that are as near, the lower one.
+
+    Counted as in `_places`, by the distances between the levels.
+    """
+    unit, steps = _whole(levels)
+    found, own = np.full(numbers.shape, steps[0], np.int8), numbers.numpy()
+    for low, high, step in zip(levels, levels[1:], steps[1:]):
+        found += (own > np.float32((low + high) / 2)).view(np.int8) * step
+    return torch.from_numpy(found.astype(np.float32)).mul_(unit)
+
+
+@cache
+def _whole(levels: tuple[float, ...]) -> tuple[float, list[np.int8]]:
+    """A unit of which all levels are multiples; the first multiple, and by how many it rises."""
+    unit = 1.0
+    while any(level % unit for level in levels):
+        unit /= 2
+    multiples = [round(level / unit) for level in levels]
+    return unit, [np.int8(multiples[0]), *map(np.int8, np.diff(multiples))]
 
 
 @cache

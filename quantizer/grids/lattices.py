@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 
-_SCORES = 2**22  # scores of points that are held at once
+_SCORES = 2**26  # scores of points that are held at once on a GPU
+_CACHED = 2**17  # and on a CPU, whose caches hold so many
+Array = Any  # NumPy's for what is on the CPU, and PyTorch's for what is on a device
 
 
 @dataclass(frozen=True)
@@ -74,96 +78,138 @@ def _number(places: torch.Tensor, top: int) -> torch.Tensor:
     return (places * powers).sum(-1)
 
 
-def nearest(
-    lattice: Lattice,
-    weights: torch.Tensor,  # float32 [n, together]
-    scale: torch.Tensor,  # float32 [n], not negative
-    importance: torch.Tensor,  # float32 [n, together], greater than 0
-) -> torch.Tensor:
-    """The codes of least weighted squared error, uint8 [n, together]."""
-    step = max(1, _SCORES // (lattice.points * lattice.together // lattice.columns))
-    parts = zip(weights.split(step), scale.split(step), importance.split(step))
-    return torch.cat([_nearest(lattice, w, s, h) for w, s, h in parts])
+@dataclass(frozen=True)
+class _Tables:
+    """The points as the search needs them."""
+
+    magnitudes: Array  # g, float32 [points, columns]
+    terms: Array  # g² over g, float32 [2 · columns, points]
+    turns: Array  # signs of the terms where one column's weight turns, [columns, 2 · columns]
 
 
-def _nearest(
-    lattice: Lattice, weights: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor
-) -> torch.Tensor:
-    """With g the magnitudes of a point, its error is Σ h·(|w| − s·g)², up to a constant
+@cache
+def _tables(lattice: Lattice, device: torch.device) -> _Tables:
+    each = torch.tensor(lattice.magnitudes, device=device)[lattice.grid(device)]
+    terms = torch.cat([each * each, each], 1).T.contiguous()
+    ones = torch.ones(lattice.columns, lattice.columns, device=device)
+    turns = torch.cat([ones, ones - 2 * torch.eye(lattice.columns, device=device)], 1)
+    return _Tables(*map(on_host, (each, terms, turns)))
+
+
+def on_host(tensor: torch.Tensor) -> Array:
+    """A tensor of the CPU as NumPy's array, and another one as it is."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """What `on_host` was given."""
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+
+
+def product(a: Array, b: Array) -> Array:
+    """a @ b by PyTorch, whose threads NumPy's would wait for."""
+    return on_host(as_tensor(a) @ as_tensor(b))
+
+
+def nearest(lattice: Lattice, weights: Array, scale: Array, importance: Array) -> Array:
+    """`Search` for one set of weights, float32 [n, together]."""
+    return Search(lattice, scale, importance)(weights)
+
+
+class Search:
+    """Finds the levels of least weighted squared error, for rows that keep their scales.
+
+    With g the magnitudes of a point, its error is Σ h·(|w| − s·g)², up to a constant
 
         s · (Σ s·h·g² − 2·Σ h·|w|·g)
 
     and a sign that is not the weight's own adds 4·s·h·|w|·g. Where one sign must turn, turning one
     is enough, for every further one would add to the error.
+
+    The arrays are those of `on_host`: a loop asks for a few hundred rows at a time, and a call of
+    NumPy takes a third of PyTorch's.
     """
-    grid = lattice.grid(weights.device)
-    magnitudes = torch.tensor(lattice.magnitudes, device=weights.device)
-    each = magnitudes[grid]  # [points, columns]
-    table = torch.cat([each * each, each], 1).T.contiguous()
-    pull = (importance * weights.abs()).reshape(-1, lattice.columns)
-    bend = (importance * scale[:, None]).reshape(-1, lattice.columns)
-    scores, chosen = _least(torch.cat([bend, -2 * pull], 1) @ table)
-    negative = weights < 0
-    if lattice.even:
-        odd = (negative.sum(1) % 2 == 1).nonzero().squeeze(1)
-        if len(odd):
-            _turn(lattice, odd, pull, bend, scores, chosen, negative, each, table)
-    places = grid[chosen].view(len(weights), lattice.together)
-    top = len(lattice.magnitudes)
-    return torch.where(negative, top - 1 - places, top + places).to(torch.uint8)
+
+    def __init__(
+        self,
+        lattice: Lattice,
+        scale: Array,  # s, float32 [n], not negative
+        importance: Array,  # h, float32 [n, together], or of all rows [together]; greater than 0
+    ):
+        self.lattice, self.importance, self.xp = lattice, importance, _module(scale)
+        self.tables = _tables(lattice, as_tensor(scale).device)
+        bend = (importance * scale[:, None]).reshape(-1, lattice.columns)
+        # s·h and −2·h·|w|, [n · parts, 2 · columns]. The second half is filled for each search.
+        self.factors = self.xp.concatenate((bend, bend), 1)
+
+    def __call__(self, weights: Array) -> Array:
+        """Levels, float32 [n, together], for weights likewise."""
+        xp, lattice, signs = self.xp, self.lattice, weights
+        pull = abs(weights) * self.importance  # h·|w|
+        xp.multiply(pull.reshape(-1, lattice.columns), -2, out=self.factors[:, lattice.columns :])
+        scores, chosen = _least(self.factors, self.tables.terms, scored=lattice.even)
+        found = self.tables.magnitudes[chosen].reshape(pull.shape)
+        if lattice.even:
+            (odd,) = xp.where(xp.signbit(weights).sum(1) % 2 == 1)
+            if len(odd):
+                signs = self._turned(odd, weights, pull, scores, found)
+        return xp.copysign(found, signs)
+
+    def _turned(
+        self,
+        odd: Array,  # int64 [m]: the rows where a sign must turn
+        weights: Array,  # [n, together]
+        pull: Array,  # h·|w|, likewise
+        scores: Array,  # of the points that were found, [n · parts]
+        found: Array,  # their magnitudes, [n, together]; changed
+    ) -> Array:
+        """The weights with the sign turned that adds least.
+
+        `found` gets the point that is then best. The point that was best has the cost of 4·h·|w|·g
+        for any turn, and every point at least that of the least magnitude. Only turns that may be
+        cheaper by this bound are searched.
+        """
+        xp, tables, columns = self.xp, self.tables, self.lattice.columns
+        pulls = pull[odd]
+        own = pulls * found[odd]
+        best, turn = xp.amin(own, 1), own.argmin(1)
+        row, column = xp.where(self.lattice.magnitudes[0] * pulls < best[:, None])
+        if len(row):
+            place = odd[row] * (self.lattice.together // columns) + column // columns
+            turned = self.factors[place] * tables.turns[column % columns]
+            score, number = _least(turned, tables.terms)
+            added = xp.full_like(pulls, float("inf"))
+            added[row, column] = score - scores[place]
+            least, at = xp.amin(added, 1), added.argmin(1)
+            wins = least < 4 * best
+            turn = xp.where(wins, at, turn)
+            taken = wins[row] & (column == at[row])
+            found.reshape(-1, columns)[place[taken]] = tables.magnitudes[number[taken]]
+        signs = weights * 1
+        signs[odd, turn] *= -1
+        return signs
 
 
-def _least(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least score of each row, and the number of its point: [n, points] → [n] each.
+def _module(array: Array) -> Any:
+    """The module that the functions of an array are in. Those used here have the same names."""
+    return np if isinstance(array, np.ndarray) else torch
 
-    On a CPU NumPy finds it in a third of PyTorch's time. Both take the first of equal scores.
+
+def _least(factors: Array, terms: Array, *, scored: bool = True) -> tuple[Array, Array]:
+    """The least score of each row, and the number of its point; of equal scores the first one.
+
+    factors: [n, 2 · columns]; terms: [2 · columns, points] → [n] each, the first undefined where it
+    is not asked for. The scores of a part stay in the caches of a CPU.
     """
-    if scores.device.type != "cpu":
-        return scores.min(1)
-    chosen = torch.from_numpy(scores.numpy().argmin(1))
-    return scores.gather(1, chosen[:, None]).squeeze(1), chosen
-
-
-def _turn(
-    lattice: Lattice,
-    odd: torch.Tensor,  # int64 [m]: the rows where a sign must turn
-    pull: torch.Tensor,  # h·|w|, [n · parts, columns]
-    bend: torch.Tensor,  # s·h, likewise
-    scores: torch.Tensor,  # of the chosen points, [n · parts]
-    chosen: torch.Tensor,  # their numbers; changed
-    negative: torch.Tensor,  # bool [n, together]; changed
-    each: torch.Tensor,  # magnitudes, [points, columns]
-    table: torch.Tensor,  # [2 · columns, points]
-) -> None:
-    """Turn the sign that adds least, with the point that is then best, in the odd rows.
-
-    The point that was best has the cost of 4·h·|w|·g for any turn, and every point at least that of
-    the least magnitude. Only turns that may be cheaper by this bound are searched.
-    """
-    parts, columns = lattice.together // lattice.columns, lattice.columns
-    pulls = pull.view(-1, parts, columns)[odd]
-    own = 4 * (pulls * each[chosen.view(-1, parts)[odd]]).flatten(1)  # [m, together]
-    best, turn = own.min(1)
-    point = chosen.view(-1, parts)[odd].gather(1, turn[:, None] // columns).squeeze(1)
-    row, column = (4 * lattice.magnitudes[0] * pulls.flatten(1) < best[:, None]).nonzero(
-        as_tuple=True
-    )
-    part = column // columns
-    place = odd[row] * parts + part  # in `pull`
-    turned = pull[place].clone()
-    within = torch.arange(len(row), device=row.device), column % columns
-    turned[within] *= -1
-    better = torch.full((len(odd), lattice.together), torch.inf, device=pull.device)
-    found = torch.zeros_like(better, dtype=torch.int64)
-    step = max(1, _SCORES // lattice.points)
-    for here in range(0, len(row), step):
-        some = slice(here, here + step)
-        score, number = _least(torch.cat([bend[place[some]], -2 * turned[some]], 1) @ table)
-        better[row[some], column[some]] = score - scores[place[some]]
-        found[row[some], column[some]] = number
-    least, at = better.min(1)
-    wins = least < best
-    turn = torch.where(wins, at, turn)
-    point = torch.where(wins, found.gather(1, at[:, None]).squeeze(1), point)
-    negative[odd, turn] ^= True
-    chosen.view(-1, parts)[odd, turn // columns] = point
+    if isinstance(factors, torch.Tensor):
+        parts = [(part @ terms).min(1) for part in factors.split(max(1, _SCORES // terms.shape[1]))]
+        least, chosen = zip(*parts)
+        return torch.cat(least), torch.cat(chosen)
+    step = max(1, _CACHED // terms.shape[1])
+    least, chosen = np.empty(len(factors), np.float32), np.empty(len(factors), np.int64)
+    for start in range(0, len(factors), step):
+        scores = product(factors[start : start + step], terms)
+        number = scores.argmin(1, out=chosen[start : start + step])
+        if scored:
+            least[start : start + step] = scores[np.arange(len(scores)), number]
+    return least, chosen

@@ -220,12 +220,12 @@ class ColumnLoop:
                 -term[here, here].T, weights, upper=False, unitriangular=True
             )
             target = weights - free
-        assert self.pivots is not None, "a lattice is rounded under the pivots"
+        assert self.pivots is not None and grid.lattice is not None
         cost = own * self.pivots[here] @ own.T
         wanted = weights if self.own_term is None else weights * (1 + self.own_term[here, None])
         scale = self.scales[self.scale_of[here.start]]
-        codes, points = best_points(grid, wanted.T.contiguous(), scale, cost)
-        self.codes[here] = codes.T.to(torch.uint8)
+        levels, points = best_points(grid.lattice, wanted.T.contiguous(), scale, cost)
+        self.codes[here] = grid.codes(levels).T
         torch.sub(target, points.T, out=shift)
         if term is not None:
             self.target[here] = weights

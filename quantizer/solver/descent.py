@@ -184,20 +184,24 @@ class Descent:
 
     def _points(self, here: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The same on a lattice, one point after the other. No row's loss grows."""
-        assert isinstance(self.grid, BlockGrid)
-        codes, weights = self.codes[here].float(), self._decoded(here)
+        assert isinstance(self.grid, BlockGrid) and self.grid.lattice is not None
+        levels, weights = self.grid.values(self.codes[here]), self._decoded(here)
         own, gradient = self.matrix[here, here], self.gradient[here]
         steps, index = torch.zeros_like(weights), self.rows[here]
-        for first in range(0, len(codes), self.grid.together):
+        for first in range(0, len(levels), self.grid.together):
             point = slice(first, first + self.grid.together)
             slope = gradient[point] + own[point, :first] @ steps[:first]
-            matrix = own[point, point].contiguous()
-            best = weights[point] - torch.linalg.solve(matrix, slope)
-            code, found = best_points(
-                self.grid, best.T.contiguous(), self.scales[index[first]], matrix, codes[point].T
+            matrix, now = own[point, point].contiguous(), weights[point]
+            best = now - torch.linalg.solve(matrix, slope)
+            level, found = best_points(
+                self.grid.lattice,
+                best.T.contiguous(),
+                self.scales[index[first]],
+                matrix,
+                levels[point].T.contiguous(),
             )
-            codes[point], steps[point] = code.T, found.T - weights[point]
-        return codes, steps
+            levels[point], steps[point] = level.T, found.T - now
+        return self.grid.codes(levels), steps
 
     def params(self) -> Params:
         """What is stored of a block type now."""

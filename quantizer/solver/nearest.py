@@ -31,8 +31,8 @@ def nearest_in_blocks(
         importance = torch.ones(weights.shape[1], device=weights.device)
     params = fit_blocks(grid, weights, importance)
     scale, minimum = (p.repeat_interleave(grid.sub_block, 1) for p in params.decoded())
-    codes = grid.round(weights, scale, minimum, importance)
-    return BlockSolution(grid, codes.to(torch.uint8), params)
+    values = grid.round(weights, scale, minimum, importance)
+    return BlockSolution(grid, grid.codes(values), params)
 
 
 def nearest_in_groups(weights: torch.Tensor, grid: BlockGrid) -> Solution:

@@ -12,39 +12,45 @@ falls, so that none is worse than the point that the search began with.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from vlmq_export.quantizer.grids.blocks import BlockGrid
+from vlmq_export.quantizer.grids.lattices import (
+    Array,
+    Lattice,
+    Search,
+    as_tensor,
+    on_host,
+    product,
+)
 
 ROUNDS = 1  # searches after the first; a second would better the loss by .3 % or less
 
 
 def best_points(
-    grid: BlockGrid,
+    lattice: Lattice,
     wanted: torch.Tensor,  # u, float32 [out, columns]
     scale: torch.Tensor,  # float32 [out]
     matrix: torch.Tensor,  # S, float32 [columns, columns]
-    start: torch.Tensor | None = None,  # codes to better, [out, columns]
+    start: torch.Tensor | None = None,  # levels to better, [out, columns]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes as float32, and the weights that they decode to, [out, columns] each."""
-    scale, zero = scale[:, None], torch.zeros_like(scale[:, None])
-    weight = matrix.diagonal()
+    """Levels, and the weights that they decode to, float32 [out, columns] each."""
+    wanted, scale, matrix = map(on_host, (wanted, scale[:, None], matrix))
+    weight, where = matrix.diagonal(), np.where if isinstance(matrix, np.ndarray) else torch.where
 
-    def searched(near: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = grid.round(near, scale, zero, weight)
-        return codes, grid.decode(codes, scale, zero)
-
-    def error(points: torch.Tensor) -> torch.Tensor:
+    def decoded(levels: Array) -> tuple[Array, Array, Array]:
+        points = levels * scale
         away = points - wanted
-        return ((away @ matrix) * away).sum(1, keepdim=True)
+        return levels, points, (product(away, matrix) * away).sum(axis=1, keepdims=True)
 
-    codes, points = searched(wanted)
-    least = error(points)
-    trials = [(start, grid.decode(start, scale, zero))] if start is not None else []
+    search = Search(lattice, scale[:, 0], weight)
+    best = decoded(search(wanted))
+    trials = [] if start is None else [decoded(on_host(start))]
     for _ in range(ROUNDS + len(trials)):
-        trial = trials.pop() if trials else searched(points + (wanted - points) @ matrix / weight)
-        now = error(trial[1])
-        better = now < least
-        codes, points = (torch.where(better, b, a) for a, b in zip((codes, points), trial))
-        least = torch.minimum(now, least)
-    return codes, points
+        _, points, least = best
+        if trials:
+            trial = trials.pop()
+        else:
+            trial = decoded(search(points + product(wanted - points, matrix) / weight))
+        best = tuple(where(trial[2] < least, b, a) for a, b in zip(best, trial))
+    return as_tensor(best[0]), as_tensor(best[1])

@@ -50,7 +50,7 @@ def round_to_grid(weights: torch.Tensor, grid: BlockGrid, importance: torch.Tens
     """Weights [out, in] rounded to nearest. `importance` is [in]."""
     params = fit_blocks(grid, weights, importance)
     scale, minimum = (p.repeat_interleave(grid.sub_block, 1) for p in params.decoded())
-    codes = grid.round(weights, scale, minimum, importance).to(torch.uint8)
+    codes = grid.codes(grid.round(weights, scale, minimum, importance))
     return BlockLinear("x", BlockSolution(grid, codes, params), None)
 
 
@@ -226,7 +226,7 @@ def brain_surgeon_on_blocks(
             chosen = grid.decode(grid.encode(wanted, *here), *here)
         else:
             cost_here = torch.from_numpy(cost).float()
-            _, chosen = best_points(grid, wanted, scale[:, sub], cost_here)
+            _, chosen = best_points(grid.lattice, wanted, scale[:, sub], cost_here)
         w[:, q:] -= (w[:, q : q + step] - chosen.numpy()) @ cost @ inverse[:step]
         found[:, order[q : q + step]] = chosen
     return torch.from_numpy(found)

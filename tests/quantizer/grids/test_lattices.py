@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmq_export.quantizer.grids import lattices
 from vlmq_export.quantizer.grids.blocks import GRIDS
 from vlmq_export.quantizer.grids.lattices import Lattice, nearest
 
@@ -54,30 +55,48 @@ def test_no_point_and_no_signs_are_nearer(name, seed, spread, step):
     w = rng.standard_normal((2, lattice.together)) * np.exp(spread * rng.standard_normal((2, 1)))
     h = np.exp(spread * rng.standard_normal(w.shape))
     w, h, s = w.astype(np.float32), h.astype(np.float32), np.float32(step)
-    codes = nearest(lattice, torch.from_numpy(w), torch.full((2,), float(s)), torch.from_numpy(h))
-    assert lattice.holds(codes).all()
-    found = s.astype(np.float64) * np.array(lattice.levels)[codes.numpy()]
+    levels = nearest(lattice, w, np.full(2, s), h)
+    assert lattice.holds(GRIDS[name].codes(torch.from_numpy(levels))).all()
+    found = s.astype(np.float64) * levels
     for row in range(2):
         error = (h[row].astype(np.float64) * (w[row] - found[row]) ** 2).sum()
         least = least_error(lattice, w[row].astype(np.float64), float(s), h[row].astype(np.float64))
         assert error <= least * (1 + 1e-4) + 1e-6 * float((h[row] * w[row] ** 2).sum())
 
 
+def drawn(lattice: Lattice, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights, scales and column weights of some rows."""
+    draw = np.random.default_rng(0)
+    w = draw.standard_normal((rows, lattice.together))
+    s, h = draw.random(rows) / 3 + 0.1, draw.random(w.shape) + 0.1
+    return w.astype(np.float32), s.astype(np.float32), h.astype(np.float32)
+
+
 @pytest.mark.parametrize("name", LATTICES)
 def test_searching_in_parts_is_searching_at_once(name, monkeypatch):
-    lattice, draw = LATTICES[name], torch.Generator().manual_seed(0)
-    w = torch.randn(64, lattice.together, generator=draw)
-    s, h = torch.rand(64, generator=draw) / 3 + 0.1, torch.rand(w.shape, generator=draw) + 0.1
-    whole = nearest(lattice, w, s, h)
-    monkeypatch.setattr("vlmq_export.quantizer.grids.lattices._SCORES", 5 * lattice.points)
-    assert torch.equal(nearest(lattice, w, s, h), whole)
+    lattice, given = LATTICES[name], drawn(LATTICES[name], 64)
+    whole = nearest(lattice, *given)
+    monkeypatch.setattr(lattices, "_CACHED", 5 * lattice.points)
+    assert np.array_equal(nearest(lattice, *given), whole)
+
+
+@pytest.mark.parametrize("name", LATTICES)
+def test_a_device_finds_the_points_that_the_host_finds(name, monkeypatch):
+    """The same functions on PyTorch's tensors, in parts too."""
+    lattice, given = LATTICES[name], drawn(LATTICES[name], 64)
+    on_host = nearest(lattice, *given)
+    monkeypatch.setattr(lattices, "on_host", lambda tensor: tensor)
+    monkeypatch.setattr(lattices, "_SCORES", 5 * lattice.points)
+    lattices._tables.cache_clear()
+    found = nearest(lattice, *map(torch.from_numpy, given))
+    lattices._tables.cache_clear()
+    assert torch.equal(found, torch.from_numpy(on_host))
 
 
 @pytest.mark.parametrize("name", LATTICES)
 def test_codes_that_are_no_point_are_seen(name):
     lattice = LATTICES[name]
-    w = torch.randn(16, lattice.together, generator=torch.Generator().manual_seed(1))
-    codes = nearest(lattice, w, torch.full((16,), 0.3), torch.ones_like(w))
+    codes = GRIDS[name].codes(torch.from_numpy(nearest(lattice, *drawn(lattice, 16))))
     assert lattice.holds(codes).all()
     if lattice.even:
         turned = codes.clone()
