@@ -279,14 +279,16 @@ def test_probes_are_spread_over_the_matrices():
 def test_the_ratio_is_the_mean_of_the_probes():
     kinds = {"a": ["IQ2_S", "Q2_K"], "b": ["Q2_K"], "c": ["IQ3_S", "Q3_K"]}
     costs = {"a": {"Q2_K": 3.0}, "b": {"Q2_K": 1.0}, "c": {"Q3_K": 5.0}}
-    full = likeness.completed(costs, kinds, [{"IQ2_S": 0.25}, {"IQ2_S": 4.0}, {"IQ2_S": 1.0}])
+    probes = [{"IQ2_S": 0.25}, {"IQ2_S": 4.0}, {"IQ2_S": 1.0}]
+    full = likeness.completed(costs, kinds, probes, solved=costs)
     assert full["a"] == {"IQ2_S": pytest.approx(3.0), "Q2_K": 3.0}
     assert full["b"] == {"Q2_K": 1.0}
     assert full["c"] == {"IQ3_S": 5.0, "Q3_K": 5.0}  # no probe could tell
-    full = likeness.completed(
-        {"d": {2: 3.0, 4: 2.0}}, {"d": [2, 4]}, [{4: 0.5}, {4: 2.0}, {4: 8.0}]
-    )
+    widths = {"d": {2: 3.0, 4: 2.0}, "e": {4: 2.0}}
+    probes = [{4: 0.5}, {4: 2.0}, {4: 8.0}]
+    full = likeness.completed(widths, widths, probes, solved=["d"])
     assert full["d"] == {2: 3.0, 4: pytest.approx(4.0)}
+    assert full["e"] == {4: 2.0}  # which is rounded, and was measured so
 
 
 BUDGET = 4.2
