@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from runtime_tests.test_gguf import export, run_check
+from runtime_tests.test_gguf import export, native, run_check
 from runtime_tests.test_gguf import row as row_of
 from tests.artifacts import GRIDS, rtn_artifact
 from vlmq_export import bundled
@@ -84,11 +84,13 @@ def test_a_fault_of_an_expert_is_caught_and_named(exported, tmp_path, change, ex
     assert any(f"{MODULE}{e}." in row.worst for e in experts), row
 
 
-@pytest.fixture(scope="module")
-def gguf(tiny, tmp_path_factory):
+@pytest.fixture(scope="module", params=["w4g128", "Q4_K_M"])
+def gguf(request, tiny, tmp_path_factory):
     """(reference, folder) of one with a layer behind those that take DeepStack's features."""
-    folder = tmp_path_factory.mktemp("experts")
-    return export(folder, GRIDS["w4g128"], tiny("qwen3_vl_moe", layers=3))
+    folder, model = tmp_path_factory.mktemp("experts"), tiny("qwen3_vl_moe", layers=3)
+    if request.param in GRIDS:
+        return export(folder, GRIDS[request.param], model)
+    return native(folder, request.param, model)
 
 
 def test_every_expert_is_in_its_place_of_a_stack(gguf):

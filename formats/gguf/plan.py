@@ -37,7 +37,6 @@ from vlmq_export.formats.model_plan import (
 )
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.architecture import Architecture
-from vlmq_export.quantizer.run.refusals import types_refusal
 
 
 def plan(model: ModelPlan, options: FormatOptions) -> FormatPlan:
@@ -115,7 +114,6 @@ def _refusals(
         for name, kind in config.types.items()
         if kind == "F16"
     ]
-    refusals += [why for why in (types_refusal(model.job),) if why]
     refusals += _unknown(config)
     if model.tower and options.mmproj_dtype == "q8_0":
         refusals.append(
@@ -225,8 +223,7 @@ def plan_notes(model: ModelPlan, homes: Mapping[str, str | None]) -> list[str]:
     if config.types:
         return [*notes, *_fallbacks(config)]
     usual = config.bits == 4 and not config.symmetric and not config.widths
-    sparse = model.architecture.family.sparse  # block types are not there for experts
-    if usual and not sparse and not _inexpressible(model.architecture):
+    if usual and not _inexpressible(model.architecture):
         notes.append(_shared(model, homes))
     return [*notes, *_output_matrix(model)]
 

@@ -43,7 +43,7 @@ def check_shapes(linears: Iterable[Shape], job: Job) -> None:
             " choose another method for GGUF's block types"
         )
     _check_tuning(job)
-    if unproven := experts_refusal(job) or types_refusal(job):
+    if unproven := experts_refusal(job):
         raise UsageError(unproven)
     if config.bits not in BITS:
         raise UsageError(
@@ -132,16 +132,6 @@ def experts_refusal(job: Job) -> str:
             " leave it out, or choose a dense model of the family"
         )
     return ""
-
-
-def types_refusal(job: Job) -> str:
-    """That block types are not proven for experts, in one line; empty if nothing asks for them."""
-    if not job.family.sparse or not job.config.types:
-        return ""
-    return (
-        f"llama.cpp's block types are not there for experts, which {job.family.model_type} has;"
-        " give --bits in place of --gguf-type"
-    )
 
 
 def refuse_many_lost(lost: int, samples: int) -> None:

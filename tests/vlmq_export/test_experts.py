@@ -50,19 +50,29 @@ def test_recipes_that_are_not_proven_are_refused(tiny, options, named):
     ]
 
 
-def test_block_types_and_imatrix_are_refused(tiny):
+def test_an_imatrix_is_refused(tiny):
     source = str(tiny("qwen3_vl_moe", layers=3))
-    native = Recipe(model=source, format=["gguf"], gguf_type="Q4_K_M")
-    assert open_source(source).plan(native).refusals[0] == (
-        "gguf: llama.cpp's block types are not there for experts, which qwen3_vl_moe has;"
-        " give --bits in place of --gguf-type"
-    )
     plan = planned(source, ("gguf",), emit_imatrix=True)
     assert plan.refusals == ["gguf: --emit-imatrix is not there for experts; leave it out"]
 
 
-def test_gguf_alone_has_the_affine_grid_that_experts_can_have(tiny):
-    """Of a dense model it has block types. The table has a line for all experts of a kind."""
+def test_all_experts_of_a_layer_have_the_type_of_their_tensor(tiny):
+    """llama.cpp's rules see one tensor. Q4_K_M gives more bits to some layers' down_proj."""
+    source = str(tiny("qwen3_vl_moe", layers=3))
+    native = Recipe(model=source, format=["gguf"], gguf_type="Q3_K_M")
+    found = open_source(source).plan(native)
+    assert found.refusals == []
+    types = found.model.config.types
+    for layer in range(3):
+        start = f"model.language_model.layers.{layer}.mlp.experts"
+        kinds = [
+            {types[f"{start}.{e}.{name}_proj"] for e in range(6)} for name in ("gate", "up", "down")
+        ]
+        assert [len(each) for each in kinds] == [1, 1, 1]
+
+
+def test_gguf_alone_has_block_types(tiny):
+    """The table has a line for all experts of a kind."""
     code, out, err = call(tiny("qwen3_vl_moe", layers=3), "--format", "gguf", "--dry-run")
     assert code == 0, err
     lines = [line.split() for line in out.splitlines() if "experts" in line]
@@ -71,7 +81,7 @@ def test_gguf_alone_has_the_affine_grid_that_experts_can_have(tiny):
         ["experts.*.up_proj", "18"],
         ["experts.*.down_proj", "18"],
     ]
-    assert "Q4_1" in out and "Q4_K" not in out
+    assert "Q4_1" not in out
 
 
 def test_widths_by_cost_and_rotations_are_refused(tiny):

@@ -67,10 +67,7 @@ class FloatModel(Source):
 
     def recipe_for(self, recipe: Recipe, data: CalibrationRows) -> Recipe:
         refuse_misfit(self.checkpoint)
-        # Experts have affine grids alone.
-        sparse = self.checkpoint.architecture.family.sparse
-        recipe = recipe if sparse else recipe.with_native_types()
-        recipe = with_small_parts(recipe, self.checkpoint, data)
+        recipe = with_small_parts(recipe.with_native_types(), self.checkpoint, data)
         if recipe.group_size is not None or recipe.block_types is not None:
             return recipe
         model = model_plan(self.checkpoint, recipe.quant_config(), self.origin.name)

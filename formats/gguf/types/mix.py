@@ -136,7 +136,11 @@ def module_types(model: ModelPlan, mix: str, given: Iterable[str] = ()) -> dict[
     shape = Shape(p.layers, p.heads, p.kv_heads, p.tied)
     matrices = [Tensor(n, x.run) for n, x in layout.text.items() if _takes_blocks(n, x)]
     types = tensor_types(mix, matrices, shape, parse_overrides(given))
-    return {layout.text[n].hub.removesuffix(".weight"): kind for n, kind in types.items()}
+    return {
+        hub.removesuffix(".weight"): kind
+        for name, kind in types.items()
+        for hub in layout.text[name].hubs
+    }
 
 
 def module_choices(
@@ -240,7 +244,7 @@ def _by_rule(mix: str, t: Tensor, shape: Shape) -> str:
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", t.name)
     if match is None:
         return base
-    rule = _RULES.get(match[2])
+    rule = _RULES.get(match[2].removesuffix("_exps"))
     return rule(mix, base, int(match[1]), shape) if rule else base
 
 
