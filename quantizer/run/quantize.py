@@ -95,12 +95,10 @@ def quantize(
     room: bytes of memory for what enters the `out` of MLPs, which else is made again.
     ranks: each is given all samples and walks its share. The first one writes, and the others need
         to read what it wrote.
-    drop_images: take the pixels out of the list `samples` once the first pass has seen them. They
-        are often more than the activations.
+    drop_images: take the pixels out of the list `samples` once the first pass has seen them.
 
     Raises UsageError, CheckpointError and CalibrationError, before heavy work where it can;
-    ArtifactError when the folder belongs to another run; Interrupted after a layer was published
-    and `should_stop()` is true.
+    ArtifactError when the folder belongs to another run; Interrupted once `should_stop()` is true.
     """
     checkpoint = rotated(checkpoint, config.rotate, config.seed)
     job = Job.of(checkpoint.architecture, config)

@@ -17,7 +17,7 @@ def record(name, layer=0, bits=4):
 
 
 LINEAR = record("model.layers.0.mlp.up_proj")
-HEAD, EMBEDDING = record("lm_head", 1), record("model.embed_tokens", OUTER)
+HEAD, EMBEDDING = record("lm_head", 1, 8), record("model.embed_tokens", OUTER, 8)
 TOWER = record("visual.blocks.0.mlp.up_proj", VISION, 8)
 
 

@@ -263,15 +263,17 @@ def test_the_choice_of_types_is_three_passes_and_a_solve_of_each():
     tokens, scores = 64 * 512, 2 * 2 * 64 * 512**2 * 2048
     one = dataclasses.replace(QWEN_3B, layers=1, prefix=0)
     tried = [Tried(256, 2048, ("Q4_0",), 3)]
-    found = choosing_seconds(one, tried, QuantConfig(), LENGTHS, 256, 4, slow)
+    found = choosing_seconds(one, tried, QuantConfig(), LENGTHS, 256, 4, [], 32, slow)
     passes = 3 * 2 * tokens * QWEN_3B.layer + (2 + 2.5 / 2) * scores
     sums = 2 * tokens / 2 * 2048**2 * (0.5 + 512 / 2048)
     loop = found - passes - 3 * sums
     assert 0 < loop < 3 * 2 * 256 * 2048**2 * 2  # its products, by halves of the columns
     dear, plain = (
-        choosing_seconds(one, [Tried(256, 2048, (bits,), 1)], QuantConfig(), LENGTHS, 256, 4, slow)
+        choosing_seconds(
+            one, [Tried(256, 2048, (bits,), 1)], QuantConfig(), LENGTHS, 256, 4, [], 32, slow
+        )
         for bits in (3, 4)
     )
     assert dear - passes - sums > 5 * (plain - passes - sums) > 0  # ranges and descent
-    half = choosing_seconds(one, [], QuantConfig(), LENGTHS, 32, 4, slow)
+    half = choosing_seconds(one, [], QuantConfig(), LENGTHS, 32, 4, [], 32, slow)
     assert half == pytest.approx(passes / 2, rel=1e-6)
