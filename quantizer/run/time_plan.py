@@ -107,6 +107,7 @@ class _Job:
     machine: Machine
     most: int = BATCH_TOKENS  # tokens of a batch of several samples
     recurrent: bool = False  # whether the layer has a linear attention
+    room: int = 0  # bytes of memory for what MLPs have made
 
     @cached_property
     def batches(self) -> list[tuple[int, int]]:
@@ -168,10 +169,11 @@ def plan_seconds(
     config: QuantConfig,
     lengths: Lengths,  # of the samples
     machine: Machine,
+    room: int = 0,  # bytes of memory for what MLPs have made (`MemoryPlan.room`)
 ) -> dict[str, float]:
     """Seconds of quantizing a model, phase by phase."""
     method = method_of(config)
-    job = _Job(shapes, method, tries_of(config), lengths, machine)
+    job = _Job(shapes, method, tries_of(config), lengths, machine, room=room)
     found = _Seconds(float)
     if shapes.tower:
         found["tower"] = _tower(job, config)
@@ -300,14 +302,18 @@ def _tower(job: _Job, config: QuantConfig, most: int = COUNTED) -> float:
 
 
 def _walk(job: _Job) -> float:
-    """Both streams through a layer. The quantized one computes gate and up twice."""
+    """Both streams through a layer.
+
+    The quantized one computes gate and up twice, as far as memory has no room for what they make.
+    """
     streams = 2 if job.method.two_streams else 1
     linears, m = job.shapes.linears, job.machine
-    twice = job.shapes.sharing[-2]
+    inner = linears[-1][1]
+    again = max(0.0, 1 - job.room / max(1, 4 * job.lengths.tokens * inner))
     products = sum(job.through(*each) for each in linears) * streams
-    products += sum(job.through(*each) for each in twice)
+    products += again * sum(job.through(*each) for each in job.shapes.sharing[-2])
     moved = job.moved(_HIDDEN_PASSES, job.shapes.hidden) * streams
-    moved += job.moved(_MLP_PASSES, linears[-1][1]) * (streams + 1)
+    moved += job.moved(_MLP_PASSES, inner) * (streams + again)
     calls = len(job.batches) * _LAYER_CALLS * streams * m.call
     return products + moved + calls + streams * job.attention()
 

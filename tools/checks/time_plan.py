@@ -75,6 +75,7 @@ def compared(recipe: Recipe, device: torch.device, clock: Clock) -> Iterator[tup
             name="model",
             calibration={},
             device=device.type,
+            room=plan.memory.room if plan.memory else 0,
             drop_images=True,
         )
         marks.append(clock())

@@ -40,8 +40,9 @@ def rows(folder: Path, name: str) -> list[str]:
         machine = measured(torch.device("cpu"), types, time.process_time)
         for samples in SAMPLES:
             lengths = Lengths((Length(TOKENS, IMAGE),) * samples)
-            hours = sum(quantize_seconds(model, lengths, machine).values()) / 3600
             most = plan_memory(model, lengths, 1000 * GB, 0)
+            seconds = quantize_seconds(model, lengths, machine, most.room)
+            hours = sum(seconds.values()) / 3600
             least = plan_memory(model, lengths, 0, 0)  # activations rest on disk
             lines.append(
                 f"| {name} | `--format {form}` | {samples} | {hours:.1f} |"

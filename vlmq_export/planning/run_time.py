@@ -90,9 +90,10 @@ def phases_of(plan: RunPlan, reading: Reading, machine: Machine) -> dict[str, fl
     """Seconds of each phase, in order, from the first row to the last file."""
     assert plan.lengths is not None, "samples are counted before their time is planned"
     passes = _WRITE_PASSES * len(plan.formats)
+    room = plan.memory.room if plan.memory else 0
     return {
         "read samples": read_seconds(reading),
-        **quantize_seconds(plan.model, plan.lengths, machine),
+        **quantize_seconds(plan.model, plan.lengths, machine, room),
         "write": machine.elementwise(passes * shapes_of(plan.model).weights),
     }
 
@@ -115,19 +116,23 @@ def choosing(plan: RunPlan, tried: Mapping[str, Iterable[str | int]], machine: M
     return choosing_seconds(*given, machine)
 
 
-def quantize_seconds(model: ModelPlan, lengths: Lengths, machine: Machine) -> dict[str, float]:
+def quantize_seconds(
+    model: ModelPlan,
+    lengths: Lengths,
+    machine: Machine,
+    room: int,  # bytes of memory for what MLPs have made
+) -> dict[str, float]:
     """Seconds of quantizing a model, by phase."""
-    return plan_seconds(
-        shapes_of(model), linears_of(model), outside_of(model), model.config, lengths, machine
-    )
+    parts = linears_of(model), outside_of(model)
+    return plan_seconds(shapes_of(model), *parts, model.config, lengths, machine, room)
 
 
-def tell_time(model: ModelPlan, lengths: Lengths, device: torch.device) -> None:
+def tell_time(model: ModelPlan, lengths: Lengths, device: torch.device, room: int) -> None:
     """Log how long quantizing takes, where that is so long that a user may want to know."""
     work = 6 * lengths.tokens * sum(x.out_features * x.in_features for x in model.linears)
     if work > _LONG and _is_planned(model):
         machine = _machine(device, fitted_types(model))
-        total = sum(quantize_seconds(model, lengths, machine).values())
+        total = sum(quantize_seconds(model, lengths, machine, room).values())
         log.info("quantizing takes about %s on this machine", spoken(total))
 
 

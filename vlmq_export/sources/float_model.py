@@ -147,7 +147,7 @@ class FloatModel(Source):
         memory = plan_memory(plan.model, own, planned.host_free, planned.device_free)
         _tell_memory(memory)
         if ranks.first:
-            tell_time(plan.model, own, self.device(recipe))
+            tell_time(plan.model, own, self.device(recipe), memory.room)
         quantize(
             self.checkpoint,
             samples,

@@ -71,6 +71,22 @@ def test_products_are_counted_in_operations():
     assert found["metrics"] == pytest.approx(losses, rel=1e-6)
 
 
+def test_what_memory_keeps_of_an_mlp_is_not_made_twice():
+    """On the same machine: gate and up once with room for all they make, half as often for half."""
+    slow = dataclasses.replace(QUICK, products={1: 1.0})
+    every = 4 * 64 * 512 * 11008
+
+    def walk(room):
+        config = QuantConfig(method="gptq")
+        given = QWEN_3B, layers(1), {}, config, LENGTHS, slow
+        return plan_seconds(*given, room)["walk"]
+
+    again = sum(2 * 64 * 512 * rows * columns for rows, columns in QWEN_3B.linears[4:6])
+    assert walk(0) - walk(every) == pytest.approx(again, rel=1e-6)
+    assert walk(0) - walk(every // 2) == pytest.approx(again / 2, rel=1e-6)
+    assert walk(2 * every) == walk(every)
+
+
 def test_a_linear_attention_goes_through_a_sample_chunk_by_chunk():
     """On the same machine: the walk by hand. It does not grow with the length of the samples."""
     slow = dataclasses.replace(QUICK, products={1: 1.0})
