@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmq_export.quantizer.arithmetic import tensor_cores
 from vlmq_export.quantizer.calibration.batches import Batch, add
-from vlmq_export.quantizer.calibration.hooks import leaf_output, unsaid
+from vlmq_export.quantizer.calibration.hooks import leaf_output, without_output
 from vlmq_export.quantizer.calibration.importance import Reached, per_sample, token_factors
 from vlmq_export.quantizer.model.experts import reached
 from vlmq_export.quantizer.model.streamed import StreamedModel
@@ -80,7 +80,7 @@ def _gradients_of(model: StreamedModel, batches: Sequence[Batch], names: Names, 
                     if hidden.is_cuda:
                         hooks.enter_context(sdpa_kernel(SDPBackend.MATH))
                     if head is None and (last := _last_linear(model, index)):
-                        hooks.enter_context(unsaid(layer.get_submodule(last)))
+                        hooks.enter_context(without_output(layer.get_submodule(last)))
                     for name in names[index]:
                         module = layer.get_submodule(name)
                         hooks.enter_context(leaf_output(module, leaves, name, cut=False))

@@ -63,19 +63,19 @@ def leaf_output(module: nn.Module, leaves: dict[str, torch.Tensor], name: str, *
 
 
 @contextmanager
-def unsaid(linear: Any):
+def without_output(linear: Any):
     """Do not compute what a linear puts out: it is zeros, and gradients pass as through the linear.
 
     For a backward pass where no value depends on the output.
     """
-    linear.forward = lambda x: _Unsaid.apply(x, linear.weight)
+    linear.forward = lambda x: _WithoutOutput.apply(x, linear.weight)
     try:
         yield
     finally:
         del linear.forward
 
 
-class _Unsaid(torch.autograd.Function):
+class _WithoutOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
