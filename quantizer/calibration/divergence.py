@@ -20,6 +20,7 @@ class Distance:
 
     kl: torch.Tensor  # float64 [tokens], in nats; never negative
     same: torch.Tensor  # bool [tokens]: whether both find the same token most probable
+    best: torch.Tensor  # int64 [tokens]: which one the quantized model finds most probable
 
 
 class Divergence:
@@ -65,7 +66,7 @@ class Divergence:
         z, y = (largest + sums.log() for largest, sums in zip(self._largest, self._sums))
         # What is below 0 is rounding: no divergence is negative.
         kl = (self._apart / self._sums[0] - z + y).clamp_min(0)
-        return Distance(kl, self._best[0] == self._best[1])
+        return Distance(kl, self._best[0] == self._best[1], self._best[1])
 
 
 def distance_of(full: torch.Tensor, quantized: torch.Tensor) -> Distance:

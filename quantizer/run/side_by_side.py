@@ -54,8 +54,8 @@ def answer_distances(
             at = slice(first, first + TOKENS)
             found.add(at, start, z[at] @ heads[0], y[at] @ heads[1])
     whole = found.distance()
-    pieces = zip(whole.kl.cpu().split(counts), whole.same.cpu().split(counts))
-    return [Distance(kl, same) for kl, same in pieces]
+    parts = (each.cpu().split(counts) for each in (whole.kl, whole.same, whole.best))
+    return [Distance(*each) for each in zip(*parts)]
 
 
 def steps(layers: int) -> int:

@@ -213,7 +213,8 @@ def test_the_worst_rows_are_shown_whatever_they_are_and_others_down_to_the_best(
         preprocessor=SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda *_, **__: "x")),
     )
     worth = torch.rand(len(rows), generator=torch.Generator().manual_seed(0)).double()
-    distances = {i: Distance(worth[i : i + 1], torch.tensor([True])) for i in range(len(rows))}
+    same, token = torch.tensor([True]), torch.tensor([1])
+    distances = {i: Distance(worth[i : i + 1], same, token) for i in range(len(rows))}
     answers = {i: ([1], [1]) for i in distances} | {5: ([1], [2])}
     found = _examples(reference, distances, answers)  # pyright: ignore[reportArgumentType]
     by_kl = [i for i in worth.argsort(descending=True).tolist() if i != 5]

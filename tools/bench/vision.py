@@ -5,9 +5,15 @@
 
 A row is a width of the tower, by the solver or rounded to nearest, or a width of the embedding,
 which is always rounded to nearest. With `--blocks` the tower is on the block types of GGUF that
-`--vision-bits` gives it there. The first figure is the KL divergence at the answers of a model
-of which nothing else is quantized, the second that of a model whose decoder is quantized too, as
-`--vision-bits` and `--embedding-bits` do. Both are to the source.
+`--vision-bits` gives it there. A row has figures of three models:
+
+1. nothing else is quantized;
+2. the decoder is quantized too, and was calibrated on what this tower or embedding shows it, as
+   `--vision-bits` and `--embedding-bits` do;
+3. the same, but the decoder was calibrated on what the source's tower shows it.
+
+Of each there are the KL divergence to the source at the answers, in thousandths of a nat, and the
+share of answers that are right token by token. That is what a greedy answer would be.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -27,12 +33,12 @@ from vlmq_export.bundled import CALIBRATION, HELDOUT, REFERENCE_VLM
 from vlmq_export.formats.proof.decoded import DecodedCheckpoint
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.calibration.offload import Shelf
-from vlmq_export.quantizer.config import VISION_TYPES, QuantConfig
+from vlmq_export.quantizer.config import EMBEDDING_TYPES, VISION_TYPES, QuantConfig
 from vlmq_export.quantizer.grids.linears import Linear
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.methods import method_named
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
-from vlmq_export.quantizer.model.streamed import StreamedModel
+from vlmq_export.quantizer.model.streamed import StreamedModel, WeightFiles
 from vlmq_export.quantizer.run.outer import solve_outer
 from vlmq_export.quantizer.run.quantize import quantize
 from vlmq_export.quantizer.run.side_by_side import answer_distances
@@ -44,6 +50,13 @@ from vlmq_export.quantizer.vision import stage
 CPU = torch.device("cpu")
 
 
+class Outcome(NamedTuple):
+    """What a quantized model makes of the held-out rows."""
+
+    kl: float  # to the source at the answers' tokens, in thousandths of a nat
+    exact: float  # share of the answers whose every token is the expected one
+
+
 @dataclass(frozen=True)
 class Bench:
     """A model with its samples."""
@@ -53,42 +66,52 @@ class Bench:
     heldout: list[Sample]
     config: QuantConfig  # of the decoder
 
-    def tower_alone(self, tower: dict[str, Any]) -> float:
-        """KL where the decoder stays as it is. tower: what the recipe says of the tower."""
+    def tower(self, **tower: Any) -> list[Linear]:
+        """The quantized linears of the tower. tower: what the recipe says of it."""
         job = Job.of(self.checkpoint.architecture, replace(self.config, **tower))
         names, model = stage.tower_names(self.checkpoint), StreamedModel(self.checkpoint, CPU)
-        with tempfile.TemporaryDirectory() as folder:
-            tower = stage.solve_vision(model, names, self.samples, job, Path(folder), Shelf(CPU))
-        return self.distance(StreamedModel(_With(self.checkpoint, tower), CPU))
+        solved = stage.solved_tower(model, names, self.samples, job, Shelf(CPU))
+        return [linear for linear, _ in solved]
 
-    def embedding_alone(self, bits: int) -> float:
-        """KL where nothing else is quantized. A tied output matrix is the quantized embedding."""
+    def alone(self, quantized: Sequence[Linear]) -> Outcome:
+        """What these cost where the rest stays as it is."""
+        return self.outcome(_With(self.checkpoint, quantized))
+
+    def embedding(self, bits: int) -> list[Linear]:
+        """The quantized embedding. A tied output matrix is the same."""
         job = Job.of(self.checkpoint.architecture, replace(self.config, embedding_bits=bits))
         with tempfile.TemporaryDirectory() as folder:
-            table = solve_outer(self.checkpoint, job, Path(folder), CPU)
-        return self.distance(StreamedModel(_With(self.checkpoint, table), CPU))
+            return solve_outer(self.checkpoint, job, Path(folder), CPU)
 
-    def with_decoder(self, **outside: Any) -> float:
-        """KL where the decoder is quantized too, beside what `outside` names of the recipe."""
+    def with_decoder(self, before: Sequence[Linear] = (), **outside: Any) -> Outcome:
+        """What it costs that the decoder is quantized, and what `outside` names of the recipe.
+
+        before: linears of a quantized tower that the decoder was not calibrated on.
+        """
         config = replace(self.config, **outside)
         given = {"name": "m", "calibration": {}, "device": "cpu"}
         with tempfile.TemporaryDirectory() as folder:
             artifact = Path(folder) / "a"
             quantize(self.checkpoint, list(self.samples), config, artifact, **given)
             decoded = DecodedCheckpoint(Weights(artifact), artifact / "source")
-            return self.distance(StreamedModel(decoded, CPU))
+            return self.outcome(_With(decoded, before))
 
-    def distance(self, other: StreamedModel) -> float:
-        """KL at the held-out answers, in thousandths of a nat."""
-        source = StreamedModel(self.checkpoint, CPU)
-        each = answer_distances(source, other, self.heldout)
-        return 1000 * float(torch.cat([distance.kl for distance in each]).mean())
+    def outcome(self, other: WeightFiles) -> Outcome:
+        """Another model's answers to the held-out rows, beside the source's."""
+        models = (StreamedModel(files, CPU) for files in (self.checkpoint, other))
+        each = answer_distances(*models, self.heldout)
+        right = [
+            torch.equal(distance.best, sample.input_ids[sample.answer])
+            for distance, sample in zip(each, self.heldout)
+        ]
+        kl = torch.cat([distance.kl for distance in each]).mean()
+        return Outcome(1000 * float(kl), sum(right) / len(right))
 
 
 class _With:
-    """A `WeightFiles`: a checkpoint, some of whose matrices are quantized."""
+    """A `WeightFiles`: another one, some of whose matrices are quantized."""
 
-    def __init__(self, checkpoint: Checkpoint, quantized: Sequence[Linear]):
+    def __init__(self, checkpoint: WeightFiles, quantized: Sequence[Linear]):
         self._source = checkpoint
         self.path, self.architecture = checkpoint.path, checkpoint.architecture
         self.written_config, self.tensors = checkpoint.written_config, checkpoint.tensors
@@ -119,7 +142,7 @@ def main(
     samples: int = 128,
     rows: int = 128,
     group_size: int = 128,
-    decoder: Annotated[bool, typer.Option(help="Whether the second figure is measured.")] = True,
+    decoder: Annotated[bool, typer.Option(help="Whether the decoder is quantized too.")] = True,
     blocks: Annotated[bool, typer.Option(help="Whether the tower is on block types.")] = False,
 ) -> None:
     """Print the table."""
@@ -131,22 +154,27 @@ def main(
         for file, count in ((CALIBRATION, samples), (HELDOUT, rows))
     )
     bench = Bench(Checkpoint(model), taken, heldout, QuantConfig(group_size=group_size))
-    print("| quantized | alone | with a decoder of 4 bits |\n|---|---|---|")
+    heads = ("quantized", "alone", "with a decoder of 4 bits", "not calibrated on this tower")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
 
-    def row(title: str, alone: float, **config: Any) -> None:
-        both = f"{bench.with_decoder(**config):.3g}" if decoder else ""
-        print(f"| {title} | {alone:.3g} | {both} |", flush=True)
+    def row(title: str, parts: Sequence[Linear], tower: bool = False, **config: Any) -> None:
+        found = [bench.alone(parts)]
+        if decoder:
+            found.append(bench.with_decoder(**config))
+            found += [bench.with_decoder(parts)] if tower else []
+        cells = [f"{kl:.3g}, {exact:.3f}" for kl, exact in found]
+        print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
-    widths = [int(width) for width in bits.split(",")]
-    row("nothing else", 0.0)
-    for width in widths:
+    row("nothing else", ())
+    for width in (int(width) for width in bits.split(",")):
         kind = VISION_TYPES.get(width, ("",))[0] if blocks else ""
         tower, said = {"vision_bits": width, "vision_type": kind}, kind or f"{width} bits"
-        row(f"tower, {said}, solved", bench.tower_alone(tower), **tower)
+        row(f"tower, {said}, solved", bench.tower(**tower), tower=True, **tower)
         with nearest():
-            row(f"tower, {said}, to nearest", bench.tower_alone(tower), **tower)
-    for width in () if blocks else sorted({8, 4} & {*widths}, reverse=True):
-        row(f"embedding, {width} bits", bench.embedding_alone(width), embedding_bits=width)
+            row(f"tower, {said}, to nearest", bench.tower(**tower), **tower)
+        if width in EMBEDDING_TYPES and not blocks:
+            table = bench.embedding(width)
+            row(f"embedding, {width} bits", table, embedding_bits=width)
 
 
 if __name__ == "__main__":
