@@ -11,10 +11,11 @@ from tests.quantizer.solver.test_descent import linears, output_error, sums_of, 
 from vlmq_export.quantizer.calibration.collect import Evidence
 from vlmq_export.quantizer.calibration.statistics import Statistics
 from vlmq_export.quantizer.config import QuantConfig
+from vlmq_export.quantizer.grids.blocks import GRIDS
 from vlmq_export.quantizer.grids.choice import grid_choice
 from vlmq_export.quantizer.layers import damping
 from vlmq_export.quantizer.layers.attempt import attempt, prepared
-from vlmq_export.quantizer.layers.damping import TIMES, damped_best, lowest
+from vlmq_export.quantizer.layers.damping import TIMES, damped_best, lowest, trial
 from vlmq_export.quantizer.layers.stack import Stack
 from vlmq_export.quantizer.methods import METHODS
 
@@ -99,6 +100,22 @@ def test_all_samples_are_solved_with_unless_tuning_follows():
     assert known.sums.tokens == FEW + 500
     known, _ = damped_best(stack(), found, replace(EXACT, tuned=True), CONFIG)
     assert known.sums.tokens == FEW
+
+
+@pytest.mark.parametrize("tokens", [FEW, 300, MANY])
+def test_a_trial_chooses_as_the_whole_method_does(monkeypatch, tokens):
+    found = share(tokens)
+    monkeypatch.setattr(damping, "trial", lambda method, _: method)
+    assert share(tokens) == pytest.approx(found)
+
+
+def test_a_trial_takes_every_sweep_on_the_lattices_of_2_bits_alone():
+    sweeps = {name: trial(EXACT, grid).refine.sweeps for name, grid in GRIDS.items()}
+    assert {name for name, count in sweeps.items() if count == 3} == {"IQ2_XXS", "IQ2_XS", "IQ2_S"}
+    assert {*sweeps.values()} == {1, 3}
+    affine = grid_choice(CONFIG, "x20", 48).grid
+    assert trial(EXACT, affine).refine.sweeps == 1 and not trial(EXACT, affine).neighbours
+    assert trial(METHODS["gptaq-exact"], affine).refine.sweeps == 0
 
 
 def test_some_rows_choose_for_all_of_them(monkeypatch):
