@@ -34,11 +34,12 @@ from functools import cached_property
 
 from vlmq_export.quantizer.calibration.answer_loss import KEPT
 from vlmq_export.quantizer.calibration.batches import BATCH_TOKENS
+from vlmq_export.quantizer.calibration.routed import portion
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.blocks import GRIDS
 from vlmq_export.quantizer.grids.choice import vision_block
 from vlmq_export.quantizer.job import method_of
-from vlmq_export.quantizer.layers.damping import ROWS
+from vlmq_export.quantizer.layers.damping import ROWS, trial
 from vlmq_export.quantizer.layers.vlm_ptq import MIXES
 from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.run.machine import COLUMNS, LEAF, Machine
@@ -56,6 +57,8 @@ _SCORE_PASSES = 4  # over the attention's scores: scale, largest, exponential, s
 _CHUNK = 64  # tokens that a linear attention takes at once
 _CHUNK_PASSES = 12  # over its queries, keys, values and scores
 _CHUNK_CALLS = 12  # small operations of one chunk
+_NORM_PASSES = 5  # over the hidden state while it passes a norm
+_EXPERT_CALLS = 20  # small operations of one step of an expert on one batch
 _LAYER_CALLS = 200  # small operations of one layer on one batch, with Python's own work
 _PIXEL_PASSES = 12  # over pixels: gathered, moved to the layout of the convolution, multiplied
 _WINDOW = 64  # patches that a layer of the tower attends over at once
@@ -82,6 +85,7 @@ class Linears:
     rows: tuple[int, ...]  # of each
     types: tuple[str, ...]  # block type of each; empty on an affine grid
     recurrent: bool = False  # whether they belong to a linear attention
+    routed: bool = False  # whether they belong to an expert, which only some tokens come to
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,13 @@ class _Job:
         sizes = tuple(len(group.rows) for group in groups)
         shapes = replace(self.shapes, linears=linears, groups=sizes)
         return replace(self, shapes=shapes, recurrent=groups[0].recurrent)
+
+    def of_expert(self) -> _Job:
+        """The same for what comes to one of the experts, if all have as many tokens."""
+        share = self.shapes.taken / self.shapes.experts
+        each = (replace(x, tokens=max(1, round(share * x.tokens))) for x in self.lengths.each)
+        lengths, most = Lengths((*each,), self.lengths.share), max(1, round(share * self.most))
+        return replace(self, lengths=lengths, most=most)
 
     def attention(self) -> float:
         """Seconds of the scores and of the values of all tokens, in one layer."""
@@ -180,15 +191,20 @@ def plan_seconds(
     if method.calibrated:
         found["first pass"] = _first_pass(job)
     for index, groups in enumerate(layers):
+        routed = [group for group in groups if group.routed]
         if method.calibrated and index < shapes.layers:
-            own = job.of_layer(groups)
-            found["walk"] += _walk(own)
+            own = job.of_layer([group for group in groups if not group.routed])
+            found["walk"] += _walk(own) + _walk_experts(own, routed)
             if method.importance == "answers":
-                found["importance"] += _answers(own)
+                found["importance"] += _answers(own) + _answers_of_experts(own, routed)
             elif method.importance != "none" and index:
                 found["importance"] += _importance(own)
         for place, group in enumerate(groups):
-            _add(found, _solved(job, group, first=place == 0 and index < shapes.layers))
+            if not group.routed:
+                _add(found, _solved(job, group, first=place == 0 and index < shapes.layers))
+        for group, count in Counter(routed).items():
+            solved = _solved(_summed(job), group)
+            _add(found, {phase: count * seconds for phase, seconds in solved.items()})
         found["weights"] += machine.elementwise(_ON_DISK * shapes.layer)
     for kind, weights in outside.items():
         found["embedding"] += machine.fits[kind] * weights
@@ -310,12 +326,41 @@ def _walk(job: _Job) -> float:
     linears, m = job.shapes.linears, job.machine
     inner = linears[-1][1]
     again = max(0.0, 1 - job.room / max(1, 4 * job.lengths.tokens * inner))
+    again = 0 if job.shapes.experts else again  # what an attention has mixed is always kept
     products = sum(job.through(*each) for each in linears) * streams
     products += again * sum(job.through(*each) for each in job.shapes.sharing[-2])
     moved = job.moved(_HIDDEN_PASSES, job.shapes.hidden) * streams
     moved += job.moved(_MLP_PASSES, inner) * (streams + again)
     calls = len(job.batches) * _LAYER_CALLS * streams * m.call
     return products + moved + calls + streams * job.attention()
+
+
+def _walk_experts(job: _Job, groups: Sequence[Linears]) -> float:
+    """Both streams through the experts, and once more to the inputs of their last linears.
+
+    groups: of each expert its first linears, and its last one. Portions of the experts are given
+    their tokens one after the other, and each time these pass the norm.
+    """
+    if not groups:
+        return 0.0
+    streams, m = 2 if job.method.two_streams else 1, job.machine
+    some, own = job.of_expert(), _summed(job)
+    seconds = 0.0
+    for group, count in Counter(groups).items():
+        products = sum(some.through(rows, group.columns) for rows in group.rows)
+        if len(group.rows) > 1:  # its first linears
+            products += sum(own.through(rows, group.columns) for rows in group.rows)
+            products += own.moved(_MLP_PASSES, group.rows[0]) + own.moved(2, group.columns)
+        seconds += count * streams * (products + len(job.batches) * _EXPERT_CALLS * m.call)
+    size = portion(job.shapes.experts, job.shapes.hidden, job.method)
+    passes = 2 * -(-job.shapes.experts // size) * streams
+    return seconds + passes * job.moved(_NORM_PASSES, job.shapes.hidden)
+
+
+def _summed(job: _Job) -> _Job:
+    """What an expert's statistics are of: all tokens where few come (calibration/routed.py)."""
+    some = job.of_expert()
+    return job if some.lengths.tokens < job.shapes.hidden else some
 
 
 def _importance(job: _Job) -> float:
@@ -330,19 +375,33 @@ def _importance(job: _Job) -> float:
 def _answers(job: _Job) -> float:
     """A layer forwards, forwards once more where its gradient is found, and back to its input.
 
-    The second time its last linear is left out.
+    The second time its last linear is left out, unless it is of experts.
     """
     linears, m = job.shapes.linears, job.machine
     kept = job.lengths.tokens * job.shapes.hidden * job.shapes.layers * 4
     return (
         3 * sum(job.through(*each) for each in linears)
-        - job.through(*linears[-1])
+        - (0 if job.shapes.experts else job.through(*linears[-1]))
         + (2 + _BACKWARD) * job.attention()
         + 4 * job.moved(_HIDDEN_PASSES, job.shapes.hidden)
         + 4 * job.moved(_MLP_PASSES, linears[-1][1])
         + 5 * len(job.batches) * _LAYER_CALLS * m.call
         + 2 * max(1, kept / KEPT) * m.elementwise(_ON_DISK * job.shapes.layer)
     )
+
+
+def _answers_of_experts(job: _Job, groups: Sequence[Linears]) -> float:
+    """The same of a layer's experts."""
+    if not groups:
+        return 0.0
+    seconds, weights, some = 0.0, 0, job.of_expert()
+    for group, count in Counter(groups).items():
+        products = sum(some.through(rows, group.columns) for rows in group.rows)
+        moved = some.moved(_MLP_PASSES, group.rows[0])
+        calls = len(job.batches) * _EXPERT_CALLS * job.machine.call
+        seconds += count * (3 * products + 2 * moved + 3 * calls)
+        weights += count * sum(group.rows) * group.columns
+    return seconds + 2 * job.machine.elementwise(_ON_DISK * weights)
 
 
 def _solved(job: _Job, group: Linears, *, first: bool = False) -> dict[str, float]:
@@ -398,7 +457,9 @@ def _stack(job: _Job, method: Method, rows: int, columns: int, kind: str) -> dic
     found["metrics"] += 3 * m.product(rows, columns, columns)
     _add(found, _solve(job, method, rows, columns, kind))
     if method.damping == "held-out":
-        some = _solve(job, method, min(rows, ROWS), columns, kind)
+        quick = trial(method, GRIDS.get(kind))
+        few = replace(job, tries=len(quick.refine.shrink))
+        some = _solve(few, quick, min(rows, ROWS), columns, kind)
         _add(found, {phase: _DAMPINGS * seconds for phase, seconds in some.items()})
     return found
 

@@ -98,8 +98,8 @@ class Bench:
 
     def outcome(self, other: WeightFiles) -> Outcome:
         """Another model's answers to the held-out rows, beside the source's."""
-        models = (StreamedModel(files, CPU) for files in (self.checkpoint, other))
-        each = answer_distances(*models, self.heldout)
+        source, found = StreamedModel(self.checkpoint, CPU), StreamedModel(other, CPU)
+        each = answer_distances(source, found, self.heldout)
         right = [
             torch.equal(distance.best, sample.input_ids[sample.answer])
             for distance, sample in zip(each, self.heldout)
@@ -111,7 +111,7 @@ class Bench:
 class _With:
     """A `WeightFiles`: another one, some of whose matrices are quantized."""
 
-    def __init__(self, checkpoint: WeightFiles, quantized: Sequence[Linear]):
+    def __init__(self, checkpoint: Checkpoint | WeightFiles, quantized: Sequence[Linear]):
         self._source = checkpoint
         self.path, self.architecture = checkpoint.path, checkpoint.architecture
         self.written_config, self.tensors = checkpoint.written_config, checkpoint.tensors

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m tools.checks.time_plan            # the bundled reference
     OMP_NUM_THREADS=1 python -m tools.checks.time_plan --wide     # two layers as wide as a 3B's
+    OMP_NUM_THREADS=1 python -m tools.checks.time_plan --experts  # three layers of experts
     OMP_NUM_THREADS=1 python -m tools.checks.time_plan --phases   # and every phase of the plan
 
 The machine is measured before a run and after it, and the plan is the mean of both, because other
@@ -19,10 +20,12 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tools.reference_vlm.random_checkpoint import make
+from tools.reference_vlm.tiny_checkpoints import make_tiny
 from vlmq_export import Recipe
 from vlmq_export.formats.contract import FORMATS
 from vlmq_export.planning.run_plan import fitted_types
@@ -36,15 +39,31 @@ from vlmq_export.sources.float_model import FloatModel
 from vlmq_export.sources.locate import open_source
 
 FACTOR = 1.5
-REFERENCE = (
+Cases = tuple[dict[str, Any], ...]
+REFERENCE: Cases = (
     {"format": ["gptq"]},
     {"format": ["gguf"]},
     *({"format": ["gptq"], "method": name} for name in ("vlmq-paper", "gptq", "exact")),
 )
-WIDE = (
+WIDE: Cases = (
     {"format": ["gptq"], "samples": 16},
     {"format": ["gguf"], "samples": 16},
 )
+EXPERTS: Cases = (
+    {"format": ["gptq"], "samples": 64},
+    {"format": ["gguf"], "samples": 64},
+    {"format": ["gptq"], "samples": 64, "method": "gptq"},
+)
+# Half as wide as Qwen3-VL-30B-A3B, and with an eighth of its experts.
+HALF = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "moe_intermediate_size": 384,
+    "num_attention_heads": 16,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def compared(recipe: Recipe, device: torch.device, clock: Clock) -> Iterator[tuple]:
@@ -100,6 +119,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--wide", action="store_true", help="two layers of Qwen2.5-VL-3B's widths")
+    parser.add_argument("--experts", action="store_true", help="three layers of 16 experts")
     parser.add_argument("--phases", action="store_true", help="print the plan's phases")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -107,10 +127,16 @@ def main() -> int:
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     off = Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
-        model = make(Path(scratch) / "wide", layers=2) if args.wide else None
-        for case in WIDE if args.wide else REFERENCE:
+        folder, model, cases = Path(scratch) / "model", None, REFERENCE
+        if args.wide:
+            model, cases = make(folder, layers=2), WIDE
+        elif args.experts:
+            shape = {"text_config": HALF, "vision_config": {"out_hidden_size": 1024}}
+            model, cases = make_tiny(folder, "qwen3_vl_moe", layers=3, shape=shape), EXPERTS
+        for case in cases:
             print(" ".join(f"{key}={value}" for key, value in case.items()))
-            for part, planned, taken in compared(Recipe(model=model, **case), device, clock):
+            recipe = Recipe(model=model and str(model), **case)
+            for part, planned, taken in compared(recipe, device, clock):
                 if taken is not None:
                     ratio = planned / max(taken, 1e-9)
                     print(f"  {part:14}{planned:8.2f} planned{taken:8.2f} taken{ratio:6.2f}")

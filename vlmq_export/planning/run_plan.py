@@ -180,13 +180,14 @@ def linears_of(model: ModelPlan) -> list[list[Linears]]:
     """
     types, job, sizes = model.config.types, model.job, matrix_sizes(model)
 
-    def linears(names: Sequence[str], *, recurrent: bool = False) -> Linears:
+    def linears(names: Sequence[str], kind: str = "") -> Linears:
         rows, columns = zip(*(sizes[name] for name in names))
-        return Linears(columns[0], rows, tuple(types.get(name, "") for name in names), recurrent)
+        own = tuple(types.get(name, "") for name in names)
+        return Linears(columns[0], rows, own, kind == "recurrent", kind == "experts")
 
     layers = [
         [
-            linears([job.prefix(index) + n for n in names], recurrent=block.kind == "recurrent")
+            linears([job.prefix(index) + name for name in names], block.kind)
             for block in job.architecture.blocks(index)
             for names in block.steps
         ]

@@ -67,11 +67,11 @@ def plan_time(
 ) -> TimePlan | None:
     """Seconds of a run by phase, but for `left_out`; None where it is not planned for.
 
-    That is a method that scales, and a model with experts.
+    That is a method that scales.
 
     The machine is measured for about two seconds, once in a process.
     """
-    if not _is_planned(plan.model):
+    if plan.model.job.method.scaling:
         return None
     kinds = {kind for each in tried.values() for kind in each if isinstance(kind, str)}
     machine = _machine(device, frozenset(fitted_types(plan.model) | kinds))
@@ -80,10 +80,6 @@ def plan_time(
     phases = {phase: seconds for phase, seconds in taken.items() if seconds}
     tuning = (TUNING,) if plan.model.job.method.tuned else ()
     return TimePlan(sum(phases.values()), phases, (*tuning, PROOF))
-
-
-def _is_planned(model: ModelPlan) -> bool:
-    return not model.job.method.scaling and not model.architecture.family.sparse
 
 
 def phases_of(plan: RunPlan, reading: Reading, machine: Machine) -> dict[str, float]:
@@ -130,7 +126,7 @@ def quantize_seconds(
 def tell_time(model: ModelPlan, lengths: Lengths, device: torch.device, room: int) -> None:
     """Log how long quantizing takes, where that is so long that a user may want to know."""
     work = 6 * lengths.tokens * sum(x.out_features * x.in_features for x in model.linears)
-    if work > _LONG and _is_planned(model):
+    if work > _LONG and not model.job.method.scaling:
         machine = _machine(device, fitted_types(model))
         total = sum(quantize_seconds(model, lengths, machine, room).values())
         log.info("quantizing takes about %s on this machine", spoken(total))

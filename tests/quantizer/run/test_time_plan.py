@@ -106,6 +106,42 @@ def test_a_linear_attention_goes_through_a_sample_chunk_by_chunk():
     assert walk(Lengths((Length(2048, 256),) * 16)) == pytest.approx(by_hand, rel=1e-6)
 
 
+EXPERTS = [
+    Linears(2048, (768, 768), ("",) * 2, routed=True),
+    Linears(768, (2048,), ("",), routed=True),
+]
+
+
+def sparse(tokens, **config):
+    """Phases of one layer of 8 experts, of which a token takes 2, on the same machine."""
+    slow = dataclasses.replace(QUICK, products={1: 1.0})
+    (groups,) = layers(1)
+    shapes = dataclasses.replace(QWEN_3B, layers=1, experts=8, taken=2)
+    lengths = Lengths((Length(512, 256),) * (tokens // 512))
+    return plan_seconds(
+        shapes, [[*groups[:2], *8 * EXPERTS]], {}, QuantConfig(**config), lengths, slow
+    )
+
+
+def test_an_expert_is_given_a_share_of_the_tokens_and_all_where_few_come():
+    """Its first linears are gone through twice: once more to what its last one is given."""
+    attention, first, last = QWEN_3B.linears[:4], 2 * 2048 * 768, 2048 * 768
+    dense = sum(rows * columns for rows, columns in attention)
+    band = {c: 0.5 + 512 / c for c in (768, 2048)}
+    own = 2048**2 * band[2048] + 768**2 * min(1, band[768])
+    for tokens, summed in ((32768, 8192), (4096, 4096)):  # 1024 of 4096 would be too few
+        found = sparse(tokens, method="gptq")
+        scores = 2 * 2 * tokens * 512 * 2048
+        walk = 2 * tokens * dense + scores + 8 * 2 * (tokens / 4 * (first + last) + summed * first)
+        assert found["walk"] == pytest.approx(walk, rel=1e-6)
+        statistics = 2 * tokens * 2 * 2048**2 * band[2048] + 8 * 2 * summed * own
+        assert found["statistics"] == pytest.approx(statistics, rel=1e-6)
+    backward = sparse(32768, method="vlmq")["importance"]
+    backward -= phases(QUICK, count=1, method="vlmq")["importance"]
+    products = 3 * 2 * (32768 * dense + 8 * 8192 * (first + last))
+    assert backward == pytest.approx(products + (2 + 2.5) * 2 * 2 * 32768 * 512 * 2048, rel=1e-6)
+
+
 def test_a_tower_is_walked_and_solved_on_patches():
     """On the same machine: a tower of one linear, by `gptq`, and the plan without it unchanged."""
     slow = dataclasses.replace(QUICK, products={1: 1.0})
