@@ -11,11 +11,14 @@ from vlmq_export import Recipe, bundled
 from vlmq_export.errors import UsageError
 from vlmq_export.formats.contract import FORMATS, FormatOptions
 from vlmq_export.formats.model_plan import artifact_plan
+from vlmq_export.planning import target_bpw
 from vlmq_export.planning.budget import budget_of as types_budget
 from vlmq_export.planning.mixed_widths import choices_of
 from vlmq_export.planning.parts import open_parts
+from vlmq_export.planning.target_bpw import measured_costs
 from vlmq_export.quantizer.artifact.read import Artifact
 from vlmq_export.quantizer.config import TOWER
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.recipes.recipe_file import load_recipe
 from vlmq_export.sources.calibration import CalibrationRows
 from vlmq_export.sources.locate import open_source
@@ -89,6 +92,21 @@ def test_the_least_size_has_the_smallest_parts(formats, model):
     assert found.refusals == []
     assert max(plan.size_bytes for plan in found.formats.values()) <= least * 1e9
     assert parts(found.model.config)[:2] == ((4, 0) if formats == ("gguf",) else (4, 4))
+
+
+def test_only_the_decoders_matrices_make_up_for_each_other(model, monkeypatch):
+    """Measured alone, a matrix costs more than beside the others. A part costs what it costs."""
+    found, recipe = planned(model, "onnx", target_size=1)
+    linear = next(iter(found.model.config.widths))
+    bits = {name: {4: 1} for name in (linear, *open_parts(found.model, recipe))}
+
+    def alone(_model, _job, kinds, *_):
+        return {name: dict.fromkeys(each, 1.0) for name, each in kinds.items()}
+
+    monkeypatch.setattr(target_bpw, "measured", alone)
+    checkpoint = Checkpoint(model)
+    costs = measured_costs(found.model, recipe, bits, checkpoint, [], 10**9, lambda *_: None)
+    assert {name: cost[4][1] for name, cost in costs.items() if cost[4][1] < 1} == {linear: 0.5}
 
 
 @pytest.fixture(scope="module", params=["onnx", pytest.param("gguf", marks=pytest.mark.slow)])

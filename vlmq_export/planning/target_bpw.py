@@ -34,6 +34,10 @@ from vlmq_export.quantizer.type_budget.sensitivity import kept_bytes, measured
 from vlmq_export.recipes.recipe import OUTSIDE_BITS, Recipe
 
 log = logging.getLogger("vlmq_export")
+# What the decoder's matrices cost together, of the sum of what each costs alone: each is solved to
+# make up for those before it. Eight measurements gave .13 to 1.1, and about this in the middle
+# (docs/widths.md). What lies outside the decoder is not made up for.
+_TOGETHER = 0.5
 # Hub module → block type; under TOWER the bits of the vision tower, where they are chosen too.
 Types = dict[str, str | int]
 
@@ -191,7 +195,7 @@ def measured_costs(
     memory: int,
     progress: Progress,
 ) -> dict[str, dict[Any, tuple[int, float]]]:
-    """The types or widths of each matrix with what they cost, layer by layer.
+    """The types or widths of each matrix with what they cost beside the others, layer by layer.
 
     bits: hub module → type or width → bits of the whole matrix.
     memory: bytes that are free. Of activations that would take half of them, files are made.
@@ -212,4 +216,8 @@ def measured_costs(
             Shelf(device, place, Path(scratch)),
             lambda done, total: progress("measure costs", done, total),
         )
-    return {n: {k: (b, cost[n][k]) for k, b in kinds.items()} for n, kinds in bits.items()}
+    share = dict.fromkeys(bits, _TOGETHER) | dict.fromkeys(open_parts(model, recipe), 1.0)
+    return {
+        name: {kind: (size, share[name] * cost[name][kind]) for kind, size in kinds.items()}
+        for name, kinds in bits.items()
+    }
