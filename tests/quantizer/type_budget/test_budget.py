@@ -81,6 +81,13 @@ def test_bits_go_where_a_bit_gains_most():
     assert choose(costs, 12) == {"small": "Q4", "large": "Q8"}
 
 
+def test_a_step_that_is_large_is_not_left_out_for_small_ones_that_gain_a_little_more_per_bit():
+    linears = {name: {2: (2, 0.081), 3: (3, 0.02), 4: (4, 0.0)} for name in "abcde"}
+    tower = {"tower": {4: (8, 0.3), 8: (13, 0.0)}}
+    chosen = choose(linears | tower, 5 * 2 + 8 + 9)
+    assert chosen.pop("tower") == 8 and sorted(chosen.values()) == [2, 3, 3, 3, 3]
+
+
 @pytest.fixture(scope="module")
 def reference():
     """(model, samples) of the bundled reference VLM."""
