@@ -106,7 +106,7 @@ def test_only_the_decoders_matrices_make_up_for_each_other(model, monkeypatch):
     monkeypatch.setattr(target_bpw, "measured", alone)
     checkpoint = Checkpoint(model)
     costs = measured_costs(found.model, recipe, bits, checkpoint, [], 10**9, lambda *_: None)
-    assert {name: cost[4][1] for name, cost in costs.items() if cost[4][1] < 1} == {linear: 0.5}
+    assert {name: cost[4][1] for name, cost in costs.items() if cost[4][1] < 1} == {linear: 0.4}
 
 
 @pytest.fixture(scope="module", params=["onnx", pytest.param("gguf", marks=pytest.mark.slow)])

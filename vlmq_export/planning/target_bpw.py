@@ -35,9 +35,9 @@ from vlmq_export.recipes.recipe import OUTSIDE_BITS, Recipe
 
 log = logging.getLogger("vlmq_export")
 # What the decoder's matrices cost together, of the sum of what each costs alone: each is solved to
-# make up for those before it. Eight measurements gave .13 to 1.1, and about this in the middle
+# make up for those before it. Eight measurements gave .13 to 1.1, and this as their geometric mean
 # (docs/widths.md). What lies outside the decoder is not made up for.
-_TOGETHER = 0.5
+_TOGETHER = 0.4
 # Hub module → block type; under TOWER the bits of the vision tower, where they are chosen too.
 Types = dict[str, str | int]
 
