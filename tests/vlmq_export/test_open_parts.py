@@ -77,6 +77,20 @@ def test_only_a_tower_that_blocks_fit_may_have_five_or_six_bits(model):
     assert open_parts(found.model, recipe)[TOWER] == (4, 8)
 
 
+def test_an_open_tower_leaves_the_decoder_the_types_that_one_of_8_bits_leaves_it():
+    opened, fixed = (
+        types_budget(found.model, recipe).choices
+        for found, recipe in (
+            planned(bundled.REFERENCE_VLM, "gguf", target_size=0.0034, **keys)
+            for keys in ({}, {"vision_bits": 8})
+        )
+    )
+    assert {name: {*kinds} for name, kinds in opened.items() if name != TOWER} == {
+        name: {*kinds} for name, kinds in fixed.items()
+    }
+    assert any("IQ2_XXS" in kinds for kinds in fixed.values())
+
+
 def test_an_output_head_of_its_own_has_all_widths(tiny):
     found, recipe = planned(tiny("internvl", tied=False), "onnx", target_size=1)
     head = found.model.architecture.family.head

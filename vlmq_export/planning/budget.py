@@ -15,7 +15,7 @@ from typing import Any
 from vlmq_export.errors import UsageError
 from vlmq_export.formats.gguf.types.mix import module_choices
 from vlmq_export.formats.model_plan import ModelPlan, with_kinds
-from vlmq_export.planning.parts import part_choices, part_weights, widest_parts
+from vlmq_export.planning.parts import open_parts, part_choices, part_weights, widest_parts
 from vlmq_export.planning.run_plan import format_plan
 from vlmq_export.recipes.recipe import Recipe
 
@@ -60,7 +60,11 @@ def budget_of(model: ModelPlan, recipe: Recipe) -> Budget:
     bits, least = 8 * recipe.target_bytes - rest, _least(every)
     if bits < least:
         raise UsageError(_too_small(model, recipe, rest + least))
-    choices = _filled(model, recipe, bits / sum(weights_of(model, every).values()))
+    # What types are worth offering follows from the bits that parts at their most would leave.
+    parts = open_parts(model, recipe)
+    left = bits - sum(max(every[name].values()) for name in parts)
+    weights = weights_of(model, every.keys() - parts.keys())
+    choices = _filled(model, recipe, max(0, left) / sum(weights.values()))
     # With --tensor-type a few large matrices may leave little for all others.
     return Budget(choices if _least(choices) <= bits else every, bits)
 
