@@ -61,6 +61,13 @@ class Method:
         """Whether the full-precision stream is needed at all."""
         return self.drift != "plain" or self.importance != "none"
 
+    def sums_outputs(self, rows: int, columns: int) -> bool:
+        """Whether the drift of a linear [rows, columns] is summed where it leaves the linear.
+
+        That takes two products as wide as the weights, and D one that is square.
+        """
+        return self.drift == "exact" and 2 * rows < columns
+
     @property
     def asks_answers(self) -> bool:
         """Whether it starts from gradients of the answers' loss (calibration/answer_loss.py)."""

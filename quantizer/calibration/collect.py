@@ -19,7 +19,7 @@ from vlmq_export.quantizer.calibration.importance import (
     token_factors,
 )
 from vlmq_export.quantizer.calibration.layer_walk import Inputs, LayerWalk
-from vlmq_export.quantizer.calibration.statistics import Statistics
+from vlmq_export.quantizer.calibration.statistics import Statistics, outputs_apart
 from vlmq_export.quantizer.calibration.sub_blocks import passed
 from vlmq_export.quantizer.methods import Method
 from vlmq_export.quantizer.model.experts import reached
@@ -155,28 +155,38 @@ def collect(
     *,
     in_features: int,
     residual: int = 0,  # outputs of the linears, where their statistics take the residual in
+    alone: Sequence[torch.Tensor | None] = (),  # W of each that has statistics of its own
     device: torch.device | str = "cpu",
 ) -> list[Evidence]:
     """The statistics of one step's inputs, once for each of the token weights."""
-    found = [nothing(method, in_features, device, residual) for _ in weights]
+    few = [_with_few_outputs(own, method) for own in alone or [None] * len(weights)]
+    found = [nothing(method, in_features, device, residual, own) for own in few]
     # `inputs` comes first, so that it is run to its end.
     for index, (entering, batch) in enumerate(zip(inputs, batches)):
         marks = Marks.of(batch, method)
         own = [None if weigh is None else weigh[index] for weigh in weights]
-        add(found, entering, own, marks, method)
+        add(found, entering, own, marks, method, few)
     return found
 
 
+def _with_few_outputs(weights: torch.Tensor | None, method: Method) -> torch.Tensor | None:
+    """W, where the drift is summed at the linear's outputs."""
+    return weights if weights is not None and method.sums_outputs(*weights.shape) else None
+
+
 def nothing(
-    method: Method, in_features: int, device: torch.device | str, residual: int = 0
+    method: Method,
+    in_features: int,
+    device: torch.device | str,
+    residual: int = 0,
+    few: torch.Tensor | None = None,  # W, where the drift is summed at the outputs
 ) -> Evidence:
     """The sums of no tokens."""
-    drift, modal = method.drift != "plain", method.ranges == "modality"
+    drift, modal = method.drift != "plain" and few is None, method.ranges == "modality"
+    pull = residual if few is None else len(few)
 
     def empty() -> Statistics:
-        return Statistics.empty(
-            in_features, drift=drift, device=device, modal=modal, residual=residual
-        )
+        return Statistics.empty(in_features, drift=drift, device=device, modal=modal, pull=pull)
 
     return Evidence(empty(), empty() if method.holds_out else None)
 
@@ -206,14 +216,19 @@ def add(
     weights: Sequence[torch.Tensor | None],  # g [tokens], of each of `found`; None: all ones
     marks: Marks,
     method: Method,
+    few: Sequence[torch.Tensor | None] = (),  # W of each whose drift is summed at the outputs
 ) -> None:
     """Add the inputs of one batch to several sums."""
     full = entering.full if method.drift != "plain" else None
     kept = aside = None
     if marks.held is not None:
         kept, aside = ((marks.held == which).nonzero().flatten() for which in (False, True))
-    for own, sums in zip(weights, found):
-        each = (entering.quantized, full, own, marks.image, entering.residual)
+    for own, sums, matrix in zip(weights, found, few or [None] * len(found)):
+        pull = entering.residual
+        if matrix is not None and full is not None:
+            apart = outputs_apart(matrix, entering.quantized, full)
+            pull = apart if pull is None else apart.add_(pull)
+        each = (entering.quantized, full, own, marks.image, pull)
         if sums.held is None or kept is None or aside is None:
             sums.fitted.add(*each)
         else:

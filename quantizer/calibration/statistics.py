@@ -1,10 +1,15 @@
 """What calibration leaves of a linear's inputs.
 
-    A = Σ g² x xᵀ        D = Σ g² (x̃ − x) xᵀ        sums over all tokens
+    A = Σ g² x xᵀ        D = Σ g² (x̃ − x) xᵀ        R = Σ g² p xᵀ        sums over all tokens
 
     x   the input in the quantized stream
     x̃   the input in the full-precision stream
     g   the importance of the token
+    p   what the linear's output should make up for: W(x̃ − x) where there is no D, and the drift
+        of what the output is added to, where a method asks for it
+
+The exact target needs no more of D than W·D, which R is where p is W(x̃ − x). A linear with few
+outputs takes less time and memory so (`Method.sums_outputs`).
 
 The product of each batch is added up in float64 and rounded once. The sums are then the same
 whatever the order of the batches, and so are the integers. (One code that differs changes the
@@ -18,7 +23,7 @@ docs/methods.md §1.6.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -55,6 +60,17 @@ def tf32(x: torch.Tensor) -> torch.Tensor:
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
+@torch.no_grad()
+def outputs_apart(
+    weights: torch.Tensor,  # W, [out, in]
+    x: torch.Tensor,  # [tokens, in]
+    x_full: torch.Tensor,  # x̃, likewise
+) -> torch.Tensor:
+    """W(x̃ − x), float32 [tokens, out]."""
+    delta = x_full.float() - x.float()
+    return product(delta.T, weights.float().T, PRECISION[x.device.type])
+
+
 def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     high = x.bfloat16().float()
     return high, x - high
@@ -76,8 +92,7 @@ class Statistics:
     tokens: int = 0
     modal: torch.Tensor | None = None  # Σ g² x² of image and of text tokens, [2, in], if asked for
     modal_weight: torch.Tensor | None = None  # Σ g² of either, [2]
-    # R = Σ g² (r̃ − r) xᵀ, [out, in], if asked for. r is what the linear's output is added to.
-    residual: torch.Tensor | None = None
+    pull: torch.Tensor | None = None  # R, [out, in], if asked for
     _mirrored: bool = field(default=False, repr=False)  # whether A is filled below its diagonal
 
     @classmethod
@@ -89,7 +104,7 @@ class Statistics:
         device: torch.device | str = "cpu",
         precision: Precision | None = None,  # of the products; None: the device's own
         modal: bool = False,
-        residual: int = 0,  # outputs of the linear, where R is wanted
+        pull: int = 0,  # outputs of the linear, where R is wanted
     ) -> Statistics:
         """Sums of nothing."""
 
@@ -104,7 +119,7 @@ class Statistics:
             precision or PRECISION[torch.device(device).type],
             modal=zeros(2, in_features) if modal else None,
             modal_weight=zeros(2) if modal else None,
-            residual=zeros(residual, in_features) if residual else None,
+            pull=zeros(pull, in_features) if pull else None,
         )
 
     @property
@@ -122,7 +137,7 @@ class Statistics:
         x_full: torch.Tensor | None = None,  # x̃, likewise; needed where there is a D
         importance: torch.Tensor | None = None,  # g, [tokens]; None: all ones
         image: torch.Tensor | None = None,  # bool [tokens]; needed where modalities are summed
-        residual: torch.Tensor | None = None,  # r̃ − r, [tokens, out]; needed where there is an R
+        pull: torch.Tensor | None = None,  # p, [tokens, out]; needed where there is an R
     ) -> None:
         """Add the sums of some tokens."""
         self._mirrored = False
@@ -136,11 +151,11 @@ class Statistics:
         self.diagonal += x.square().sum(0)
         if self.drift is not None:
             self._add_drift(self.drift, x, x_full, importance, weighted)
-        if self.residual is not None:
-            if residual is None:
-                raise ValueError("these statistics need the residual's own drift")
-            behind = residual if importance is None else residual * importance[:, None]
-            self.residual += product(behind.float(), weighted, self.precision)
+        if self.pull is not None:
+            if pull is None:
+                raise ValueError("these statistics need what the output should make up for")
+            behind = pull if importance is None else pull * importance[:, None]
+            self.pull += product(behind.float(), weighted, self.precision)
         squares = None if importance is None else importance.double().square()
         if self.modal is not None and self.modal_weight is not None:
             if image is None:
@@ -187,7 +202,7 @@ class Statistics:
             self.tokens + other.tokens,
             both("modal"),
             both("modal_weight"),
-            both("residual"),
+            both("pull"),
             self._mirrored and other._mirrored,
         )
 
@@ -195,21 +210,33 @@ class Statistics:
         """Turn the sums into float32, in place, and return them. The float64 sums are given up."""
         self.upper, self.diagonal = self.upper.float(), self.diagonal.float()
         self.drift = None if self.drift is None else self.drift.float()
-        self.residual = None if self.residual is None else self.residual.float()
+        self.pull = None if self.pull is None else self.pull.float()
         return self
 
+    @property
+    def two_streams(self) -> bool:
+        """Whether they know how far the streams have come apart."""
+        return self.drift is not None or self.pull is not None
+
+    def of_rows(self, step: int) -> Statistics:
+        """The same for every so many-th row of the weights. The sums are shared."""
+        return self if self.pull is None else replace(self, pull=self.pull[::step])
+
     def mismatch(self, weights: torch.Tensor) -> torch.Tensor:
-        """W·D, and R where it counts, float32 [out, in].
+        """W·D + R, float32 [out, in], each where it was summed.
 
         This is what the linear's output should make up for, times the linear's input.
         """
-        if self.drift is None:
+        if not self.two_streams:
             raise ValueError("these statistics have one stream only")
-        pull = weights @ self.drift
-        return pull if self.residual is None else pull.add_(self.residual)
+        found = torch.zeros_like(weights) if self.drift is None else weights @ self.drift
+        return found if self.pull is None else found.add_(self.pull)
 
     def error(self, rounded: torch.Tensor, weights: torch.Tensor) -> float:
-        """Σ g²·‖ŵ·x − w·x̃ − (r̃ − r)‖² over these tokens, up to a term without ŵ."""
+        """Σ g²·‖ŵ·x − w·x − p'‖² over these tokens, up to a term without ŵ.
+
+        p' is p, and w(x̃ − x) with it where there is a D.
+        """
         change = rounded - weights
         slope = change @ self.hessian - 2 * self.mismatch(weights)
         return float((slope * change).sum(dtype=torch.float64))

@@ -54,7 +54,7 @@ def prepared(stack: Stack, sums: Statistics, config: QuantConfig) -> Prepared:
         together=choice.together,
     )
     shift = None
-    if sums.drift is not None and not hessian.fallback:
+    if sums.two_streams and not hessian.fallback:
         shift = factored.regression(sums.mismatch(stack.weights), hessian)
         shift = shift if bool(torch.isfinite(shift).all()) else None
     return Prepared(sums, hessian, shift)

@@ -38,14 +38,14 @@ def damped_best(
     """
     fitted, held = evidence.fitted, evidence.held
     assert held is not None, "a method that looks for its damping puts samples aside"
-    # What an output must make up for in the residual stream is summed for every row.
-    every = fitted.residual is not None
-    some, quick = _one_matrix(stack, every), trial(method, stack.choice.grid)
+    step = max(1, -(-len(stack.weights) // ROWS))
+    some, quick = _one_matrix(stack, step), trial(method, stack.choice.grid)
+    seen, unseen = fitted.of_rows(step), held.of_rows(step)
 
     def error(times: float) -> float:
         tried = replace(config, damp=times * config.damp)
-        (part,) = attempt(some, prepared(some, fitted, tried), held, quick, tried)
-        return held.error(part.solution.decode(), some.weights)
+        (part,) = attempt(some, prepared(some, seen, tried), unseen, quick, tried)
+        return unseen.error(part.solution.decode(), some.weights)
 
     if fitted.tokens and held.tokens:
         config = replace(config, damp=lowest(error) * config.damp)
@@ -80,8 +80,7 @@ def lowest(error: Callable[[float], float]) -> float:
     return TIMES[best]
 
 
-def _one_matrix(stack: Stack, every: bool) -> Stack:
-    """All rows of a stack, or evenly spaced ones, as one matrix."""
-    step = 1 if every else max(1, -(-len(stack.weights) // ROWS))
+def _one_matrix(stack: Stack, step: int) -> Stack:
+    """Every so many-th row of a stack, as one matrix."""
     rows = stack.weights[::step]
     return Stack([stack.names[0]], rows, [len(rows)], stack.choice)

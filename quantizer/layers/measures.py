@@ -34,7 +34,7 @@ def of_stack(known: Prepared) -> dict:
         "tokens": sums.tokens,
         "effective_tokens": round(sums.effective_tokens, 1),
     }
-    ignored = sums.drift is not None and known.shift is None
+    ignored = sums.two_streams and known.shift is None
     return found | ({"drift_ignored": True} if ignored else {})
 
 

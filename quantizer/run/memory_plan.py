@@ -30,6 +30,7 @@ a test holds the plan against the peak of a real run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlmq_export.quantizer.calibration.answer_loss import AT_ONCE as AT_ONCE_LOGITS
@@ -43,7 +44,7 @@ from vlmq_export.quantizer.layers.attempt import moves_of
 from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.samples.sample import Lengths
 from vlmq_export.quantizer.solver.ranges import AT_ONCE
-from vlmq_export.quantizer.vision.stage import COUNTED
+from vlmq_export.quantizer.vision.stage import enough
 
 FIXED = 600 * 10**6
 _FLOAT = 4  # bytes of a float32
@@ -204,7 +205,7 @@ def _parts(shapes: Shapes, config: QuantConfig, lengths: Lengths, at_once: int) 
         "first pass": shapes.prefix * _FLOAT if calibrated else 0,
         "tower": _tower(shapes, method),
         "layer": solved * _FLOAT,
-        "solver": _solver(shapes.widest, method) if calibrated else 0,
+        "solver": _solver(shapes.linears, method) if calibrated else 0,
         "ranges": _ranges(shapes, method, tries, at_once) if tries else 0,
         "tuning": _TUNED_COPIES * shapes.layer * _FLOAT if method.tuned else 0,
         "batch": _batch(shapes, method, lengths) if calibrated else 0,
@@ -218,29 +219,48 @@ def _tower(shapes: Shapes, method: Method) -> int:
     if not shapes.tower:
         return 0
     rows, columns = max(shapes.tower, key=lambda shape: (shape[1], shape[0]))
-    solver = _solver(columns, method) if method.calibrated and not method.scaling else 0
+    solver = _solver(shapes.tower, method) if method.calibrated and not method.scaling else 0
     own = _GROUP_COPIES * _FLOAT * rows * columns * (len(method.refine.shrink) or 1)
     return sum(r * c for r, c in shapes.tower) + solver + own
 
 
-def _solver(widest: int, method: Method) -> int:
-    """Bytes of the square matrices of a linear with so many inputs."""
-    sums = 1 if method.drift == "plain" else 3  # A, or A with D and GPTAQ's P
-    if method.holds_out:
-        sums *= 2  # those of the samples that were put aside
+def on_tower(shapes: Shapes, lengths: Lengths) -> Lengths:
+    """Those of the samples that the tower is calibrated on.
+
+    Its widest linear is taken to be the projector's, which sees a row for each token of an image.
+    """
+    some = [length.images for length in lengths.each if length.images]
+    rows = sum(some) / max(1, len(some))
+    return lengths.pictured(enough(max(columns for _, columns in shapes.tower), rows))
+
+
+def _solver(linears: Sequence[tuple[int, int]], method: Method) -> int:
+    """Bytes of the sums of the linear that takes most, and of what is made of them."""
     damped = bool(method.refine.sweeps or method.candidates)  # for what follows the loop
     factor = 1
-    # The factorization itself holds two matrices in float64.
-    matrix = (sums + damped + factor) * _FLOAT + 2 * _DOUBLE
-    return matrix * widest**2
+
+    def each(rows: int, columns: int) -> int:
+        sums = columns**2 + 2 * _beside(method, rows, columns)  # A, and D with GPTAQ's P
+        sums *= 1 + method.holds_out  # those of the samples that were put aside
+        # The factorization itself holds two matrices in float64.
+        return _FLOAT * sums + ((damped + factor) * _FLOAT + 2 * _DOUBLE) * columns**2
+
+    return max(each(*shape) for shape in linears)
+
+
+def _beside(method: Method, rows: int, columns: int) -> int:
+    """How many numbers of the drift stand beside A: D, or as many as a linear has weights."""
+    if method.drift == "plain":
+        return 0
+    return columns * (rows if method.sums_outputs(rows, columns) else columns)
 
 
 def _summing(shapes: Shapes, method: Method) -> int:
     """Bytes of the sums of the widest linear's inputs, while batches are added to them."""
     if not method.calibrated or method.scaling:
         return 0
-    sums = (1 + (method.drift != "plain")) * (1 + method.holds_out)
-    dense = sums * _DOUBLE * shapes.widest**2
+    sums = max(c**2 + _beside(method, rows, c) for rows, c in shapes.linears)
+    dense = _DOUBLE * sums * (1 + method.holds_out)
     if not shapes.experts:
         return dense
     together = portion(shapes.experts, shapes.hidden, method)
@@ -249,12 +269,15 @@ def _summing(shapes: Shapes, method: Method) -> int:
 
 def _ranges(shapes: Shapes, method: Method, tries: int, at_once: int) -> int:
     """Bytes of rows under all their ranges, and of the square matrices beside them."""
-    matrices = 4 * (1 + method.holds_out)  # A, D, its factor, and A damped for the descent
-    return _FLOAT * max(
-        _RANGE_COPIES * min(at_once, tries * sum(rows for rows, _ in group) * group[0][1])
-        + matrices * group[0][1] ** 2
-        for group in shapes.sharing
-    )
+
+    def each(group: tuple[tuple[int, int], ...]) -> int:
+        rows, columns = sum(rows for rows, _ in group), group[0][1]
+        # A, its factor, and A damped for the descent
+        matrices = 3 * columns**2 + _beside(method, rows, columns)
+        together = _RANGE_COPIES * min(at_once, tries * rows * columns)
+        return together + (1 + method.holds_out) * matrices
+
+    return _FLOAT * max(map(each, shapes.sharing))
 
 
 def _batch(shapes: Shapes, method: Method, lengths: Lengths) -> int:
@@ -305,7 +328,7 @@ def _activations(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     copies = 3 if method.scaling else copies
     one = lengths.tokens * shapes.hidden * _FLOAT
     kept = one + min(KEPT, shapes.layers * one) if method.asks_answers else 0
-    shown = lengths.pictured(COUNTED).images if shapes.tower and method.calibrated else 0
+    shown = on_tower(shapes, lengths).images if shapes.tower and method.calibrated else 0
     patches = shown * shapes.patches
     streams = 2 * (1 + method.two_streams)  # before a segment of the tower, and behind it
     return max(copies * one, kept, streams * patches * shapes.tower_width * _FLOAT)

@@ -43,10 +43,9 @@ from vlmq_export.quantizer.layers.damping import ROWS, trial
 from vlmq_export.quantizer.layers.vlm_ptq import MIXES
 from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.run.machine import COLUMNS, LEAF, Machine
-from vlmq_export.quantizer.run.memory_plan import Shapes, tries_of
+from vlmq_export.quantizer.run.memory_plan import Shapes, on_tower, tries_of
 from vlmq_export.quantizer.samples.sample import Length, Lengths
 from vlmq_export.quantizer.solver.ranges import AT_ONCE, SHRINK
-from vlmq_export.quantizer.vision.stage import COUNTED
 
 # Passes over the hidden state while a stream goes through a layer: norms, each at every step that
 # needs it (20), rotary positions of queries and keys (6), the check for finite values (6), sums and
@@ -292,14 +291,14 @@ def _first_pass(job: _Job) -> float:
     )
 
 
-def _tower(job: _Job, config: QuantConfig, most: int = COUNTED) -> float:
+def _tower(job: _Job, config: QuantConfig, most: int = 0) -> float:
     """The vision tower, on patches in place of tokens, and on one sample at a time.
 
     Linears that share an input are planned with statistics of their own.
 
-    most: samples that it is solved on.
+    most: samples that it is solved on; 0: as many as a run takes.
     """
-    counted = job.lengths.pictured(most)
+    counted = job.lengths.pictured(most) if most else on_tower(job.shapes, job.lengths)
     patches = tuple(Length(job.shapes.patches * one.images, one.images) for one in counted.each)
     own = replace(
         job,
@@ -409,7 +408,8 @@ def _solved(job: _Job, group: Linears, *, first: bool = False) -> dict[str, floa
     found = _Seconds(float)
     for names in _units(job, group, first=first):
         if job.method.calibrated:
-            found["statistics"] += _statistics(job, group.columns)
+            alone = group.rows[names[0]] if len(names) == 1 else 0
+            found["statistics"] += _statistics(job, group.columns, alone)
         # Linears of one type are solved as one matrix.
         stacks: Counter[str] = Counter()
         for i in names:
@@ -433,14 +433,19 @@ def _units(job: _Job, group: Linears, *, first: bool) -> list[list[int]]:
     return [[i] for i in every] if weighs else [every]
 
 
-def _statistics(job: _Job, columns: int) -> float:
-    """A, of which little more than half is computed, and D."""
+def _statistics(job: _Job, columns: int, alone: int = 0) -> float:
+    """A, of which little more than half is computed, and D, or what an output should make up for.
+
+    alone: outputs of a linear that shares these with no other.
+    """
     m, batches = job.machine, len(job.batches)
-    band = min(1.0, 0.5 + 512 / columns)
-    sums = band + (job.method.drift != "plain")
+    few = bool(alone) and job.method.sums_outputs(alone, columns)
+    beside = 0 if job.method.drift == "plain" else alone if few else columns
+    sums = min(1.0, 0.5 + 512 / columns) + beside / columns
     mean = job.lengths.tokens / max(1, batches)
     return (
-        batches * m.product(columns, mean, columns * sums)
+        (job.through(alone, columns) if few else 0)
+        + batches * m.product(columns, mean, columns * sums)
         + job.moved(_INPUT_PASSES, columns)
         + batches * m.elementwise(_SUM_PASSES * sums * columns**2, columns**2)
     )
@@ -473,7 +478,8 @@ def _solve(job: _Job, method: Method, rows: int, columns: int, kind: str) -> dic
     found["factorization"] += m.factorization(columns)
     found["factorization"] += m.elementwise(_SQUARE_PASSES * columns**2)
     if method.drift != "plain":
-        found["factorization"] += 2 * square  # W·D, and two triangular solves of half as much
+        # Two triangular solves of half as much as W·D, which is not formed where outputs are summed
+        found["factorization"] += (2 - method.sums_outputs(rows, columns)) * square
     if method.drift == "columns":  # two triangular solves for each row, from the row's place on
         found["factorization"] += m.product(columns, columns, columns) / 3
     if method.ranges == "modality":

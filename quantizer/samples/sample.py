@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 import torch
 from PIL import Image
@@ -108,10 +109,10 @@ class Lengths:
         return round(sum(length.images for length in self.each) / self.share)
 
     def pictured(self, most: int) -> Lengths:
-        """Those of samples with images, in equal steps of at most `most` of all such samples."""
+        """Those of samples with images, evenly spaced: at most `most` of all such samples."""
         some = [length for length in self.each if length.images]
-        step = max(1, -(-round(len(some) / self.share) // most))
-        return Lengths(tuple(some[::step]), self.share)
+        count = min(len(some), ceil(most * self.share))
+        return Lengths(tuple(some[i * len(some) // count] for i in range(count)), self.share)
 
     def batches(self, most: int) -> list[tuple[int, int]]:
         """(samples, tokens of each) of the batches of all samples.

@@ -6,6 +6,7 @@ Their linears are solved as a whole, and written into one file. A run that is re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ from vlmq_export.quantizer.vision.padding import cut, filled, fitting, missing
 from vlmq_export.quantizer.vision.tower import quantize_tower, tower_job
 from vlmq_export.quantizer.vision.walk import Picture, TowerWalk
 
-# Samples that the tower is calibrated on, at most. With 32, 128 and 512 of them, the first
-# reference's tower at 8 bits costs a KL of 1.3, .75 and .70 · 10⁻⁶ (to nearest: 4.6), in 11, 22 and
-# 76 s.
+# The tower is calibrated on so many samples that each linear sees ROWS rows for every input:
+# on FEWEST at least, and on COUNTED at most. With 32, 128 and 512 samples, the first reference's
+# projector sees 1, 4 and 16 such rows, and its tower at 8 bits costs a KL of 1.3, .75 and .70 ·
+# 10⁻⁶ (to nearest: 4.6), in 11, 22 and 76 s.
+ROWS = 4
+FEWEST = 32
 COUNTED = 128
 
 
@@ -98,10 +102,20 @@ def solved_tower(
     if not own.method.calibrated:
         return [_rounded(model, name, own) for name in names]
     modules = [job.family.module_name(name) for name in names]
-    pictures, two = ranks.share(_pictures(samples)), own.method.two_streams
+    some = [sample for sample in samples if sample.pixel_values is not None]
+    some.sort(key=lambda sample: len(sample.input_ids))
     with model.filled_prefix(torch.cat([sample.input_ids for sample in samples])) as prefix:
+        usual = Picture(some[len(some) // 2].image_inputs())
+        probe = TowerWalk(prefix, modules, [usual], shelf, two_streams=False)
+        count = max(enough(prefix.get_submodule(n).in_features, r) for n, r in probe.rows.items())
+        pictures, two = ranks.share(_pictures(some, count)), own.method.two_streams
         walk = TowerWalk(prefix, modules, pictures, shelf, two_streams=two)
         return quantize_tower(walk, own, ranks, tell)
+
+
+def enough(columns: int, rows: float) -> int:
+    """How many samples a linear is calibrated on that has so many inputs, and rows of a sample."""
+    return min(COUNTED, max(FEWEST, ceil(ROWS * columns / max(1, rows))))
 
 
 def put_tower(model: Any, tower: Sequence[Linear], job: Job) -> None:
@@ -110,17 +124,18 @@ def put_tower(model: Any, tower: Sequence[Linear], job: Job) -> None:
         put(model, job.family.module_name(linear.name), linear)
 
 
-def _pictures(samples: Sequence[Sample]) -> list[Picture]:
-    """The images of samples that have some, the shortest prompts first: at most COUNTED of them.
+def _pictures(samples: Sequence[Sample], count: int) -> list[Picture]:
+    """The images of so many samples, evenly spaced among them, or of all.
 
-    Of more, every so many-th is taken. The first pass takes all through the solved tower.
+    The first pass takes all samples through the solved tower.
     """
-    some = [sample for sample in samples if sample.pixel_values is not None]
-    some.sort(key=lambda sample: len(sample.input_ids))
-    step = max(1, -(-len(some) // COUNTED))
+    count = min(count, len(samples))
     return [
-        Picture(sample.image_inputs(), held=place % HELD_OUT == HELD_OUT // 2)
-        for place, sample in enumerate(some[::step])
+        Picture(
+            samples[place * len(samples) // count].image_inputs(),
+            held=place % HELD_OUT == HELD_OUT // 2,
+        )
+        for place in range(count)
     ]
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from vlmq_export.errors import CalibrationError
 from vlmq_export.quantizer.calibration.collect import Evidence, summed_on
-from vlmq_export.quantizer.calibration.statistics import Statistics
+from vlmq_export.quantizer.calibration.statistics import Statistics, outputs_apart
 from vlmq_export.quantizer.host import give_back
 from vlmq_export.quantizer.job import Job
 from vlmq_export.quantizer.layers.stack import Matrix, Solved
@@ -75,18 +75,24 @@ def _matrices(walk: TowerWalk, names: Sequence[str], job: Job) -> list[Matrix]:
 def _evidence(walk: TowerWalk, names: Sequence[str], job: Job, ranks: Ranks) -> Evidence:
     """The statistics of what enters these linears, from the samples of this rank."""
     module, method = walk.model.get_submodule(names[0]), job.method
-    drift = method.drift != "plain"
+    weights, two = module.weight, method.drift != "plain"
+    few = len(names) == 1 and method.sums_outputs(*weights.shape)
 
     def empty() -> Statistics:
         columns = module.in_features + missing(module.in_features)
-        return Statistics.empty(columns, drift=drift, device=module.weight.device)
+        pull = len(weights) if few else 0
+        return Statistics.empty(columns, drift=two and not few, device=weights.device, pull=pull)
 
     found = Evidence(empty(), empty() if method.holds_out else None)
     for picture, entering in walk.inputs(names[0]):
         aside = found.held is not None and picture.held
         sums = found.held if aside and found.held is not None else found.fitted
-        full = entering.full if drift else None
-        sums.add(filled(entering.quantized), None if full is None else filled(full))
+        full = entering.full if two else None
+        pull = None
+        if few and full is not None:
+            pull = outputs_apart(weights, entering.quantized, full)
+        padded = None if full is None else filled(full)
+        sums.add(filled(entering.quantized), padded, pull=pull)
     if not ranks.count(found.everything.tokens if found.held else found.fitted.tokens):
         raise CalibrationError(
             f"no sample has finite activations at {job.family.hub_name(names[0])};"

@@ -64,6 +64,7 @@ class TowerWalk:
         self._shelf = shelf
         self._source: list[tuple[nn.Parameter, torch.Tensor]] = []  # of this segment's linears
         self._here = 0  # the segment that the pictures stand before
+        self.rows: dict[str, int] = {}  # linear → rows of the first picture that enter it
         self._blocks = _blocks(model, linears)
         self.segments = self._traced(linears)
 
@@ -109,7 +110,7 @@ class TowerWalk:
 
     def _traced(self, linears: Collection[str]) -> list[Segment]:
         """The segments with their linears in the order of the calls. What is not called is left."""
-        found, seen, last = [Segment()], set(), None
+        found, last = [Segment()], None
 
         def enter_block(_args: tuple, _kwargs: dict) -> None:
             found.append(Segment())
@@ -117,9 +118,9 @@ class TowerWalk:
         def enter(name: str) -> Callable[[tuple, dict], None]:
             def action(args: tuple, _kwargs: dict) -> None:
                 nonlocal last
-                if name in seen:
+                if name in self.rows:
                     return
-                seen.add(name)
+                self.rows[name] = args[0].flatten(0, -2).shape[0]
                 if last is args[0] and found[-1].groups:
                     found[-1].groups[-1].append(name)
                 else:

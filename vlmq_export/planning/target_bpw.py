@@ -216,7 +216,8 @@ def measured_costs(
             Shelf(device, place, Path(scratch)),
             lambda done, total: progress("measure costs", done, total),
         )
-    share = dict.fromkeys(bits, _TOGETHER) | dict.fromkeys(open_parts(model, recipe), 1.0)
+    layers = turned.architecture.family.layers
+    share = {name: _TOGETHER if name.startswith(layers) else 1.0 for name in bits}
     return {
         name: {kind: (size, share[name] * cost[name][kind]) for kind, size in kinds.items()}
         for name, kinds in bits.items()

@@ -18,7 +18,7 @@ from vlmq_export.quantizer.calibration.layer_walk import LayerWalk
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.layers import decoder_layer
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer
-from vlmq_export.quantizer.methods import METHODS
+from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.families import DECODER, groups_of
 from vlmq_export.quantizer.model.streamed import load_model
@@ -290,6 +290,48 @@ def test_a_lost_sample_leaves_the_first_layer_its_equal_streams(walk, samples, m
     equal = LayerWalk(layers[0], DECODER, [batch], two_streams=True)
     for (g,) in importance_factors(equal, METHODS["vlmq"]).values():
         assert torch.equal(g, torch.ones(len(samples[0].input_ids)))
+
+
+@pytest.mark.parametrize("method", ["exact", "gptaq-exact", "vlmq-exact"])
+def test_few_outputs_are_summed_in_place_of_the_inputs_drift(walk, samples, monkeypatch, method):
+    """W·D, which is all that the exact target needs, in less than the square of many inputs."""
+    model, layers = walk
+    source = layers[0].state_dict()
+    source = {name: value.clone() for name, value in source.items()}
+    found = {}
+    for short in (True, False):
+        seen = []
+
+        def spy(*args, seen=seen, **kwargs):
+            seen.append([e.to_float32() for e in collect(*args, **kwargs)])
+            return [dataclasses.replace(e) for e in seen[-1]]
+
+        layers[0].load_state_dict(source)
+        monkeypatch.setattr(decoder_layer, "collect", spy)
+        few = (lambda _, rows, columns: rows < columns) if short else (lambda *_: False)
+        monkeypatch.setattr(Method, "sums_outputs", few)
+        batches = decoder_inputs(model, samples[:8], two_streams=True, device=CPU)
+        steps = LayerWalk(layers[0], DECODER, batches, two_streams=True)
+        quantize_layer(steps, "l.", job_for(QuantConfig(method=method, bits=2)))
+        found[short] = [sums for step in seen for e in step for sums in (e.fitted, e.held) if sums]
+    weights = source["mlp.down_proj.weight"]
+    rows, columns = weights.shape
+    assert rows < columns
+    assert all((s.pull is None) != (s.drift is None) for s in found[True])
+    for few, square in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(few.hessian, square.hessian)
+        if len(few.hessian) == columns:  # down_proj, the only one with so many inputs
+            assert few.pull.shape == weights.shape and square.pull is None
+            want = square.mismatch(weights)
+            assert float((few.mismatch(weights) - want).norm() / want.norm()) < 1e-4
+            some = few.of_rows(3)
+            assert torch.equal(some.mismatch(weights[::3]), few.mismatch(weights)[::3])
+
+
+def test_outputs_are_summed_where_they_are_few():
+    exact, paper = METHODS["exact"], METHODS["vlmq-paper"]
+    assert exact.sums_outputs(2048, 11008) and not exact.sums_outputs(2048, 2048)
+    assert not paper.sums_outputs(2048, 11008)  # GPTAQ's term needs all of D
 
 
 def test_groups_see_what_the_groups_before_them_did(walk, samples, monkeypatch):

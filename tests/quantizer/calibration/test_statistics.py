@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmq_export.quantizer.calibration import statistics
-from vlmq_export.quantizer.calibration.statistics import Statistics, tf32
+from vlmq_export.quantizer.calibration.statistics import Statistics, outputs_apart, tf32
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def tokens(count=60, width=12, seed=0):
@@ -75,6 +77,24 @@ def test_a_token_without_weight_counts_only_for_deadness():
     sums = add_all([(x, full, g)])
     assert sums.hessian[4, 4] == 0 and sums.diagonal[4] > 0
     assert sums.effective_tokens == pytest.approx(59)
+
+
+@given(st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_what_outputs_should_make_up_for_is_weights_times_drift(seed):
+    x, full, g = tokens(seed=seed)
+    weights = torch.randn(5, 12, generator=torch.Generator().manual_seed(seed))
+    square, few = Statistics.empty(12, drift=True), Statistics.empty(12, drift=False, pull=5)
+    square.add(x, full, g)
+    few.add(x, full, g, pull=outputs_apart(weights, x, full))
+    assert few.drift is None and few.two_streams and square.two_streams
+    d = sum(g[n].double() ** 2 * torch.outer(full[n] - x[n], x[n]).double() for n in range(60))
+    for sums in (square.to_float32(), few.to_float32()):
+        torch.testing.assert_close(sums.mismatch(weights).double(), weights.double() @ d, **CLOSE)
+    rounded = weights.round()
+    assert few.error(rounded, weights) == pytest.approx(square.error(rounded, weights), rel=1e-4)
+    with pytest.raises(ValueError, match="should make up for"):
+        few.add(x, full, g)
 
 
 def test_equal_streams_do_not_drift():

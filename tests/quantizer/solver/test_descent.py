@@ -255,8 +255,8 @@ def two_streams(tokens, width=48, seed=0, drift=0.4):
 
 def sums_of(x, full, residual=None) -> Statistics:
     width = 0 if residual is None else residual.shape[1]
-    sums = Statistics.empty(x.shape[1], drift=True, residual=width)
-    sums.add(x, full, residual=residual)
+    sums = Statistics.empty(x.shape[1], drift=True, pull=width)
+    sums.add(x, full, pull=residual)
     return sums.to_float32()
 
 
