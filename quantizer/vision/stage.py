@@ -107,7 +107,8 @@ def solved_tower(
     with model.filled_prefix(torch.cat([sample.input_ids for sample in samples])) as prefix:
         usual = Picture(some[len(some) // 2].image_inputs())
         probe = TowerWalk(prefix, modules, [usual], shelf, two_streams=False)
-        count = max(enough(prefix.get_submodule(n).in_features, r) for n, r in probe.rows.items())
+        wide = ((prefix.get_submodule(n).in_features, rows) for n, rows in probe.rows.items())
+        count = max((enough(*each) for each in wide), default=FEWEST)
         pictures, two = ranks.share(_pictures(some, count)), own.method.two_streams
         walk = TowerWalk(prefix, modules, pictures, shelf, two_streams=two)
         return quantize_tower(walk, own, ranks, tell)

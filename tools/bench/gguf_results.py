@@ -19,7 +19,7 @@ AUTOROUND = {"AutoRound": None, "AutoRound, 0 iterations": 0}  # iterations; Non
 FLOOR = "full precision, float32 file"
 UNCALIBRATED = (FLOOR, PLAIN)  # the same for every calibration set, and run on the first only
 MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M")
-I_MIXES = ("IQ2_XXS", "IQ2_M", "IQ3_XXS", "IQ3_S", "IQ4_XS")
+I_MIXES = ("IQ2_XXS", "IQ2_XS", "IQ2_M", "IQ3_XXS", "IQ3_S", "IQ4_XS")
 BY_COST = ", types by cost"
 DECODED = ", decoded to float32"
 # Contender → colour. Each has one line for the K types and one for the I types.

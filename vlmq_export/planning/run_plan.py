@@ -17,7 +17,8 @@ from vlmq_export.quantizer.config import EMBEDDING_GROUP, EMBEDDING_TYPES, GROUP
 from vlmq_export.quantizer.grids.choice import vision_block
 from vlmq_export.quantizer.run.memory_plan import MemoryPlan, Shapes, memory_plan
 from vlmq_export.quantizer.run.refusals import experts_refusal
-from vlmq_export.quantizer.run.time_plan import Linears, TimePlan
+from vlmq_export.quantizer.run.time_plan import TimePlan
+from vlmq_export.quantizer.run.work import Linears
 from vlmq_export.quantizer.samples.sample import Lengths
 from vlmq_export.recipes.recipe import Recipe
 

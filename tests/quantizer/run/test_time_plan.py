@@ -16,7 +16,8 @@ from vlmq_export.planning.run_time import spoken
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.run.machine import Machine, at, measured
-from vlmq_export.quantizer.run.time_plan import Linears, Tried, choosing_seconds, plan_seconds
+from vlmq_export.quantizer.run.time_plan import Tried, choosing_seconds, plan_seconds
+from vlmq_export.quantizer.run.work import Linears
 from vlmq_export.quantizer.samples.sample import Length, Lengths
 
 FREE = {1: 1e-30}  # a table of what costs nothing
