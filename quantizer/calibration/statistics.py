@@ -238,7 +238,9 @@ class Statistics:
         p' is p, and w(x̃ − x) with it where there is a D.
         """
         change = rounded - weights
-        slope = change @ self.hessian - 2 * self.mismatch(weights)
+        slope = change @ self.hessian
+        if self.two_streams:
+            slope -= 2 * self.mismatch(weights)
         return float((slope * change).sum(dtype=torch.float64))
 
     @property

@@ -45,6 +45,7 @@ from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.samples.sample import Lengths
 from vlmq_export.quantizer.solver.ranges import AT_ONCE
 from vlmq_export.quantizer.vision.stage import enough
+from vlmq_export.quantizer.vision.tower import tower_method
 
 FIXED = 600 * 10**6
 _FLOAT = 4  # bytes of a float32
@@ -153,7 +154,7 @@ def memory_plan(
     method = method_of(config)
     on_cuda = device_free > 0
     parts = _parts(shapes, config, lengths, AT_ONCE["cuda" if on_cuda else "cpu"])
-    activations = _activations(shapes, method, lengths)
+    activations = _activations(shapes, method, lengths, config.vision_bits)
     images, first = parts["images"], parts["first pass"] + parts["tower"]
     solving = parts["layer"] + max(
         parts["solver"],
@@ -224,14 +225,14 @@ def _tower(shapes: Shapes, method: Method) -> int:
     return sum(r * c for r, c in shapes.tower) + solver + own
 
 
-def on_tower(shapes: Shapes, lengths: Lengths) -> Lengths:
-    """Those of the samples that the tower is calibrated on.
+def on_tower(shapes: Shapes, lengths: Lengths, bits: int) -> Lengths:
+    """Those of the samples that a tower of so many bits is calibrated on.
 
     Its widest linear is taken to be the projector's, which sees a row for each token of an image.
     """
     some = [length.images for length in lengths.each if length.images]
     rows = sum(some) / max(1, len(some))
-    return lengths.pictured(enough(max(columns for _, columns in shapes.tower), rows))
+    return lengths.pictured(enough(max(columns for _, columns in shapes.tower), rows, bits))
 
 
 def _solver(linears: Sequence[tuple[int, int]], method: Method) -> int:
@@ -316,7 +317,7 @@ def _weights(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     return shapes.layers * each * lengths.tokens * _FLOAT
 
 
-def _activations(shapes: Shapes, method: Method, lengths: Lengths) -> int:
+def _activations(shapes: Shapes, method: Method, lengths: Lengths, bits: int) -> int:
     """Bytes of the activations of all samples, each stream before and after the attention.
 
     A method that scales has one stream, and beside it what an inspected module gave at full
@@ -328,9 +329,10 @@ def _activations(shapes: Shapes, method: Method, lengths: Lengths) -> int:
     copies = 3 if method.scaling else copies
     one = lengths.tokens * shapes.hidden * _FLOAT
     kept = one + min(KEPT, shapes.layers * one) if method.asks_answers else 0
-    shown = on_tower(shapes, lengths).images if shapes.tower and method.calibrated else 0
+    own = tower_method(method, bits)
+    shown = on_tower(shapes, lengths, bits).images if shapes.tower and own.calibrated else 0
     patches = shown * shapes.patches
-    streams = 2 * (1 + method.two_streams)  # before a segment of the tower, and behind it
+    streams = 2 * (1 + own.two_streams)  # before a segment of the tower, and behind it
     return max(copies * one, kept, streams * patches * shapes.tower_width * _FLOAT)
 
 

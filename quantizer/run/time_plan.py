@@ -47,6 +47,7 @@ from vlmq_export.quantizer.run.solve_time import (
 )
 from vlmq_export.quantizer.run.work import Linears, Seconds, Work, add, summed
 from vlmq_export.quantizer.samples.sample import Length, Lengths
+from vlmq_export.quantizer.vision.tower import tower_method
 
 # Passes over the hidden state while a stream goes through a layer: norms, each at every step that
 # needs it (20), rotary positions of queries and keys (6), the check for finite values (6), sums and
@@ -196,11 +197,12 @@ def _tower(work: Work, config: QuantConfig, most: int = 0) -> float:
 
     most: samples that it is solved on; 0: as many as a run takes.
     """
-    counted = work.lengths.pictured(most) if most else on_tower(work.shapes, work.lengths)
+    lengths, bits = work.lengths, config.vision_bits
+    counted = lengths.pictured(most) if most else on_tower(work.shapes, lengths, bits)
     patches = tuple(Length(work.shapes.patches * one.images, one.images) for one in counted.each)
     own = replace(
         work,
-        method=replace(work.method, importance="none"),
+        method=tower_method(work.method, bits),
         tries=tries_of(config.vision),
         lengths=Lengths(patches, work.lengths.share),
         most=1,
@@ -210,7 +212,7 @@ def _tower(work: Work, config: QuantConfig, most: int = 0) -> float:
         for rows, columns in work.shapes.tower
     )
     solved = sum(sum(solved_seconds(own, group).values()) for group in groups)
-    streams = (1 + work.method.two_streams) * work.method.calibrated
+    streams = (1 + own.method.two_streams) * own.method.calibrated
     return solved + _TOWER_PASSES * streams * _first_pass(own)
 
 

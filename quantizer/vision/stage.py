@@ -27,13 +27,13 @@ from vlmq_export.quantizer.model.streamed import StreamedModel, WeightFiles, tow
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 from vlmq_export.quantizer.samples.sample import Sample
 from vlmq_export.quantizer.vision.padding import cut, filled, fitting, missing
-from vlmq_export.quantizer.vision.tower import quantize_tower, tower_job
+from vlmq_export.quantizer.vision.tower import FINE, quantize_tower, tower_job
 from vlmq_export.quantizer.vision.walk import Picture, TowerWalk
 
-# The tower is calibrated on so many samples that each linear sees ROWS rows for every input:
-# on FEWEST at least, and on COUNTED at most. With 32, 128 and 512 samples, the first reference's
-# projector sees 1, 4 and 16 such rows, and its tower at 8 bits costs a KL of 1.3, .75 and .70 ·
-# 10⁻⁶ (to nearest: 4.6), in 11, 22 and 76 s.
+# A tower is calibrated on COUNTED samples. With FINE bits it is on so many that each linear sees
+# ROWS rows for every input, and on FEWEST at least. With 128 and 86 of them the first reference's
+# tower at 8 bits costs a KL of .6 and 1.2 · 10⁻⁶, and the second's 7.8 and 9.5 (to nearest: 4.6 and
+# 65); at 4 bits it would be .23 and .37, and 2.1 and 3.0 · 10⁻³.
 ROWS = 4
 FEWEST = 32
 COUNTED = 128
@@ -108,15 +108,16 @@ def solved_tower(
         usual = Picture(some[len(some) // 2].image_inputs())
         probe = TowerWalk(prefix, modules, [usual], shelf, two_streams=False)
         wide = ((prefix.get_submodule(n).in_features, rows) for n, rows in probe.rows.items())
-        count = max((enough(*each) for each in wide), default=FEWEST)
+        count = max((enough(*each, own.config.vision_bits) for each in wide), default=FEWEST)
         pictures, two = ranks.share(_pictures(some, count)), own.method.two_streams
         walk = TowerWalk(prefix, modules, pictures, shelf, two_streams=two)
         return quantize_tower(walk, own, ranks, tell)
 
 
-def enough(columns: int, rows: float) -> int:
+def enough(columns: int, rows: float, bits: int) -> int:
     """How many samples a linear is calibrated on that has so many inputs, and rows of a sample."""
-    return min(COUNTED, max(FEWEST, ceil(ROWS * columns / max(1, rows))))
+    wanted = ceil(ROWS * columns / max(1, rows)) if bits >= FINE else COUNTED
+    return min(COUNTED, max(FEWEST, wanted))
 
 
 def put_tower(model: Any, tower: Sequence[Linear], job: Job) -> None:

@@ -97,6 +97,17 @@ def test_what_outputs_should_make_up_for_is_weights_times_drift(seed):
         few.add(x, full, g)
 
 
+def test_without_a_second_stream_the_error_is_that_of_the_outputs_alone():
+    x, _, g = tokens()
+    weights = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+    sums = add_all([(x, None, g)], drift=False).to_float32()
+    change = weights.round() - weights
+    want = float(((x @ change.T) * g[:, None]).double().square().sum())
+    assert sums.error(weights.round(), weights) == pytest.approx(want, rel=1e-4)
+    with pytest.raises(ValueError, match="one stream only"):
+        sums.mismatch(weights)
+
+
 def test_equal_streams_do_not_drift():
     x, _, g = tokens()
     assert float(add_all([(x, x, g)]).drift.abs().max()) == 0

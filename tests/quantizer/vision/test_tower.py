@@ -31,7 +31,7 @@ from vlmq_export.quantizer.samples.rows import Row, read_rows
 from vlmq_export.quantizer.samples.sample import Length, Lengths
 from vlmq_export.quantizer.vision import stage
 from vlmq_export.quantizer.vision.stage import put_tower, solve_vision, tower_names
-from vlmq_export.quantizer.vision.tower import _evidence, tower_job
+from vlmq_export.quantizer.vision.tower import _evidence, tower_job, tower_method
 from vlmq_export.quantizer.vision.walk import Picture, TowerWalk
 from vlmq_export.recipes.recipe import Recipe
 from vlmq_export.recipes.recipe_file import load_recipe
@@ -160,17 +160,38 @@ def test_of_many_pictures_some_are_counted(given, tmp_path, monkeypatch):
 
 def test_a_tower_takes_as_many_pictures_as_its_linears_have_inputs():
     """Those of README's 3B: 384 rows of 5120 numbers enter its projector, and 1536 of 3420 down."""
-    assert stage.enough(5120, 384) == 54 and stage.enough(3420, 1536) == stage.FEWEST == 32
-    assert stage.enough(12288, 64) == stage.COUNTED == 128  # SmolVLM's connector
+    assert stage.enough(5120, 384, 8) == 54 and stage.enough(3420, 1536, 6) == stage.FEWEST == 32
+    assert stage.enough(12288, 64, 8) == stage.COUNTED == 128  # SmolVLM's connector
+    assert stage.enough(5120, 384, 4) == stage.COUNTED  # where the tower costs most
+
+
+@pytest.mark.parametrize(("bits", "streams"), [(8, 1), (6, 1), (4, 2), (3, 2)])
+def test_a_tower_of_many_bits_needs_one_stream(given, monkeypatch, tmp_path, bits, streams):
+    config = dataclasses.replace(given.job.config, method="exact", vision_bits=bits)
+    job, passes = job_for(config, given.checkpoint.written_config), []
+    reach = TowerWalk._reach
+
+    def counted(self, name, *args, **kwargs):
+        passes.append(name)
+        return reach(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(TowerWalk, "_reach", counted)
+    model = StreamedModel(given.checkpoint, CPU)
+    tower = solve_vision(model, given.names, given.samples, job, tmp_path, Shelf(CPU))
+    assert {linear.bits for linear in tower} == {bits}
+    pictures = len(given.samples)
+    assert passes.count(passes[0]) == streams * pictures
+    assert tower_method(job.method, bits).two_streams == (streams == 2)
 
 
 def test_the_plan_takes_the_projector_to_be_the_widest(given):
     shapes = shapes_of(model_plan(given.checkpoint, CONFIG, "m"))
     lengths = Lengths((Length(200, 16),) * 4 + (Length(50, 0),) * 4)
-    assert on_tower(shapes, lengths).samples == 4
+    assert on_tower(shapes, lengths, 8).samples == 4
     many = Lengths((Length(200, 16),) * 400)
     widest = max(columns for _, columns in shapes.tower)
-    assert on_tower(shapes, many).samples == stage.enough(widest, 16)
+    for bits in (4, 8):
+        assert on_tower(shapes, many, bits).samples == stage.enough(widest, 16, bits)
 
 
 @dataclasses.dataclass
