@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from vlmq_export.quantizer.calibration.batches import Batch
 from vlmq_export.quantizer.calibration.importance import (
@@ -155,11 +156,11 @@ def collect(
     *,
     in_features: int,
     residual: int = 0,  # outputs of the linears, where their statistics take the residual in
-    alone: Sequence[torch.Tensor | None] = (),  # W of each that has statistics of its own
+    few: Sequence[torch.Tensor | None] = (),  # W of each whose drift is summed at the outputs
     device: torch.device | str = "cpu",
 ) -> list[Evidence]:
     """The statistics of one step's inputs, once for each of the token weights."""
-    few = [_with_few_outputs(own, method) for own in alone or [None] * len(weights)]
+    few = few or [None] * len(weights)
     found = [nothing(method, in_features, device, residual, own) for own in few]
     # `inputs` comes first, so that it is run to its end.
     for index, (entering, batch) in enumerate(zip(inputs, batches)):
@@ -169,9 +170,16 @@ def collect(
     return found
 
 
-def _with_few_outputs(weights: torch.Tensor | None, method: Method) -> torch.Tensor | None:
-    """W, where the drift is summed at the linear's outputs."""
-    return weights if weights is not None and method.sums_outputs(*weights.shape) else None
+def summed_at_outputs(
+    layer: nn.Module, units: Iterable[Sequence[str]], method: Method
+) -> list[torch.Tensor | None]:
+    """W of each unit of linears, where that is one linear, whose drift is summed at its outputs."""
+    found: list[torch.Tensor | None] = []
+    for names in units:
+        weights = layer.get_parameter(f"{names[0]}.weight")
+        few = len(names) == 1 and method.sums_outputs(*weights.shape)
+        found.append(weights if few else None)
+    return found
 
 
 def nothing(

@@ -32,6 +32,7 @@ from vlmq_export.quantizer.calibration.collect import (
     finished,
     nothing,
     spread,
+    summed_at_outputs,
 )
 from vlmq_export.quantizer.calibration.layer_walk import Inputs, LayerWalk, source_weights
 from vlmq_export.quantizer.calibration.sub_blocks import chosen, normed
@@ -89,12 +90,14 @@ class RoutedTokens:
         own = all(name in factors for names in steps.values() for name in names)
         found: dict[int, list[Evidence]] = {}
         weights: dict[int, list[list[torch.Tensor] | None]] = {}
+        few: dict[int, list[torch.Tensor | None]] = {}
         for expert, names in steps.items():
             linear = self.walk.layer.get_submodule(names[0])
-            shared = names if own else names[:1]
-            weights[expert] = [self._weights(expert, n, factors, method, linear) for n in shared]
+            units = [[name] for name in names] if own else [names]
+            weights[expert] = [self._weights(expert, n, factors, method, linear) for n, *_ in units]
+            few[expert] = summed_at_outputs(self.walk.layer, units, method)
             device, width = linear.weight.device, linear.in_features
-            found[expert] = [nothing(method, width, device) for _ in shared]
+            found[expert] = [nothing(method, width, device, few=w) for w in few[expert]]
         for index, batch in enumerate(self.walk.batches):
             marks = Marks.of(batch, method)
             x = batch.tokens(normed(self.walk.layer, self.block, batch.quantized))
@@ -107,7 +110,7 @@ class RoutedTokens:
                 if closing:
                     entering = self._mixed(expert, entering, source.get(expert, []))
                 at = [None if w is None else w[index] for w in weights[expert]]
-                add(found[expert], entering, at, marks.at(rows), method)
+                add(found[expert], entering, at, marks.at(rows), method, few[expert])
         return [sums for each in found.values() for sums in each]
 
     def leave(self) -> None:
@@ -158,13 +161,15 @@ class RoutedTokens:
         return (batch.tokens(spread(g)) for g, batch in zip(factors, self.walk.batches))
 
 
-def portion(experts: int, in_features: int, method: Method) -> int:
-    """How many experts are collected at once, whose first linears have so many inputs."""
-    return max(1, min(experts, AT_ONCE // expert_bytes(in_features, method)))
+def portion(experts: int, rows: int, columns: int, method: Method) -> int:
+    """How many experts are collected at once, whose first linears are [rows, columns]."""
+    return max(1, min(experts, AT_ONCE // expert_bytes(rows, columns, method)))
 
 
-def expert_bytes(in_features: int, method: Method) -> int:
+def expert_bytes(rows: int, columns: int, method: Method) -> int:
     """Bytes of the sums of an expert: once, or for each of two linears whose tokens are weighed."""
-    own = 2 if method.importance != "none" and method.weighs == "all" else 1
-    sums = own * (1 + (method.drift != "plain")) * (1 + method.holds_out)
-    return 8 * sums * in_features**2
+    own = method.importance != "none" and method.weighs == "all"
+    beside = 0
+    if method.drift != "plain":
+        beside = rows if own and method.sums_outputs(rows, columns) else columns
+    return 8 * (1 + own) * (1 + method.holds_out) * columns * (columns + beside)

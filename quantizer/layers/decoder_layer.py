@@ -15,6 +15,7 @@ from vlmq_export.quantizer.calibration.collect import (
     collect,
     importance_factors,
     raw_factors,
+    summed_at_outputs,
 )
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk, put
 from vlmq_export.quantizer.calibration.token_weights import importance_facts
@@ -87,7 +88,6 @@ def _evidence(
     module = walk.layer.get_submodule(units[0][0])
     block, closing = walk.step(step)
     residual = job.method.residual and closing and not block.post
-    alone = [walk.layer.get_submodule(n[0]).weight if len(n) == 1 else None for n in units]
     found = collect(
         walk.inputs(step, residual=residual),
         walk.batches,
@@ -95,7 +95,7 @@ def _evidence(
         job.method,
         in_features=module.in_features,
         residual=module.out_features if residual else 0,
-        alone=alone,
+        few=summed_at_outputs(walk.layer, units, job.method),
         device=module.weight.device,
     )
     give_back()  # or the freed pieces of every step would add up to more than its peak

@@ -37,7 +37,8 @@ def quantize_experts(
         _tell(tokens, prefix)
     solved: list[Solved] = []
     every = range(block.experts)
-    size = portion(len(every), tokens.few, job.method)
+    rows, columns = tokens.expert(0).gate_proj.weight.shape
+    size = portion(len(every), rows, columns, job.method)
     for start in range(0, len(every), size):
         solved += _portion(tokens, every[start : start + size], prefix, job, factors)
     tokens.leave()

@@ -264,8 +264,9 @@ def _summing(shapes: Shapes, method: Method) -> int:
     dense = _DOUBLE * sums * (1 + method.holds_out)
     if not shapes.experts:
         return dense
-    together = portion(shapes.experts, shapes.hidden, method)
-    return max(dense, together * expert_bytes(shapes.hidden, method))
+    gate = shapes.sharing[-2][0]
+    together = portion(shapes.experts, *gate, method)
+    return max(dense, together * expert_bytes(*gate, method))
 
 
 def _ranges(shapes: Shapes, method: Method, tries: int, at_once: int) -> int:

@@ -251,7 +251,7 @@ def _walk_experts(work: Work, groups: Sequence[Linears]) -> float:
             products += sum(own.through(rows, group.columns) for rows in group.rows)
             products += own.moved(_MLP_PASSES, group.rows[0]) + own.moved(2, group.columns)
         seconds += count * streams * (products + len(work.batches) * _EXPERT_CALLS * m.call)
-    size = portion(work.shapes.experts, work.shapes.hidden, work.method)
+    size = portion(work.shapes.experts, *work.shapes.sharing[-2][0], work.method)
     passes = 2 * -(-work.shapes.experts // size) * streams
     return seconds + passes * work.moved(_NORM_PASSES, work.shapes.hidden)
 

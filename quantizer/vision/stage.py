@@ -106,11 +106,10 @@ def solved_tower(
     some.sort(key=lambda sample: len(sample.input_ids))
     with model.filled_prefix(torch.cat([sample.input_ids for sample in samples])) as prefix:
         usual = Picture(some[len(some) // 2].image_inputs())
-        probe = TowerWalk(prefix, modules, [usual], shelf, two_streams=False)
-        wide = ((prefix.get_submodule(n).in_features, rows) for n, rows in probe.rows.items())
+        walk = TowerWalk(prefix, modules, [usual], shelf, two_streams=own.method.two_streams)
+        wide = ((prefix.get_submodule(n).in_features, rows) for n, rows in walk.rows.items())
         count = max((enough(*each, own.config.vision_bits) for each in wide), default=FEWEST)
-        pictures, two = ranks.share(_pictures(some, count)), own.method.two_streams
-        walk = TowerWalk(prefix, modules, pictures, shelf, two_streams=two)
+        walk.pictures = ranks.share(_pictures(some, count))
         return quantize_tower(walk, own, ranks, tell)
 
 

@@ -17,7 +17,7 @@ from vlmq_export.quantizer.calibration.layer_walk import LayerWalk
 from vlmq_export.quantizer.calibration.routed import RoutedTokens
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer
-from vlmq_export.quantizer.methods import METHODS
+from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.model.experts import separate
 from vlmq_export.quantizer.model.streamed import StreamedModel, load_model
 from vlmq_export.quantizer.run.memory_plan import Shapes, memory_plan
@@ -160,6 +160,28 @@ def test_weights_of_an_expert_are_those_of_the_tokens_that_come(loaded, monkeypa
             assert weight == pytest.approx(n if n >= few else min(few, tokens.tokens), rel=1e-5)
 
 
+def test_the_drift_of_few_outputs_is_summed_behind_an_experts_linear(loaded, monkeypatch):
+    """W·D in place of D, of the source's weights, where the plan counts it so."""
+    walk = drifted(loaded)
+    exact = dataclasses.replace(METHODS["vlmq-paper"], weighs="all", drift="exact")
+    factors = raw_factors(walk, exact)
+    tokens = RoutedTokens(walk, 1)
+    found = []
+    for few in (False, True):
+        monkeypatch.setattr(Method, "sums_outputs", lambda *_, few=few: few)
+        found.append(collected(tokens, closing=False, source={}, method=exact, factors=factors))
+    names = [name for e in range(6) for name in tokens.block.expert(e)[0]]
+    for name, square, few in zip(names, *found, strict=True):
+        weights = loaded.layers[0].get_submodule(name).weight.detach().double()
+        assert few.fitted.drift is None and square.fitted.pull is None
+        wanted = weights @ square.fitted.drift
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(few.fitted.pull, wanted, rtol=1e-4, atol=1e-5 * scale)
+        assert torch.equal(few.fitted.hessian, square.fitted.hessian)
+        if few.held is not None:
+            assert few.held.drift is None
+
+
 def test_experts_in_portions_are_solved_to_the_same_integers(tiny, monkeypatch):
     """The full-precision stream leaves as the source makes it, and the other as it ships."""
     found = []
@@ -230,7 +252,7 @@ def test_the_sums_of_many_experts_are_planned_within_their_bound():
     lengths = Lengths((Length(512, 400),) * 256)
     plan = memory_plan(shapes, QuantConfig(), lengths, host_free=64 * 10**9)
     assert plan.parts["layer"] > 4 * 600_000_000  # float32, all experts of a layer
-    assert routed.portion(128, 2048, METHODS["vlmq"]) == 8
+    assert routed.portion(128, 768, 2048, METHODS["vlmq"]) == 11
     assert 15 * 10**9 < plan.host < 16 * 10**9 and plan.fits
     # A factor for each token at each of its experts, and not at all of them.
     assert plan.parts["weights"] == 48 * (4 + 8 * 5) * 256 * 512 * 4
