@@ -3,16 +3,21 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
+from tests.artifacts import rtn_artifact
 from tools.bench import gguf as bench
 from tools.bench import tables
 from tools.bench.peers import peers
 from tools.bench.scoring import load_model, source_weights
 from vlmq_export.bundled import CALIBRATION
+from vlmq_export.formats.gguf.files.text import write_text
+from vlmq_export.formats.gguf.read import decode_ours
 from vlmq_export.formats.gguf.tables.layout import Layout
+from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor
 from vlmq_export.quantizer.samples.rows import read_rows
@@ -71,6 +76,33 @@ def test_an_imatrix_has_the_decoder_linears_by_the_names_that_the_file_is_made_w
     of_layers = {n: p for n, p in places.items() if n.startswith("blk.") and "norm" not in n}
     linears = [p.hub for n, p in of_layers.items() if n.endswith(".weight")]
     assert set(found) == {hub.removesuffix(".weight") for hub in linears}
+
+
+def test_peers_and_full_precision_have_their_rows_where_llama_cpp_looks_for_them(tiny, tmp_path):
+    """A Llama decoder's rows of q and k stand in rotary pairs there."""
+    folder, shipped = tiny("idefics3"), tmp_path / "ours.gguf"
+    artifact = rtn_artifact(tmp_path / "artifact", QuantConfig("rtn", 8, symmetric=True), folder)
+    write_text(artifact, Layout.of(artifact.architecture), shipped, bench.OPTIONS)
+    bench.full_precision(folder, shipped, tmp_path / "floats.gguf")
+    bench.peer(folder, shipped, tmp_path / "peer.gguf", {})
+    ours = dict(decode_ours(shipped))
+    for name in ("floats", "peer"):
+        theirs = dict(decode_ours(tmp_path / f"{name}.gguf"))
+        assert theirs.keys() == ours.keys()
+        for tensor, array in ours.items():
+            scale = np.abs(array).max()
+            assert np.abs(theirs[tensor] - array).max() <= 0.01 * scale, (name, tensor)
+
+
+def test_logits_are_those_where_the_answer_is_predicted():
+    """mtmd gives them at text tokens alone, and a prompt with features everywhere."""
+    folder = bench.MODELS["LLaVA-OneVision"]
+    sample = Preprocessor(folder).sample(read_rows(CALIBRATION)[0])
+    every = torch.randn(len(sample.input_ids), 7)
+    wanted = every.log_softmax(-1)[torch.nonzero(sample.answer).flatten() - 1]
+    for logits in (every, every[~sample.vision]):
+        full, found = bench._at_answer(sample, every, logits)
+        assert torch.equal(found, wanted) and torch.equal(full, wanted)
 
 
 def test_the_decoder_alone_computes_what_it_computes_in_the_whole(tmp_path):

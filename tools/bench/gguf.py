@@ -21,7 +21,8 @@ contenders are:
                                 activations to 8 bits
 
 KL to full precision at answer tokens and exact match are llama.cpp's own. Images go through mtmd,
-all with one mmproj. The float32 file says how much of the KL is not quantization.
+all with one mmproj; SmolVLM's are given as the features of transformers' tower. The float32 file
+says how much of the KL is not quantization.
 
 A cell is one contender with its figures. Every cell has a file in --cache, which is not run again,
 and OUT.json keeps every cell there ever was. A cell is known by the name of its calibration file.
@@ -97,6 +98,9 @@ MODELS = {
     "LLaVA-OneVision": onevision.FOLDER,
     "SmolVLM": smolvlm.BUILT,
 }
+# mtmd gives an image twice that SmolVLM's processor leaves whole (docs/gguf.md), and this model has
+# learned from whole ones. So its prompts have the reference's own features in place of pixels.
+GIVEN_FEATURES = ("idefics3",)
 OPTIONS = FormatOptions(name="reference-vlm")
 ANSWER = 12  # most tokens of a greedy answer
 err = Console(stderr=True)
@@ -276,9 +280,9 @@ def peer(model: Path, shipped: Path, path: Path, imatrix: dict[str, np.ndarray])
     def blocks(name: str, kind: str) -> np.ndarray | None:
         if kind.startswith(("F", "BF")):
             return None
-        hub = places[name].hub
-        weight = checkpoint.tensor(hub).float().numpy()
-        return quantized_by_ggml(weight, kind, imatrix.get(hub.removesuffix(".weight")))
+        place = places[name]
+        weight = place.of(checkpoint.tensor(place.hub)).float().numpy()
+        return quantized_by_ggml(weight, kind, imatrix.get(place.hub.removesuffix(".weight")))
 
     copy_types(shipped, path, blocks)
 
@@ -289,7 +293,7 @@ def full_precision(model: Path, shipped: Path, path: Path) -> None:
     places = Layout.of(checkpoint.architecture).text
 
     def own(name: str, _values) -> np.ndarray:
-        return checkpoint.tensor(places[name].hub).float().numpy()
+        return places[name].of(checkpoint.tensor(places[name].hub)).float().numpy()
 
     copy_container(shipped, path, change=own)
 
@@ -300,8 +304,10 @@ def measured(text: Path, mmproj: Path, reference: Reference, scorer: Scorer) -> 
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         requests = Prompts(reference, Layout.of(reference.architecture), place)
-        prompts = [requests.mtmd(s, f"p{i}", logits=True) for i, s in enumerate(scorer.samples)]
-        prompts += [requests.mtmd(s, f"a{i}", answer=ANSWER) for i, s in enumerate(scorer.prompts)]
+        features = reference.architecture.model_type in GIVEN_FEATURES
+        given = requests.exact if features else requests.mtmd
+        prompts = [given(s, f"p{i}", logits=True) for i, s in enumerate(scorer.samples)]
+        prompts += [given(s, f"a{i}", answer=ANSWER) for i, s in enumerate(scorer.prompts)]
         run = runner.run(place, text, mmproj, prompts, reference, 1, ANSWER)
         for i, (sample, p) in enumerate(zip(scorer.samples, scorer.full)):
             logits = torch.from_numpy(np.array(run.logits(i)))[:, : reference.vocabulary]
@@ -324,11 +330,12 @@ def measured(text: Path, mmproj: Path, reference: Reference, scorer: Scorer) -> 
 def _at_answer(
     sample: Sample,
     full: torch.Tensor,  # log-probabilities of full precision, [tokens, vocabulary]
-    logits: torch.Tensor,  # llama.cpp's, which has none at image tokens, [text tokens, vocabulary]
+    logits: torch.Tensor,  # llama.cpp's: mtmd has none at image tokens, [text tokens, vocabulary]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both sides' log-probabilities of the answer's tokens, [answer tokens, vocabulary] each."""
     found = torch.full((len(sample.input_ids), logits.shape[1]), -torch.inf)
-    found[~sample.vision] = logits.log_softmax(-1)
+    everywhere = len(logits) == len(found)  # as where features are given
+    found[slice(None) if everywhere else ~sample.vision] = logits.log_softmax(-1)
     answer = torch.nonzero(sample.answer[1:]).flatten()  # position t predicts token t+1
     return full.log_softmax(-1)[answer], found[answer]
 

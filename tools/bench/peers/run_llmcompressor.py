@@ -30,7 +30,7 @@ def main(request: dict) -> None:
     config = transformers.AutoConfig.from_pretrained(folder)
     kind_of_model = getattr(transformers, config.architectures[0])
     model = kind_of_model.from_pretrained(folder, dtype=torch.float32)
-    layer = type(model.model.language_model.layers[0]).__name__
+    layer = type(model.get_decoder().layers[0]).__name__
     samples = samples_of(request["samples_file"], request["samples"])
     oneshot(
         model=model,
@@ -55,7 +55,7 @@ def linears(request: dict) -> dict:
         "group_size": None if per_channel else request["group_size"],
     }
     names = ("q", "k", "v", "o", "gate", "up", "down")
-    targets = [f"re:.*language_model.layers.*{name}_proj$" for name in names]
+    targets = [f"re:.*(language|text)_model.layers.*{name}_proj$" for name in names]
     return {"targets": targets, "weights": weights}
 
 
