@@ -127,7 +127,7 @@ def _affine(
     """The column loop on an affine grid, with the method's ranges and descent."""
     choice, refine = stack.choice, method.refine
 
-    def loop(target: torch.Tensor, fit: Fit | None) -> Solution:
+    def loop(target: torch.Tensor, fit: Fit | None, tries: int = 1) -> Solution:
         return solve(
             target,
             hessian,
@@ -138,10 +138,11 @@ def _affine(
             column_term=terms.column,
             own_term=terms.own,
             fit=fit,
+            tries=tries,
         )
 
     if refine.shrink:
-        solution = best_range(loop, aim, hessian, grid, refine.shrink, moves)
+        solution = best_range(loop, aim, grid, refine.shrink, moves)
     else:
         solution = loop(aim, fit)
     return descend(solution, aim, hessian, grid, sweeps=refine.sweeps, refit=refine.refit)

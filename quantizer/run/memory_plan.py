@@ -53,8 +53,9 @@ _DOUBLE = 8
 _SHARE = 0.9  # of what is free that a plan may count on
 # Copies of the weights being solved: target, loop order, decoded, codes and scales.
 _GROUP_COPIES = 4
-# Copies of the rows under all ranges: target, loop order, decoded, their error, products with it.
-_RANGE_COPIES = 6
+# Copies of the rows under all ranges: target, errors, codes, and a product where the loop itself
+# does not judge them (on CUDA).
+_RANGE_COPIES = 4
 # Tensors that are alive at once in a layer, by their width: hidden, MLP, attention scores.
 _BATCH_HIDDEN = 10
 _BATCH_MLP = 4

@@ -15,13 +15,16 @@ from vlmq_export.quantizer.layers.vlm_ptq import MIXES
 from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.run.machine import COLUMNS, LEAF
 from vlmq_export.quantizer.run.work import Linears, Seconds, Work, add
-from vlmq_export.quantizer.solver.ranges import AT_ONCE, SHRINK
+from vlmq_export.quantizer.solver.ranges import SHRINK, rows_at_once
 
 _INPUT_PASSES = 6  # over the inputs of a linear in its sums: weighted, squared, drift
 _SUM_PASSES = 4  # over a sum for each batch: it is float64, and the product float32
 _SQUARE_PASSES = 16  # over a Hessian: made, mirrored, to float32, ordered in float64, factor
 _WEIGHT_PASSES = 40  # over the weights of a linear: target, order, decoded, metrics, packed
-_JUDGE_PASSES = 6  # over the rows under all ranges: made, masked, ordered, decoded, error
+_RANGE_PASSES = 2  # over the rows under all ranges: repeated, and zeros for their errors
+_JUDGE_PASSES = (
+    7  # over their columns in the loop: v − ŵ, two squares that are weighed and added
+)
 _DAMPINGS = 10 / 3  # that a stack tries: three if the recipe's is the best, four beside it
 _SEARCH_PASSES = 8  # over weights for one range that is judged before the loop: codes, error, sum
 
@@ -113,8 +116,9 @@ def solve_seconds(
     many = max(1, work.tries) if method.refine.shrink and not kind else 1
     found["column loop"] += _loop(work, method, rows * many, columns, kind)
     if many > 1:
-        found["ranges"] += many * square
-        found["ranges"] += m.elementwise(_JUDGE_PASSES * many * rows * columns, AT_ONCE["cpu"])
+        at_once = many * min(rows, rows_at_once("cpu", many, columns))
+        found["ranges"] += m.elementwise(_RANGE_PASSES * many * rows * columns, at_once * columns)
+        found["ranges"] += m.elementwise(_JUDGE_PASSES * many * rows * columns, at_once)
     if method.refine.sweeps:
         found["descent"] += _descent(work, method, rows, columns, kind)
     return found
@@ -126,7 +130,7 @@ def _loop(work: Work, method: Method, rows: int, columns: int, kind: str) -> flo
     On a lattice a point is searched as in a sweep.
     """
     m = work.machine
-    at_once = min(rows, max(1, AT_ONCE["cpu"] // columns))
+    at_once = min(rows, rows_at_once("cpu", 1, columns))
     each = m.sweep(at_once, on_lattice=True) if _on_lattice(kind) else m.column(at_once)
     own = columns * each * rows / at_once
     products, half = 0.0, columns / 2

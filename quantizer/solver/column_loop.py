@@ -22,6 +22,9 @@ rounded as v_j·(1 + C_j), and its error still counts from v_j. docs/methods.md 
 
 On a lattice the columns of a point are one step (docs/methods.md §2.4).
 
+Rows may stand there several times, each time with other ranges. The error of a row under A + λI is
+Σ_j d_j·(v_j − ŵ_j)², so that the loop itself tells which of them is best (docs/methods.md §5.4).
+
 Inside the loop every matrix is transposed, [in, out], so that a column of weights is contiguous.
 """
 
@@ -60,12 +63,14 @@ def solve(
     column_term: torch.Tensor | None = None,  # GPTAQ's P, [in, in], loop order
     own_term: torch.Tensor | None = None,  # VLM-PTQ's C, [in], loop order
     fit: Fit | None = None,  # in place of the grid's own
+    tries: int = 1,  # how often `fit` is given every row, [tries · rows] in turns
 ) -> Solution:
     """Integers for `target` under the prepared Hessian: the one loop of every method.
 
     Rows never see each other, so linears that share a Hessian may be stacked by rows. A group is
     fitted on the compensated weights when the loop reaches it (`off`, `gar`, `dynamic`), or on the
-    target before the loop begins (`static`).
+    target before the loop begins (`static`). Of several tries of a row the solution has the one
+    that leaves the least error under A.
     """
     if hessian.fallback:
         return round_to_nearest(target, grid, group=group)
@@ -85,8 +90,9 @@ def solve(
         scale, zero = fitted(weights, order[here])
         return slice(index, index + 1), scale[None], zero[None]
 
+    columns = target.T.contiguous()[order]  # [in, out], loop order
     loop = ColumnLoop(
-        target.T.contiguous()[order],
+        columns.repeat(1, tries) if tries > 1 else columns,
         hessian.factor,
         grid,
         group=group,
@@ -96,18 +102,44 @@ def solve(
         fit=None if act_order == "static" else fit_steps,
         column_term=column_term,
         own_term=own_term,
+        pivots=hessian.pivots,
+        ridge=hessian.ridge if tries > 1 else None,
     )
     if act_order == "static":
-        for index, columns in enumerate(steps.split(group)):
-            loop.scales[index], loop.offsets[index] = fitted(target.T[columns], columns)
+        for index, natural in enumerate(steps.split(group)):
+            weights = target.T[natural].repeat(1, tries)
+            loop.scales[index], loop.offsets[index] = fitted(weights, natural)
     loop.run(0, in_features)
+    found = loop.codes, loop.scales, loop.offsets
+    if tries > 1:
+        error = _errors(loop, columns, hessian).view(tries, -1)
+        rows = torch.arange(error.shape[1], device=order.device)
+        chosen = error.argmin(0) * error.shape[1] + rows
+        found = tuple(each[:, chosen] for each in found)
+    codes, scales, offsets = found
     back = order.argsort()
     return Solution(
-        loop.codes[back].T.contiguous(),
-        loop.scales.T.half().contiguous(),
-        loop.offsets.T.to(torch.uint8).contiguous(),
+        codes[back].T.contiguous(),
+        scales.T.half().contiguous(),
+        offsets.T.to(torch.uint8).contiguous(),
         group_of[back].to(torch.int32),
     )
+
+
+def _errors(loop: ColumnLoop, target: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+    """What a finished loop has left of each of its rows under A, float32 [out].
+
+    target: in the loop's order, [in, out], of which the loop has had one or several in turns.
+    """
+    if loop.left is not None:
+        return torch.from_numpy(loop.left.error)
+    apart = loop.shift  # t − ŵ, but for a column term, which has moved t
+    if loop.column_term is not None:
+        scales, offsets = loop.scales[loop.scale_of], loop.offsets[loop.scale_of]
+        ours = loop.grid.decode(loop.codes, scales, offsets)
+        apart = target.repeat(1, ours.shape[1] // target.shape[1]) - ours
+    error = hessian.pivots @ (hessian.factor.T @ apart).square_()
+    return error - hessian.ridge * apart.square().sum(0)
 
 
 class ColumnLoop:
@@ -126,7 +158,8 @@ class ColumnLoop:
         fit: FitSteps | None,  # None: `scales` and `offsets` are filled before `run`
         column_term: torch.Tensor | None = None,
         own_term: torch.Tensor | None = None,
-        pivots: torch.Tensor | None = None,  # d, [in]; a lattice alone asks for them
+        pivots: torch.Tensor | None = None,  # d, [in]; for a lattice, and where rows are judged
+        ridge: float | None = None,  # λ, where rows are judged
     ):
         in_features, out_features = target.shape
         # t, [in, out]. Once its column is rounded, an entry is what the column term multiplies.
@@ -151,6 +184,11 @@ class ColumnLoop:
             self._leaf = ColumnLoop._leaf_in_kernel
         elif own_term is None and host_columns.usable(target, grid):
             self._leaf = ColumnLoop._leaf_on_host
+        # What is left of each row under A. Elsewhere it is a product (`_errors`).
+        self.left: host_columns.Left | None = None
+        counts = column_term is None and self._leaf is ColumnLoop._leaf_on_host
+        if ridge is not None and pivots is not None and counts:
+            self.left = host_columns.Left(out_features, pivots, ridge)
         takes = kernels.BLOCK if kernels.usable(target.device, grid) else LEAF
         self.units = sorted({group, self.lazy, min(takes, group, self.lazy)}, reverse=True)
 
@@ -187,14 +225,18 @@ class ColumnLoop:
     def _fit(self, here: slice) -> None:
         """Fit a group on its weights as the columns before it leave them: t + E·K_<≥·(K_≥≥)⁻¹.
 
-        E are the errors t − ŵ of the columns before.
+        E are the errors t − ŵ of the columns before. The inverse is small, and a product with it
+        takes a fraction of a triangular solve with so many right sides.
         """
-        own = self.factor[here, here].T
-        shift = torch.linalg.solve_triangular(
-            own, self.shift[here], upper=False, unitriangular=True
-        )
         assert self.fit is not None
-        rows, scales, offsets = self.fit(here, self.target[here] + shift)
+        weights = self.target[here]
+        if here.start:
+            own = self.factor[here, here].T.double()
+            inverse = torch.linalg.solve_triangular(
+                own, torch.eye(len(own)).to(own), upper=False, unitriangular=True
+            )
+            weights = torch.addmm(weights, inverse.float(), self.shift[here])
+        rows, scales, offsets = self.fit(here, weights)
         self.scales[rows], self.offsets[rows] = scales, offsets
 
     def _leaf_of_points(self, start: int, stop: int) -> None:
@@ -282,9 +324,12 @@ class ColumnLoop:
                 current = group
                 rounding.use(self.scales[group], self.offsets[group])
             np.add(t, s, out=sums)
-            np.subtract(t, rounding(sums, code), out=s)
+            ours = rounding(sums, code)
+            np.subtract(t, ours, out=s)
             if term is not None:
                 t[:] = sums
+            elif self.left is not None:
+                self.left.add(start + i, np.subtract(sums, ours, out=sums), s)
         self.codes[here] = codes.to(torch.uint8)
 
     def _leaf_in_kernel(self, start: int, stop: int) -> None:

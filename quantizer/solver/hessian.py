@@ -36,6 +36,11 @@ class Hessian:
     damp: float  # share of mean(diag A) that was added to the diagonal
 
     @property
+    def ridge(self) -> float:
+        """λ: what was added to each entry of the diagonal."""
+        return self.damp * _mean(self.matrix.diagonal(), self.dead)
+
+    @property
     def fallback(self) -> bool:
         """Whether no damping made A definite, so that weights are rounded to nearest."""
         return self.factor.numel() == 0
@@ -79,8 +84,7 @@ def prepare(
     dead = diagonal == 0
     weights = matrix.diagonal()
     order = column_order(weights, group, act_order, together)
-    live = weights[~dead].double()
-    mean = float(live.mean()) if len(live) else 0.0
+    mean = _mean(weights, dead)
     # LAPACK's lower factor of the reversed matrix is the upper factor that the loop needs.
     backwards = order.flip(0)
     for step in DAMP_STEPS if mean > FAINTEST else ():
@@ -94,6 +98,12 @@ def prepare(
             return Hessian(matrix, dead, order, *_unit_upper(permuted), step * damp)
     nothing = torch.empty(0, device=matrix.device)
     return Hessian(matrix, dead, order, nothing.view(0, 0), nothing, 0.0)
+
+
+def _mean(diagonal: torch.Tensor, dead: torch.Tensor) -> float:
+    """The mean of diag(A) over the inputs that calibration excites."""
+    live = diagonal[~dead].double()
+    return float(live.mean()) if len(live) else 0.0
 
 
 def _permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -62,3 +62,23 @@ class Rounding:
         if self._centre is not None:
             np.subtract(work, self._offset, out=work)
         return work
+
+
+class Left:
+    """What the loop leaves of each row under A, float32 [out], column after column.
+
+    Under A + λI it is Σ_j d_j·(v_j − ŵ_j)², of which λ·Σ_j (t_j − ŵ_j)² is the damping's part. The
+    letters are those of column_loop.py.
+    """
+
+    def __init__(self, rows: int, pivots: torch.Tensor, ridge: float):
+        self.error = np.zeros(rows, np.float32)
+        self._pivots, self._ridge = pivots.numpy(), np.float32(-ridge)
+        self._term = np.empty(rows, np.float32)
+
+    def add(self, column: int, free: np.ndarray, apart: np.ndarray) -> None:
+        """Count a column of the loop's order: v_j − ŵ_j and t_j − ŵ_j, float32 [out] both."""
+        for error, share in ((free, self._pivots[column]), (apart, self._ridge)):
+            np.multiply(error, error, out=self._term)
+            np.multiply(self._term, share, out=self._term)
+            np.add(self.error, self._term, out=self.error)

@@ -15,7 +15,7 @@ import torch
 from vlmq_export.quantizer.grids.affine import Affine
 from vlmq_export.quantizer.grids.solutions import Solution
 from vlmq_export.quantizer.solver.column_loop import Fit
-from vlmq_export.quantizer.solver.hessian import Hessian
+from vlmq_export.quantizer.solver.host_columns import LONGEST
 
 SHRINK = tuple(1 - i / 100 for i in range(80))  # GPTQ's own search: down to a fifth of min-max
 # Zero-points beside a range's own. With few codes, one step is much of the range.
@@ -63,33 +63,33 @@ def search(
 
 
 def best_range(
-    solve: Callable[[torch.Tensor, Fit], Solution],
+    solve: Callable[[torch.Tensor, Fit, int], Solution],
     target: torch.Tensor,  # float32 [out, in]
-    hessian: Hessian,
     grid: Affine,
     shares: Sequence[float],
     moves: Sequence[int] = (0,),  # of the zero-points
 ) -> Solution:
     """The solution whose rows each have the range that leaves the least error under A.
 
-    `solve(target, fit)` runs the loop with the ranges of `fit`. Rows are independent, so all
-    candidate ranges of a row are solved at once, as rows of one matrix.
+    `solve(target, fit, tries)` runs the loop on every row several times, each time with another
+    range of `fit`, and takes the best. Rows are independent, so that many are solved at once.
     """
-    tries = list(product(shares, moves))
-    kept, g_idx = [], None
-    rows = AT_ONCE[target.device.type] // (len(tries) * target.shape[1])
-    for part in target.split(max(1, rows)):
-        rows = len(part)
+    tries, device = list(product(shares, moves)), target.device
+    found = []
+    for part in target.split(rows_at_once(device.type, len(tries), target.shape[1])):
         share, move = (
-            torch.tensor(x, device=target.device).repeat_interleave(rows) for x in zip(*tries)
+            torch.tensor(x, device=device).repeat_interleave(len(part)) for x in zip(*tries)
         )
-        many = part.repeat(len(tries), 1)  # [tries · rows, in]
-        tried = solve(many, lambda w, _columns, s=share, m=move: narrowed(grid, w, s, m))
-        error = tried.decode() - many.masked_fill(hessian.dead, 0)
-        error = ((error @ hessian.matrix) * error).sum(1).view(len(tries), rows)
-        chosen = error.argmin(0) * rows + torch.arange(rows, device=target.device)
-        kept.append((tried.codes[chosen], tried.scales[chosen], tried.zero_points[chosen]))
-        g_idx = tried.g_idx
-    assert g_idx is not None
-    codes, scales, zeros = (torch.cat(parts) for parts in zip(*kept))
-    return Solution(codes, scales, zeros, g_idx)
+        fit = lambda w, _columns, s=share, m=move: narrowed(grid, w, s, m)  # noqa: E731
+        found.append(solve(part, fit, len(tries)))
+    parts = zip(*((s.codes, s.scales, s.zero_points) for s in found))
+    codes, scales, zeros = (torch.cat(each) for each in parts)
+    return Solution(codes, scales, zeros, found[0].g_idx)
+
+
+def rows_at_once(device: str, tries: int, columns: int) -> int:
+    """How many rows are solved at once under so many ranges each. device: its type."""
+    most = AT_ONCE[device] // columns
+    if device == "cpu":
+        most = min(most, LONGEST)
+    return max(1, most // tries)

@@ -32,7 +32,14 @@ from vlmq_export.quantizer.methods import METHODS
 from vlmq_export.quantizer.solver import column_loop, descent
 from vlmq_export.quantizer.solver.block_loop import solve_blocks
 from vlmq_export.quantizer.solver.descent import Descent, descend
-from vlmq_export.quantizer.solver.hessian import DAMP_STEPS, prepare, regression, weighted_loss
+from vlmq_export.quantizer.solver.hessian import (
+    DAMP_STEPS,
+    column_term,
+    own_term,
+    prepare,
+    regression,
+    weighted_loss,
+)
 from vlmq_export.quantizer.solver.ranges import NEIGHBOURS, best_range, search
 
 
@@ -174,21 +181,23 @@ def test_dead_columns_and_a_hopeless_hessian_are_left_alone():
 
 
 def ranges_problem():
-    """(W, A, Hessian, solve): solve(target, fit) is the column loop at 2 bits with these ranges."""
+    """(W, A, solve): solve(target, fit, tries) is the column loop at 2 bits with these ranges."""
     w, a, _, diagonal = problem(out_features=9)
     options = {"group": 32, "act_order": "gar"}
     hessian = prepare(a, diagonal, damp=0.01, **options)
 
-    def solve(target, fit):
-        return column_loop.solve(target, hessian, Affine(2), block=128, fit=fit, **options)
+    def solve(target, fit, tries=1):
+        return column_loop.solve(
+            target, hessian, Affine(2), block=128, fit=fit, tries=tries, **options
+        )
 
-    return w, a, hessian, solve
+    return w, a, solve
 
 
 def test_every_row_takes_the_range_of_least_error_after_the_loop():
-    w, a, hessian, solve = ranges_problem()
+    w, a, solve = ranges_problem()
     shares = (1.0, 0.9, 0.75, 0.6)
-    ours = best_range(solve, w, hessian, Affine(2), shares)
+    ours = best_range(solve, w, Affine(2), shares)
     each = [solve(w, lambda part, _columns, c=c: Affine(2).fit(part * c, dim=0)) for c in shares]
     losses = np.stack([[weighted_loss(s.decode()[r], w[r], a) for r in range(9)] for s in each])
     chosen = losses.argmin(0)
@@ -198,12 +207,43 @@ def test_every_row_takes_the_range_of_least_error_after_the_loop():
         assert torch.equal(ours.scales[r], each[c].scales[r])
 
 
+@pytest.mark.parametrize("act_order", ["gar", "static", "dynamic", "off"])
+@pytest.mark.parametrize("terms", ["", "column", "own", "both"])
+@pytest.mark.parametrize("damp", [0.001, 0.3])
+def test_the_loop_tells_itself_what_each_try_leaves(act_order, terms, damp):
+    """Against ‖(Ŵ − W)·X‖² in float64 of each range alone, with a dead input."""
+    w, a, drift, diagonal = problem(out_features=9)
+    a[5], a[:, 5], diagonal[5] = 0, 0, 0
+    options = {"group": 32, "act_order": act_order}
+    hessian = prepare(a, diagonal, damp=damp, **options)
+    if terms in ("column", "both"):
+        options["column_term"] = column_term(hessian, 0.1 * drift, 0.25)
+    if terms in ("own", "both"):
+        options["own_term"] = own_term(hessian, 0.1 * drift, 0.25)
+    shares = (1.0, 0.9, 0.75, 0.6)
+
+    def solve(target, fit, tries=1):
+        return column_loop.solve(
+            target, hessian, Affine(2), block=128, fit=fit, tries=tries, **options
+        )
+
+    def loss(solution) -> np.ndarray:
+        apart = (solution.decode() - w).double()
+        return ((apart @ a.double()) * apart).sum(1).numpy()
+
+    each = [solve(w, lambda part, _columns, c=c: Affine(2).fit(part * c, dim=0)) for c in shares]
+    losses = np.stack([loss(s) for s in each])
+    ours = best_range(solve, w, Affine(2), shares)
+    np.testing.assert_allclose(loss(ours), losses.min(0), rtol=1e-5)
+    assert len(set(losses.argmin(0))) > 1
+
+
 def test_zero_points_next_to_a_range_are_tried_with_every_share():
     """Each row is as good as with the best of all pairs, tried one by one.
 
     Some row is better than without the neighbours.
     """
-    w, a, hessian, solve = ranges_problem()
+    w, a, solve = ranges_problem()
 
     def moved(part, _columns, share, move):
         scale, zero = Affine(2).fit(part * share, dim=0)
@@ -213,11 +253,11 @@ def test_zero_points_next_to_a_range_are_tried_with_every_share():
         return np.array([weighted_loss(solution.decode()[r], w[r], a) for r in range(9)])
 
     shares, moves = (1.0, 0.8), NEIGHBOURS
-    ours = losses(best_range(solve, w, hessian, Affine(2), shares, moves))
+    ours = losses(best_range(solve, w, Affine(2), shares, moves))
     pairs = itertools.product(shares, moves)
     each = [losses(solve(w, lambda p, c, pair=pair: moved(p, c, *pair))) for pair in pairs]
     np.testing.assert_allclose(ours, np.min(each, 0), rtol=1e-5)
-    alone = losses(best_range(solve, w, hessian, Affine(2), shares))
+    alone = losses(best_range(solve, w, Affine(2), shares))
     assert (ours <= alone * (1 + 1e-5)).all() and (ours < 0.999 * alone).any()
 
 

@@ -32,9 +32,9 @@ def solvers(report: Report, at: Setting) -> None:
     grid, group = Affine(4), 128
     ready = prepare(matrix, diagonal, group=group, act_order="gar", damp=0.01)
 
-    def loop(target, fit=None):
-        options = {"group": group, "act_order": "gar", "block": 128, "fit": fit}
-        return solve(target, ready, grid, **options)
+    def loop(target, fit=None, tries=1):
+        options = {"group": group, "act_order": "gar", "block": 128}
+        return solve(target, ready, grid, fit=fit, tries=tries, **options)
 
     def tell(name: str, call: Callable):
         start = _now(at)
@@ -48,7 +48,7 @@ def solvers(report: Report, at: Setting) -> None:
     loop(weights[:32])  # compiles
     solution = tell("column loop", lambda: loop(weights))
     tell("descent", lambda: descend(solution, weights, ready, grid, sweeps=refine.sweeps))
-    tell("judging ranges", lambda: best_range(loop, weights, ready, grid, refine.shrink))
+    tell("judging ranges", lambda: best_range(loop, weights, grid, refine.shrink))
     for kind in TYPES:
         block = GRIDS[kind]
         held = prepare(matrix, diagonal, group=block.block, act_order="gar", damp=0.01)
