@@ -22,9 +22,7 @@ _SUM_PASSES = 4  # over a sum for each batch: it is float64, and the product flo
 _SQUARE_PASSES = 16  # over a Hessian: made, mirrored, to float32, ordered in float64, factor
 _WEIGHT_PASSES = 40  # over the weights of a linear: target, order, decoded, metrics, packed
 _RANGE_PASSES = 2  # over the rows under all ranges: repeated, and zeros for their errors
-_JUDGE_PASSES = (
-    7  # over their columns in the loop: v − ŵ, two squares that are weighed and added
-)
+_JUDGE_PASSES = 7  # over their columns in the loop: v − ŵ, two squares that are weighed and added
 _DAMPINGS = 10 / 3  # that a stack tries: three if the recipe's is the best, four beside it
 _SEARCH_PASSES = 8  # over weights for one range that is judged before the loop: codes, error, sum
 
