@@ -110,13 +110,8 @@ def solve(
             weights = target.T[natural].repeat(1, tries)
             loop.scales[index], loop.offsets[index] = fitted(weights, natural)
     loop.run(0, in_features)
-    found = loop.codes, loop.scales, loop.offsets
-    if tries > 1:
-        error = _errors(loop, columns, hessian).view(tries, -1)
-        rows = torch.arange(error.shape[1], device=order.device)
-        chosen = error.argmin(0) * error.shape[1] + rows
-        found = tuple(each[:, chosen] for each in found)
-    codes, scales, offsets = found
+    chosen = _best_tries(loop, columns, hessian) if tries > 1 else slice(None)
+    codes, scales, offsets = (x[:, chosen] for x in (loop.codes, loop.scales, loop.offsets))
     back = order.argsort()
     return Solution(
         codes[back].T.contiguous(),
@@ -124,6 +119,13 @@ def solve(
         offsets.T.to(torch.uint8).contiguous(),
         group_of[back].to(torch.int32),
     )
+
+
+def _best_tries(loop: ColumnLoop, target: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+    """The places of the best try of each row of the target, among all that the loop has had."""
+    rows = target.shape[1]
+    error = _errors(loop, target, hessian).view(-1, rows)
+    return error.argmin(0) * rows + torch.arange(rows, device=error.device)
 
 
 def _errors(loop: ColumnLoop, target: torch.Tensor, hessian: Hessian) -> torch.Tensor:
