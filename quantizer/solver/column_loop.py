@@ -111,8 +111,17 @@ def solve(
             loop.scales[index], loop.offsets[index] = fitted(weights, natural)
     loop.run(0, in_features)
     chosen = _best_tries(loop, columns, hessian) if tries > 1 else slice(None)
+    return _solution(loop, chosen, group_of, order.argsort())
+
+
+def _solution(
+    loop: ColumnLoop,
+    chosen: torch.Tensor | slice,  # rows
+    group_of: torch.Tensor,  # of each step
+    back: torch.Tensor,  # the step of each column
+) -> Solution:
+    """Rows of a finished loop in the original order of the columns."""
     codes, scales, offsets = (x[:, chosen] for x in (loop.codes, loop.scales, loop.offsets))
-    back = order.argsort()
     return Solution(
         codes[back].T.contiguous(),
         scales.T.half().contiguous(),
