@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from vlmq_export.errors import CalibrationError
-from vlmq_export.quantizer.calibration.collect import Evidence, summed_on
+from vlmq_export.quantizer.calibration.collect import Evidence, summed_at_outputs, summed_on
 from vlmq_export.quantizer.calibration.statistics import Statistics, outputs_apart
 from vlmq_export.quantizer.host import give_back
 from vlmq_export.quantizer.job import Job
@@ -86,13 +86,13 @@ def _matrices(walk: TowerWalk, names: Sequence[str], job: Job) -> list[Matrix]:
 def _evidence(walk: TowerWalk, names: Sequence[str], job: Job, ranks: Ranks) -> Evidence:
     """The statistics of what enters these linears, from the samples of this rank."""
     module, method = walk.model.get_submodule(names[0]), job.method
-    weights, two = module.weight, method.drift != "plain"
-    few = len(names) == 1 and method.sums_outputs(*weights.shape)
+    two = method.drift != "plain"
+    (few,) = summed_at_outputs(walk.model, [names], method)
 
     def empty() -> Statistics:
-        columns = module.in_features + missing(module.in_features)
-        pull = len(weights) if few else 0
-        return Statistics.empty(columns, drift=two and not few, device=weights.device, pull=pull)
+        columns, device = module.in_features + missing(module.in_features), module.weight.device
+        pull = 0 if few is None else len(few)
+        return Statistics.empty(columns, drift=two and few is None, device=device, pull=pull)
 
     found = Evidence(empty(), empty() if method.holds_out else None)
     for picture, entering in walk.inputs(names[0]):
@@ -100,8 +100,8 @@ def _evidence(walk: TowerWalk, names: Sequence[str], job: Job, ranks: Ranks) -> 
         sums = found.held if aside and found.held is not None else found.fitted
         full = entering.full if two else None
         pull = None
-        if few and full is not None:
-            pull = outputs_apart(weights, entering.quantized, full)
+        if few is not None and full is not None:
+            pull = outputs_apart(few, entering.quantized, full)
         padded = None if full is None else filled(full)
         sums.add(filled(entering.quantized), padded, pull=pull)
     if not ranks.count(found.everything.tokens if found.held else found.fitted.tokens):

@@ -8,7 +8,7 @@ On each reference VLM every contender gives each tensor the type that the mix gi
 contenders are:
 
     a method's name             ours on the mix; with `, types by cost` as many bits, spread by
-                                `--target-bpw`
+                                `--target-bpw`; with `, rotated` the same with `--rotate folded`
     llama.cpp                   `ggml_quantize_chunk`, which llama-quantize calls for each tensor,
                                 without an imatrix
     llama.cpp + text imatrix    with one from the calibration text
@@ -21,8 +21,8 @@ contenders are:
                                 activations to 8 bits
 
 KL to full precision at answer tokens and exact match are llama.cpp's own. Images go through mtmd,
-all with one mmproj; SmolVLM's are given as the features of transformers' tower. The float32 file
-says how much of the KL is not quantization.
+all with one mmproj, but for a rotated model, which has its own; SmolVLM's are given as the features
+of transformers' tower. The float32 file says how much of the KL is not quantization.
 
 A cell is one contender with its figures. Every cell has a file in --cache, which is not run again,
 and OUT.json keeps every cell there ever was. A cell is known by the name of its calibration file.
@@ -57,6 +57,7 @@ from tools.bench.gguf_results import (
     MIXES,
     OURS,
     PLAIN,
+    ROTATED,
     TEXT,
     UNCALIBRATED,
     all_tables,
@@ -208,7 +209,8 @@ class Calibrated:
 
     def ours(self, contender: str, mix: str, folder: Path) -> Artifact:
         """The artifact of a method on the types of a mix, or on as many bits spread by cost."""
-        recipe = Recipe(model=str(self.model), gguf_type=mix, format=["gguf"])
+        rotate = "folded" if contender.endswith(ROTATED) else "off"
+        recipe = Recipe(model=str(self.model), gguf_type=mix, format=["gguf"], rotate=rotate)
         plan = open_source(recipe.model).plan(recipe).model
         if contender.endswith(BY_COST):
             sizes = {n: self.checkpoint.info(f"{n}.weight").shape for n in plan.config.types}
@@ -221,7 +223,7 @@ class Calibrated:
         quantize(
             self.checkpoint,
             self.samples,
-            replace(plan.config, method=contender.removesuffix(BY_COST)),
+            replace(plan.config, method=contender.removesuffix(BY_COST).removesuffix(ROTATED)),
             folder / "artifact",
             name=OPTIONS.name,
             calibration={"file": self.path.name, "rows": len(self.rows), "tokens": tokens},
@@ -351,18 +353,21 @@ def run_set(
     """Measure every contender that has no file in the cache; one that cannot be made is skipped."""
     for mix in mixes:
         with tempfile.TemporaryDirectory() as scratch:
-            lent: Lent | None = None
+            lent: Written | None = None
             for contender in contenders:
                 sizes = f"{len(at.rows)} {len(scorer.rows)}"
                 name = f"{at.name} {at.path.name} {sizes} {mix} {contender}"
                 done = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
                 if done.is_file() or (contender in UNCALIBRATED and not first):
                     continue
-                lent = lent or _lend(at, mix, Path(scratch))
+                lent = lent or Written.of(at.ours("rtn", mix, Path(scratch)), Path(scratch))
                 folder = Path(scratch) / done.stem
                 folder.mkdir()
                 try:
-                    text = at.written(contender, mix, lent.text, folder)
+                    if contender.endswith(ROTATED):
+                        own = Written.of(at.ours(contender, mix, folder), folder)
+                    else:
+                        own = replace(lent, text=at.written(contender, mix, lent.text, folder))
                 except RuntimeError as e:
                     err.print(f"{name}: {e}", highlight=False, markup=False)
                     continue
@@ -373,9 +378,9 @@ def run_set(
                     "calibration": at.path.name,
                     "samples": len(at.rows),
                     "rows": len(scorer.rows),
-                    "bytes": text.stat().st_size,
-                    "bits": bits_per_weight(text),
-                    **measured(text, lent.mmproj, lent.reference, scorer),
+                    "bytes": own.text.stat().st_size,
+                    "bits": bits_per_weight(own.text),
+                    **measured(own.text, own.mmproj, own.reference, scorer),
                 }
                 done.write_text(json.dumps(cell), "utf-8")
                 told = f"KL {cell['kl']:.2e}, exact {cell['exact']:.3f}"
@@ -384,22 +389,24 @@ def run_set(
 
 
 @dataclass(frozen=True)
-class Lent:
-    """What all contenders on a mix share."""
+class Written:
+    """What llama.cpp loads, and what its prompts are made with.
 
-    text: Path  # a text model with the types of the mix
+    All contenders on a mix but the rotated ones share mmproj and reference, and write only a text
+    model with the types of this one.
+    """
+
+    text: Path
     mmproj: Path
-    reference: Reference  # that prompts are made with
+    reference: Reference
 
-
-def _lend(at: Calibrated, mix: str, scratch: Path) -> Lent:
-    """Made from weights that are rounded to nearest."""
-    artifact = at.ours("rtn", mix, scratch)
-    shipped, mmproj = scratch / "lent.gguf", scratch / "mmproj-lent.gguf"
-    layout = Layout.of(artifact.architecture)
-    write_text(artifact, layout, shipped, OPTIONS)
-    write_mmproj(artifact, layout, mmproj, "f32")
-    return Lent(shipped, mmproj, Reference(artifact.path, []))
+    @classmethod
+    def of(cls, artifact: Artifact, folder: Path) -> Written:
+        """The files of an artifact, in `folder`."""
+        layout, text, mmproj = Layout.of(artifact.architecture), "lent.gguf", "mmproj-lent.gguf"
+        write_text(artifact, layout, folder / text, OPTIONS)
+        write_mmproj(artifact, layout, folder / mmproj, "f32")
+        return cls(folder / text, folder / mmproj, Reference(artifact.path, []))
 
 
 def known_by(cell: dict) -> tuple:

@@ -10,7 +10,11 @@ from typing import Any
 from tools.bench.drift import STYLE
 from tools.bench.tables import table
 
-OURS = ("vlmq", "exact", "exact, types by cost", "vlmq-paper", "vlmq-paper, types by cost")
+ROTATED = ", rotated"
+OURS = (
+    "vlmq", "vlmq, rotated", "exact", "exact, types by cost",
+    "vlmq-paper", "vlmq-paper, types by cost",
+)  # fmt: skip
 PLAIN = "llama.cpp"
 TEXT, IMAGE = "llama.cpp + text imatrix", "llama.cpp + image imatrix"
 EMITTED = "llama.cpp + our imatrix"

@@ -1,10 +1,12 @@
-"""The first decoder layers of a text model, quantized by a method and measured by KL.
+"""SmolLM2's decoder layers on text alone, quantized by a method and measured by KL.
 
-    python -m tools.bench.text_model MODEL TEXTS.json --layers 8 --bits 2 --method exact --tune 60
+    make reference-smolvlm
+    python -m tools.bench.text_model --layers 30 --method exact
 
-MODEL is a folder of a Llama with its tokenizer. TEXTS.json has two lists of paragraphs,
-`calibration` and `heldout`. The other layers stay in full precision. Calibration is 64 samples of
-128 tokens; the KL divergence to full precision is over all tokens of 40 held-out paragraphs.
+The model is the decoder of the third reference VLM, which is SmolLM2-135M-Instruct. Layers behind
+`--layers` stay in full precision. The text is Python's own reference: one half of its topics for
+calibration, and the other half held out. Calibration is 64 samples of 128 tokens; the KL divergence
+to full precision is over all tokens of 40 held-out paragraphs.
 
 This is a bench for real pretrained weights that a small machine can hold. It runs the walk over the
 layers itself, because the command takes vision-language models alone.
@@ -14,15 +16,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from pydoc_data.topics import topics
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from tools.bench.ablations import ABLATIONS, listed
+from tools.bench.peers.peers import write_decoder
+from tools.reference_vlm.smolvlm import BUILT
 from vlmq_export.quantizer.calibration.batches import HELD_OUT, Batch
 from vlmq_export.quantizer.calibration.collect import TokenFactors
 from vlmq_export.quantizer.calibration.hooks import Stop, before, leaf_output
@@ -33,44 +41,59 @@ from vlmq_export.quantizer.grids.choice import grid_choice
 from vlmq_export.quantizer.job import method_of
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer
 from vlmq_export.quantizer.methods import METHODS
+from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.families import DECODER, groups_of
+from vlmq_export.quantizer.model.rotation import rotated
 
 SAMPLES, TOKENS, HELD = 64, 128, 40
 AT_ONCE = 32  # samples of a batch
+SHORTEST = 250  # characters of a paragraph
 
 
 def main() -> None:
     """Quantize as the flags say, and print one line of JSON."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", type=Path)
-    parser.add_argument("texts", type=Path)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group", type=int, default=64)
-    parser.add_argument("--method", default="exact", choices=METHODS)
-    parser.add_argument("--damp", type=float, default=0.01)
+    parser.add_argument("--method", default="exact", choices=[*METHODS, *ABLATIONS])
+    parser.add_argument("--rotate", default="off", choices=("off", "folded"))
     parser.add_argument("--tune", type=int, default=0)
     asked = parser.parse_args()
-    texts = json.loads(asked.texts.read_text())
-    tokenizer: Any = AutoTokenizer.from_pretrained(asked.model)
-    joined = tokenizer("\n\n".join(texts["calibration"]))["input_ids"]
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "decoder"
+        write_decoder(rotated(Checkpoint(BUILT), asked.rotate, seed=0), folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    calibration, others = paragraphs()
+    joined = tokenizer("\n\n".join(calibration))["input_ids"]
     samples = torch.tensor(joined[: SAMPLES * TOKENS]).view(SAMPLES, TOKENS)
-    heldout = [torch.tensor(tokenizer(t)["input_ids"][:TOKENS]) for t in texts["heldout"][:HELD]]
-    model: Any = LlamaForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
+    heldout = [
+        torch.tensor(tokenizer(t)["input_ids"][:TOKENS]) for t in others[:: len(others) // HELD]
+    ]
     reference = [log_probabilities(model, ids) for ids in heldout]
-    config = QuantConfig(
-        method=asked.method,
-        bits=asked.bits,
-        group_size=asked.group,
-        damp=asked.damp,
-        tune=asked.tune,
-    )
+    grid = {"bits": asked.bits, "group_size": asked.group, "tune": asked.tune}
     begun = time.process_time()
-    quantize(model, samples, config, asked.layers)
+    with listed(asked.method) as changes:
+        config = QuantConfig(method=asked.method, **grid | changes)
+        quantize(model, samples, config, asked.layers)
     spent = time.process_time() - begun
     found = zip(reference, (log_probabilities(model, ids) for ids in heldout))
     kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in found])
-    print(json.dumps(vars(asked) | {"kl": float(kl.mean()), "cpu_seconds": spent}, default=str))
+    print(json.dumps(vars(asked) | {"kl": float(kl.mean()), "cpu_seconds": spent}), flush=True)
+
+
+def paragraphs() -> tuple[list[str], list[str]]:
+    """Prose of every second topic of Python's reference, and of the others. None is there twice."""
+    halves: tuple[list[str], list[str]] = ([], [])
+    seen: set[str] = set()
+    for place, name in enumerate(sorted(topics)):
+        for block in re.split(r"\n\s*\n", topics[name]):
+            text = " ".join(block.split())
+            if len(text) >= SHORTEST and "::=" not in text and ">>>" not in text:
+                halves[place % 2].extend({text} - seen)
+                seen.add(text)
+    return halves
 
 
 @torch.no_grad()
@@ -87,7 +110,7 @@ def quantize(model: Any, samples: torch.Tensor, config: QuantConfig, layers: int
         method=method,
         grid=lambda name, columns: grid_choice(config, name, columns),
     )
-    batches = first_batches(model, samples)
+    batches = first_batches(model, samples, two_streams=method.two_streams)
     answers: list[TokenFactors | None] = [None] * layers
     if method.importance == "answers":
         answers = [*token_factors_of(model, batches, layers)]
@@ -115,7 +138,7 @@ def token_factors_of(model: Any, batches: list[Batch], layers: int) -> list[Toke
 
 
 @torch.no_grad()
-def first_batches(model: Any, samples: torch.Tensor) -> list[Batch]:
+def first_batches(model: Any, samples: torch.Tensor, *, two_streams: bool) -> list[Batch]:
     """The samples at the input of the first layer."""
     caught: list[tuple[torch.Tensor, dict]] = []
 
@@ -137,7 +160,7 @@ def first_batches(model: Any, samples: torch.Tensor) -> list[Batch]:
         batches.append(
             Batch(
                 hidden,
-                hidden,
+                hidden if two_streams else None,
                 kwargs,
                 torch.ones(len(ids), dtype=torch.bool),
                 image=torch.zeros_like(ids, dtype=torch.bool),

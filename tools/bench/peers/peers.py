@@ -40,10 +40,15 @@ class Peer:
     options: tuple[tuple[str, object], ...] = ()  # of the request
 
 
+EXTENDED = (("extension", True), ("sym", True))  # AutoRound's settings for 2 bits
 PEERS = {
     "GPTQModel GPTQ": Peer("run_gptqmodel.py", options=(("gptaq", False),)),
     "GPTQModel GPTAQ": Peer("run_gptqmodel.py", options=(("gptaq", True),)),
     "AutoRound": Peer("run_autoround.py", "AUTOROUND_PYTHON"),
+    "AutoRound extended": Peer("run_autoround.py", "AUTOROUND_PYTHON", options=EXTENDED),
+    "AutoRound best": Peer(
+        "run_autoround.py", "AUTOROUND_PYTHON", options=(*EXTENDED, ("iters", 1000))
+    ),
     "llm-compressor GPTQ": Peer("run_llmcompressor.py", "LLMCOMPRESSOR_PYTHON"),
 }
 Weights = Iterator[tuple[str, np.ndarray]]  # float32, by hub name
@@ -91,6 +96,9 @@ def write_decoder(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     own = [name for name in checkpoint.tensors if name.startswith(prefix)]
     tensors = {f"model.{n.removeprefix(prefix)}": checkpoint.tensor(n) for n in own}
+    if not checkpoint.architecture.tied:
+        head = checkpoint.tensor(f"{family.head}.weight")
+        config["tie_word_embeddings"], tensors["lm_head.weight"] = False, head
     save_file(tensors, folder / "model.safetensors")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(checkpoint.path / file, folder)
