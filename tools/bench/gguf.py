@@ -8,7 +8,9 @@ On each reference VLM every contender gives each tensor the type that the mix gi
 contenders are:
 
     a method's name             ours on the mix; with `, types by cost` as many bits, spread by
-                                `--target-bpw`; with `, rotated` the same with `--rotate folded`
+                                `--target-bpw`
+    …, rotated                  a method with `--rotate folded`
+    …, scaled                   a method on a copy with scaled channels (scaling.py)
     llama.cpp                   `ggml_quantize_chunk`, which llama-quantize calls for each tensor,
                                 without an imatrix
     llama.cpp + text imatrix    with one from the calibration text
@@ -21,8 +23,8 @@ contenders are:
                                 activations to 8 bits
 
 KL to full precision at answer tokens and exact match are llama.cpp's own. Images go through mtmd,
-all with one mmproj, but for a rotated model, which has its own; SmolVLM's are given as the features
-of transformers' tower. The float32 file says how much of the KL is not quantization.
+all with one mmproj, but for a rotated or scaled model, which has its own. SmolVLM's are given as
+the features of transformers' tower. The float32 file says how much of the KL is not quantization.
 
 A cell is one contender with its figures. Every cell has a file in --cache, which is not run again,
 and OUT.json keeps every cell there ever was. A cell is known by the name of its calibration file.
@@ -58,12 +60,14 @@ from tools.bench.gguf_results import (
     OURS,
     PLAIN,
     ROTATED,
+    SCALED,
     TEXT,
     UNCALIBRATED,
     all_tables,
     draw,
 )
 from tools.bench.peers import peers
+from tools.bench.scaling import scaled_copy
 from tools.bench.scoring import Scorer, batches, load_model, source_weights
 from tools.bench.tables import fill
 from tools.reference_vlm import onevision, smolvlm
@@ -109,12 +113,17 @@ err = Console(stderr=True)
 
 def energies(model: Any, samples: list[Sample]) -> dict[str, np.ndarray]:
     """The mean x² of every decoder linear's inputs over all tokens: hub name → float32 [in]."""
+    return {name: mean.float().numpy() for name, mean in means(model, samples, power=2).items()}
+
+
+def means(model: Any, samples: list[Sample], power: int) -> dict[str, torch.Tensor]:
+    """The mean |x|^power of the same: hub name → float64 [in]."""
     family = Architecture.of(model.config.to_dict()).family
     sums: dict[str, torch.Tensor] = {}
 
     def add(name: str, _module, args) -> None:
-        square = args[0].flatten(0, -2).double().square().sum(0)
-        sums[name] = sums.get(name, 0) + square
+        each = args[0].flatten(0, -2).double().abs().pow(power).sum(0)
+        sums[name] = sums.get(name, 0) + each
 
     hooks = []
     decoder = family.module_name(family.layers).removesuffix("layers.")
@@ -128,7 +137,7 @@ def energies(model: Any, samples: list[Sample]) -> dict[str, np.ndarray]:
     for hook in hooks:
         hook.remove()
     tokens = sum(len(s.input_ids) for s in samples)
-    return {name: (total / tokens).float().numpy() for name, total in sums.items()}
+    return {name: total / tokens for name, total in sums.items()}
 
 
 def without_images(row: Row) -> Row:
@@ -210,7 +219,8 @@ class Calibrated:
     def ours(self, contender: str, mix: str, folder: Path) -> Artifact:
         """The artifact of a method on the types of a mix, or on as many bits spread by cost."""
         rotate = "folded" if contender.endswith(ROTATED) else "off"
-        recipe = Recipe(model=str(self.model), gguf_type=mix, format=["gguf"], rotate=rotate)
+        model = self.scaled(folder / "scaled") if contender.endswith(SCALED) else self.model
+        recipe = Recipe(model=str(model), gguf_type=mix, format=["gguf"], rotate=rotate)
         plan = open_source(recipe.model).plan(recipe).model
         if contender.endswith(BY_COST):
             sizes = {n: self.checkpoint.info(f"{n}.weight").shape for n in plan.config.types}
@@ -221,15 +231,21 @@ class Calibrated:
             plan = with_kinds(plan, choose(self.costs, bits))
         tokens = sum(len(s.input_ids) for s in self.samples)
         quantize(
-            self.checkpoint,
+            Checkpoint(model),
             self.samples,
-            replace(plan.config, method=contender.removesuffix(BY_COST).removesuffix(ROTATED)),
+            replace(plan.config, method=contender.partition(",")[0]),
             folder / "artifact",
             name=OPTIONS.name,
             calibration={"file": self.path.name, "rows": len(self.rows), "tokens": tokens},
             device="cpu",
         )
         return Artifact(folder / "artifact")
+
+    def scaled(self, folder: Path) -> Path:
+        """A copy of the model with scaled channels."""
+        model = load_model(self.model, source_weights(self.model))
+        scaled_copy(self.checkpoint, means(model, self.samples, power=1), folder)
+        return folder
 
     def autoround(self, contender: str, mix: str, folder: Path) -> Path:
         """AutoRound's text model.
@@ -364,7 +380,7 @@ def run_set(
                 folder = Path(scratch) / done.stem
                 folder.mkdir()
                 try:
-                    if contender.endswith(ROTATED):
+                    if contender.endswith((ROTATED, SCALED)):
                         own = Written.of(at.ours(contender, mix, folder), folder)
                     else:
                         own = replace(lent, text=at.written(contender, mix, lent.text, folder))

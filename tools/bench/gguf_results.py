@@ -10,9 +10,9 @@ from typing import Any
 from tools.bench.drift import STYLE
 from tools.bench.tables import table
 
-ROTATED = ", rotated"
+ROTATED, SCALED = ", rotated", ", scaled"
 OURS = (
-    "vlmq", "vlmq, rotated", "exact", "exact, types by cost",
+    "vlmq", "vlmq, rotated", "vlmq, scaled", "exact", "exact, types by cost",
     "vlmq-paper", "vlmq-paper, types by cost",
 )  # fmt: skip
 PLAIN = "llama.cpp"

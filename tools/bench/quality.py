@@ -75,7 +75,7 @@ GRIDS = {
 # The table that a user reads first: its rows, and the grids of each reference.
 SUMMARY = (
     "rtn", "gptq", "gptaq", "vlmq-paper", "vlmq", "exact", "auto",
-    "GPTQModel GPTQ", "llm-compressor GPTQ", "AutoRound",
+    "GPTQModel GPTQ", "llm-compressor GPTQ", "AutoRound", "AutoRound extended",
 )  # fmt: skip
 SUMMARY_GRIDS = {
     "qwen2_5_vl": {"W3": "first, W3", "W2 g128": "first, W2 g128"},
