@@ -22,7 +22,7 @@ def test_a_scaled_copy_computes_the_same_from_evener_channels(tmp_path):
     preprocessor = Preprocessor(REFERENCE_VLM)
     samples = [preprocessor.sample(row) for row in read_rows(CALIBRATION)[:4]]
     source = load_model(REFERENCE_VLM, source_weights(REFERENCE_VLM))
-    found = means(source, samples, power=1)
+    found = {n: x.float() for n, x in means(source, samples, power=1).items()}
     folder = tmp_path / "scaled"
     scaled_copy(Checkpoint(REFERENCE_VLM), found, folder)
     copy = load_model(folder, source_weights(folder))

@@ -241,10 +241,15 @@ class Calibrated:
         )
         return Artifact(folder / "artifact")
 
+    @cached_property
+    def magnitudes(self) -> dict[str, torch.Tensor]:
+        """The mean |x| of every decoder linear's full-precision inputs: hub name → float32 [in]."""
+        found = means(load_model(self.model, source_weights(self.model)), self.samples, power=1)
+        return {name: mean.float() for name, mean in found.items()}
+
     def scaled(self, folder: Path) -> Path:
         """A copy of the model with scaled channels."""
-        model = load_model(self.model, source_weights(self.model))
-        scaled_copy(self.checkpoint, means(model, self.samples, power=1), folder)
+        scaled_copy(self.checkpoint, self.magnitudes, folder)
         return folder
 
     def autoround(self, contender: str, mix: str, folder: Path) -> Path:
@@ -408,8 +413,8 @@ def run_set(
 class Written:
     """What llama.cpp loads, and what its prompts are made with.
 
-    All contenders on a mix but the rotated ones share mmproj and reference, and write only a text
-    model with the types of this one.
+    All contenders on a mix but the rotated and scaled ones share mmproj and reference, and write
+    only a text model with the types of this one.
     """
 
     text: Path

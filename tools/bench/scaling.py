@@ -2,9 +2,9 @@
 
 What enters q, k, v, gate and up is divided channel by channel, in the gain of the norm before, and
 their columns are multiplied. What enters down_proj is divided in the rows of up_proj. A channel's
-scale is s = (mean|x|)^POWER over the calibration samples, divided by the geometric mean of all. It
-costs no byte and no time in any runtime. AWQ searches a power for each step by rounding to nearest
-(docs/methods.md §4.1); here it is one for the whole model, and any method may solve the copy.
+scale is AWQ's, s = (mean|x|)^POWER over the calibration samples. It costs no byte and no time in
+any runtime. AWQ searches a power for each step by rounding to nearest (docs/methods.md §4.1); here
+it is one for the whole model, and any method may solve the copy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from vlmq_export.quantizer.layers.awq_mbq import scale_of
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 
 POWER = 0.5
@@ -39,10 +40,10 @@ def scaled_copy(
         layer = prefix.removesuffix("self_attn.")
         assert layer.startswith(layers)
         for norm, readers in READS.items():
-            scale = _scale(magnitudes[layer + readers[0]], power)
+            scale = scale_of(magnitudes[layer + readers[0]], power)
             tensors[f"{layer}{norm}.weight"] /= scale
             _multiply(tensors, [layer + name for name in readers], scale)
-        scale = _scale(magnitudes[f"{layer}mlp.down_proj"], power)
+        scale = scale_of(magnitudes[f"{layer}mlp.down_proj"], power)
         tensors[f"{layer}mlp.up_proj.weight"] /= scale[:, None]
         _multiply(tensors, [f"{layer}mlp.down_proj"], scale)
     folder.mkdir(parents=True)
@@ -50,12 +51,6 @@ def scaled_copy(
         if file.is_file() and not file.name.endswith(SUFFIXES):
             shutil.copy(file, folder)
     save_file(tensors, folder / "model.safetensors")
-
-
-def _scale(magnitude: torch.Tensor, power: float) -> torch.Tensor:
-    """s [in]. A channel that is never excited counts as the smallest that is told apart."""
-    logarithm = power * magnitude.clamp_min(1e-4).log()
-    return (logarithm - logarithm.mean()).exp().float()
 
 
 def _multiply(tensors: dict[str, torch.Tensor], names: Sequence[str], scale: torch.Tensor) -> None:
