@@ -50,6 +50,8 @@ class QuantConfig:
     block_size: int = 128  # columns of a lazy block of the column loop
     seed: int = 0
     rotate: str = "off"  # a key of ROTATIONS
+    # Share of the spread between a linear's input channels that goes into its weights; 0: none.
+    smooth: float = 0.0
     tune: int = 0  # steps of gradient descent on each solved decoder layer; 0: none
     head_bits: int = 0  # of the output head's codes, in the same groups; 0: the head stays float
     embedding_bits: int = 0  # of the token embedding's codes; 0: the embedding stays float
@@ -130,5 +132,5 @@ class QuantConfig:
         What stays float, embedding or tower, has no key, as in earlier versions. Nor have widths
         where all linears have one.
         """
-        later = ("embedding_bits", "vision_bits", "vision_type", "vision_short", "widths")
+        later = ("smooth", "embedding_bits", "vision_bits", "vision_type", "vision_short", "widths")
         return {key: value for key, value in asdict(self).items() if key not in later or value}

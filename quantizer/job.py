@@ -8,7 +8,7 @@ from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.choice import GridChoice, grid_choice, vision_choice
 from vlmq_export.quantizer.methods import Method, method_named
 from vlmq_export.quantizer.model.architecture import Architecture
-from vlmq_export.quantizer.model.families import Family
+from vlmq_export.quantizer.model.families import Family, SubBlock
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,15 @@ class Job:
         head = architecture.family.head
         own = config.head_bits or (head in config.types and not architecture.tied)
         return cls(config, method_of(config), architecture, head if own else "")
+
+    @property
+    def smooth(self) -> float:
+        """The power of the scales that make a linear's input channels even; 0: none are made."""
+        return self.config.smooth if self.method.smooths else 0.0
+
+    def scales(self, block: SubBlock) -> bool:
+        """Whether the norm of a sub-block takes a scale, and so do the floats that read it."""
+        return bool(self.method.scaling) or (self.smooth > 0 and block.kind != "experts")
 
     @property
     def family(self) -> Family:

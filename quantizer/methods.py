@@ -74,6 +74,11 @@ class Method:
         return self.importance == "answers" or self.scaling == "mbq"
 
     @property
+    def smooths(self) -> bool:
+        """Whether it can solve linears with even input channels (scaling/smoothing.py)."""
+        return self.calibrated and not self.scaling
+
+    @property
     def affine_only(self) -> bool:
         """Whether its ranges are made for affine grids, so that block types cannot be solved."""
         return bool(self.scaling) or self.ranges != "minmax"

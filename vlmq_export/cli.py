@@ -95,6 +95,7 @@ def export(
     sym: options.Sym = None,
     method: options.Method = None,
     rotate: options.Rotate = None,
+    smooth: options.Smooth = None,
     head_bits: options.HeadBits = None,
     embedding_bits: options.EmbeddingBits = None,
     vision_bits: options.VisionBits = None,
@@ -140,13 +141,18 @@ def export(
 
     def job() -> int:
         asked = load_recipe(recipe, flags)
-        if overwrite and resume:
-            raise UsageError("--overwrite and --resume exclude each other")
+        _refuse_both(overwrite, resume)
         if dry_run:
             return _plan(asked, push_to_hub, as_json)
         return _export(asked, overwrite, resume, push_to_hub, as_json, quiet, verbose)
 
     run(job, as_json, quiet, verbose)
+
+
+def _refuse_both(overwrite: bool, resume: bool) -> None:
+    """Raises UsageError for a run that would replace the folder that it goes on with."""
+    if overwrite and resume:
+        raise UsageError("--overwrite and --resume exclude each other")
 
 
 @app.command(cls=Command)

@@ -9,8 +9,8 @@
       layer-outer.safetensors          a quantized embedding
       layer-vision.safetensors         the quantized linears of the vision tower and the projector
       float-00001.safetensors          every tensor that is not quantized, with the source's bytes
-      float-changed-00000.safetensors  norms of a decoder layer that took a scale (awq, mbq), in
-                                       place of the source's
+      float-changed-00000.safetensors  norms of a decoder layer that took a scale (awq, mbq,
+                                       --smooth), in place of the source's
       timing.json                      seconds by phase and layer, tokens per second, peak memory
       source/                          config.json, tokenizer and processor files
 
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from vlmq_export.errors import ArtifactError, CheckpointError
 from vlmq_export.quantizer.artifact.manifest import (
@@ -36,6 +37,7 @@ from vlmq_export.quantizer.artifact.manifest import (
     SCHEMA,
     Manifest,
     ModuleRecord,
+    changed_file,
     layer_file,
     manifest_problems,
 )
@@ -78,6 +80,18 @@ def read_layer(folder: Path, index: int) -> list[Linear]:
                 raise ValueError(f"{linear.name}: {problem}")
         return linears
     except (*damage, RuntimeError) as e:
+        raise _damaged_layer(file, e) from None
+
+
+def read_changed(folder: Path, index: int) -> dict[str, torch.Tensor]:
+    """The floats of a published layer that took a scale, by hub name; none where there is no file.
+
+    Raises ArtifactError when the file is damaged.
+    """
+    file = folder / changed_file(index)
+    try:
+        return load_file(file) if file.is_file() else {}
+    except (SafetensorError, OSError, ValueError) as e:
         raise _damaged_layer(file, e) from None
 
 

@@ -18,7 +18,7 @@ Experts take no steps: `routed.py` walks them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +113,20 @@ class LayerWalk:
             source = self.layer.get_submodule(name).parameters()
             self._source += [(p, p.detach().clone()) for p in source]
         put(self.layer, name, linear)
+
+    @torch.no_grad()
+    def put_float(self, name: str, value: torch.Tensor) -> None:
+        """Give a parameter that stays a float the value that will be on disk."""
+        parameter = self.layer.get_parameter(name)
+        if self.two_streams and any(
+            name == f"{b.norm}.weight" for b in self.blocks if b.kind == "mlp"
+        ):
+            self._source.append((parameter, parameter.detach().clone()))
+        parameter.copy_(value)
+
+    def forget_mixed(self) -> None:
+        """Make again what `out` is given, because linears before it have other weights by now."""
+        self._mixed.clear()
 
     @torch.no_grad()
     @tensor_cores()
@@ -246,7 +260,15 @@ def put(layer: nn.Module, name: str, linear: Linear) -> None:
         module.bias.copy_(linear.bias)
 
 
-def restore(layer: nn.Module, prefix: str, linears: Sequence[Linear]) -> None:
-    """Give a layer what an earlier run solved. `prefix` is the layer's hub name with its dot."""
+@torch.no_grad()
+def restore(
+    layer: nn.Module,
+    prefix: str,  # hub name of the layer, with the dot
+    linears: Sequence[Linear],
+    floats: Mapping[str, torch.Tensor],  # by hub name: those that took a scale
+) -> None:
+    """Give a layer what an earlier run solved."""
     for linear in linears:
         put(layer, linear.name.removeprefix(prefix), linear)
+    for name, value in floats.items():
+        layer.get_parameter(name.removeprefix(prefix)).copy_(value)

@@ -86,6 +86,7 @@ class Statistics:
     upper: torch.Tensor  # A, [in, in], of which only bands from the diagonal on are summed
     drift: torch.Tensor | None  # D, [in, in]; None where the method needs one stream only
     diagonal: torch.Tensor  # Σ x² without weights, [in]; 0 tells a dead input, whatever g is
+    magnitude: torch.Tensor  # Σ |x| without weights, [in]
     # Σ g² and Σ g⁴, float64 [2]: a tensor, so that no batch waits for the device.
     moments: torch.Tensor
     precision: Precision = "float32"
@@ -114,6 +115,7 @@ class Statistics:
         return cls(
             zeros(in_features, in_features),
             zeros(in_features, in_features) if drift else None,
+            zeros(in_features),
             zeros(in_features),
             zeros(2),
             precision or PRECISION[torch.device(device).type],
@@ -149,6 +151,7 @@ class Statistics:
                 band, weighted[:, start:], self.precision
             )
         self.diagonal += x.square().sum(0)
+        self.magnitude += torch.linalg.vector_norm(x, 1, dim=0)
         if self.drift is not None:
             self._add_drift(self.drift, x, x_full, importance, weighted)
         if self.pull is not None:
@@ -197,6 +200,7 @@ class Statistics:
             self.upper + other.upper,
             both("drift"),
             self.diagonal + other.diagonal,
+            self.magnitude + other.magnitude,
             self.moments + other.moments,
             self.precision,
             self.tokens + other.tokens,
@@ -205,6 +209,19 @@ class Statistics:
             both("pull"),
             self._mirrored and other._mirrored,
         )
+
+    def divide(self, scale: torch.Tensor) -> None:
+        """Make them the sums of x/s and x̃/s, in place, for s [in]."""
+        inverse = 1 / scale.double()
+        for square in (self.upper, self.drift):
+            if square is not None:
+                square.mul_(inverse[:, None]).mul_(inverse)
+        for rows in (self.pull, self.magnitude):
+            if rows is not None:
+                rows.mul_(inverse)
+        for squares in (self.diagonal, self.modal):
+            if squares is not None:
+                squares.mul_(inverse.square())
 
     def to_float32(self) -> Statistics:
         """Turn the sums into float32, in place, and return them. The float64 sums are given up."""

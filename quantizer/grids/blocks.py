@@ -50,6 +50,15 @@ class Params:
         d, scales = change(self.d), change(self.scales)
         return Params(d, scales, *(None if p is None else change(p) for p in self.fields()[2:]))
 
+    def divided(self, by: torch.Tensor) -> Params:
+        """Those of rows that are divided by float32 [rows], as float16 has them."""
+        d, dmin = (
+            None if unit is None else (unit.float() / by[:, None]).half()
+            for unit in (self.d, self.dmin)
+        )
+        assert d is not None, "every type has scales"
+        return replace(self, d=d, dmin=dmin)
+
     def rows(self, which: slice | torch.Tensor) -> Params:
         """The parameters of some of the rows."""
         return self.each(lambda p: p[which])

@@ -7,7 +7,7 @@ Decoding stands here and nowhere else in `quantizer/`. The proof has a decoder o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,6 +55,15 @@ class Solution:
         """The solution of some of the rows."""
         return Solution(self.codes[which], self.scales[which], self.zero_points[which], self.g_idx)
 
+    @property
+    def units(self) -> list[torch.Tensor]:
+        """What decodes in proportion to a row: float16, each [out, ...]."""
+        return [self.scales]
+
+    def divided(self, by: torch.Tensor) -> Solution:
+        """The same codes for rows that are divided by float32 [out], as float16 has the scales."""
+        return replace(self, scales=(self.scales.float() / by[:, None]).half())
+
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Solution:
         """The same with `change` applied to every tensor."""
         return Solution(*map(change, (self.codes, self.scales, self.zero_points, self.g_idx)))
@@ -93,12 +102,20 @@ class BlockSolution:
     @property
     def clipped(self) -> bool:
         """Whether a unit ends where float16 does, so that weights beyond it were cut."""
-        units = (self.params.d, self.params.dmin)
-        return any(bool((u.abs() >= LARGEST).any()) for u in units if u is not None)
+        return any(bool((unit.abs() >= LARGEST).any()) for unit in self.units)
 
     def rows(self, which: slice | torch.Tensor) -> BlockSolution:
         """The solution of some of the rows."""
         return BlockSolution(self.grid, self.codes[which], self.params.rows(which))
+
+    @property
+    def units(self) -> list[torch.Tensor]:
+        """What decodes in proportion to a row: float16, each [out, ...]."""
+        return [unit for unit in (self.params.d, self.params.dmin) if unit is not None]
+
+    def divided(self, by: torch.Tensor) -> BlockSolution:
+        """The same codes for rows that are divided by float32 [out], as float16 has the units."""
+        return replace(self, params=self.params.divided(by))
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BlockSolution:
         """The same with `change` applied to every tensor."""

@@ -5,7 +5,7 @@ docs/methods.md §1.3, steps 1 to 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -22,9 +22,10 @@ from vlmq_export.quantizer.calibration.token_weights import importance_facts
 from vlmq_export.quantizer.grids.affine import Affine
 from vlmq_export.quantizer.host import give_back
 from vlmq_export.quantizer.job import Job
-from vlmq_export.quantizer.layers.awq_mbq import scaled_layer
 from vlmq_export.quantizer.layers.experts import quantize_experts
 from vlmq_export.quantizer.layers.measures import weight_error
+from vlmq_export.quantizer.layers.scaling.awq_mbq import scaled_layer
+from vlmq_export.quantizer.layers.scaling.smoothing import Smoothing, Stored
 from vlmq_export.quantizer.layers.stack import Solved, linear_of, nearest
 from vlmq_export.quantizer.layers.tuning import tune_layer
 from vlmq_export.quantizer.layers.unit import solve_units
@@ -37,7 +38,8 @@ def quantize_layer(
     job: Job,
     ranks: Ranks = ALONE,
     answers: TokenFactors | None = None,
-) -> list[Solved]:
+    stored: Stored = lambda _, value: value,
+) -> tuple[list[Solved], dict[str, torch.Tensor]]:
     """Solve every linear of a layer, and leave the decoded weights in the layer.
 
     Step by step, so that each linear is calibrated on inputs that the linears before it have
@@ -45,9 +47,13 @@ def quantize_layer(
     Tuning then looks at the layer as a whole.
 
     answers: what the answers' loss says of this layer's tokens, where the method weighs by it.
+    stored: a float tensor of the layer as its file holds it.
+
+    Returns the linears, and the floats that ship in place of the source's, by hub name.
     """
     names = [n for block in walk.blocks for n in block.linears] if job.method.tuned else []
-    source = {f"{n}.weight": walk.layer.get_submodule(n).weight.detach().clone() for n in names}
+    source = {n: walk.layer.get_submodule(n).weight.detach().clone() for n in names}
+    smoothing = Smoothing(walk, job.smooth, stored, job.family.gain, ranks)
     entering = [b.aside(b.quantized) for b in walk.batches] if job.method.tuned else []
     raw = raw_factors(walk, job.method, answers)
     factors = importance_factors(walk, raw, job.method, ranks)
@@ -62,17 +68,19 @@ def quantize_layer(
             own = all(name in factors for name in names)
             units: list[list[str]] = [[name] for name in names] if own else [list(names)]
             found = _evidence(walk, step, units, factors, job)
-            done = solve_units(walk.layer, prefix, units, found, job, ranks)
+            scale = smoothing.divide(step, found, solved, prefix) if job.smooth else None
+            done = solve_units(walk.layer, prefix, units, found, job, ranks, scale)
             for name, (linear, metrics) in zip(names, done):
                 walk.put(name, linear)
                 metrics |= {"importance": facts[name]} if name in facts else {}
                 solved.append((linear, metrics))
     if job.method.tuned:
+        source = {f"{n}.weight": smoothing.scaled(n, w) for n, w in source.items()}
         solved = tune_layer(walk, entering, source, solved, prefix, job)
         for linear, _ in solved:
             put(walk.layer, linear.name.removeprefix(prefix), linear)
         walk.rewind(entering)
-    return solved
+    return solved, {prefix + name: value for name, value in smoothing.floats.items()}
 
 
 def _evidence(
@@ -107,7 +115,7 @@ def scale_layer(
     prefix: str,
     job: Job,
     ratios: Sequence[float] | None,  # MBQ's, one for each sub-block
-    stored: Callable[[str, torch.Tensor], torch.Tensor],  # a float tensor as its file holds it
+    stored: Stored,
     ranks: Ranks = ALONE,
 ) -> tuple[list[Solved], dict[str, torch.Tensor]]:
     """Round a layer's linears to nearest after AWQ's or MBQ's scaling.
@@ -125,7 +133,7 @@ def scale_layer(
         walk,
         grid_of,
         ratios=ratios,
-        stored=lambda name, value: stored(prefix + name, value),
+        stored=stored,
         offset=job.family.gain,
         ranks=ranks,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -48,8 +48,12 @@ def solve_units(
     found: list[Evidence | None],  # of each unit; emptied, so that the sums go as they are used
     job: Job,
     ranks: Ranks,
+    scale: torch.Tensor | None = None,  # of the columns, [in]; the sums are divided by it
 ) -> list[Solved]:
-    """The linears of one step, in order. First every rank solves, then the results go round."""
+    """The linears of one step, in order. First every rank solves, then the results go round.
+
+    With a scale W·s is solved. The energies are those of the undivided inputs.
+    """
     owners = [ranks.owner(unit) for unit in range(len(units))]
     for unit, owner in enumerate(owners):
         evidence = found[unit]
@@ -60,11 +64,22 @@ def solve_units(
         evidence = None if evidence is None else evidence.to_float32()
         if ranks.rank == owner:
             modules: dict[str, Any] = {name: layer.get_submodule(name) for name in names}
-            matrices = [Matrix(prefix + n, m.weight, m.bias) for n, m in modules.items()]
-            parts.append(solve_unit(matrices, evidence, job))
+            weights = {
+                n: m.weight if scale is None else m.weight * scale for n, m in modules.items()
+            }
+            matrices = [Matrix(prefix + n, w, modules[n].bias) for n, w in weights.items()]
+            done = solve_unit(matrices, evidence, job)
+            parts.append(done if scale is None else [_undivided(each, scale) for each in done])
         else:
             parts.append([None] * len(names))
     return [broadcast(part, ranks, owner) for owner, unit in zip(owners, parts) for part in unit]
+
+
+def _undivided(solved: Solved, scale: torch.Tensor) -> Solved:
+    """The same with the energy of inputs before they were divided."""
+    linear, metrics = solved
+    energy = None if linear.energy is None else linear.energy * scale.square()
+    return replace(linear, energy=energy), metrics
 
 
 def broadcast(solved: Solved | None, ranks: Ranks, owner: int) -> Solved:

@@ -178,7 +178,7 @@ def memory_plan(
     elif place != "disk":
         host += activations
         if not on_cuda:
-            room = max(0, min(_inner(shapes, method, lengths), int(_SHARE * host_free) - host))
+            room = max(0, min(_inner(shapes, config, lengths), int(_SHARE * host_free) - host))
             host, activations = host + room, activations + room
     return MemoryPlan(
         place,
@@ -338,9 +338,13 @@ def _activations(shapes: Shapes, method: Method, lengths: Lengths, bits: int) ->
     return max(copies * one, kept, streams * patches * shapes.tower_width * _FLOAT)
 
 
-def _inner(shapes: Shapes, method: Method, lengths: Lengths) -> int:
-    """Bytes of what enters the MLP's `out` in the quantized stream, for all samples."""
-    if not method.calibrated or method.scaling or shapes.experts:
+def _inner(shapes: Shapes, config: QuantConfig, lengths: Lengths) -> int:
+    """Bytes of what enters the MLP's `out` in the quantized stream, for all samples.
+
+    Where channels are made even there it is made again, because up changes once it is known.
+    """
+    method = method_of(config)
+    if not method.calibrated or method.scaling or config.smooth or shapes.experts:
         return 0
     return lengths.tokens * shapes.linears[-1][1] * _FLOAT
 

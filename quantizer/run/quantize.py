@@ -27,7 +27,7 @@ from vlmq_export.quantizer.artifact.manifest import (
     ModuleRecord,
     layer_file,
 )
-from vlmq_export.quantizer.artifact.read import read_layer, read_layer_records
+from vlmq_export.quantizer.artifact.read import read_changed, read_layer, read_layer_records
 from vlmq_export.quantizer.artifact.write import (
     write_changed,
     write_floats,
@@ -58,6 +58,7 @@ from vlmq_export.quantizer.run.outer import solve_outer
 from vlmq_export.quantizer.run.refusals import check_shapes, check_vision, refuse_many_lost
 from vlmq_export.quantizer.run.resume import WHOLE, claim, identity
 from vlmq_export.quantizer.samples.sample import Sample
+from vlmq_export.quantizer.storage.tensors import DTYPES
 from vlmq_export.quantizer.storage.whole_files import write_json
 from vlmq_export.quantizer.vision.stage import solve_vision, tower_names
 
@@ -264,8 +265,8 @@ def _write_floats(run: _Run, outside: _Outside) -> None:
     job, checkpoint = run.job, run.checkpoint
     solved = [*job.linears, *([job.head] if job.head else [])]
     solved += [q.name for q in (*outside.outer, *outside.tower)]
-    for index in range(job.layers) if job.method.scaling else ():
-        blocks = job.architecture.blocks(index)
+    for index in range(job.layers):
+        blocks = [b for b in job.architecture.blocks(index) if job.scales(b)]
         solved += [job.prefix(index) + n for block in blocks for n in (block.norm, *block.kept)]
     if (
         job.architecture.tied and outside.outer
@@ -342,7 +343,8 @@ def _pass_layer(
         else:
             walk.pass_full()
             if not job.method.scaling:  # such a method stays on the full-precision stream
-                restore(layer, job.prefix(index), read_layer(run.folder, index))
+                prefix, floats = job.prefix(index), read_changed(run.folder, index)
+                restore(layer, prefix, read_layer(run.folder, index), floats)
         return run.ranks.count(walk.advance())
 
 
@@ -351,24 +353,23 @@ def _solve_layer(run: _Run, walk: LayerWalk, index: int, said: _AnswersSay) -> N
 
     The decoded weights stay in the layer for what follows, unless the method scales.
     """
-    prefix, checkpoint = run.job.prefix(index), run.checkpoint
+    prefix = run.job.prefix(index)
+
+    def dtype(name: str) -> torch.dtype:
+        return DTYPES[run.checkpoint.info(name).dtype]
+
+    def stored(name: str, value: torch.Tensor) -> torch.Tensor:
+        return value.to(dtype(prefix + name)).float()
+
     if run.job.method.scaling:
         own = [said.ratios[index][b.out] for b in walk.blocks] if said.ratios else None
-        linears, changed = scale_layer(
-            walk,
-            prefix,
-            run.job,
-            own,
-            lambda name, value: value.to(checkpoint.tensor(name).dtype).float(),
-            run.ranks,
-        )
-        if run.ranks.first:
-            stored = {n: v.to(checkpoint.tensor(n).dtype) for n, v in changed.items()}
-            write_changed(run.folder, index, stored)
+        linears, changed = scale_layer(walk, prefix, run.job, own, stored, run.ranks)
     else:
         answers = said.factors[index] if said.factors else None
-        linears = quantize_layer(walk, prefix, run.job, run.ranks, answers)
+        linears, changed = quantize_layer(walk, prefix, run.job, run.ranks, answers, stored)
     if run.ranks.first:
+        if changed:
+            write_changed(run.folder, index, {n: v.to(dtype(n)) for n, v in changed.items()})
         records = [ModuleRecord.of(linear, index, metrics) for linear, metrics in linears]
         write_layer(run.folder, index, [linear for linear, _ in linears], records)
 

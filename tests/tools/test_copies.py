@@ -1,40 +1,15 @@
-"""The benches' copies of a model: with scaled channels, and the decoder alone."""
+"""What the benches give to peers: the decoder alone, and samples in batches."""
 
 from __future__ import annotations
 
 import torch
 from transformers import LlamaForCausalLM
 
-from tools.bench.gguf import means
 from tools.bench.peers.peers import write_decoder
 from tools.bench.peers.run_autoround import AT_ONCE, batches_of
-from tools.bench.scaling import scaled_copy
-from tools.bench.scoring import load_model, source_weights
 from tools.reference_vlm.tiny_checkpoints import make_tiny
-from vlmq_export.bundled import CALIBRATION, REFERENCE_VLM
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.rotation import rotated
-from vlmq_export.quantizer.samples.preprocessor import Preprocessor
-from vlmq_export.quantizer.samples.rows import read_rows
-
-
-def test_a_scaled_copy_computes_the_same_from_evener_channels(tmp_path):
-    preprocessor = Preprocessor(REFERENCE_VLM)
-    samples = [preprocessor.sample(row) for row in read_rows(CALIBRATION)[:4]]
-    source = load_model(REFERENCE_VLM, source_weights(REFERENCE_VLM))
-    found = {n: x.float() for n, x in means(source, samples, power=1).items()}
-    folder = tmp_path / "scaled"
-    scaled_copy(Checkpoint(REFERENCE_VLM), found, folder)
-    copy = load_model(folder, source_weights(folder))
-    with torch.no_grad():
-        there, here = (m(**samples[0].model_inputs()).logits for m in (source, copy))
-    torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-3)
-    assert not torch.equal(here, there)
-    evened = means(copy, samples, power=1)
-    for name in found:
-        if "o_proj" not in name:  # its inputs are not scaled
-            before, after = (e[name].clamp_min(1e-4).log().std() for e in (found, evened))
-            assert after < 0.6 * before, name
 
 
 def test_a_rotated_decoder_has_its_own_output_matrix(tmp_path):

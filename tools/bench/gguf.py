@@ -7,10 +7,11 @@
 On each reference VLM every contender gives each tensor the type that the mix gives it. The
 contenders are:
 
-    a method's name             ours on the mix; with `, types by cost` as many bits, spread by
-                                `--target-bpw`
-    …, rotated                  a method with `--rotate folded`
-    …, scaled                   a method on a copy with scaled channels (scaling.py)
+    vlmq                        the default: ours on the mix
+    another method's name       the same with `--smooth 0`
+    …, types by cost            a method with as many bits, spread by `--target-bpw`
+    …, --smooth 0               the default method without scales of the channels
+    …, rotated                  a method with `--rotate folded --smooth 0`
     llama.cpp                   `ggml_quantize_chunk`, which llama-quantize calls for each tensor,
                                 without an imatrix
     llama.cpp + text imatrix    with one from the calibration text
@@ -23,7 +24,7 @@ contenders are:
                                 activations to 8 bits
 
 KL to full precision at answer tokens and exact match are llama.cpp's own. Images go through mtmd,
-all with one mmproj, but for a rotated or scaled model, which has its own. SmolVLM's are given as
+all with one mmproj, but for a rotated model, which has its own. SmolVLM's are given as
 the features of transformers' tower. The float32 file says how much of the KL is not quantization.
 
 A cell is one contender with its figures. Every cell has a file in --cache, which is not run again,
@@ -53,6 +54,7 @@ from tools.bench.gguf_results import (
     AUTOROUND,
     BY_COST,
     DECODED,
+    DEFAULT,
     EMITTED,
     FLOOR,
     IMAGE,
@@ -60,14 +62,12 @@ from tools.bench.gguf_results import (
     OURS,
     PLAIN,
     ROTATED,
-    SCALED,
     TEXT,
     UNCALIBRATED,
     all_tables,
     draw,
 )
 from tools.bench.peers import peers
-from tools.bench.scaling import scaled_copy
 from tools.bench.scoring import Scorer, batches, load_model, source_weights
 from tools.bench.tables import fill
 from tools.reference_vlm import onevision, smolvlm
@@ -113,17 +113,12 @@ err = Console(stderr=True)
 
 def energies(model: Any, samples: list[Sample]) -> dict[str, np.ndarray]:
     """The mean x² of every decoder linear's inputs over all tokens: hub name → float32 [in]."""
-    return {name: mean.float().numpy() for name, mean in means(model, samples, power=2).items()}
-
-
-def means(model: Any, samples: list[Sample], power: int) -> dict[str, torch.Tensor]:
-    """The mean |x|^power of the same: hub name → float64 [in]."""
     family = Architecture.of(model.config.to_dict()).family
     sums: dict[str, torch.Tensor] = {}
 
     def add(name: str, _module, args) -> None:
-        each = args[0].flatten(0, -2).double().abs().pow(power).sum(0)
-        sums[name] = sums.get(name, 0) + each
+        square = args[0].flatten(0, -2).double().square().sum(0)
+        sums[name] = sums.get(name, 0) + square
 
     hooks = []
     decoder = family.module_name(family.layers).removesuffix("layers.")
@@ -137,7 +132,7 @@ def means(model: Any, samples: list[Sample], power: int) -> dict[str, torch.Tens
     for hook in hooks:
         hook.remove()
     tokens = sum(len(s.input_ids) for s in samples)
-    return {name: total / tokens for name, total in sums.items()}
+    return {name: (total / tokens).float().numpy() for name, total in sums.items()}
 
 
 def without_images(row: Row) -> Row:
@@ -219,8 +214,15 @@ class Calibrated:
     def ours(self, contender: str, mix: str, folder: Path) -> Artifact:
         """The artifact of a method on the types of a mix, or on as many bits spread by cost."""
         rotate = "folded" if contender.endswith(ROTATED) else "off"
-        model = self.scaled(folder / "scaled") if contender.endswith(SCALED) else self.model
-        recipe = Recipe(model=str(model), gguf_type=mix, format=["gguf"], rotate=rotate)
+        method, default = contender.partition(",")[0], contender.removesuffix(BY_COST) == DEFAULT
+        recipe = Recipe(
+            model=str(self.model),
+            gguf_type=mix,
+            format=["gguf"],
+            method=method,
+            rotate=rotate,
+            smooth=None if default else 0.0,
+        )
         plan = open_source(recipe.model).plan(recipe).model
         if contender.endswith(BY_COST):
             sizes = {n: self.checkpoint.info(f"{n}.weight").shape for n in plan.config.types}
@@ -231,26 +233,15 @@ class Calibrated:
             plan = with_kinds(plan, choose(self.costs, bits))
         tokens = sum(len(s.input_ids) for s in self.samples)
         quantize(
-            Checkpoint(model),
+            Checkpoint(self.model),
             self.samples,
-            replace(plan.config, method=contender.partition(",")[0]),
+            plan.config,
             folder / "artifact",
             name=OPTIONS.name,
             calibration={"file": self.path.name, "rows": len(self.rows), "tokens": tokens},
             device="cpu",
         )
         return Artifact(folder / "artifact")
-
-    @cached_property
-    def magnitudes(self) -> dict[str, torch.Tensor]:
-        """The mean |x| of every decoder linear's full-precision inputs: hub name → float32 [in]."""
-        found = means(load_model(self.model, source_weights(self.model)), self.samples, power=1)
-        return {name: mean.float() for name, mean in found.items()}
-
-    def scaled(self, folder: Path) -> Path:
-        """A copy of the model with scaled channels."""
-        scaled_copy(self.checkpoint, self.magnitudes, folder)
-        return folder
 
     def autoround(self, contender: str, mix: str, folder: Path) -> Path:
         """AutoRound's text model.
@@ -385,7 +376,7 @@ def run_set(
                 folder = Path(scratch) / done.stem
                 folder.mkdir()
                 try:
-                    if contender.endswith((ROTATED, SCALED)):
+                    if contender.endswith(ROTATED):
                         own = Written.of(at.ours(contender, mix, folder), folder)
                     else:
                         own = replace(lent, text=at.written(contender, mix, lent.text, folder))
@@ -413,8 +404,8 @@ def run_set(
 class Written:
     """What llama.cpp loads, and what its prompts are made with.
 
-    All contenders on a mix but the rotated and scaled ones share mmproj and reference, and write
-    only a text model with the types of this one.
+    All contenders on a mix but the rotated ones share mmproj and reference, and write only a text
+    model with the types of this one.
     """
 
     text: Path

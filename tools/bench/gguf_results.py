@@ -10,10 +10,11 @@ from typing import Any
 from tools.bench.drift import STYLE
 from tools.bench.tables import table
 
-ROTATED, SCALED = ", rotated", ", scaled"
+DEFAULT = "vlmq"  # with whatever a recipe has where nothing is said
+ROTATED = ", rotated"
 OURS = (
-    "vlmq", "vlmq, rotated", "vlmq, scaled", "exact", "exact, types by cost",
-    "vlmq-paper", "vlmq-paper, types by cost",
+    DEFAULT, "vlmq, types by cost", "vlmq, --smooth 0", "vlmq, rotated",
+    "exact", "exact, types by cost", "vlmq-paper", "vlmq-paper, types by cost",
 )  # fmt: skip
 PLAIN = "llama.cpp"
 TEXT, IMAGE = "llama.cpp + text imatrix", "llama.cpp + image imatrix"

@@ -225,7 +225,7 @@ def run_each(
             layer = random_layer(config, index, device)
             with phases("walk and statistics"):
                 walk = LayerWalk(layer, DECODER, batches, two_streams=two_streams)
-            solved = quantize_layer(walk, job.prefix(index), job)
+            solved, _ = quantize_layer(walk, job.prefix(index), job)
             with phases("advance"):
                 walk.advance()
         del layer, walk

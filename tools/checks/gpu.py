@@ -174,9 +174,9 @@ def _check_method(
         if with_solver and index == min(2, len(chosen) - 1):  # the streams have drifted apart
             yield from check_solver(weights, sums, device)
         moved = [move(b, device, noise) for b in batches]
-        theirs = quantize_layer(LayerWalk(other, DECODER, moved, two_streams=True), "", job)
+        theirs, _ = quantize_layer(LayerWalk(other, DECODER, moved, two_streams=True), "", job)
         walk = LayerWalk(layer, DECODER, batches, two_streams=True)
-        ours = quantize_layer(walk, "", job)
+        ours, _ = quantize_layer(walk, "", job)
         for which, solved in enumerate((ours, theirs)):
             for q, _ in solved:
                 matrix = sums[q.name].hessian

@@ -116,7 +116,7 @@ def contents(records: Sequence[ModuleRecord], recipe: Recipe) -> str:
             "All other tensors but those of the vision tower are rotated (docs/methods.md)."
         )
         return " ".join(text)
-    scaled = bool(METHODS[recipe.method].scaling)
+    scaled = bool(METHODS[recipe.method].scaling or recipe.smoothing)
     if scaled:
         text.append("The norms of its layers carry what the linears' inputs were divided by.")
     sparse = any("routed" in r.metrics for r in records)

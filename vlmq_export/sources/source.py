@@ -134,6 +134,7 @@ def fixed_grid(recipe: Recipe, config: QuantConfig, what: str) -> Recipe:
         "sym": config.symmetric,
         "act_order": config.act_order,
         "rotate": config.rotate,
+        "smooth": config.smooth,
         "tune": config.tune,
         "head_bits": config.head_bits,
         "embedding_bits": config.embedding_bits,

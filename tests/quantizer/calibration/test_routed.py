@@ -194,7 +194,7 @@ def test_experts_in_portions_are_solved_to_the_same_integers(tiny, monkeypatch):
         with torch.no_grad():
             wanted = [layer(b.full, **b.kwargs) for b in batches]
         job = job_for(QuantConfig(method="gptaq", bits=3), loaded.checkpoint.config)
-        found.append(quantize_layer(walk, "l.", job))
+        found.append(quantize_layer(walk, "l.", job)[0])
         assert walk.advance() == 0
         for batch, full, (hidden, kwargs, added) in zip(batches, wanted, before):
             with torch.no_grad():

@@ -107,7 +107,7 @@ def test_every_method_makes_a_whole_artifact(method, folder, small, samples, tmp
     for name in artifact.float_names():
         same = torch.equal(artifact.float_tensor(name), checkpoint.tensor(name))
         assert same != (scaled and name.endswith("layernorm.weight")), name
-    # Weights that carry a scale are those of tests/quantizer/layers/test_awq_mbq.py.
+    # Weights that carry a scale are those of tests/quantizer/layers/scaling/test_awq_mbq.py.
     for q in artifact.linears() if not scaled else ():
         weight, solution = checkpoint.tensor(f"{q.name}.weight").float(), q.solution
         assert solution.codes.shape == weight.shape

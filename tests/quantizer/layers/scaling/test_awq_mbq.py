@@ -14,7 +14,7 @@ from vlmq_export import bundled
 from vlmq_export.formats.proof.weights import Weights
 from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.affine import Affine
-from vlmq_export.quantizer.layers.awq_mbq import POWERS, clipped
+from vlmq_export.quantizer.layers.scaling.awq_mbq import POWERS, clipped
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.streamed import load_model
 from vlmq_export.quantizer.samples.preprocessor import Preprocessor

@@ -32,6 +32,7 @@ from vlmq_export.quantizer.calibration.batches import Batch
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk
 from vlmq_export.quantizer.calibration.sub_blocks import inner
 from vlmq_export.quantizer.grids.affine import Affine
+from vlmq_export.quantizer.layers.scaling.smoothing import Stored, divided_norm
 from vlmq_export.quantizer.model.families import groups_of
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 from vlmq_export.quantizer.solver.nearest import round_to_nearest
@@ -41,8 +42,6 @@ CLIPS = tuple(1 - i / 20 for i in range(10))  # AWQ: shares of a group's largest
 _UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj", "linear_attn.in_proj_qkv")
 # Linear and its columns → its grid, and the columns per scale.
 GridOf = Callable[[str, int], tuple[Affine, int]]
-# A float tensor by its name in the layer → its value as the file can hold it, float32.
-Stored = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -220,10 +219,9 @@ def _fold(
         if fold.linear in out.biases:
             out.biases[fold.linear] /= scale
         return scale
-    gain = layer.get_parameter(fold.norm) + offset
-    out.floats[fold.norm] = stored(fold.norm, gain / scale - offset)
-    new = out.floats[fold.norm] + offset
-    return torch.where(new == 0, torch.ones_like(gain), gain / new)
+    weight = layer.get_parameter(fold.norm).detach()
+    out.floats[fold.norm], scale = divided_norm(fold.norm, weight, scale, stored, offset)
+    return scale
 
 
 def clipped(
