@@ -53,11 +53,12 @@ def divided_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A norm's weight that takes 1/s, as it is stored, and the scale that its readers take.
 
-    That is s up to one rounding, and 1 where the gain of a channel is lost in that rounding.
+    That is s up to one rounding, and 1 where the gain of a channel is lost in that rounding, or
+    becomes more than the type holds.
     """
     gain = weight + offset
     new = stored(name, gain / scale - offset)
-    lost = new + offset == 0
+    lost = (new + offset == 0) | ~torch.isfinite(new)
     return torch.where(lost, weight, new), torch.where(lost, 1.0, gain / (new + offset))
 
 

@@ -134,6 +134,16 @@ def test_tuning_stays_on_the_device(model, samples, tmp_path, monkeypatch):
     assert all("tuned" in m.metrics for m in tuned.manifest.modules)
 
 
+def test_even_channels_stay_on_the_device(model, samples, tmp_path, monkeypatch):
+    config = QuantConfig(method="gptq", group_size=32, smooth=0.5)
+    ours = made(model, samples, config, tmp_path / "cpu", "cpu")
+    with simulated_device(monkeypatch):
+        theirs = made(model, samples, config, tmp_path / "cuda", "cuda")
+    assert same_codes(ours, theirs) == 1
+    for name in (n for n in ours.float_names() if n.endswith("layernorm.weight")):
+        assert torch.equal(ours.float_tensor(name), theirs.float_tensor(name))
+
+
 def test_the_costs_of_block_types_stay_on_the_device(model, samples, monkeypatch):
     """--target-bpw: type_budget/sensitivity.py."""
     checkpoint = Checkpoint(model)
