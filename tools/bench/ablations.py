@@ -44,6 +44,8 @@ ABLATIONS = {
     "vlmq, square root": Ablation(replace(OURS, power=0.5)),
     "vlmq, not floored": Ablation(replace(OURS, effective=0.0)),
     "vlmq, not clipped": Ablation(replace(OURS, clip=0.0)),
+    "vlmq, even channels": Ablation(OURS, {"smooth": 0.5}),
+    "vlmq, tuned": Ablation(OURS, {"tune": 60}),
     "exact min-max": Ablation(BASE),
     "exact, own zero-points": Ablation(replace(EXACT, neighbours=False)),
     "exact, ranges by modality": Ablation(replace(BASE, ranges="modality")),
@@ -133,6 +135,9 @@ EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
             "vlmq, local importance", "vlmq, local importance, per sample",
             "vlmq, local importance, square root",
         ),
+    },
+    "around the solve": {
+        "vlmq": ("vlmq, even channels", "vlmq, rotated", "vlmq, tuned", "vlmq, tuned, rotated"),
     },
 }  # fmt: skip
 
