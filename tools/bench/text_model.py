@@ -108,6 +108,8 @@ def quantize(model: Any, samples: torch.Tensor, config: QuantConfig, layers: int
     job: Any = SimpleNamespace(
         config=config,
         method=method,
+        smooth=config.smooth,
+        family=SimpleNamespace(gain=0.0),
         grid=lambda name, columns: grid_choice(config, name, columns),
     )
     batches = first_batches(model, samples, two_streams=method.two_streams)
