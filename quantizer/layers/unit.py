@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,14 +26,21 @@ def solve_unit(
     matrices: Sequence[Matrix],
     evidence: Evidence | None,  # None: nothing is calibrated, and weights are rounded to nearest
     job: Job,
+    scale: torch.Tensor | None = None,  # of the columns, [in]; the sums are divided by it
 ) -> list[Solved]:
-    """Solve linears that share statistics. Those of one grid are solved together."""
+    """Solve linears that share statistics. Those of one grid are solved together.
+
+    With a scale W·s is solved. The energies are those of the undivided inputs.
+    """
     energy = None  # of the inputs, float32 [in]
     if evidence is not None and evidence.fitted.weight:
         energy = (evidence.fitted.hessian.diagonal() / evidence.fitted.weight).float()
+        energy = energy if scale is None else energy * scale.square()
     biases = {m.name: m.bias for m in matrices}
     solved: dict[str, Solved] = {}
     for stack in _stacks(matrices, job):
+        if scale is not None:
+            stack.weights.mul_(scale)
         known, attempts = _attempts(stack, evidence, job)
         for name, found, metrics in zip(stack.names, attempts, _metrics(stack, known, attempts)):
             linear = linear_of(name, found.solution, biases[name], stack.choice, energy)
@@ -50,10 +57,7 @@ def solve_units(
     ranks: Ranks,
     scale: torch.Tensor | None = None,  # of the columns, [in]; the sums are divided by it
 ) -> list[Solved]:
-    """The linears of one step, in order. First every rank solves, then the results go round.
-
-    With a scale W·s is solved. The energies are those of the undivided inputs.
-    """
+    """The linears of one step, in order. First every rank solves, then the results go round."""
     owners = [ranks.owner(unit) for unit in range(len(units))]
     for unit, owner in enumerate(owners):
         evidence = found[unit]
@@ -64,22 +68,11 @@ def solve_units(
         evidence = None if evidence is None else evidence.to_float32()
         if ranks.rank == owner:
             modules: dict[str, Any] = {name: layer.get_submodule(name) for name in names}
-            weights = {
-                n: m.weight if scale is None else m.weight * scale for n, m in modules.items()
-            }
-            matrices = [Matrix(prefix + n, w, modules[n].bias) for n, w in weights.items()]
-            done = solve_unit(matrices, evidence, job)
-            parts.append(done if scale is None else [_undivided(each, scale) for each in done])
+            matrices = [Matrix(prefix + n, m.weight, m.bias) for n, m in modules.items()]
+            parts.append(solve_unit(matrices, evidence, job, scale))
         else:
             parts.append([None] * len(names))
     return [broadcast(part, ranks, owner) for owner, unit in zip(owners, parts) for part in unit]
-
-
-def _undivided(solved: Solved, scale: torch.Tensor) -> Solved:
-    """The same with the energy of inputs before they were divided."""
-    linear, metrics = solved
-    energy = None if linear.energy is None else linear.energy * scale.square()
-    return replace(linear, energy=energy), metrics
 
 
 def broadcast(solved: Solved | None, ranks: Ranks, owner: int) -> Solved:
