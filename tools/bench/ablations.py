@@ -45,6 +45,7 @@ ABLATIONS = {
     "vlmq, not floored": Ablation(replace(OURS, effective=0.0)),
     "vlmq, not clipped": Ablation(replace(OURS, clip=0.0)),
     "vlmq, even channels": Ablation(OURS, {"smooth": 0.5}),
+    "vlmq, channels half as even": Ablation(OURS, {"smooth": 0.25}),
     "vlmq, tuned": Ablation(OURS, {"tune": 60}),
     "exact min-max": Ablation(BASE),
     "exact, own zero-points": Ablation(replace(EXACT, neighbours=False)),
@@ -137,7 +138,10 @@ EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "around the solve": {
-        "vlmq": ("vlmq, even channels", "vlmq, rotated", "vlmq, tuned", "vlmq, tuned, rotated"),
+        "vlmq": (
+            "vlmq, even channels", "vlmq, channels half as even", "vlmq, rotated",
+            "vlmq, tuned", "vlmq, tuned, rotated",
+        ),
     },
 }  # fmt: skip
 
