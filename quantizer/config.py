@@ -51,7 +51,7 @@ class QuantConfig:
     seed: int = 0
     rotate: str = "off"  # a key of ROTATIONS
     # Share of the spread between a linear's input channels that goes into its weights; 0: none.
-    smooth: float = 0.0
+    smooth: bool = False
     tune: int = 0  # steps of gradient descent on each solved decoder layer; 0: none
     head_bits: int = 0  # of the output head's codes, in the same groups; 0: the head stays float
     embedding_bits: int = 0  # of the token embedding's codes; 0: the embedding stays float

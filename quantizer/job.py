@@ -32,13 +32,13 @@ class Job:
         return cls(config, method_of(config), architecture, head if own else "")
 
     @property
-    def smooth(self) -> float:
-        """The power of the scales that make a linear's input channels even; 0: none are made."""
-        return self.config.smooth if self.method.smooths else 0.0
+    def smooth(self) -> bool:
+        """Whether the input channels of the decoder's linears are scaled for the least error."""
+        return self.config.smooth and self.method.solves
 
     def scales(self, block: SubBlock) -> bool:
         """Whether the norm of a sub-block takes a scale, and so do the floats that read it."""
-        return bool(self.method.scaling) or (self.smooth > 0 and block.kind != "experts")
+        return bool(self.method.scaling) or (self.smooth and block.kind != "experts")
 
     @property
     def family(self) -> Family:

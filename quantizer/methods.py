@@ -50,6 +50,8 @@ class Method:
     ranges: Literal["minmax", "modality"] = "minmax"  # `modality`: VLM-PTQ's M
     neighbours: bool = False  # up to 3 bits, zero-points next to a range's own are tried too
     scaling: Literal["", "awq", "mbq"] = ""  # rounding to nearest after scaling input channels
+    # Whether input channels are scaled for the least error where the recipe says nothing of it.
+    smooths: bool = False
     refine: Refinement = field(default=Refinement())
     # `held-out`: each stack finds its own, on samples that were put aside (layers/damping.py).
     damping: Literal["recipe", "held-out"] = "recipe"
@@ -74,8 +76,8 @@ class Method:
         return self.importance == "answers" or self.scaling == "mbq"
 
     @property
-    def smooths(self) -> bool:
-        """Whether it can solve linears with even input channels (scaling/smoothing.py)."""
+    def solves(self) -> bool:
+        """Whether it solves linears by the sums of their inputs."""
         return self.calibrated and not self.scaling
 
     @property
@@ -113,6 +115,7 @@ METHODS = {
         alpha=1.0,
         neighbours=True,
         damping="held-out",
+        smooths=True,
         refine=_OURS,
     ),
     "vlmq-paper": Method(

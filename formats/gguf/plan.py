@@ -128,7 +128,7 @@ def _refusals(
     method = model.job.method
     if options.gguf_imatrix and model.architecture.family.sparse:
         refusals.append("--emit-imatrix is not there for experts; leave it out")
-    if options.gguf_imatrix and (not method.calibrated or method.scaling):
+    if options.gguf_imatrix and not method.solves:
         refusals.append(
             f"--emit-imatrix: --method {config.method} leaves no energies of the model's own"
             " inputs; use another"

@@ -174,7 +174,7 @@ def manifest_problems(m: Manifest, config: QuantConfig) -> list[str]:
     known = known and isinstance(config.method, str)
     known = known and isinstance(config.act_order, str) and config.act_order in ACT_ORDERS
     known = known and type(config.tune) is int and config.tune >= 0
-    known = known and isinstance(config.smooth, (int, float)) and 0 <= config.smooth <= 1
+    known = known and type(config.smooth) is bool
     if not known or not _is_grid(config):
         problems.append(
             f"a recipe of {config.bits} bits in groups of {config.group_size},"

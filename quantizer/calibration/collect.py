@@ -44,12 +44,6 @@ class Evidence:
         """The statistics of all samples."""
         return self.fitted if self.held is None else self.fitted.plus(self.held)
 
-    @property
-    def magnitude(self) -> torch.Tensor:
-        """Σ |x| of all samples, without weights, [in]."""
-        parts = (self.fitted, self.held)
-        return torch.stack([part.magnitude for part in parts if part is not None]).sum(0)
-
     def divide(self, scale: torch.Tensor) -> None:
         """Make them the sums of inputs that are divided by a scale, [in]."""
         for part in (self.fitted, self.held):

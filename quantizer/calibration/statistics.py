@@ -86,7 +86,6 @@ class Statistics:
     upper: torch.Tensor  # A, [in, in], of which only bands from the diagonal on are summed
     drift: torch.Tensor | None  # D, [in, in]; None where the method needs one stream only
     diagonal: torch.Tensor  # Σ x² without weights, [in]; 0 tells a dead input, whatever g is
-    magnitude: torch.Tensor  # Σ |x| without weights, [in]
     # Σ g² and Σ g⁴, float64 [2]: a tensor, so that no batch waits for the device.
     moments: torch.Tensor
     precision: Precision = "float32"
@@ -115,7 +114,6 @@ class Statistics:
         return cls(
             zeros(in_features, in_features),
             zeros(in_features, in_features) if drift else None,
-            zeros(in_features),
             zeros(in_features),
             zeros(2),
             precision or PRECISION[torch.device(device).type],
@@ -151,7 +149,6 @@ class Statistics:
                 band, weighted[:, start:], self.precision
             )
         self.diagonal += x.square().sum(0)
-        self.magnitude += torch.linalg.vector_norm(x, 1, dim=0)
         if self.drift is not None:
             self._add_drift(self.drift, x, x_full, importance, weighted)
         if self.pull is not None:
@@ -200,7 +197,6 @@ class Statistics:
             self.upper + other.upper,
             both("drift"),
             self.diagonal + other.diagonal,
-            self.magnitude + other.magnitude,
             self.moments + other.moments,
             self.precision,
             self.tokens + other.tokens,
@@ -216,9 +212,8 @@ class Statistics:
         for square in (self.upper, self.drift):
             if square is not None:
                 square.mul_(inverse[:, None]).mul_(inverse)
-        for rows in (self.pull, self.magnitude):
-            if rows is not None:
-                rows.mul_(inverse)
+        if self.pull is not None:
+            self.pull.mul_(inverse)
         for squares in (self.diagonal, self.modal):
             if squares is not None:
                 squares.mul_(inverse.square())

@@ -9,6 +9,7 @@ docs/methods.md §2.1 has the equations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +67,15 @@ class Affine:
         """
         scale = torch.where(scale == 0, 1.0, scale.float()).clamp(_TINY, _LARGEST)
         if self.portable:
-            power = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^⌊log2 scale⌋
-            unit = (power * 2.0 ** (1 - _PORTABLE_BITS)).clamp_min(_TINY)
-            portable = (scale / unit).ceil() * unit
-            return torch.where(portable > _LARGEST_PORTABLE, scale.half().float(), portable)
+            return _portable(scale, torch.ceil)
         return torch.where(scale < _NORMAL, (scale / _TINY).ceil() * _TINY, scale.half().float())
+
+    def nearest(self, scale: torch.Tensor) -> torch.Tensor:
+        """The storable scale that is nearest to each, float32 [...].
+
+        It is for codes that are already chosen, which no range has to cover any more.
+        """
+        return _portable(scale, torch.round) if self.portable else scale.half().float()
 
     def encode(
         self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
@@ -81,6 +86,14 @@ class Affine:
     def decode(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """The weights, float32. Only the product is rounded."""
         return scale * (codes - zero)
+
+
+def _portable(scale: torch.Tensor, whole: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Scales of few significant bits, rounded by `whole`; free where no product would fit."""
+    power = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^⌊log2 scale⌋
+    unit = (power * 2.0 ** (1 - _PORTABLE_BITS)).clamp_min(_TINY)
+    portable = whole(scale / unit) * unit
+    return torch.where(portable > _LARGEST_PORTABLE, scale.half().float(), portable)
 
 
 def grid_for(config: QuantConfig, in_features: int) -> Affine:

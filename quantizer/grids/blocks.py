@@ -105,6 +105,11 @@ class BlockGrid:
         return 1 if self.lattice is None else self.lattice.together
 
     @property
+    def rounded_inputs(self) -> int:
+        """Inputs that llama.cpp rounds to 8 bits with one scale: a block of Q8_K, else of Q8_0."""
+        return 256 if self.block == 256 else 32
+
+    @property
     def top(self) -> int:
         """The largest code."""
         return len(self.levels) - 1 if self.levels else 2**self.bits - 1

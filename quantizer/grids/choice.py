@@ -24,6 +24,16 @@ class GridChoice:
         return self.grid.together if isinstance(self.grid, BlockGrid) else 1
 
     @property
+    def stepped(self) -> int:
+        """Columns that share a distance between codes."""
+        return self.grid.sub_block if isinstance(self.grid, BlockGrid) else self.group
+
+    @property
+    def rounded_inputs(self) -> int:
+        """Inputs that the runtime rounds to 8 bits with one scale; 0 where it rounds none."""
+        return self.grid.rounded_inputs if isinstance(self.grid, BlockGrid) else 0
+
+    @property
     def block_type(self) -> str:
         """Name of the GGUF block type; empty on an affine grid."""
         return self.grid.name if isinstance(self.grid, BlockGrid) else ""

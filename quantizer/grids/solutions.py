@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vlmq_export.quantizer.grids.affine import Affine
 from vlmq_export.quantizer.grids.blocks import BlockGrid, Params
 
 LARGEST = 65504.0  # of float16
@@ -60,9 +61,9 @@ class Solution:
         """What decodes in proportion to a row: float16, each [out, ...]."""
         return [self.scales]
 
-    def divided(self, by: torch.Tensor) -> Solution:
-        """The same codes for rows that are divided by float32 [out], as float16 has the scales."""
-        return replace(self, scales=(self.scales.float() / by[:, None]).half())
+    def divided(self, by: torch.Tensor, grid: Affine) -> Solution:
+        """The same codes for rows that are divided by float32 [out], as the grid has the scales."""
+        return replace(self, scales=grid.nearest(self.scales.float() / by[:, None]).half())
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Solution:
         """The same with `change` applied to every tensor."""

@@ -28,7 +28,7 @@ from vlmq_export.quantizer.layers.scaling.awq_mbq import scaled_layer
 from vlmq_export.quantizer.layers.scaling.smoothing import Smoothing, Stored
 from vlmq_export.quantizer.layers.stack import Solved, linear_of, nearest
 from vlmq_export.quantizer.layers.tuning import tune_layer
-from vlmq_export.quantizer.layers.unit import solve_units
+from vlmq_export.quantizer.layers.unit import gathered, solve_units
 from vlmq_export.quantizer.ranks import ALONE, Ranks
 
 
@@ -53,7 +53,7 @@ def quantize_layer(
     """
     names = [n for block in walk.blocks for n in block.linears] if job.method.tuned else []
     source = {n: walk.layer.get_submodule(n).weight.detach().clone() for n in names}
-    smoothing = Smoothing(walk, job.smooth, stored, job.family.gain, ranks)
+    smoothing = Smoothing(walk, prefix, job, stored, ranks)
     entering = [b.aside(b.quantized) for b in walk.batches] if job.method.tuned else []
     raw = raw_factors(walk, job.method, answers)
     factors = importance_factors(walk, raw, job.method, ranks)
@@ -67,8 +67,8 @@ def quantize_layer(
             # Linears with token weights of their own have statistics of their own.
             own = all(name in factors for name in names)
             units: list[list[str]] = [[name] for name in names] if own else [list(names)]
-            found = _evidence(walk, step, units, factors, job)
-            scale = smoothing.divide(step, found, solved, prefix) if job.smooth else None
+            found = gathered(_evidence(walk, step, units, factors, job), ranks)
+            scale = smoothing.divide(step, units, found, solved) if job.smooth else None
             done = solve_units(walk.layer, prefix, units, found, job, ranks, scale)
             for name, (linear, metrics) in zip(names, done):
                 walk.put(name, linear)

@@ -35,7 +35,7 @@ def quantize_head(
 ) -> Solved:
     """Solve the output head of `model`, from batches that have passed the last decoder layer."""
     # AWQ and MBQ have nothing before the head to scale against it.
-    calibrated = job.method.calibrated and not job.method.scaling
+    calibrated = job.method.solves
     job = replace(job, method=replace(job.method, importance="none", calibrated=calibrated))
     evidence = _evidence(model, batches, job, ranks) if calibrated else None
     solved = None

@@ -48,20 +48,25 @@ def solve_unit(
     return [solved[m.name] for m in matrices]
 
 
+def gathered(found: list[Evidence | None], ranks: Ranks) -> list[Evidence | None]:
+    """The sums of each unit over all ranks, on the rank that solves it; None on the others."""
+    for unit, evidence in enumerate(found):  # one by one, so that the parts go as they are sent
+        found[unit] = None if evidence is None else summed_on(ranks.owner(unit), evidence, ranks)
+    return found
+
+
 def solve_units(
     layer: nn.Module,
     prefix: str,  # hub name of the layer, with the dot
     units: Sequence[Sequence[str]],
-    found: list[Evidence | None],  # of each unit; emptied, so that the sums go as they are used
+    # The sums of each unit, gathered; emptied, so that they go as they are used.
+    found: list[Evidence | None],
     job: Job,
     ranks: Ranks,
     scale: torch.Tensor | None = None,  # of the columns, [in]; the sums are divided by it
 ) -> list[Solved]:
     """The linears of one step, in order. First every rank solves, then the results go round."""
     owners = [ranks.owner(unit) for unit in range(len(units))]
-    for unit, owner in enumerate(owners):
-        evidence = found[unit]
-        found[unit] = None if evidence is None else summed_on(owner, evidence, ranks)
     parts: list[Sequence[Solved | None]] = []
     for names, owner in zip(units, owners):
         evidence = found.pop(0)

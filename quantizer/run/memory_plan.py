@@ -221,7 +221,7 @@ def _tower(shapes: Shapes, method: Method) -> int:
     if not shapes.tower:
         return 0
     rows, columns = max(shapes.tower, key=lambda shape: (shape[1], shape[0]))
-    solver = _solver(shapes.tower, method) if method.calibrated and not method.scaling else 0
+    solver = _solver(shapes.tower, method) if method.solves else 0
     own = _GROUP_COPIES * _FLOAT * rows * columns * (len(method.refine.shrink) or 1)
     return sum(r * c for r, c in shapes.tower) + solver + own
 
@@ -259,7 +259,7 @@ def _beside(method: Method, rows: int, columns: int) -> int:
 
 def _summing(shapes: Shapes, method: Method) -> int:
     """Bytes of the sums of the widest linear's inputs, while batches are added to them."""
-    if not method.calibrated or method.scaling:
+    if not method.solves:
         return 0
     sums = max(c**2 + _beside(method, rows, c) for rows, c in shapes.linears)
     dense = _DOUBLE * sums * (1 + method.holds_out)
@@ -344,7 +344,7 @@ def _inner(shapes: Shapes, config: QuantConfig, lengths: Lengths) -> int:
     Where channels are made even there it is made again, because up changes once it is known.
     """
     method = method_of(config)
-    if not method.calibrated or method.scaling or config.smooth or shapes.experts:
+    if not method.solves or config.smooth or shapes.experts:
         return 0
     return lengths.tokens * shapes.linears[-1][1] * _FLOAT
 

@@ -95,7 +95,7 @@ def check_vision(tower: Sequence[str], samples: Sequence[Sample], job: Job) -> N
             f"--vision-bits {bits}: no linear of this vision tower has inputs that {VISION_GROUP}"
             " divides; leave the option out"
         )
-    calibrated = job.method.calibrated and not job.method.scaling
+    calibrated = job.method.solves
     if calibrated and all(sample.pixel_values is None for sample in samples):
         raise CalibrationError(
             f"--vision-bits {bits}: no calibration sample has an image; give rows with images,"

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from vlmq_export.quantizer.grids.blocks import GRIDS
 from vlmq_export.quantizer.layers.damping import ROWS, trial
+from vlmq_export.quantizer.layers.scaling.channel_scales import ROUNDS
 from vlmq_export.quantizer.layers.vlm_ptq import MIXES
 from vlmq_export.quantizer.methods import METHODS, Method
 from vlmq_export.quantizer.run.machine import COLUMNS, LEAF
@@ -24,6 +25,7 @@ _WEIGHT_PASSES = 40  # over the weights of a linear: target, order, decoded, met
 _RANGE_PASSES = 2  # over the rows under all ranges: repeated, and zeros for their errors
 _JUDGE_PASSES = 7  # over their columns in the loop: v − ŵ, two squares that are weighed and added
 _DAMPINGS = 10 / 3  # that a stack tries: three if the recipe's is the best, four beside it
+_SCALE_PASSES = 10  # over weights for the slopes of scales: float32, scaled, |·|, max, powers, sums
 _SEARCH_PASSES = 8  # over weights for one range that is judged before the loop: codes, error, sum
 
 
@@ -42,6 +44,14 @@ def solved_seconds(work: Work, group: Linears, *, first: bool = False) -> dict[s
             for method in _attempts(work.method):
                 add(found, _stack(work, method, rows, group.columns, kind))
     return found
+
+
+def smoothing_seconds(work: Work, group: Linears) -> float:
+    """The scales of what enters the linears of a group: pivots in float32, then rounds over W."""
+    m, weights = work.machine, sum(group.rows) * group.columns
+    squares = len(group.rows) if work.method.importance != "none" else 1
+    rounds = m.elementwise((ROUNDS + 1) * _SCALE_PASSES * weights)
+    return squares * m.factorization(group.columns) / 2 + rounds
 
 
 def _attempts(method: Method) -> list[Method]:
@@ -81,7 +91,7 @@ def _stack(work: Work, method: Method, rows: int, columns: int, kind: str) -> di
     found["metrics"] += m.elementwise(_WEIGHT_PASSES * rows * columns)
     if kind:  # what rounding to nearest would have left
         found["block types"] += m.fits[kind] * rows * columns
-    if not method.calibrated or method.scaling:
+    if not method.solves:
         return found
     found["metrics"] += 3 * m.product(rows, columns, columns)
     add(found, solve_seconds(work, method, rows, columns, kind))

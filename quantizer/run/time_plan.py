@@ -41,6 +41,7 @@ from vlmq_export.quantizer.methods import Method
 from vlmq_export.quantizer.run.machine import Machine
 from vlmq_export.quantizer.run.memory_plan import Shapes, on_tower, tries_of
 from vlmq_export.quantizer.run.solve_time import (
+    smoothing_seconds,
     solve_seconds,
     solved_seconds,
     statistics_seconds,
@@ -103,6 +104,8 @@ def plan_seconds(
             elif method.importance != "none" and index:
                 found["importance"] += _importance(own)
         for place, group in enumerate(groups):
+            if config.smooth and index < shapes.layers and not group.routed:
+                found["smoothing"] += smoothing_seconds(work, group)
             if not group.routed:
                 add(found, solved_seconds(work, group, first=place == 0 and index < shapes.layers))
         for group, count in Counter(routed).items():

@@ -41,7 +41,7 @@ def tower_method(method: Method, bits: int) -> Method:
         importance="none",
         residual=False,
         tuned=False,
-        calibrated=method.calibrated and not method.scaling,
+        calibrated=method.solves,
         ranges="minmax",
         own=False,
     )

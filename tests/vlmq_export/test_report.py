@@ -24,7 +24,8 @@ TOWER = record("visual.blocks.0.mlp.up_proj", VISION, 8)
 @pytest.mark.parametrize(
     ("records", "options", "says", "not_says"),
     [
-        ([LINEAR], {}, "embeddings, norms and output head keep", "So is"),
+        ([LINEAR], {}, "embeddings, last norm and output head keep", "So is"),
+        ([LINEAR], {"method": "exact"}, "embeddings, norms and output head keep", "carry"),
         ([LINEAR, HEAD], {"head_bits": 8}, "So is the output head, to 8 bits.", "output head keep"),
         (
             [LINEAR, HEAD, EMBEDDING],

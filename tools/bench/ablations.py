@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 
 from vlmq_export.quantizer.methods import METHODS, Method, Refinement
 
-VLMQ, GPTQ, OURS = (METHODS[name] for name in ("vlmq-paper", "gptq", "vlmq"))
+VLMQ, GPTQ, DEFAULT = (METHODS[name] for name in ("vlmq-paper", "gptq", "vlmq"))
+OURS = replace(DEFAULT, smooths=False)
 # `exact` with the recipe's damping for every linear.
 EXACT = replace(METHODS["exact"], damping="recipe")
 CLIP = 10.0  # limit of the clipped importance, in means of g²
@@ -44,9 +45,8 @@ ABLATIONS = {
     "vlmq, square root": Ablation(replace(OURS, power=0.5)),
     "vlmq, not floored": Ablation(replace(OURS, effective=0.0)),
     "vlmq, not clipped": Ablation(replace(OURS, clip=0.0)),
-    "vlmq, even channels": Ablation(OURS, {"smooth": 0.5}),
-    "vlmq, channels half as even": Ablation(OURS, {"smooth": 0.25}),
-    "vlmq, tuned": Ablation(OURS, {"tune": 60}),
+    "vlmq, --no-smooth": Ablation(OURS),
+    "vlmq, tuned": Ablation(DEFAULT, {"tune": 60}),
     "exact min-max": Ablation(BASE),
     "exact, own zero-points": Ablation(replace(EXACT, neighbours=False)),
     "exact, ranges by modality": Ablation(replace(BASE, ranges="modality")),
@@ -132,16 +132,15 @@ EIGHT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "importance": {
         "exact": (
-            "vlmq", "vlmq, not floored", "vlmq, not clipped", "vlmq, square root",
+            "vlmq, --no-smooth", "vlmq, not floored", "vlmq, not clipped",
+            "vlmq, square root",
             "vlmq, local importance", "vlmq, local importance, per sample",
             "vlmq, local importance, square root",
         ),
     },
     "around the solve": {
-        "vlmq": (
-            "vlmq, even channels", "vlmq, channels half as even", "vlmq, rotated",
-            "vlmq, tuned", "vlmq, tuned, rotated",
-        ),
+        "vlmq, --no-smooth": ("vlmq, --no-smooth, rotated", "vlmq", "vlmq, rotated"),
+        "vlmq": ("vlmq, tuned", "vlmq, tuned, rotated"),
     },
 }  # fmt: skip
 

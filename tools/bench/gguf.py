@@ -8,10 +8,10 @@ On each reference VLM every contender gives each tensor the type that the mix gi
 contenders are:
 
     vlmq                        the default: ours on the mix
-    another method's name       the same with `--smooth 0`
+    another method's name       the same with `--no-smooth`
     …, types by cost            a method with as many bits, spread by `--target-bpw`
-    …, --smooth 0               the default method without scales of the channels
-    …, rotated                  a method with `--rotate folded --smooth 0`
+    …, --no-smooth              the default method without scales of the channels
+    …, rotated                  a method with `--rotate folded --no-smooth`
     llama.cpp                   `ggml_quantize_chunk`, which llama-quantize calls for each tensor,
                                 without an imatrix
     llama.cpp + text imatrix    with one from the calibration text
@@ -221,7 +221,7 @@ class Calibrated:
             format=["gguf"],
             method=method,
             rotate=rotate,
-            smooth=None if default else 0.0,
+            smooth=None if default else False,
         )
         plan = open_source(recipe.model).plan(recipe).model
         if contender.endswith(BY_COST):

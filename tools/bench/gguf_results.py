@@ -13,7 +13,7 @@ from tools.bench.tables import table
 DEFAULT = "vlmq"  # with whatever a recipe has where nothing is said
 ROTATED = ", rotated"
 OURS = (
-    DEFAULT, "vlmq, types by cost", "vlmq, --smooth 0", "vlmq, rotated",
+    DEFAULT, "vlmq, types by cost", "vlmq, --no-smooth", "vlmq, rotated",
     "exact", "exact, types by cost", "vlmq-paper", "vlmq-paper, types by cost",
 )  # fmt: skip
 PLAIN = "llama.cpp"

@@ -177,7 +177,7 @@ def ours(cell: Cell, model: Path, samples: list[Sample], folder: Path) -> Quanti
     """The same by us: what the artifact in `folder` decodes to."""
     config = QuantConfig(cell.method, cell.bits, cell.group, seed=cell.seed, rotate=cell.rotate)
     with ablations.listed(cell.method) as changes:
-        config = replace(config, **changes)
+        config = replace(config, smooth=METHODS[cell.method].smooths, **changes)
         quantize(
             Checkpoint(model),
             samples,

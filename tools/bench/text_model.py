@@ -74,7 +74,8 @@ def main() -> None:
     grid = {"bits": asked.bits, "group_size": asked.group, "tune": asked.tune}
     begun = time.process_time()
     with listed(asked.method) as changes:
-        config = QuantConfig(method=asked.method, **grid | changes)
+        smooth = METHODS[asked.method].smooths
+        config = QuantConfig(method=asked.method, smooth=smooth, **grid | changes)
         quantize(model, samples, config, asked.layers)
     spent = time.process_time() - begun
     found = zip(reference, (log_probabilities(model, ids) for ids in heldout))

@@ -31,7 +31,6 @@ from vlmq_export.recipes.choices import CHOICES
 _WIDTHS = "the runtimes decode 2, 3, 4 or 8 bits"
 _OUTSIDE = ("head_bits", "embedding_bits", "vision_bits")  # widths outside the decoder layers
 OUTSIDE_BITS = 8  # what they are where nothing is said of them and every format holds them
-SMOOTH = 0.5  # `smooth` on GGUF's block types where nothing is said of it
 NATIVE_TOWER_BITS = 6  # those of the vision tower beside a decoder on smaller block types
 HOLD_OUTSIDE = {"gguf", "onnx"}  # formats that hold all three quantized
 _CHOOSE_TYPES = ("gguf_type", "target_bpw", "target_size")  # keys that exclude each other
@@ -58,9 +57,7 @@ class Recipe(BaseModel):
     # Steps of gradient descent on each solved decoder layer; 0: none.
     tune: Annotated[int, Field(ge=0, le=10**5)] = 0
     rotate: str = "off"
-    # Share of the spread between a linear's input channels that goes into its weights; 0: none.
-    # None: half of it on GGUF's block types, whose runtime rounds activations to 8 bits.
-    smooth: Annotated[float, Field(ge=0, le=1)] | None = None
+    smooth: bool | None = None  # whether input channels are scaled; None: as the method has it
     calibration: Path | None = None  # None: the bundled set
     image_root: Path | None = None  # folder that image paths start from; None: the file's own
     samples: Annotated[int, Field(ge=1, le=10**7)] = 512
@@ -145,7 +142,7 @@ class Recipe(BaseModel):
         self._check_vision()
         if self.tune:
             self._check_tuning()
-        if self.smooth and not METHODS[self.method].smooths:
+        if self.smooth and not METHODS[self.method].solves:
             raise ValueError(
                 f"--smooth: --method {self.method} has scales of its own or no samples;"
                 " leave it out, or choose another method"
@@ -312,15 +309,9 @@ class Recipe(BaseModel):
         return VISION_TYPES.get(self.vision_bits or 0, ("",))[0] if native else ""
 
     @property
-    def smoothing(self) -> float:
-        """`smooth`, or its default for this grid."""
-        return self._usual_smooth if self.smooth is None else self.smooth
-
-    @property
-    def _usual_smooth(self) -> float:
-        """`smooth` where nothing is said of it."""
-        able = METHODS[self.method].smooths
-        return SMOOTH if able and self.block_types is not None else 0.0
+    def smoothing(self) -> bool:
+        """`smooth`, or its default for this method."""
+        return METHODS[self.method].smooths if self.smooth is None else self.smooth
 
     @property
     def tower_type_named(self) -> bool:
@@ -390,7 +381,8 @@ class Recipe(BaseModel):
         Eight bits outside the decoder layers are usual, and go without saying.
         """
         method = self.method if self.rotate == "off" else f"{self.method}-rotated"
-        method += "" if self.smooth in (None, self._usual_smooth) else f"-smooth{self.smooth:g}"
+        if self.smoothing != METHODS[self.method].smooths:
+            method += "-smoothed" if self.smoothing else "-unsmoothed"
         method += f"-tuned{self.tune}" if self.tune else ""
         if self.vision_bits != NATIVE_TOWER_BITS:
             method += _unusual("vision", self.vision_bits)

@@ -86,6 +86,6 @@ def _tower_can(recipe: Recipe, checkpoint: Checkpoint, data: CalibrationRows) ->
     if recipe.tower_type_named or not tower_names(checkpoint, short=short):
         return False
     method = METHODS[recipe.method]
-    if recipe.calibration is None or not method.calibrated or method.scaling:
+    if recipe.calibration is None or not method.solves:
         return True
     return any(row.images for row in data.taken)

@@ -63,11 +63,8 @@ Method = Annotated[
 ]
 _ROTATE = "Hadamard rotations before rounding.  [default: off]"
 Rotate = Annotated[str | None, _option(_ROTATE, choices="rotate")]
-_SMOOTH = (
-    "Share of the spread between input channels that goes into the weights, 0 to 1."
-    "  [default: 0.5 for llama.cpp's block types, else 0]"
-)
-Smooth = Annotated[float | None, _option(_SMOOTH)]
+_SMOOTH = "Input channels scaled where that leaves less error.  [default: on with vlmq]"
+Smooth = Annotated[bool | None, _option(_SMOOTH, "--smooth/--no-smooth")]
 _HEAD_BITS = (
     "Bits of the output head: 2, 3, 4, 8 or off; not in GPTQ."
     "  [default: 8 for ONNX and GGUF, else off]"

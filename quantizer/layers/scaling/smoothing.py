@@ -1,12 +1,8 @@
-"""Channels of a linear's inputs made even, by scales that what comes before takes.
+"""Channels of a linear's inputs scaled, where what comes before the linear takes the inverse.
 
-    x'_j = x_j / s_j        W'_ij = W_ij · s_j        s_j = (a_j / a)^t
+    x'_j = x_j / s_j        W'_ij = W_ij · s_j
 
-a_j is the mean magnitude of a channel over the calibration tokens, and a the geometric mean of
-these. t is the recipe's `smooth`: with ½ half of the spread, in octaves, stays in the inputs and
-half goes into the weights. Runtimes that round activations to 8 bits lose what a few large channels
-leave to the others (SmoothQuant, arXiv 2211.10438), and columns that matter much are rounded on a
-finer grid (AWQ, arXiv 2306.00978). No file grows, and no runtime does more.
+`channel_scales.py` chooses s by the error that it leaves. No file grows, and no runtime does more.
 
 1/s goes into the norm before `ins`, which is first rounded to the type that it is stored in: the
 weights take the scale that is left. Before an MLP's `out` it goes into the rows of up, which is
@@ -17,31 +13,28 @@ docs/methods.md §4.4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from vlmq_export.quantizer.calibration.collect import Evidence
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk, put
-from vlmq_export.quantizer.grids.linears import Linear
+from vlmq_export.quantizer.calibration.statistics import Statistics
+from vlmq_export.quantizer.grids.affine import Affine
+from vlmq_export.quantizer.grids.blocks import BlockGrid
+from vlmq_export.quantizer.grids.choice import GridChoice
+from vlmq_export.quantizer.grids.linears import BlockLinear, Linear
+from vlmq_export.quantizer.job import Job
+from vlmq_export.quantizer.layers.scaling.channel_scales import Reader, least_error_scales
 from vlmq_export.quantizer.layers.stack import Solved
 from vlmq_export.quantizer.model.families import SubBlock
 from vlmq_export.quantizer.ranks import ALONE, Ranks
+from vlmq_export.quantizer.solver.hessian import pivots
 
-OCTAVES = 8  # the most that a channel is scaled by, either way
 CLOSE = 2**-7  # share of a row's scale that may be lost where it is divided after the solve
 # A float tensor by its name in the layer → its value as the file can hold it, float32.
 Stored = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-def scale_of(magnitude: torch.Tensor, power: float) -> torch.Tensor:
-    """s, float32 [in], of Σ|x| [in]. A channel that is never excited has 1."""
-    live = magnitude > 0
-    level = magnitude.double().where(live, 1.0).log2()
-    typical = level[live].mean() if bool(live.any()) else 0.0
-    octaves = ((level - typical) * power).clamp(-OCTAVES, OCTAVES)
-    return octaves.where(live, 0.0).exp2().float()
 
 
 def divided_norm(
@@ -67,9 +60,9 @@ class Smoothing:
     """The scales of one layer, step by step, as its linears are solved."""
 
     walk: LayerWalk
-    power: float  # t
+    prefix: str  # hub name of the layer, with the dot
+    job: Job
     stored: Stored
-    offset: float = 0.0  # Family.gain
     ranks: Ranks = ALONE
     # Norms, and linears that are not quantized: parameter → float32, storable.
     floats: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -80,28 +73,45 @@ class Smoothing:
     def divide(
         self,
         step: int,
-        found: Sequence[Evidence | None],  # of the linears of the step
+        units: Sequence[Sequence[str]],  # the linears of the step, by what they share sums with
+        found: Sequence[Evidence | None],  # the sums of each unit, on the rank that owns it
         solved: list[Solved],  # the linears before, of which one may take 1/s
-        prefix: str,  # hub name of the layer, with the dot
     ) -> torch.Tensor | None:
         """Divide what enters a step, in the layer and in the sums. Returns s, float32 [in].
 
         The columns of the step's linears are then to be multiplied. None where nothing that comes
         before could take 1/s.
         """
-        sums = [evidence for evidence in found if evidence is not None]
         block, closing = self.walk.step(step)
-        if not sums or (closing and block.kind != "mlp"):
+        if closing and block.kind != "mlp":
             return None
-        scale = scale_of(self.ranks.summed(sums[0].magnitude), self.power)
-        if closing:
-            scale = self._into_carrier(block, scale, solved, prefix)
-        else:
-            scale = self._into_norm(block, scale)
-        for evidence in sums:
-            evidence.divide(scale)
+        readers = [r for i, names in enumerate(units) for r in self._readers(i, names, found[i])]
+        scale = self.ranks.broadcast(least_error_scales(readers), 0)
+        scale = (
+            self._into_carrier(block, scale, solved) if closing else self._into_norm(block, scale)
+        )
+        for evidence in found:
+            if evidence is not None:
+                evidence.divide(scale)
         self._columns |= dict.fromkeys((block.out,) if closing else block.ins, scale)
         return scale
+
+    def _readers(
+        self, unit: int, names: Sequence[str], evidence: Evidence | None
+    ) -> Iterator[Reader]:
+        """The linears of a unit. What is told of their inputs comes from the rank with the sums."""
+        weights = {name: self.walk.layer.get_parameter(f"{name}.weight") for name in names}
+        choices = {n: self.job.grid(self.prefix + n, w.shape[1]) for n, w in weights.items()}
+        first = weights[names[0]]
+        told = torch.zeros(2, first.shape[1], device=first.device)
+        if evidence is not None:
+            told = _told(evidence.fitted, choices[names[0]], self.job.config.damp)
+        own, energy = self.ranks.broadcast(told, self.ranks.owner(unit))
+        for name, matrix in weights.items():
+            choice = choices[name]
+            yield Reader(
+                matrix, own, energy, choice.stepped, choice.grid.top, choice.rounded_inputs
+            )
 
     def scaled(self, name: str, weights: torch.Tensor) -> torch.Tensor:
         """What a linear's source weights [out, in] have become in the smoothed layer."""
@@ -115,8 +125,8 @@ class Smoothing:
         That is s where the norm can be stored so.
         """
         layer, name = self.walk.layer, f"{block.norm}.weight"
-        weight = layer.get_parameter(name).detach()
-        self.floats[name], scale = divided_norm(name, weight, scale, self.stored, self.offset)
+        weight, gain = layer.get_parameter(name).detach(), self.job.family.gain
+        self.floats[name], scale = divided_norm(name, weight, scale, self.stored, gain)
         for name in (f"{kept}.weight" for kept in block.kept):
             self.floats[name] = self.stored(name, layer.get_parameter(name) * scale)
         for name in (f"{n}.weight" for n in (block.norm, *block.kept)):
@@ -124,31 +134,52 @@ class Smoothing:
         return scale
 
     def _into_carrier(
-        self, block: SubBlock, scale: torch.Tensor, solved: list[Solved], prefix: str
+        self, block: SubBlock, scale: torch.Tensor, solved: list[Solved]
     ) -> torch.Tensor:
         """Divide the rows of a solved linear. Returns s, with 1 where float16 would lose a row."""
-        name = prefix + block.carrier
+        name = self.prefix + block.carrier
         index = next(i for i, (linear, _) in enumerate(solved) if linear.name == name)
         linear, metrics = solved[index]
-        scale = self._rows[block.carrier] = torch.where(_holds(linear, scale), scale, 1.0)
-        solved[index] = divided(linear, scale), metrics
+        grid = self.job.grid(name, linear.in_features).grid
+        scale = self._rows[block.carrier] = torch.where(_holds(linear, scale, grid), scale, 1.0)
+        solved[index] = divided(linear, scale, grid), metrics
         put(self.walk.layer, block.carrier, solved[index][0])
         self.walk.forget_mixed()
         return scale
 
 
-def divided(linear: Linear, scale: torch.Tensor) -> Linear:
+def _told(sums: Statistics, choice: GridChoice, damp: float) -> torch.Tensor:
+    """Pivots, and mean squares of the inputs: of g²·x², float32 [2, in]."""
+    if not sums.weight:
+        return torch.zeros(2, len(sums.diagonal), device=sums.diagonal.device)
+    matrix = sums.hessian
+    own = pivots(
+        matrix,
+        sums.diagonal,
+        group=choice.group,
+        act_order=choice.act_order,
+        damp=damp,
+        together=choice.together,
+    )
+    return torch.stack([own, matrix.diagonal().float()]) / sums.weight
+
+
+def divided(linear: Linear, scale: torch.Tensor, grid: Affine | BlockGrid) -> Linear:
     """A solved linear whose rows are divided by float32 [out]. The integers stay."""
     bias = None if linear.bias is None else (linear.bias / scale).half()
-    return replace(linear, solution=linear.solution.divided(scale), bias=bias)
+    if isinstance(linear, BlockLinear):
+        return replace(linear, solution=linear.solution.divided(scale), bias=bias)
+    assert isinstance(grid, Affine)
+    return replace(linear, solution=linear.solution.divided(scale, grid), bias=bias)
 
 
-def _holds(linear: Linear, scale: torch.Tensor) -> torch.Tensor:
-    """Whether float16 has the scales of each divided row to within CLOSE; bool [out].
+def _holds(linear: Linear, scale: torch.Tensor, grid: Affine | BlockGrid) -> torch.Tensor:
+    """Whether the grid has the scales of each divided row to within CLOSE; bool [out].
 
-    It has fewer bits below 2⁻¹⁴, where scales of block types often are, and nothing above 65504.
+    Portable scales are rounded by up to so much. Float16 has fewer bits below 2⁻¹⁴, where scales of
+    block types often are, and nothing above 65504.
     """
     held = torch.ones_like(scale, dtype=torch.bool)
-    for new, old in zip(divided(linear, scale).solution.units, linear.solution.units):
+    for new, old in zip(divided(linear, scale, grid).solution.units, linear.solution.units):
         held &= torch.isclose(new * scale[:, None], old.float(), rtol=CLOSE, atol=0).all(1)
     return held

@@ -135,7 +135,7 @@ def test_tuning_stays_on_the_device(model, samples, tmp_path, monkeypatch):
 
 
 def test_even_channels_stay_on_the_device(model, samples, tmp_path, monkeypatch):
-    config = QuantConfig(method="gptq", group_size=32, smooth=0.5)
+    config = QuantConfig(method="gptq", group_size=32, smooth=True)
     ours = made(model, samples, config, tmp_path / "cpu", "cpu")
     with simulated_device(monkeypatch):
         theirs = made(model, samples, config, tmp_path / "cuda", "cuda")

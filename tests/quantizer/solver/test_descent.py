@@ -465,7 +465,7 @@ def damaged(kind: str) -> tuple[Statistics, Statistics]:
 
 
 @pytest.mark.parametrize("kind", ["few", "dead", "all dead", "rank", "huge", "tiny", "one token"])
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.calibrated and not m.scaling])
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.solves])
 def test_bad_statistics_break_nothing(kind, name):
     """The codes are on the grid, the weights finite, and the metrics say what was done.
 

@@ -1,4 +1,4 @@
-"""Even input channels: the function stays, the sums follow, and a stopped run ends the same."""
+"""Scaled input channels: the function stays, the sums follow, and a stopped run ends the same."""
 
 import dataclasses
 
@@ -12,6 +12,7 @@ from tests.jobs import job_for
 from tests.quantizer.run.test_quantize import files, run, write
 from vlmq_export import bundled
 from vlmq_export.errors import ArtifactError, Interrupted
+from vlmq_export.formats.gguf.types.exact import home_of
 from vlmq_export.quantizer.calibration.batches import decoder_inputs
 from vlmq_export.quantizer.calibration.layer_walk import LayerWalk
 from vlmq_export.quantizer.calibration.statistics import Statistics
@@ -19,7 +20,7 @@ from vlmq_export.quantizer.config import QuantConfig
 from vlmq_export.quantizer.grids.blocks import GRIDS
 from vlmq_export.quantizer.grids.choice import GridChoice
 from vlmq_export.quantizer.layers.decoder_layer import quantize_layer
-from vlmq_export.quantizer.layers.scaling.smoothing import OCTAVES, divided, divided_norm, scale_of
+from vlmq_export.quantizer.layers.scaling.smoothing import divided, divided_norm
 from vlmq_export.quantizer.layers.stack import linear_of, nearest
 from vlmq_export.quantizer.model.checkpoint import Checkpoint
 from vlmq_export.quantizer.model.families import DECODER
@@ -30,7 +31,7 @@ from vlmq_export.recipes.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-EIGHT = QuantConfig(method="exact", bits=8, group_size=16, symmetric=True, smooth=0.5)
+EIGHT = QuantConfig(method="exact", bits=8, group_size=16, symmetric=True, smooth=True)
 
 
 def samples_of(folder, count):
@@ -38,17 +39,7 @@ def samples_of(folder, count):
     return [preprocessor.sample(row) for row in read_rows(bundled.CALIBRATION)[:count]]
 
 
-# --- scales ---------------------------------------------------------------------------------------
-
-
-def test_scales_take_their_share_of_the_spread():
-    magnitude = torch.tensor([1.0, 4.0, 16.0, 0.0])
-    assert scale_of(magnitude, 0.5).tolist() == pytest.approx([0.5, 1, 2, 1])
-    assert scale_of(magnitude, 1.0).tolist() == pytest.approx([0.25, 1, 4, 1])
-    assert scale_of(magnitude, 0.0).tolist() == [1, 1, 1, 1]
-    assert scale_of(torch.zeros(3), 0.5).tolist() == [1, 1, 1]
-    far = scale_of(torch.tensor([1e-30, 1e30]), 1.0)
-    assert far.log2().tolist() == [-OCTAVES, OCTAVES]
+# --- norms and rows -------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=40)
@@ -74,11 +65,28 @@ def test_divided_rows_keep_their_integers_and_decode_to_their_share(kind):
     choice = GridChoice(grid, 256 if kind else 128, 128, "off")
     linear = linear_of("x", nearest(weights, choice), torch.arange(8.0), choice)
     scale = torch.arange(-4, 4).float().exp2()
-    new = divided(linear, scale)
+    new = divided(linear, scale, grid)
     assert torch.equal(new.solution.codes, linear.solution.codes)
     torch.testing.assert_close(new.decode() * scale[:, None], linear.decode(), rtol=2e-3, atol=0)
     assert torch.equal(new.bias * scale, linear.bias)
     assert new.out_of_range() == ""
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1))
+def test_divided_portable_scales_are_portable_still(seed):
+    """So that Q4_1 holds up_proj in GGUF, as the plan says."""
+    g = torch.Generator().manual_seed(seed)
+    config = QuantConfig(bits=4, group_size=64)
+    choice = job_for(config).grid("x", 64)
+    linear = linear_of("x", nearest(torch.randn(64, 64, generator=g), choice), None, choice)
+    assert home_of(linear) == "Q4_1"
+    scale = torch.randn(64, generator=g).mul(2).exp2()
+    new = divided(linear, scale, choice.grid)
+    assert home_of(new) == "Q4_1"
+    torch.testing.assert_close(new.decode() * scale[:, None], linear.decode(), rtol=2**-7, atol=0)
+    products = new.solution.scales.float() * new.solution.zero_points
+    assert torch.equal(products, products.half().float())
 
 
 # --- sums -----------------------------------------------------------------------------------------
@@ -98,7 +106,7 @@ def test_divided_sums_are_those_of_divided_inputs(pull):
 
     ours, theirs = sums(x, full), sums(x / scale, full / scale)
     ours.divide(scale)
-    for name in ("hessian", "drift", "diagonal", "magnitude", "modal", "pull", "moments"):
+    for name in ("hessian", "drift", "diagonal", "modal", "pull", "moments"):
         a, b = getattr(ours, name), getattr(theirs, name)
         assert (a is None) == (b is None)
         if a is not None:
@@ -117,7 +125,7 @@ def test_both_streams_leave_a_smoothed_layer_as_its_own_forward_passes_do(room):
     entering = [b.quantized.clone() for b in batches]
     source = {n: p.clone() for n, p in layer.named_parameters()}
     walk = LayerWalk(layer, DECODER, batches, two_streams=True, room=room)
-    job = job_for(QuantConfig(method="exact", bits=3, smooth=0.5))
+    job = job_for(QuantConfig(method="exact", bits=3, smooth=True))
     _, floats = quantize_layer(walk, "l.", job)
     walk.advance()
     for name, value in floats.items():
@@ -168,7 +176,7 @@ def test_energies_are_those_of_the_sources_own_inputs(tiny, tmp_path):
     samples = samples_of(folder, 4)
     plain, smooth = (
         run(folder, samples, tmp_path / str(t), dataclasses.replace(EIGHT, smooth=t))
-        for t in (0.0, 0.5)
+        for t in (False, True)
     )
     for name in plain.records:
         own, theirs = (a.linear(name).energy for a in (smooth, plain))
@@ -179,7 +187,7 @@ def test_energies_are_those_of_the_sources_own_inputs(tiny, tmp_path):
 def test_stopped_and_resumed_has_the_same_bytes(config, tiny, tmp_path):
     folder = tiny("qwen2_5_vl", layers=3)
     samples = samples_of(folder, 9)
-    recipe = QuantConfig(method="exact", bits=2, group_size=32, smooth=0.5)
+    recipe = QuantConfig(method="exact", bits=2, group_size=32, smooth=True)
     if kind := config.get("types"):
         names = job_for(recipe, Checkpoint(folder).config).linears
         config = config | {"types": dict.fromkeys(names, kind)}
@@ -207,19 +215,20 @@ def test_damaged_norms_are_named_when_a_run_goes_on(tiny, tmp_path):
 # --- the recipe -----------------------------------------------------------------------------------
 
 
-def test_block_types_alone_are_smoothed_by_default():
-    assert Recipe(format=["gguf"]).with_native_types().quant_config().smooth == 0.5
-    assert Recipe(format=["gguf"], gguf_type="Q4_K_M", smooth=0).quant_config().smooth == 0
-    assert Recipe(format=["gguf"], gguf_type="Q4_K_M", method="rtn").quant_config().smooth == 0
-    assert Recipe(format=["gptq"]).quant_config().smooth == 0
-    named = Recipe(format=["onnx"], smooth=0.25)
-    assert named.quant_config().smooth == 0.25
-    assert named.label() == "w4g128-vlmq-smooth0.25"
-    labels = [Recipe(format=["gguf"], gguf_type="Q4_K_M", smooth=t).label() for t in (None, 0.5, 0)]
-    assert labels == ["Q4_K_M-vlmq", "Q4_K_M-vlmq", "Q4_K_M-vlmq-smooth0"]
+def test_the_default_method_alone_is_smoothed_by_default():
+    for kind in ({"format": ["gguf"], "gguf_type": "Q4_K_M"}, {"format": ["gptq"]}):
+        recipe = Recipe(**kind)
+        label = recipe.label()
+        assert recipe.quant_config().smooth and "smoothed" not in label
+        off = Recipe(**kind, smooth=False)
+        assert not off.quant_config().smooth and off.label() == label + "-unsmoothed"
+        assert not Recipe(**kind, method="gptq").quant_config().smooth
+    named = Recipe(format=["onnx"], method="exact", smooth=True)
+    assert named.quant_config().smooth and named.label() == "w4g128-exact-smoothed"
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "mbq"])
 def test_methods_without_sums_are_not_smoothed(method):
+    assert not Recipe(format=["gptq"], method=method).quant_config().smooth
     with pytest.raises(ValidationError, match=f"--smooth: --method {method}"):
-        Recipe(format=["gptq"], method=method, smooth=0.5)
+        Recipe(format=["gptq"], method=method, smooth=True)
