@@ -46,10 +46,10 @@ def solved_seconds(work: Work, group: Linears, *, first: bool = False) -> dict[s
     return found
 
 
-def smoothing_seconds(work: Work, group: Linears) -> float:
+def smoothing_seconds(work: Work, group: Linears, *, first: bool = False) -> float:
     """The scales of what enters the linears of a group: pivots in float32, then rounds over W."""
     m, weights = work.machine, sum(group.rows) * group.columns
-    squares = len(group.rows) if work.method.importance != "none" else 1
+    squares = len(_units(work, group, first=first))
     rounds = m.elementwise((ROUNDS + 1) * _SCALE_PASSES * weights)
     return squares * m.factorization(group.columns) / 2 + rounds
 

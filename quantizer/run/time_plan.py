@@ -104,10 +104,12 @@ def plan_seconds(
             elif method.importance != "none" and index:
                 found["importance"] += _importance(own)
         for place, group in enumerate(groups):
-            if config.smooth and index < shapes.layers and not group.routed:
-                found["smoothing"] += smoothing_seconds(work, group)
-            if not group.routed:
-                add(found, solved_seconds(work, group, first=place == 0 and index < shapes.layers))
+            if group.routed:
+                continue
+            first = place == 0 and index < shapes.layers
+            add(found, solved_seconds(work, group, first=first))
+            if config.smooth and index < shapes.layers:
+                found["smoothing"] += smoothing_seconds(work, group, first=first)
         for group, count in Counter(routed).items():
             solved = solved_seconds(summed(work), group)
             add(found, {phase: count * seconds for phase, seconds in solved.items()})
